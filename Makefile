@@ -1,0 +1,35 @@
+# A fresh clone needs only `make demo` or `make test`: both set up what is missing first.
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+# SGLang's just-in-time kernels look for ninja on the PATH.
+RUN := PATH="$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  VENV=dir        use another environment (default .venv)"
+	@echo "  PYTHON=python   build it from this interpreter (3.10-3.12)"
+	@echo "  ARGS='...'      more arguments for the demo or pytest, e.g. make test ARGS='-m \"not server\"'"
+
+setup: ## create the environment (about 9 GB) and the embedded model; fast when nothing changed
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/setup.sh
+
+demo: setup ## run the demonstration
+	@$(RUN) "$(BIN)/sglang-lsa" demo $(ARGS)
+
+test: setup lint ## linters, type checker and tests
+	@$(RUN) "$(BIN)/python" -m pytest $(ARGS)
+
+lint: setup ## ruff (lint and format) and mypy
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/ruff" format --check .
+	@"$(BIN)/mypy"
+
+clean: ## remove the environment and everything generated (the model cache stays)
+	test ! -e "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

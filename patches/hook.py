@@ -1,0 +1,62 @@
+"""Hook: the record of one SGLang symbol that we wrap, and the check that it still is what we wrote against."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SGLANG_VERSION = "0.5.17"
+
+
+class IncompatibleSGLang(RuntimeError):
+    """The installed SGLang is not the one that the hooks were written for."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One wrapped symbol.
+
+    Attributes:
+        target: dotted path, ``sglang.srt...Class.method``.
+        kind: ``before``, ``after`` or ``around``, with the meaning of SGLang's ``HookType``.
+        function: the wrapper, called as that kind is.
+        parameters: names of the target's parameters that the wrapper relies on.
+        why: what would be missing without it.
+        until: what would make it unnecessary.
+        test: the test that fails without it.
+    """
+
+    target: str
+    kind: str
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+    why: str
+    until: str
+    test: str
+
+    def check(self) -> None:
+        """Raise IncompatibleSGLang unless the target exists and takes the parameters that we rely on."""
+        try:
+            symbol = pkgutil.resolve_name(self.target)
+        except (ImportError, AttributeError) as error:
+            raise IncompatibleSGLang(_message(self.target, f"not found ({error})")) from None
+        parameters = inspect.signature(symbol).parameters
+        missing = [name for name in self.parameters if name not in parameters]
+        if missing:
+            raise IncompatibleSGLang(_message(self.target, f"takes ({', '.join(parameters)}), not {missing[0]!r}"))
+
+
+def check_version(installed: str) -> None:
+    """Raise IncompatibleSGLang unless ``installed`` is the release that the hooks were written for."""
+    if installed != SGLANG_VERSION:
+        raise IncompatibleSGLang(_message("sglang", f"is version {installed}"))
+
+
+def _message(target: str, seen: str) -> str:
+    return (
+        f"{target} {seen}; sglang-lsa was written for SGLang {SGLANG_VERSION}. "
+        f"Install it (pip install sglang=={SGLANG_VERSION}), or start without --lsa flags."
+    )

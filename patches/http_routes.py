@@ -1,0 +1,21 @@
+"""``GET /lsa/status``: what the ledger and every running request hold, beside SGLang's own routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_routes() -> None:
+    """Add the routes to SGLang's HTTP application; call before the server starts."""
+    from fastapi import APIRouter
+    from sglang.srt.entrypoints import http_server
+
+    router = APIRouter()
+
+    @router.get("/lsa/status")
+    async def status() -> dict[str, Any]:
+        """Status of each scheduler, see ``LSARuntime.status``; the first one's at the top level."""
+        states = await http_server._global_state.tokenizer_manager.get_internal_state()
+        return states[0]["lsa"]
+
+    http_server.app.include_router(router)

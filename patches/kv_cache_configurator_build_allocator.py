@@ -1,0 +1,27 @@
+"""Slots come from the allocator of virtual pages, which is born with its pager."""
+
+from __future__ import annotations
+
+from sglang_lsa.patches.hook import Hook
+
+
+def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
+    from sglang_lsa.config import PAGE_SIZE
+    from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
+    from sglang_lsa.radix_ext.pager import Pager
+
+    pool = token_to_kv_pool
+    pager = Pager(pool.k_buffer, pool.v_buffer, sizes.max_total_num_tokens // PAGE_SIZE, PAGE_SIZE)
+    size = pager.ledger.virtual_pages * PAGE_SIZE
+    return VirtualPageAllocator(size, PAGE_SIZE, self.kv_cache_dtype, self.device, pool, pager)
+
+
+HOOK = Hook(
+    target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
+    kind="around",
+    function=build_allocator,
+    parameters=("self", "sizes", "token_to_kv_pool"),
+    why="The ledger must know every page that is handed out and taken back.",
+    until="SGLang has a registry of allocators.",
+    test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+)

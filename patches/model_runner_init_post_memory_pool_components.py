@@ -1,0 +1,28 @@
+"""The runtime is created once the pools exist, before attention backends and graphs."""
+
+from __future__ import annotations
+
+from sglang_lsa.patches.hook import Hook
+
+
+def create_runtime(result, self):
+    from sglang_lsa.runtime import LSARuntime
+
+    self.lsa = LSARuntime(
+        self.server_args.lsa_config,
+        self.token_to_kv_pool_allocator.pager,
+        self.req_to_token_pool.req_to_token,
+        q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
+        softmax_scale=self.model_config.head_dim**-0.5,
+    )
+
+
+HOOK = Hook(
+    target="sglang.srt.model_executor.model_runner.ModelRunner._init_post_memory_pool_components",
+    kind="after",
+    function=create_runtime,
+    parameters=("self",),
+    why="Attention backend, radix tree and scheduler hooks all find the runtime on the model runner.",
+    until="SGLang calls plugins when its pools are ready.",
+    test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+)

@@ -1,0 +1,64 @@
+"""All hooks, and their installation: all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang_lsa.patches import (
+    forward_batch_init_new,
+    kv_cache_configurator_build_allocator,
+    kv_cache_configurator_build_mha_kv_pool,
+    kv_cache_configurator_config_from_budget,
+    model_runner_init_post_memory_pool_components,
+    prefill_adder_add_one_req,
+    schedule_batch_check_decode_mem,
+    scheduler_get_internal_state,
+    scheduler_init_req_max_new_tokens,
+    scheduler_run_batch,
+    server_args_add_cli_args,
+    server_args_from_cli_args,
+    server_args_init,
+    tokenizer_manager_validate_one_request,
+)
+from sglang_lsa.patches.hook import Hook, IncompatibleSGLang, check_version
+
+INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_args.HOOK, server_args_init.HOOK)
+"""What lets a configuration in; changes nothing for a server that has none."""
+
+SERVING: tuple[Hook, ...] = (
+    kv_cache_configurator_config_from_budget.HOOK,
+    kv_cache_configurator_build_mha_kv_pool.HOOK,
+    kv_cache_configurator_build_allocator.HOOK,
+    model_runner_init_post_memory_pool_components.HOOK,
+    forward_batch_init_new.HOOK,
+    scheduler_run_batch.HOOK,
+    scheduler_init_req_max_new_tokens.HOOK,
+    scheduler_get_internal_state.HOOK,
+    prefill_adder_add_one_req.HOOK,
+    schedule_batch_check_decode_mem.HOOK,
+    tokenizer_manager_validate_one_request.HOOK,
+)
+
+
+def install(hooks: Sequence[Hook]) -> None:
+    """Check every target, then wrap them all. Hooks that are in place already are skipped.
+
+    Raises:
+        IncompatibleSGLang: SGLang is another version, a target changed, or SGLang could not wrap one (it only logs
+            that). In the first two cases nothing was wrapped.
+    """
+    import sglang
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    check_version(sglang.__version__)
+    missing = [hook for hook in hooks if hook.target not in HookRegistry._patched]
+    for hook in missing:
+        hook.check()
+    for hook in missing:
+        HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
+    HookRegistry.apply_hooks()
+    for hook in hooks:
+        if hook.target not in HookRegistry._patched:
+            raise IncompatibleSGLang(
+                f"SGLang could not wrap {hook.target}; its log says why. Serving without LSA is no option."
+            )

@@ -1,0 +1,76 @@
+"""VirtualPageAllocator: SGLang's paged allocator over virtual pages, reporting to the pager."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
+from sglang.srt.utils import get_num_new_pages
+
+from sglang_lsa.radix_ext.pager import Pager
+
+
+class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
+    """Allocates slots of *virtual* pages; ``available_size()`` counts those and nothing else.
+
+    The stock allocator launches Triton kernels, which do not run on a CPU; there, torch does the same.
+    """
+
+    free_pages: torch.Tensor
+
+    def __init__(self, size: int, page_size: int, dtype: torch.dtype, device: str, kvcache, pager: Pager):
+        self.pager = pager
+        super().__init__(size, page_size, dtype, device, kvcache, need_sort=False)
+
+    def alloc(self, need_size: int):
+        return self._track(lambda: super(VirtualPageAllocator, self).alloc(need_size))
+
+    def alloc_extend(
+        self, prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens, **options
+    ):
+        if self.device != "cpu":
+            arguments = (prefix_lens, prefix_lens_cpu, seq_lens, seq_lens_cpu, last_loc, extend_num_tokens)
+            return self._track(lambda: super(VirtualPageAllocator, self).alloc_extend(*arguments, **options))
+
+        def extend():
+            pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu)
+            if pages > len(self.free_pages):
+                return None
+            slots = torch.empty((extend_num_tokens,), dtype=torch.int64)
+            alloc_extend_naive(prefix_lens, seq_lens, last_loc, self.free_pages, slots, self.page_size, self.device)
+            self.free_pages = self.free_pages[pages:]
+            return slots
+
+        return self._track(extend)
+
+    def alloc_decode(self, seq_lens, seq_lens_cpu, last_loc):
+        if self.device != "cpu":
+            return self._track(lambda: super(VirtualPageAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc))
+
+        def decode():
+            opens_page = seq_lens % self.page_size == 1
+            pages = int(opens_page.sum())
+            if pages > len(self.free_pages):
+                return None
+            slots = last_loc.to(torch.int64) + 1
+            slots[opens_page] = self.free_pages[:pages] * self.page_size
+            self.free_pages = self.free_pages[pages:]
+            return slots
+
+        return self._track(decode)
+
+    def clear(self):
+        super().clear()
+        self.pager.reset()
+
+    def _release_page_ids(self, *page_ids: torch.Tensor):
+        self.pager.ledger.release(torch.cat(page_ids).cpu().numpy())
+        super()._release_page_ids(*page_ids)
+
+    def _track(self, allocate):
+        """Run ``allocate`` and record the pages that it took off the head of the free list."""
+        before = self.free_pages
+        slots = allocate()
+        taken = len(before) - len(self.free_pages)
+        if slots is not None and taken:
+            self.pager.ledger.allocate(before[:taken].cpu().numpy())
+        return slots

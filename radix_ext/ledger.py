@@ -1,0 +1,294 @@
+"""Ledger: where every KV page is, who needs it on the device, and when its device page may be reused.
+
+Pure bookkeeping in numpy: no tensors, no copies, no SGLang. Virtual page 0 is SGLang's padding page; it maps to
+physical page 0 for ever and belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Pages = np.ndarray
+"""Virtual or physical page ids, int64 ``[n]``."""
+
+
+class LedgerError(RuntimeError):
+    """An invariant of the ledger does not hold; always a bug, never a consequence of load."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What must happen before a set of pages can be read on the device.
+
+    ``recall`` pages have their only copy in the host mirror and must be copied in; ``fresh`` pages have no content
+    yet and are about to be written by a forward pass. Pairs of arrays ``(virtual, physical)``, each ``[n]``.
+    """
+
+    recall: tuple[Pages, Pages]
+    fresh: tuple[Pages, Pages]
+
+
+@dataclass
+class Ledger:
+    """Maps virtual pages to physical ones.
+
+    A page is *held* by every request that needs it on the device; held pages are never moved. A page held by nobody
+    stays where it is until its physical page is wanted, and can be given up only when its mirror copy is complete.
+    A physical page given up while a forward pass that may read it is in flight comes back when that pass is done.
+
+    Args:
+        virtual_pages: pages that SGLang's allocator hands out, ids 1 to ``virtual_pages``.
+        physical_pages: pages of the device pool, ids 1 to ``physical_pages``.
+    """
+
+    virtual_pages: int
+    physical_pages: int
+    recalls: int = 0
+    evictions: int = 0
+    v2p: np.ndarray = field(init=False)
+    p2v: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.physical_pages < 1 or self.virtual_pages < self.physical_pages:
+            raise ValueError(
+                f"{self.virtual_pages} virtual over {self.physical_pages} physical pages: "
+                "the host mirror must hold at least what the device pool holds, and that at least one page"
+            )
+        self.v2p = np.zeros(self.virtual_pages + 1, dtype=np.int64)
+        self.p2v = np.zeros(self.physical_pages + 1, dtype=np.int64)
+        self._started = 0
+        self._finished = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every page (SGLang flushed its cache). Nobody may hold one."""
+        if getattr(self, "_holders", None):
+            raise LedgerError(f"reset while {sorted(self._holders)} hold pages")
+        self.v2p[:] = 0
+        self.p2v[:] = 0
+        self._allocated = np.zeros(self.virtual_pages + 1, dtype=bool)
+        self._mirrored = np.zeros(self.virtual_pages + 1, dtype=bool)
+        self._pins = np.zeros(self.virtual_pages + 1, dtype=np.int32)
+        self._last_use = np.zeros(self.virtual_pages + 1, dtype=np.int64)
+        self._last_reader = np.zeros(self.virtual_pages + 1, dtype=np.int64)
+        self._holders: dict[str, set[int]] = {}
+        self._free = list(range(self.physical_pages, 0, -1))
+        self._limbo: list[tuple[int, int]] = []
+        self._clock = 0
+
+    # -- forward passes ------------------------------------------------------------------------------------------
+
+    def forward_started(self) -> int:
+        """A forward pass that may read any page now on the device begins; returns its number."""
+        self._started += 1
+        return self._started
+
+    def forward_finished(self, number: int) -> None:
+        """Forward passes up to ``number`` are done: physical pages given up meanwhile become usable."""
+        self._finished = max(self._finished, number)
+        self._free.extend(p for epoch, p in self._limbo if epoch <= self._finished)
+        self._limbo = [(epoch, p) for epoch, p in self._limbo if epoch > self._finished]
+
+    # -- virtual pages -------------------------------------------------------------------------------------------
+
+    def allocate(self, pages: Iterable[int]) -> None:
+        """SGLang's allocator handed these virtual pages out; they have no content yet."""
+        v = _ids(pages)
+        if self._allocated[v].any() or (v == 0).any():
+            raise LedgerError(f"allocated twice: {v[self._allocated[v] | (v == 0)].tolist()}")
+        self._allocated[v] = True
+        self._mirrored[v] = False
+        self._last_use[v] = 0
+        self._last_reader[v] = 0
+
+    def release(self, pages: Iterable[int]) -> None:
+        """SGLang's allocator took these virtual pages back; their content is gone."""
+        v = _ids(pages)
+        if not self._allocated[v].all():
+            raise LedgerError(f"released but not allocated: {v[~self._allocated[v]].tolist()}")
+        if self._pins[v].any():
+            raise LedgerError(f"released while held: {v[self._pins[v] > 0].tolist()}")
+        self._allocated[v] = False
+        self._mirrored[v] = False
+        for page in v[self.v2p[v] > 0].tolist():
+            self._unmap(page)
+
+    # -- residency -----------------------------------------------------------------------------------------------
+
+    def hold(self, holder: str, pages: Iterable[int]) -> Plan | None:
+        """Put ``pages`` on the device for ``holder``, in addition to what it holds already.
+
+        All or nothing: returns None, and changes nothing, when not enough device pages can be had.
+        """
+        v = np.unique(_ids(pages))
+        if not self._allocated[v].all():
+            raise LedgerError(f"held but not allocated: {v[~self._allocated[v]].tolist()}")
+        absent = v[self.v2p[v] == 0]
+        wanted = len(absent) - len(self._free)
+        victims = self._victims(wanted, keep=v) if wanted > 0 else v[:0]
+        if len(victims) < wanted:
+            return None
+        for page in victims.tolist():
+            self._free.append(self._detach(page))
+        self.evictions += len(victims)
+        for page in absent.tolist():
+            self._map(page, self._free.pop())
+        held = self._holders.setdefault(holder, set())
+        added = [page for page in v.tolist() if page not in held]
+        held.update(added)
+        self._pins[added] += 1
+        self._clock += 1
+        self._last_use[v] = self._clock
+        recall = absent[self._mirrored[absent]]
+        fresh = absent[~self._mirrored[absent]]
+        self.recalls += len(recall)
+        return Plan((recall, self.v2p[recall]), (fresh, self.v2p[fresh]))
+
+    def drop(self, holder: str, pages: Iterable[int] | None = None) -> None:
+        """``holder`` no longer needs ``pages`` (all of its pages, if None). Unknown holders and pages are ignored."""
+        held = self._holders.get(holder)
+        if held is None:
+            return
+        gone = sorted(held if pages is None else held.intersection(_ids(pages).tolist()))
+        held.difference_update(gone)
+        self._pins[gone] -= 1
+        self._last_reader[gone] = self._started
+        if not held:
+            del self._holders[holder]
+
+    def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> None:
+        """The same tokens now live in other virtual pages (the radix tree already had them): move holds across.
+
+        A device copy moves along when the new page has none, so nothing is recalled.
+        """
+        held = self._holders.get(holder, set())
+        for before, after in zip(_ids(old).tolist(), _ids(new).tolist(), strict=True):
+            if before == after:
+                continue
+            if self.v2p[before] and not self.v2p[after] and self._pins[before] == (before in held):
+                self._map(after, self._detach(before))
+                self._last_use[after], self._last_use[before] = self._last_use[before], 0
+                self._last_reader[after] = self._started
+            if before in held:
+                self.drop(holder, [before])
+                if self.hold(holder, [after]) is None:
+                    raise LedgerError(f"no device page for {after}, which replaces {before}")
+                held = self._holders[holder]
+
+    def mirrored(self, pages: Iterable[int]) -> None:
+        """The host mirror now holds the final content of these pages."""
+        v = _ids(pages)
+        if not (self._allocated[v].all() and (self.v2p[v] > 0).all()):
+            raise LedgerError(f"mirrored without a device copy: {v[self.v2p[v] == 0].tolist()}")
+        self._mirrored[v] = True
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def held_by(self, holder: str) -> frozenset[int]:
+        return frozenset(self._holders.get(holder, ()))
+
+    def holders(self) -> list[str]:
+        return sorted(self._holders)
+
+    def is_held(self, pages: Iterable[int]) -> np.ndarray:
+        return self._pins[_ids(pages)] > 0
+
+    def is_mirrored(self, pages: Iterable[int]) -> np.ndarray:
+        return self._mirrored[_ids(pages)]
+
+    @property
+    def held_pages(self) -> int:
+        """Device pages that some request needs; those of requests that share a prefix count once."""
+        return int((self._pins > 0).sum())
+
+    @property
+    def device_pages(self) -> int:
+        """Device pages with content, needed or not."""
+        return int((self.v2p[1:] > 0).sum())
+
+    @property
+    def host_pages(self) -> int:
+        return int(self._mirrored.sum())
+
+    @property
+    def allocated_pages(self) -> int:
+        return int(self._allocated.sum())
+
+    @property
+    def obtainable_pages(self) -> int:
+        """Device pages that are free, or would be after giving up pages that nobody holds."""
+        return len(self._free) + int(self._evictable().sum())
+
+    def check(self) -> None:
+        """Restate every invariant.
+
+        Raises:
+            LedgerError: naming the first that does not hold.
+        """
+        mapped = np.flatnonzero(self.v2p)
+        physical = self.v2p[mapped]
+        limbo = [p for _, p in self._limbo]
+        pins = np.zeros_like(self._pins)
+        for held in self._holders.values():
+            pins[list(held)] += 1
+        for holds, what in (
+            (self.v2p[0] == 0 and self.p2v[0] == 0, "the padding page is mapped"),
+            (len(np.unique(physical)) == len(physical), "two virtual pages share a physical page"),
+            ((self.p2v[physical] == mapped).all(), "v2p and p2v disagree"),
+            (int((self.p2v > 0).sum()) == len(mapped), "a physical page maps to a page that is not on the device"),
+            (self._allocated[mapped].all(), "a page on the device is not allocated"),
+            (not self._mirrored[~self._allocated].any(), "a page that is not allocated has a mirror copy"),
+            ((pins == self._pins).all(), "the hold counts are wrong"),
+            ((self.v2p[self._pins > 0] > 0).all(), "a held page is not on the device"),
+            (
+                (self._mirrored | (self.v2p > 0) | ~self._has_content())[self._allocated].all(),
+                "a page is nowhere",
+            ),
+            (
+                sorted([*self._free, *limbo, *physical.tolist()]) == list(range(1, self.physical_pages + 1)),
+                "a physical page was lost or counted twice",
+            ),
+            (all(self._holders.values()), "a holder without pages is remembered"),
+        ):
+            if not holds:
+                raise LedgerError(what)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _has_content(self) -> np.ndarray:
+        """Pages that were on the device at some time since their allocation."""
+        return self._last_use > 0
+
+    def _evictable(self) -> np.ndarray:
+        return (self.v2p > 0) & (self._pins == 0) & self._mirrored & (self._last_reader <= self._finished)
+
+    def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
+        """At most ``count`` evictable pages outside ``keep``, least recently used first."""
+        evictable = self._evictable()
+        evictable[keep] = False
+        candidates = np.flatnonzero(evictable)
+        return candidates[np.argsort(self._last_use[candidates], kind="stable")][:count]
+
+    def _map(self, v: int, p: int) -> None:
+        self.v2p[v] = p
+        self.p2v[p] = v
+
+    def _detach(self, v: int) -> int:
+        p = int(self.v2p[v])
+        self.v2p[v] = 0
+        self.p2v[p] = 0
+        return p
+
+    def _unmap(self, v: int) -> None:
+        p = self._detach(v)
+        if self._started == self._finished:
+            self._free.append(p)
+        else:
+            self._limbo.append((self._started, p))
+
+
+def _ids(pages: Iterable[int]) -> np.ndarray:
+    return np.asarray(pages if isinstance(pages, np.ndarray | list | tuple) else list(pages), dtype=np.int64)

@@ -1,0 +1,46 @@
+"""LSARadixCache: SGLang's radix tree over virtual pages, keeping only exact KV and telling the lookahead what moved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+from sglang_lsa.pages import align_up
+
+if TYPE_CHECKING:
+    from sglang_lsa.runtime import LSARuntime
+
+
+class LSARadixCache(RadixCache):
+    """Inserts prompts, and generated tokens only on request: their KV was computed under pruned attention."""
+
+    def __init__(self, params, runtime: LSARuntime):
+        self.lsa = runtime
+        super().__init__(params)
+
+    def cache_unfinished_req(self, req, chunked=False):
+        """Insert what has been prefilled; pages that the tree already has replace the request's own.
+
+        Holds move to the tree's pages first: SGLang frees the request's while it inserts.
+        """
+        if not self.disable:
+            tokens = req.get_fill_ids()
+            key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
+            known = super().match_prefix(MatchPrefixParams(key=key)).device_indices
+            self.lsa.pages_replaced(req, len(tokens), known)
+        super().cache_unfinished_req(req, chunked=chunked)
+
+    def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
+        """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
+        self.lsa.request_gone(req)
+        keep = kv_len_to_handle
+        if is_insert and not self.disable and not self.lsa.config.cache_outputs:
+            keep = min(keep, len(req.origin_input_ids))
+            # Pages after the one that holds the last prompt token carry generated tokens alone.
+            first_generated = align_up(keep)
+            if first_generated < kv_len_to_handle:
+                row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
+                self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
+        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)

@@ -1,0 +1,148 @@
+"""What LSA needs of SGLang's server arguments: defaults for what the user left open, refusals for what cannot work yet.
+
+Works on the arguments' attributes; imports no SGLang.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+
+logger = logging.getLogger(__name__)
+
+RADIX_CACHE_BACKEND = "lsa"
+CPU_BACKEND = "torch_native"
+MAX_RUNNING_REQUESTS = 256
+CPU_CHUNK = 2048
+
+STATE_SPACE_KEYS = (
+    "linear_num_key_heads",
+    "linear_attn_config",
+    "mamba_d_state",
+    "mamba_d_ssm",
+    "ssm_state_size",
+    "hybrid_override_pattern",
+)
+"""Keys of Hugging Face configurations of models whose layers do not all keep KV."""
+
+KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "fp16")
+
+REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    # (attribute, value that is fine, what to do)
+    ("speculative_algorithm", None, "remove --speculative-algorithm"),
+    ("disaggregation_mode", "null", "remove --disaggregation-mode: LSA needs no separate prefill servers"),
+    ("dcp_size", 1, "remove --dcp-size"),
+    ("attn_cp_size", 1, "remove --attn-cp-size"),
+    ("enable_prefill_cp", False, "remove --enable-prefill-cp"),
+    ("pp_size", 1, "use --pp-size 1"),
+    ("tp_size", 1, "use --tp-size 1"),
+    ("dp_size", 1, "use --dp-size 1 and several servers behind a router"),
+    ("nnodes", 1, "use one node"),
+    ("enable_hierarchical_cache", False, "remove --enable-hierarchical-cache: LSA has its own host mirror"),
+    ("enable_lmcache", False, "remove --enable-lmcache: LSA has its own host mirror"),
+    ("enable_flexkv", False, "remove --enable-flexkv: LSA has its own host mirror"),
+    ("enable_hisparse", False, "remove --enable-hisparse: LSA replaces it"),
+    ("enable_unified_memory", False, "remove --enable-unified-memory"),
+    ("enable_page_major_kv_layout", False, "remove --enable-page-major-kv-layout"),
+    ("enable_memory_saver", False, "remove --enable-memory-saver"),
+    ("enable_mixed_chunk", False, "remove --enable-mixed-chunk"),
+    ("enable_torch_compile", False, "remove --enable-torch-compile"),
+    ("enable_deterministic_inference", False, "remove --enable-deterministic-inference"),
+    ("enable_pdmux", False, "remove --enable-pdmux"),
+    ("enable_two_batch_overlap", False, "remove --enable-two-batch-overlap"),
+    ("enable_streaming_session", False, "remove --enable-streaming-session"),
+    ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
+    ("dllm_algorithm", None, "remove --dllm-algorithm"),
+    ("is_embedding", False, "serve embedding models without LSA"),
+    ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
+    ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
+)
+
+
+class Unsupported(ValueError):
+    """The server was asked for something that LSA cannot do; nothing was loaded."""
+
+
+def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> None:
+    """Fill in what the user left open, before SGLang resolves its arguments. What was given is not touched."""
+    defaults: dict[str, Any] = {
+        "page_size": PAGE_SIZE,
+        "radix_cache_backend": RADIX_CACHE_BACKEND,
+        "max_running_requests": MAX_RUNNING_REQUESTS,
+    }
+    if arguments.get("device") is None and not _cuda():
+        defaults["device"] = "cpu"
+    if (arguments.get("device") or defaults.get("device")) == "cpu":
+        defaults |= {
+            "attention_backend": CPU_BACKEND,
+            "sampling_backend": "pytorch",
+            "chunked_prefill_size": CPU_CHUNK,
+        }
+        arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
+    for name, value in defaults.items():
+        if arguments.get(name) is None:
+            arguments[name] = value
+
+
+def attach(server_args: Any, config: LSAConfig) -> Any:
+    """Put ``config`` on resolved server arguments, after checking that both can work together.
+
+    Raises:
+        Unsupported: naming everything that cannot, with the value seen and what to do.
+    """
+    problems = [
+        f"--{name.replace('_', '-')} {seen}: not supported with LSA yet: {fix}"
+        for name, fine, fix in REFUSED_FLAGS
+        if (seen := getattr(server_args, name, fine)) != fine
+    ]
+    if server_args.kv_cache_dtype not in KV_DTYPES:
+        problems.append(
+            f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
+            f"use one of {', '.join(KV_DTYPES)}"
+        )
+    if server_args.device != "cpu":
+        problems.append(f"--device {server_args.device}: not supported with LSA yet: use --device cpu")
+    elif server_args.attention_backend != CPU_BACKEND:
+        problems.append(
+            f"--attention-backend {server_args.attention_backend}: not supported with LSA on a CPU: use {CPU_BACKEND}"
+        )
+    problems += model_problems(server_args.get_model_config(), config)
+    if problems:
+        raise Unsupported("LSA cannot start:\n  " + "\n  ".join(problems))
+    object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
+    return server_args
+
+
+def model_problems(model: Any, config: LSAConfig) -> list[str]:
+    """What about the model cannot work, one line each. ``model`` is SGLang's ModelConfig."""
+    problems = []
+    name = model.model_path
+    if model.is_hybrid_swa or model.sliding_window_size is not None:
+        problems.append(f"{name} has sliding-window attention: not supported with LSA yet: use a dense model")
+    if getattr(model.attention_arch, "name", "MHA") != "MHA":
+        problems.append(
+            f"{name} has {model.attention_arch.name} attention: not supported with LSA yet: use an MHA/GQA model"
+        )
+    text = model.hf_text_config
+    if any(getattr(text, key, None) for key in STATE_SPACE_KEYS):
+        problems.append(
+            f"{name} has state-space or linear-attention layers: not supported with LSA yet: use a dense model"
+        )
+    if not model.is_generation:
+        problems.append(f"{name} does not generate text: serve it without LSA")
+    if config.indexer:
+        try:
+            read_checkpoint_config(config.indexer).require_model(text.hidden_size, text.num_hidden_layers)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

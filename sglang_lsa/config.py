@@ -1,0 +1,252 @@
+"""Configuration: one frozen dataclass; flags, JSON file, README table and per-request override come from its fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+POLICIES = ("indexer", "quest", "recency", "random", "full")
+PAGE_SIZE = 64
+"""Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
+
+
+def _option(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
+
+
+@dataclass(frozen=True)
+class LSAConfig:
+    """What LSA does on one server. Every field is the flag ``--lsa-<name>`` and a key of the ``--lsa-config`` file.
+
+    Raises:
+        ValueError: a value is impossible; the message says which, what was seen and what is allowed.
+    """
+
+    policy: str | None = _option(
+        None,
+        "How pages are chosen: a trained memory indexer, Quest's bounds on keys (training-free), the most recent "
+        "pages, random pages, or all of them. Default: indexer when --lsa-indexer is given, else quest.",
+        choices=POLICIES,
+    )
+    budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
+    min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
+    window: int = _option(64, "Decode steps during which a resident set stays fixed.")
+    sink_pages: int = _option(1, "First pages of a request that always stay.")
+    recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
+    threshold: float = _option(0.0, "Pages scoring at or below this are left out even when the budget has room.")
+    min_context: int = _option(4096, "Requests with fewer tokens than this read all their pages.")
+    query_tokens: int = _option(32, "Recent positions whose queries vote for pages; the best vote of any counts.")
+    observe_layers: tuple[int, ...] | None = _option(
+        None, "Decoder layers whose queries and keys are observed, comma separated. Default: four, evenly spread."
+    )
+    indexer: str | None = _option(None, "Folder of a trained memory indexer.", metavar="PATH")
+    device_tokens: int | None = _option(None, "Tokens of KV in the device pool.")
+    device_memory_gb: float | None = _option(None, "Device KV pool in GB, instead of --lsa-device-tokens.")
+    host_memory_gb: float | None = _option(None, "Host mirror in GB; it decides how many tokens can be cached.")
+    cache_outputs: bool = _option(
+        False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
+    )
+    debug: bool = _option(False, "Check the page ledger after every batch (slow).")
+
+    def __post_init__(self) -> None:
+        if self.observe_layers is not None:
+            object.__setattr__(self, "observe_layers", tuple(int(layer) for layer in self.observe_layers))
+        if self.policy is None:
+            object.__setattr__(self, "policy", "indexer" if self.indexer else "quest")
+        _require_choice("policy", self.policy, POLICIES)
+        _require_fraction("budget", self.budget)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{_flag(name)} {value} is too small: use {least} or more")
+        if self.device_tokens is not None and self.device_memory_gb is not None:
+            raise ValueError(
+                f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
+                "both size the device pool: give one of them"
+            )
+        if self.policy == "indexer" and not self.indexer:
+            raise ValueError("--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH, or use quest")
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:
+        """Build from a plain mapping (parsed JSON, keyword arguments). Unknown keys and wrong types are refused."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"{source}: unknown key {unknown[0]!r}: use one of {', '.join(fields)}")
+        return cls(**{name: _coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
+
+    @classmethod
+    def from_file(cls, path: str | pathlib.Path) -> LSAConfig:
+        """Read a JSON object whose keys are field names."""
+        return cls.from_mapping(read_json_object(path), str(path))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    def __reduce__(self):
+        # SGLang hands its server arguments to every child process as a pickle. Unpickling one of these is how a
+        # child learns, before it loads plugins, that LSA is on.
+        return _arrive, (dataclasses.asdict(self),)
+
+
+arrived_by_pickle: list[LSAConfig] = []
+"""Configurations that reached this process inside pickled server arguments."""
+
+
+def _arrive(values: dict[str, Any]) -> LSAConfig:
+    config = LSAConfig(**values)
+    arrived_by_pickle.append(config)
+    return config
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What one request asked for: ``custom_params={"lsa": {...}}``. Everything absent comes from the server."""
+
+    policy: str
+    budget: float
+    enabled: bool = True
+
+    @property
+    def dense(self) -> bool:
+        """Whether this request reads all of its pages, whatever its length."""
+        return not self.enabled or self.policy == "full" or self.budget >= 1.0
+
+    @classmethod
+    def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
+        """Read ``custom_params`` of a request.
+
+        Raises:
+            ValueError: unknown key, wrong type or impossible value; becomes HTTP 400.
+        """
+        asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
+        if asked is None:
+            return cls(str(config.policy), config.budget)
+        if not isinstance(asked, dict):
+            raise ValueError(f"custom_params.lsa is {asked!r}: use an object with enabled, budget or policy")
+        unknown = sorted(set(asked) - {"enabled", "budget", "policy"})
+        if unknown:
+            raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use enabled, budget or policy")
+        enabled = asked.get("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
+        budget = asked.get("budget", config.budget)
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
+        _require_fraction("custom_params.lsa.budget", budget)
+        policy = asked.get("policy", config.policy)
+        allowed = POLICIES if config.indexer else tuple(name for name in POLICIES if name != "indexer")
+        _require_choice("custom_params.lsa.policy", policy, allowed)
+        return cls(str(policy), float(budget), enabled)
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add one ``--lsa-*`` flag per configuration field, and ``--lsa-config``."""
+    group = parser.add_argument_group("Lookahead Sparse Attention (sglang-lsa)")
+    group.add_argument("--lsa-config", metavar="FILE.json", help="Read LSA options from a JSON file; flags win.")
+    for field in dataclasses.fields(LSAConfig):
+        options: dict[str, Any] = {"default": None, "help": field.metadata["help"]}
+        if str(field.type) == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _PARSERS[str(field.type).removesuffix(" | None")]
+            options["metavar"] = field.metadata["metavar"]
+            options["choices"] = field.metadata["choices"]
+            if field.default is not None:
+                options["help"] += f" Default: {field.default}."
+        group.add_argument(_flag(field.name), **options)
+
+
+def config_from_args(args: argparse.Namespace) -> LSAConfig | None:
+    """The configuration that the ``--lsa-*`` flags in ``args`` ask for; None when there is none of them."""
+    given = {
+        field.name: value
+        for field in dataclasses.fields(LSAConfig)
+        if (value := getattr(args, f"lsa_{field.name}", None)) is not None
+    }
+    path = getattr(args, "lsa_config", None)
+    if path is None and not given:
+        return None
+    return LSAConfig.from_mapping({**(read_json_object(path) if path else {}), **given}, str(path or "--lsa flags"))
+
+
+def config_from_argument(value: LSAConfig | dict[str, Any] | str | pathlib.Path | None) -> LSAConfig | None:
+    """The configuration given to ``sgl.Engine(lsa_config=...)``: an LSAConfig, a mapping, or the path of a file."""
+    if value is None or isinstance(value, LSAConfig):
+        return value
+    if isinstance(value, dict):
+        return LSAConfig.from_mapping(value, "lsa_config")
+    if isinstance(value, str | pathlib.Path):
+        return LSAConfig.from_file(value)
+    raise ValueError(f"lsa_config is {value!r}: use an LSAConfig, a mapping or the path of a JSON file")
+
+
+def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or holds something else.
+    """
+    try:
+        values = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"--lsa-config {path}: cannot be read ({error.strerror}): give an existing JSON file"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"--lsa-config {path}: not JSON ({error}): write an object like {{'budget': 0.1}}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--lsa-config {path}: holds a {type(values).__name__}: write a JSON object")
+    return values
+
+
+_LEAST: dict[str, float] = {
+    "min_pages": 1,
+    "window": 1,
+    "sink_pages": 0,
+    "recent_pages": 0,
+    "min_context": 0,
+    "query_tokens": 1,
+    "device_tokens": PAGE_SIZE * 4,
+    "device_memory_gb": 0,
+    "host_memory_gb": 0,
+}
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float, "tuple[int, ...]": _layers}
+
+
+def _flag(name: str) -> str:
+    return "--lsa-" + name.replace("_", "-")
+
+
+def _coerce(name: str, declared: str, value: Any, source: str) -> Any:
+    base = declared.removesuffix(" | None")
+    if value is None and declared.endswith("| None"):
+        return None
+    accepted: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    if base.startswith("tuple"):
+        if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
+            return tuple(value)
+    elif isinstance(value, accepted[base]) and (base == "bool" or not isinstance(value, bool)):
+        return float(value) if base == "float" else value
+    raise ValueError(f"{source}: {name} is {value!r}: use a value of type {base}")
+
+
+def _require_fraction(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} {value} is out of range: use a number in (0, 1]")
+
+
+def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")

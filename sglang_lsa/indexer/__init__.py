@@ -1,0 +1,1 @@
+"""The memory indexer: a small dual encoder of queries and pages."""

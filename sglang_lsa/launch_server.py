@@ -1,0 +1,43 @@
+"""SGLang's server with LSA on: ``python -m sglang_lsa.launch_server --model-path M [SGLang flags] [--lsa-* flags]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def with_defaults(argv: list[str]) -> list[str]:
+    """The arguments that switch LSA on, and name the embedded model when none is named."""
+    argv = list(argv)
+    if not any(argument.split("=")[0] in ("--model-path", "--model", "--config", "-h", "--help") for argument in argv):
+        from sglang_lsa.embedded_model import embedded_model_path
+
+        argv += ["--model-path", str(embedded_model_path()), "--served-model-name", "SmolLM2-135M-Instruct"]
+    if not any(argument.startswith("--lsa-") for argument in argv):
+        argv += ["--lsa-budget", "0.135"]
+    return argv
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.argv[1:] = with_defaults(sys.argv[1:] if argv is None else argv)
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from sglang_lsa.plugin import install
+
+    load_plugins()
+    install()  # does nothing when SGLang found the plugin; raises when it could not be installed
+    try:
+        server_args = prepare_server_args(sys.argv[1:])
+    except ValueError as error:
+        raise SystemExit(f"sglang-lsa: {error}") from error
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

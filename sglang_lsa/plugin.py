@@ -1,0 +1,81 @@
+"""Entry point of the SGLang plugin: installs the hooks in processes that serve with LSA, and nothing in others."""
+
+from __future__ import annotations
+
+import sys
+
+from sglang_lsa.config import arrived_by_pickle
+
+_installed = False
+
+
+def register() -> None:
+    """Called by SGLang in every process that loads plugins, before it reads its arguments.
+
+    SGLang logs and ignores plugins that fail, and would then serve without LSA; an exit is what it cannot ignore.
+    """
+    from sglang_lsa.patches.hook import IncompatibleSGLang
+    from sglang_lsa.patches.table import INTAKE
+    from sglang_lsa.patches.table import install as install_hooks
+
+    try:
+        if arrived_by_pickle or _asked_for(sys.argv):
+            install()
+        elif _is_a_library():
+            install_hooks(INTAKE)
+    except IncompatibleSGLang as error:
+        raise SystemExit(f"sglang-lsa: {error}") from error
+
+
+def install() -> None:
+    """Install everything that serving with LSA needs in this process; a second call does nothing.
+
+    Raises:
+        IncompatibleSGLang: see :func:`sglang_lsa.patches.table.install`.
+    """
+    global _installed
+    if _installed:
+        return
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+    from sglang_lsa.compatibility import CPU_BACKEND, RADIX_CACHE_BACKEND
+    from sglang_lsa.patches.table import INTAKE, SERVING
+    from sglang_lsa.patches.table import install as install_hooks
+    from sglang_lsa.stock_server import let_sglang_run_on_this_cpu
+
+    let_sglang_run_on_this_cpu()
+    install_hooks((*INTAKE, *SERVING))
+    register_attention_backend(CPU_BACKEND)(_attention_backend)
+    register_radix_cache_backend(RADIX_CACHE_BACKEND, _radix_cache)
+    if not arrived_by_pickle:  # the process that serves HTTP
+        from sglang_lsa.patches.http_routes import add_routes
+
+        add_routes()
+    _installed = True
+
+
+def _attention_backend(model_runner):
+    from sglang_lsa.attention import LSATorchBackend
+
+    return LSATorchBackend(model_runner)
+
+
+def _radix_cache(context):
+    from sglang_lsa.radix_ext.radix_cache import LSARadixCache
+
+    return LSARadixCache(context.params, context.tp_worker.model_runner.lsa)
+
+
+def _asked_for(argv: list[str]) -> bool:
+    return any(argument.startswith("--lsa-") for argument in argv)
+
+
+def _is_a_library() -> bool:
+    """Whether this process is neither SGLang's server command nor one of its children, so it may build an Engine."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    command = (main.name if main else "") + " " + " ".join(sys.argv[:1])
+    servers = ("sglang.launch_server", "sglang.cli", "sglang_lsa.stock_server")
+    server = any(name in command for name in servers) or command.endswith("/sglang")
+    child = sys.modules["__main__"].__name__ == "__mp_main__"
+    return not (server or child) or "--help" in sys.argv or "-h" in sys.argv

@@ -1,0 +1,57 @@
+"""select: which pages of a request stay on the device for the next window. Pure; knows neither SGLang nor a device."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def budget_pages(context_pages: int, budget: float, min_pages: int) -> int:
+    """Upper bound of a resident set, in pages, the growing last page included."""
+    return min(context_pages, max(min_pages, int(context_pages * budget)))
+
+
+def select(
+    scores: np.ndarray,
+    context_pages: int,
+    *,
+    budget: float,
+    min_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    threshold: float = float("-inf"),
+) -> np.ndarray:
+    """Choose the resident set.
+
+    Sink and recent pages always stay; the rest of the budget goes to the best scores above ``threshold``, ties to
+    the more recent page. The last, partly filled page belongs to every set and counts as a recent one.
+
+    Args:
+        scores: ``[complete_pages]``, higher is better. A page with NaN is taken as not worth keeping.
+        context_pages: pages of the request, a partly filled last one included: ``complete_pages`` or one more.
+        budget: fraction of ``context_pages`` in (0, 1].
+        min_pages: the bound is never below this many pages.
+        sink_pages: first pages that always stay; at most half of the set.
+        recent_pages: last pages that always stay; at most a quarter of the set, but always one.
+
+    Returns:
+        Sorted positions in ``[0, complete_pages)``, int64.
+
+    Raises:
+        ValueError: ``context_pages`` is neither the number of scores nor one more.
+    """
+    complete = len(scores)
+    if context_pages - complete not in (0, 1):
+        raise ValueError(f"{complete} scores for {context_pages} pages: score every complete page, and only those")
+    bound = budget_pages(context_pages, budget, min_pages)
+    if bound >= context_pages:
+        return np.arange(complete, dtype=np.int64)
+    recent = max(1, min(recent_pages, bound // 4))
+    sink = min(sink_pages, bound // 2)
+    keep = np.zeros(context_pages, dtype=bool)
+    keep[:sink] = True
+    keep[context_pages - recent :] = True
+    usable = np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-np.inf)
+    candidates = np.flatnonzero((usable > threshold) & np.isfinite(usable) & ~keep[:complete])
+    best_first = candidates[np.lexsort((-candidates, -usable[candidates]))]
+    keep[best_first[: bound - int(keep.sum())]] = True
+    return np.flatnonzero(keep[:complete])

@@ -1,0 +1,111 @@
+"""ServerProcess: a real server in a child process, for the demo, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+LSA = "sglang_lsa.launch_server"
+STOCK = "sglang_lsa.stock_server"
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not come up in time; the message holds the end of its log."""
+
+
+class ServerProcess:
+    """Starts ``python -m <module> <arguments>`` on a free port of this machine; a context manager.
+
+    Args:
+        module: :data:`LSA` or :data:`STOCK`.
+        arguments: flags of that server, without host and port.
+        log: file that takes everything the server prints.
+        environment: variables added to this process's own.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], log: pathlib.Path, environment: dict[str, str] | None = None
+    ):
+        self.module, self.log = module, log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **(environment or {})},
+            )
+
+    def wait_until_ready(self, seconds: float = 300) -> ServerProcess:
+        """Return once the server answers ``/health``.
+
+        Raises:
+            ServerFailed: it ended, or took longer than ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerFailed(f"{self.module} ended with status {self.process.returncode}:\n{self.log_tail()}")
+            try:
+                urllib.request.urlopen(self.url + "/health", timeout=5).close()
+                return self
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.2)
+        self.stop()
+        raise ServerFailed(f"{self.module} was not ready after {seconds:.0f} s:\n{self.log_tail()}")
+
+    def get(self, path: str) -> Any:
+        """JSON answer of a GET request."""
+        with urllib.request.urlopen(self.url + path, timeout=600) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 600) -> Any:
+        """JSON answer of a POST request."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End the server and everything it started."""
+        for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
