@@ -26,7 +26,7 @@ def bound_score(queries: torch.Tensor, bounds: torch.Tensor, scale: float) -> to
     """
     positions, layers, q_heads, head_dim = queries.shape
     pages, _, _, kv_heads, _ = bounds.shape
-    if q_heads % kv_heads or bounds.shape[1] != layers:
+    if q_heads % kv_heads or bounds.shape[1] != layers or bounds.shape[4] != head_dim:
         raise ValueError(f"queries {tuple(queries.shape)} do not fit key bounds {tuple(bounds.shape)}")
     if positions == 0 or pages == 0:
         return torch.zeros(pages, dtype=torch.float32, device=bounds.device)
@@ -36,3 +36,27 @@ def bound_score(queries: torch.Tensor, bounds: torch.Tensor, scale: float) -> to
     logits = torch.einsum("tlkgd,plkd->tlkgp", q.clamp(min=0), high)
     logits += torch.einsum("tlkgd,plkd->tlkgp", q.clamp(max=0), low)
     return (logits * scale).softmax(dim=-1).amax(dim=(0, 1, 2, 3))
+
+
+def page_score(queries: torch.Tensor, weights: torch.Tensor, page_keys: torch.Tensor) -> torch.Tensor:
+    """Logits of the memory indexer for one observed layer.
+
+    ``logit[p] = max over positions t and sub-keys s of sum_h weights[t, h] * relu(queries[t, h] . page_keys[p, s])``.
+
+    Args:
+        queries: ``[positions, heads, dim]`` from the query tower.
+        weights: ``[positions, heads]`` per-head weights from the same tower.
+        page_keys: ``[pages, sub_keys, dim]`` from the key tower.
+
+    Returns:
+        ``[pages]`` float32; all -inf when there are no positions.
+
+    Source: arXiv 2606.09079, section 3 (a chunk there has one key; here a page has several).
+    """
+    pages, _, dim = page_keys.shape
+    if queries.shape[-1] != dim:
+        raise ValueError(f"queries {tuple(queries.shape)} do not fit page keys {tuple(page_keys.shape)}")
+    if not pages or not len(queries):
+        return torch.full((pages,), float("-inf"), device=page_keys.device)
+    products = torch.einsum("thd,psd->tpsh", queries.float(), page_keys.float()).relu_()
+    return torch.einsum("tpsh,th->tps", products, weights.float()).amax(dim=(0, 2))

@@ -14,7 +14,7 @@ def add_routes() -> None:
 
     @router.get("/lsa/status")
     async def status() -> dict[str, Any]:
-        """Status of each scheduler, see ``LSARuntime.status``; the first one's at the top level."""
+        """Status of each scheduler, see ``sglang_lsa.status``; the first one's at the top level."""
         states = await http_server._global_state.tokenizer_manager.get_internal_state()
         return states[0]["lsa"]
 

@@ -6,14 +6,18 @@ from sglang_lsa.patches.hook import Hook
 
 
 def create_runtime(result, self):
+    from sglang_lsa.metrics import Metrics
     from sglang_lsa.runtime import LSARuntime
 
+    args = self.server_args
     self.lsa = LSARuntime(
-        self.server_args.lsa_config,
+        args.lsa_config,
         self.token_to_kv_pool_allocator.pager,
         self.req_to_token_pool.req_to_token,
         q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
         softmax_scale=self.model_config.head_dim**-0.5,
+        model=self.model,
+        metrics=Metrics({"model_name": args.served_model_name}) if args.enable_metrics else None,
     )
 
 

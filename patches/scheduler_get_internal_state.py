@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.status import status
 
 
 def add_status(result, self, recv_req):
-    result.internal_state["lsa"] = self.tp_worker.model_runner.lsa.status()
+    result.internal_state["lsa"] = status(self.tp_worker.model_runner.lsa)
     return result
 
 

@@ -40,25 +40,32 @@ SERVING: tuple[Hook, ...] = (
 )
 
 
+_wrapped: set[str] = set()
+
+
 def install(hooks: Sequence[Hook]) -> None:
     """Check every target, then wrap them all. Hooks that are in place already are skipped.
 
+    Each is wrapped around whatever is there, by the function that SGLang's own ``apply_hooks`` uses. That one wraps a
+    target only once, so that of two plugins with a hook on the same target the second would be lost; and it only logs
+    what goes wrong.
+
     Raises:
-        IncompatibleSGLang: SGLang is another version, a target changed, or SGLang could not wrap one (it only logs
-            that). In the first two cases nothing was wrapped.
+        IncompatibleSGLang: SGLang is another version, a target changed, or one could not be wrapped. In the first two
+            cases nothing was wrapped.
     """
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     check_version(sglang.__version__)
-    missing = [hook for hook in hooks if hook.target not in HookRegistry._patched]
+    missing = [hook for hook in hooks if hook.target not in _wrapped]
     for hook in missing:
         hook.check()
     for hook in missing:
-        HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
-    HookRegistry.apply_hooks()
-    for hook in hooks:
-        if hook.target not in HookRegistry._patched:
+        try:
+            HookRegistry._apply_target(hook.target, [(HookType(hook.kind), hook.function, None)])
+        except Exception as error:
             raise IncompatibleSGLang(
-                f"SGLang could not wrap {hook.target}; its log says why. Serving without LSA is no option."
-            )
+                f"{hook.target} could not be wrapped ({error!r}). Not serving rather than serving without LSA."
+            ) from error
+        _wrapped.add(hook.target)

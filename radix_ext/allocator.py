@@ -59,8 +59,8 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         return self._track(decode)
 
     def clear(self):
-        super().clear()
         self.pager.reset()
+        super().clear()
 
     def _release_page_ids(self, *page_ids: torch.Tensor):
         self.pager.ledger.release(torch.cat(page_ids).cpu().numpy())

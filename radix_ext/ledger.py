@@ -67,6 +67,8 @@ class Ledger:
         """Forget every page (SGLang flushed its cache). Nobody may hold one."""
         if getattr(self, "_holders", None):
             raise LedgerError(f"reset while {sorted(self._holders)} hold pages")
+        if self._started != self._finished:
+            raise LedgerError(f"reset during forward pass {self._started}")
         self.v2p[:] = 0
         self.p2v[:] = 0
         self._allocated = np.zeros(self.virtual_pages + 1, dtype=bool)
@@ -88,6 +90,8 @@ class Ledger:
 
     def forward_finished(self, number: int) -> None:
         """Forward passes up to ``number`` are done: physical pages given up meanwhile become usable."""
+        if number > self._started:
+            raise LedgerError(f"forward pass {number} finished, {self._started} started")
         self._finished = max(self._finished, number)
         self._free.extend(p for epoch, p in self._limbo if epoch <= self._finished)
         self._limbo = [(epoch, p) for epoch, p in self._limbo if epoch > self._finished]
@@ -96,9 +100,9 @@ class Ledger:
 
     def allocate(self, pages: Iterable[int]) -> None:
         """SGLang's allocator handed these virtual pages out; they have no content yet."""
-        v = _ids(pages)
-        if self._allocated[v].any() or (v == 0).any():
-            raise LedgerError(f"allocated twice: {v[self._allocated[v] | (v == 0)].tolist()}")
+        v = _distinct(pages, "allocated twice")
+        if self._allocated[v].any():
+            raise LedgerError(f"allocated twice: {v[self._allocated[v]].tolist()}")
         self._allocated[v] = True
         self._mirrored[v] = False
         self._last_use[v] = 0
@@ -106,7 +110,7 @@ class Ledger:
 
     def release(self, pages: Iterable[int]) -> None:
         """SGLang's allocator took these virtual pages back; their content is gone."""
-        v = _ids(pages)
+        v = _distinct(pages, "released but not allocated")
         if not self._allocated[v].all():
             raise LedgerError(f"released but not allocated: {v[~self._allocated[v]].tolist()}")
         if self._pins[v].any():
@@ -136,7 +140,7 @@ class Ledger:
         self.evictions += len(victims)
         for page in absent.tolist():
             self._map(page, self._free.pop())
-        held = self._holders.setdefault(holder, set())
+        held = self._holders.setdefault(holder, set()) if len(v) else set()
         added = [page for page in v.tolist() if page not in held]
         held.update(added)
         self._pins[added] += 1
@@ -173,9 +177,10 @@ class Ledger:
                 self._last_use[after], self._last_use[before] = self._last_use[before], 0
                 self._last_reader[after] = self._started
             if before in held:
+                if not self.v2p[after]:
+                    raise LedgerError(f"{after} replaces {before} but is not on the device")
                 self.drop(holder, [before])
-                if self.hold(holder, [after]) is None:
-                    raise LedgerError(f"no device page for {after}, which replaces {before}")
+                self.hold(holder, [after])
                 held = self._holders[holder]
 
     def mirrored(self, pages: Iterable[int]) -> None:
@@ -288,6 +293,14 @@ class Ledger:
             self._free.append(p)
         else:
             self._limbo.append((self._started, p))
+
+
+def _distinct(pages: Iterable[int], complaint: str) -> np.ndarray:
+    """Page ids, each a page that can be handed out, and named once."""
+    v = _ids(pages)
+    if len(np.unique(v)) < len(v) or (v < 1).any():
+        raise LedgerError(f"{complaint}: {v.tolist()}")
+    return v
 
 
 def _ids(pages: Iterable[int]) -> np.ndarray:

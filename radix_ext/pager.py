@@ -45,6 +45,16 @@ class Pager:
             pages_from_host(self.keys, self.values, physical, self.mirror.pages, virtual)
         return True
 
+    def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
+        """Like :meth:`hold`, but never takes pages promised to prompts, nor the last ``spare`` ones.
+
+        For what can wait: a resident set that is not brought in costs a window, a page to write to costs a request.
+        """
+        wanted = int((~self.ledger.is_held(pages)).sum())
+        if wanted and wanted + spare > self.unpromised_pages:
+            return False
+        return self.hold(holder, pages)
+
     def store(self, pages: np.ndarray) -> None:
         """Copy complete pages to the host mirror; from here on their device copies may be given up."""
         if not len(pages):
@@ -60,8 +70,9 @@ class Pager:
         self.reserved.pop(holder, None)
 
     def reset(self) -> None:
-        self.reserved.clear()
+        """Forget every page. Raises LedgerError, with nothing changed, while one is held or read."""
         self.ledger.reset()
+        self.reserved.clear()
 
     @property
     def unpromised_pages(self) -> int:

@@ -5,12 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_lsa.pages import align_up
 
 if TYPE_CHECKING:
     from sglang_lsa.runtime import LSARuntime
+
+
+def build_tree_cache(params, runtime: LSARuntime) -> LSARadixCache | LSAChunkCache:
+    """The radix tree, or with ``--disable-radix-cache`` what SGLang uses in its place."""
+    return (LSAChunkCache if params.disable else LSARadixCache)(params, runtime)
+
+
+class LSAChunkCache(ChunkCache):
+    """No prefix sharing: every request's pages go when it does."""
+
+    def __init__(self, params, runtime: LSARuntime):
+        self.lsa = runtime
+        super().__init__(params)
+
+    def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
+        self.lsa.request_gone(req)
+        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
 
 
 class LSARadixCache(RadixCache):
@@ -20,23 +38,29 @@ class LSARadixCache(RadixCache):
         self.lsa = runtime
         super().__init__(params)
 
+    def swa_reprefill_tail_tokens(self):
+        """How many of a prompt's last tokens SGLang prefills even on a full hit: their queries vote for pages.
+
+        SGLang asks this for models whose sliding window must be recomputed; the need is the same.
+        """
+        return self.lsa.config.query_tokens
+
     def cache_unfinished_req(self, req, chunked=False):
         """Insert what has been prefilled; pages that the tree already has replace the request's own.
 
         Holds move to the tree's pages first: SGLang frees the request's while it inserts.
         """
-        if not self.disable:
-            tokens = req.get_fill_ids()
-            key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
-            known = super().match_prefix(MatchPrefixParams(key=key)).device_indices
-            self.lsa.pages_replaced(req, len(tokens), known)
+        tokens = req.get_fill_ids()
+        key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
+        known = self.match_prefix(MatchPrefixParams(key=key)).device_indices
+        self.lsa.pages_replaced(req, len(tokens), known)
         super().cache_unfinished_req(req, chunked=chunked)
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
         self.lsa.request_gone(req)
         keep = kv_len_to_handle
-        if is_insert and not self.disable and not self.lsa.config.cache_outputs:
+        if is_insert and not self.lsa.config.cache_outputs:
             keep = min(keep, len(req.origin_input_ids))
             # Pages after the one that holds the last prompt token carry generated tokens alone.
             first_generated = align_up(keep)

@@ -11,6 +11,8 @@ from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.observe import observed_layers
+from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
     ("dllm_algorithm", None, "remove --dllm-algorithm"),
     ("is_embedding", False, "serve embedding models without LSA"),
+    ("tokenizer_worker_num", 1, "use --tokenizer-worker-num 1"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
 )
@@ -106,10 +109,19 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         )
     if server_args.device != "cpu":
         problems.append(f"--device {server_args.device}: not supported with LSA yet: use --device cpu")
-    elif server_args.attention_backend != CPU_BACKEND:
-        problems.append(
-            f"--attention-backend {server_args.attention_backend}: not supported with LSA on a CPU: use {CPU_BACKEND}"
-        )
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if (seen := getattr(server_args, name, None)) not in (None, CPU_BACKEND):
+            problems.append(
+                f"--{name.replace('_', '-')} {seen}: not supported with LSA on a CPU: "
+                f"use {CPU_BACKEND}, or leave it out"
+            )
+    if config.host_memory_gb is not None:
+        try:
+            require_host_memory(
+                int(config.host_memory_gb * GB), f"--lsa-host-memory-gb {config.host_memory_gb}", "lower it"
+            )
+        except ValueError as error:
+            problems.append(str(error))
     problems += model_problems(server_args.get_model_config(), config)
     if problems:
         raise Unsupported("LSA cannot start:\n  " + "\n  ".join(problems))
@@ -134,6 +146,10 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
         )
     if not model.is_generation:
         problems.append(f"{name} does not generate text: serve it without LSA")
+    try:
+        observed_layers(config, text.num_hidden_layers)
+    except ValueError as error:
+        problems.append(str(error))
     if config.indexer:
         try:
             read_checkpoint_config(config.indexer).require_model(text.hidden_size, text.num_hidden_layers)

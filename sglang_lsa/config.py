@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +60,12 @@ class LSAConfig:
             object.__setattr__(self, "policy", "indexer" if self.indexer else "quest")
         _require_choice("policy", self.policy, POLICIES)
         _require_fraction("budget", self.budget)
+        if math.isnan(self.threshold):
+            raise ValueError("--lsa-threshold nan is no number: use one")
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{_flag(name)} {value} is no size: use a finite number")
             if value is not None and value < least:
                 raise ValueError(f"{_flag(name)} {value} is too small: use {least} or more")
         if self.device_tokens is not None and self.device_memory_gb is not None:
@@ -160,6 +165,16 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
             if field.default is not None:
                 options["help"] += f" Default: {field.default}."
         group.add_argument(_flag(field.name), **options)
+
+
+def markdown_table() -> str:
+    """The table of flags in the README."""
+    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(LSAConfig):
+        default = "" if field.default is None else str(field.default)
+        values = f" One of {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
+        lines.append(f"| `{_flag(field.name)}` | {default} | {field.metadata['help']}{values} |")
+    return "\n".join(lines)
 
 
 def config_from_args(args: argparse.Namespace) -> LSAConfig | None:

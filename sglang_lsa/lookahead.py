@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from sglang_lsa.resident_table import ResidentTable
 from sglang_lsa.selection import select
 
 logger = logging.getLogger(__name__)
+
+
+LARGEST_SHARE = 0.5
+"""No resident set is predicted larger than this part of the device pool, whatever its budget."""
 
 
 class Lookahead:
@@ -43,25 +47,28 @@ class Lookahead:
 
         First windows have different lengths, so that requests do not all refresh in the same step.
         """
-        self.refresh(request)
+        self.refresh(request, spare=0)
         request.steps_left = self.config.window - request.seed % self.config.window
 
-    def end_step(self, requests: Iterable[Request]) -> None:
-        """A decode step is done: refresh the requests whose window ends with it."""
+    def end_step(self, requests: Sequence[Request]) -> None:
+        """A decode step is done: refresh the requests whose window ends with it.
+
+        A device page per running request is left for it to grow into.
+        """
         for request in requests:
             request.steps_left -= 1
             if request.steps_left <= 0:
-                self.refresh(request)
+                self.refresh(request, spare=len(requests))
                 request.steps_left = self.config.window
 
-    def refresh(self, request: Request) -> None:
+    def refresh(self, request: Request, spare: int) -> None:
         """Predict, bring in and switch to the resident set of the next window."""
         request.window += 1
         self.refreshes += 1
         pages = self.pages_of(request, request.tokens)
         positions, tail_start = self.choose(request, pages)
         needed = np.concatenate((pages[positions], pages[tail_start:]))
-        if not self.pager.hold(request.rid, needed):
+        if not self.pager.hold_if_spare(request.rid, needed, spare):
             request.stalls += 1
             self.stalls += 1
             return  # the old set stays for one more window
@@ -74,10 +81,11 @@ class Lookahead:
         if request.dense or request.tokens < self.config.min_context:
             return np.arange(0), 0
         scores = self.score(request, pages[:complete])
+        context = pages_spanned(request.tokens)
         positions = select(
             scores,
-            pages_spanned(request.tokens),
-            budget=request.budget,
+            context,
+            budget=min(request.budget, self.pager.ledger.physical_pages * LARGEST_SHARE / context),
             min_pages=self.config.min_pages,
             sink_pages=self.config.sink_pages,
             recent_pages=self.config.recent_pages,
@@ -88,7 +96,10 @@ class Lookahead:
     def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
         """Scores of the complete pages. A policy that fails costs this window its prediction, not the request."""
         try:
-            return self.policies[request.policy].score(request, pages)
+            scores = self.policies[request.policy].score(request, pages)
+            if len(scores) != len(pages):
+                raise ValueError(f"{len(scores)} scores for {len(pages)} pages")
+            return scores
         except Exception:
             self.fallbacks += 1
             logger.exception("LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.policy)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.kernels.page_keys import key_bounds
 
 
@@ -82,3 +82,16 @@ class PageKeys:
 def default_layers(layer_count: int) -> tuple[int, ...]:
     """Four layers, evenly spread over the deeper three quarters, where retrieval heads are found."""
     return tuple(sorted({layer_count * part // 16 for part in (5, 8, 11, 14)}))
+
+
+def observed_layers(config: LSAConfig, layer_count: int) -> Sequence[int]:
+    """Layers to observe.
+
+    Raises:
+        ValueError: a configured layer does not exist in this model.
+    """
+    layers = config.observe_layers or default_layers(layer_count)
+    wrong = [layer for layer in layers if not 0 <= layer < layer_count]
+    if wrong:
+        raise ValueError(f"--lsa-observe-layers names layer {wrong[0]}: the model has layers 0 to {layer_count - 1}")
+    return layers

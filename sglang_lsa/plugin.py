@@ -18,13 +18,13 @@ def register() -> None:
     from sglang_lsa.patches.table import INTAKE
     from sglang_lsa.patches.table import install as install_hooks
 
-    try:
-        if arrived_by_pickle or _asked_for(sys.argv):
+    if arrived_by_pickle or _asked_for(sys.argv):
+        try:
             install()
-        elif _is_a_library():
-            install_hooks(INTAKE)
-    except IncompatibleSGLang as error:
-        raise SystemExit(f"sglang-lsa: {error}") from error
+        except IncompatibleSGLang as error:
+            raise SystemExit(f"sglang-lsa: {error}") from error
+    elif _is_a_library():
+        install_hooks(INTAKE)  # if it fails, SGLang logs that; this program did not ask for LSA
 
 
 def install() -> None:
@@ -62,9 +62,9 @@ def _attention_backend(model_runner):
 
 
 def _radix_cache(context):
-    from sglang_lsa.radix_ext.radix_cache import LSARadixCache
+    from sglang_lsa.radix_ext.radix_cache import build_tree_cache
 
-    return LSARadixCache(context.params, context.tp_worker.model_runner.lsa)
+    return build_tree_cache(context.params, context.tp_worker.model_runner.lsa)
 
 
 def _asked_for(argv: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,6 +10,10 @@ import numpy as np
 
 from sglang_lsa.kernels.page_score import bound_score
 from sglang_lsa.observe import PageKeys, QueryObserver
+from sglang_lsa.pages import pages_spanned
+
+HISTORY_WINDOWS = 32
+"""Windows whose resident positions are remembered per request."""
 
 
 @dataclass
@@ -29,9 +34,13 @@ class Request:
     steps_left: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tail_start: int = 0
-    history: list[list[int]] = field(default_factory=list)
-    coverage: float | None = None
+    history: deque[list[int]] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
     stalls: int = 0
+
+    def residency(self) -> tuple[int, int]:
+        """Pages of the request, and how many of them its decode steps read."""
+        context = pages_spanned(self.tokens)
+        return context, len(self.positions) + context - self.tail_start
 
 
 class Policy(Protocol):

@@ -5,23 +5,34 @@ Imports no SGLang: requests and batches are read through the attributes named in
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.indexer.policy import HiddenObserver, Indexer
 from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.observe import PageKeys, QueryObserver, default_layers
+from sglang_lsa.metrics import Metrics
+from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Quest, Random, Recency, Request
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.selection import budget_pages
+from sglang_lsa.status import describe
 
+logger = logging.getLogger(__name__)
+
+HEALTH_CHECK = "HEALTH_CHECK"
+"""SGLang's prefix for the requests that it sends to itself."""
+METRICS_EVERY = 16
+"""Decode steps between two updates of the Prometheus metrics."""
 FINISHED_REMEMBERED = 64
 """Requests whose residency stays visible in the status after they finished."""
 
@@ -34,6 +45,8 @@ class LSARuntime:
         pager: over SGLang's device pool.
         req_to_token: ``[requests + 1, max_context]`` SGLang's table of virtual slots.
         q_heads, softmax_scale: of the model, for scoring.
+        model: SGLang's model, whose decoder layers an indexer observes.
+        metrics: Prometheus metrics to keep up to date.
     """
 
     def __init__(
@@ -43,6 +56,8 @@ class LSARuntime:
         req_to_token: torch.Tensor,
         q_heads: int,
         softmax_scale: float,
+        model: torch.nn.Module,
+        metrics: Metrics | None = None,
     ):
         self.config, self.pager, self.req_to_token = config, pager, req_to_token
         rows, context = req_to_token.shape
@@ -58,7 +73,19 @@ class LSARuntime:
             "random": Random(),
             "quest": Quest(self.observer, self.page_keys, softmax_scale),
         }
-        self.lookahead = Lookahead(config, pager, self.table, policies, self._pages_of)
+        self.indexer: Indexer | None = None
+        if config.indexer:
+            self.indexer = policies["indexer"] = load_indexer(config, pager, rows, model)
+        self.metrics = metrics
+        longest_dense = pager.ledger.physical_pages * PAGE_SIZE // 2
+        if config.min_context > longest_dense:
+            logger.warning(
+                "LSA: --lsa-min-context %d is more than half of the device pool; requests are pruned from %d tokens on",
+                config.min_context,
+                longest_dense,
+            )
+            config = dataclasses.replace(config, min_context=longest_dense)
+        self.lookahead = Lookahead(config, pager, self.table, policies, self.pages_of)
         self.requests: dict[str, Request] = {}
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
         self.radix_hit_tokens = 0
@@ -69,19 +96,17 @@ class LSARuntime:
     def validate(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived."""
         try:
-            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            RequestOptions.parse(req.sampling_params.custom_params, self.config)
         except ValueError as error:
             return str(error)
-        tokens, pool = len(req.origin_input_ids), self.pager.ledger.physical_pages
-        if pages_spanned(tokens) + 1 > pool:
+        tokens, room = len(req.origin_input_ids), (self.pager.ledger.physical_pages - 1) * PAGE_SIZE
+        if tokens >= room:
             return (
-                f"The prompt has {tokens} tokens, {pages_spanned(tokens)} pages of KV; the device pool holds "
-                f"{pool - 1} and one to grow ({(pool - 1) * PAGE_SIZE} tokens). Shorten the prompt, or start the "
-                "server with a larger --lsa-device-tokens."
+                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); the device pool takes prompts "
+                f"of fewer than {room}. Shorten the prompt, or start the server with a larger --lsa-device-tokens."
             )
-        if options.dense:
-            room = pool * PAGE_SIZE - tokens
-            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+        # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
+        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room - tokens)
         return None
 
     def can_prefill(self, req: Any, running: int) -> bool:
@@ -130,23 +155,31 @@ class LSARuntime:
         self.pager.ledger.forward_finished(number)
         requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
         if batch.forward_mode.is_extend():
+            start = 0
             for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
-                self._complete(request, pages_complete(prefix))
+                self._complete(request, pages_complete(prefix), start, prefix)
+                start += request.tokens - prefix
                 if req is not batch.chunked_req:
                     self.lookahead.begin(request)
         elif batch.forward_mode.is_decode():
             for request in requests:
                 if request.tokens % PAGE_SIZE == 0:
-                    self._complete(request, pages_complete(request.tokens) - 1)
+                    self._complete(request, pages_complete(request.tokens) - 1, None, 0)
             self.lookahead.end_step(requests)
         if self.config.debug:
-            self.pager.ledger.check()
+            self.check()
+        if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
+            self._update_metrics()
 
     # -- radix tree ----------------------------------------------------------------------------------------------
 
     def virtual_pages(self, req: Any, tokens: int) -> np.ndarray:
         """Virtual pages of a request's first ``tokens`` tokens, int64 ``[pages]``."""
         return self._pages(self.req_to_token[req.req_pool_idx, :tokens:PAGE_SIZE])
+
+    def pages_of(self, request: Request, tokens: int) -> np.ndarray:
+        """Like :meth:`virtual_pages`, for a request that the lookahead knows."""
+        return self._pages(self.req_to_token[request.row, :tokens:PAGE_SIZE])
 
     def pages_replaced(self, req: Any, tokens: int, known: torch.Tensor) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
@@ -170,50 +203,9 @@ class LSARuntime:
         """The request finished, was aborted or retracted; its KV is about to be released."""
         self.pager.forget(req.rid)
         request = self.requests.pop(req.rid, None)
-        if request is not None:
-            self.finished.append(self._describe(request) | {"history": request.history})
-
-    # -- status --------------------------------------------------------------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """Everything ``/lsa/status`` shows, as plain JSON values. Bytes are bytes, pages are pages."""
-        pager, ledger = self.pager, self.pager.ledger
-        overhead = {
-            "page_keys": self.page_keys.nbytes,
-            "queries": self.observer.nbytes,
-            "tables": self.table.nbytes + ledger.v2p.nbytes,
-        }
-        return {
-            "policy": self.config.policy,
-            "budget": self.config.budget,
-            "window": self.config.window,
-            "page_size": PAGE_SIZE,
-            "page_bytes": pager.page_bytes,
-            "virtual": {"pages": ledger.virtual_pages, "allocated": ledger.allocated_pages},
-            "physical": {
-                "pages": ledger.physical_pages,
-                "held": ledger.held_pages,
-                "cached": ledger.device_pages - ledger.held_pages,
-                "free": ledger.physical_pages - ledger.device_pages,
-                "promised": sum(pager.reserved.values()),
-                "kv_bytes": (ledger.physical_pages + 1) * pager.page_bytes,
-                "overhead_bytes": overhead,
-            },
-            "host": {
-                "pages": ledger.host_pages,
-                "bytes": ledger.host_pages * pager.page_bytes,
-                "mirror_bytes": pager.mirror.nbytes,
-            },
-            "recalls": {"pages": ledger.recalls, "bytes": ledger.recalls * pager.page_bytes},
-            "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
-            "evictions": ledger.evictions,
-            "refreshes": self.lookahead.refreshes,
-            "stalls": self.lookahead.stalls,
-            "fallbacks": self.lookahead.fallbacks,
-            "radix": {"hit_tokens": self.radix_hit_tokens, "prompt_tokens": self.prompt_tokens},
-            "requests": [self._describe(request) for request in self.requests.values()],
-            "finished": list(self.finished),
-        }
+        if request is not None and not request.rid.startswith(HEALTH_CHECK):
+            self.finished.append(describe(self, request) | {"history": list(request.history)})
+        self._update_metrics()
 
     def check(self) -> None:
         """Raise LedgerError if a page was lost, or if a request that is gone still holds one."""
@@ -245,43 +237,36 @@ class LSARuntime:
         # Until its first window is predicted a request reads all of its pages.
         self.table.remap(request.row, np.zeros(0, dtype=np.int64), 0)
 
-    def _complete(self, request: Request, first: int) -> None:
-        """Pages from position ``first`` on that are full now: mirror them and remember their keys."""
-        pages = self._pages_of(request, request.tokens)[first : pages_complete(request.tokens)]
-        self.page_keys.complete(pages, self.pager.ledger.v2p[pages])
-        self.pager.store(pages)
+    def _complete(self, request: Request, first: int, chunk_start: int | None, prefix: int) -> None:
+        """Pages from position ``first`` on that are full now: mirror them and remember their keys.
 
-    def _pages_of(self, request: Request, tokens: int) -> np.ndarray:
-        return self._pages(self.req_to_token[request.row, :tokens:PAGE_SIZE])
+        ``chunk_start`` is where the request's tokens begin in the prefill chunk just computed, None after decode;
+        ``prefix`` how many tokens it had before.
+        """
+        pages = self.pages_of(request, request.tokens)[first : pages_complete(request.tokens)]
+        self.page_keys.complete(pages, self.pager.ledger.v2p[pages])
+        if self.indexer is not None:
+            self.indexer.complete(request, pages, first, chunk_start, prefix)
+        self.pager.store(pages)
 
     @staticmethod
     def _pages(slots: torch.Tensor) -> np.ndarray:
         return (slots.cpu().numpy() // PAGE_SIZE).astype(np.int64)
 
-    def _describe(self, request: Request) -> dict[str, Any]:
-        context = pages_spanned(request.tokens)
-        dense = request.tail_start == 0
-        resident = context if dense else len(request.positions) + context - request.tail_start
-        return {
-            "rid": request.rid,
-            "context_tokens": request.tokens,
-            "context_pages": context,
-            "resident_pages": resident,
-            "budget_pages": context if dense else budget_pages(context, request.budget, self.config.min_pages),
-            "window": request.window,
-            "policy": "full" if dense else request.policy,
-            "stalls": request.stalls,
-        }
+    def _update_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.update(self)
 
 
-def observed_layers(config: LSAConfig, layer_count: int) -> Sequence[int]:
-    """Layers to observe.
+def load_indexer(config: LSAConfig, pager: Pager, rows: int, model: torch.nn.Module) -> Indexer:
+    """Load ``config.indexer`` and let it observe ``model``.
 
     Raises:
-        ValueError: a configured layer does not exist in this model.
+        ValueError: the checkpoint is broken, or the model's layers cannot be found.
     """
-    layers = config.observe_layers or default_layers(layer_count)
-    wrong = [layer for layer in layers if not 0 <= layer < layer_count]
-    if wrong:
-        raise ValueError(f"--lsa-observe-layers names layer {wrong[0]}: the model has layers 0 to {layer_count - 1}")
-    return layers
+    keys = pager.keys[0]
+    towers = MemoryIndexer.load(str(config.indexer)).to(keys.device)
+    shape = towers.config
+    observer = HiddenObserver(rows, config.query_tokens, shape.layers, shape.hidden_size, keys.dtype, keys.device)
+    observer.watch(model)
+    return Indexer(towers, observer, pager.ledger.virtual_pages)

@@ -26,7 +26,7 @@ def select(
     the more recent page. The last, partly filled page belongs to every set and counts as a recent one.
 
     Args:
-        scores: ``[complete_pages]``, higher is better. A page with NaN is taken as not worth keeping.
+        scores: ``[complete_pages]``, higher is better. NaN and -inf are not worth keeping.
         context_pages: pages of the request, a partly filled last one included: ``complete_pages`` or one more.
         budget: fraction of ``context_pages`` in (0, 1].
         min_pages: the bound is never below this many pages.
@@ -50,8 +50,9 @@ def select(
     keep = np.zeros(context_pages, dtype=bool)
     keep[:sink] = True
     keep[context_pages - recent :] = True
-    usable = np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-np.inf)
-    candidates = np.flatnonzero((usable > threshold) & np.isfinite(usable) & ~keep[:complete])
+    usable = np.array(scores, dtype=np.float64)
+    usable[np.isnan(usable)] = -np.inf
+    candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
     best_first = candidates[np.lexsort((-candidates, -usable[candidates]))]
     keep[best_first[: bound - int(keep.sum())]] = True
     return np.flatnonzero(keep[:complete])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
@@ -13,6 +14,11 @@ logger = logging.getLogger(__name__)
 
 HOST_SHARE = {"cpu": 0.2, "cuda": 0.6}
 """Part of the free host memory that the mirror takes unless told otherwise. On a CPU the model lives there, too."""
+
+
+def round_up_gb(bytes_: int) -> float:
+    """GB with two digits, never less than ``bytes_``."""
+    return math.ceil(bytes_ / GB * 100) / 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def plan_memory(
     elif config.device_memory_gb is not None:
         physical = int(config.device_memory_gb * GB) // token_bytes
     elif device == "cpu":  # SGLang would take nearly all memory; a quarter of the mirror, but one whole context
-        physical = max(virtual // 4, context_tokens + 2 * PAGE_SIZE)
+        physical = min(virtual, max(virtual // 4, context_tokens + 2 * PAGE_SIZE))
     else:
         physical = budgeted_tokens
     physical = min(physical, budgeted_tokens) // PAGE_SIZE * PAGE_SIZE
@@ -61,7 +67,7 @@ def plan_memory(
     if virtual < physical:
         raise ValueError(
             f"the host mirror would hold {virtual} tokens ({host_bytes / GB:.2f} GB), fewer than the device pool's "
-            f"{physical}: raise --lsa-host-memory-gb to {align_up(physical + PAGE_SIZE) * token_bytes / GB:.2f} or "
+            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb(align_up(physical + PAGE_SIZE) * token_bytes)} or "
             "more, or lower --lsa-device-tokens"
         )
     logger.info(

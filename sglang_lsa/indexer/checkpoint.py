@@ -52,5 +52,5 @@ def read_checkpoint_config(path: str | pathlib.Path) -> IndexerConfig:
         values = json.loads((folder / "config.json").read_text())
         known = {field.name for field in dataclasses.fields(IndexerConfig)}
         return IndexerConfig(**{**{k: v for k, v in values.items() if k in known}, "layers": tuple(values["layers"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--lsa-indexer {folder}: config.json is no indexer configuration ({error!r})") from None

@@ -1,0 +1,115 @@
+"""Documents for the demo: the same filler sentences over and over, and one fact hidden in each."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""Repeated as in the noise haystack of RULER (Hsieh et al., 2024)."""
+
+INSTRUCTION = (
+    "A special magic number is hidden in the text below. "
+    "Read it and remember the number, I will ask for it afterwards.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What one document hides, and where: ``depth`` is the fraction of the filler in front of it."""
+
+    word: str
+    number: str
+    depth: float
+    document_tokens: int
+
+    @property
+    def sentence(self) -> str:
+        return f"One of the special magic numbers for {self.word} is: {self.number}."
+
+
+# The deeper the fact, the longer the prefix that a document shares with the one before it, and need not prefill.
+FACTS = (
+    Fact("harbor", "7316452", 0.30, 6600),
+    Fact("violin", "4829163", 0.55, 7000),
+    Fact("lantern", "2958714", 0.80, 7400),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of about ``fact.document_tokens`` tokens that hides ``fact``."""
+
+    fact: Fact
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a document. The document comes first, so that questions about it share it as prefix."""
+
+    document: Document
+    wording: str
+
+    @cached_property
+    def text(self) -> str:
+        return self.wording.format(word=self.document.fact.word)
+
+    @cached_property
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{self.document.text}\n\n{self.text}"}]
+
+    def answered_by(self, answer: str) -> bool:
+        """Whether the hidden number is in ``answer``."""
+        return self.document.fact.number in answer
+
+
+def load_tokenizer(model: pathlib.Path) -> Any:
+    """The model's own tokenizer, with its chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def build_document(tokenizer: Any, fact: Fact) -> Document:
+    """Write the document of ``fact``; its length is within one round of filler of what was asked for.
+
+    Raises:
+        ValueError: the document is too short to hold instruction, fact and filler.
+    """
+    fixed = count_tokens(tokenizer, INSTRUCTION) + count_tokens(tokenizer, " " + fact.sentence)
+    rounds = (fact.document_tokens - fixed) // count_tokens(tokenizer, " " + FILLER)
+    if rounds < 1:
+        raise ValueError(f"document_tokens {fact.document_tokens} leaves no room for filler: use {fixed + 100} or more")
+    sentences = [FILLER] * rounds
+    sentences.insert(round(fact.depth * rounds), fact.sentence)
+    text = INSTRUCTION + " ".join(sentences)
+    return Document(fact, text, count_tokens(tokenizer, text))
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text)["input_ids"])
+
+
+def prompt_tokens(tokenizer: Any, question: Question) -> int:
+    """Tokens of the prompt as the server sees it, chat template included."""
+    return count_tokens(tokenizer, _prompt(tokenizer, question))
+
+
+def fact_pages(tokenizer: Any, question: Question) -> list[int]:
+    """Positions, in pages of the prompt, of the pages that hold the hidden fact."""
+    prompt = _prompt(tokenizer, question)
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    start = prompt.index(question.document.fact.sentence)
+    end = start + len(question.document.fact.sentence)
+    inside = [token for token, (first, last) in enumerate(encoded["offset_mapping"]) if last > start and first < end]
+    return sorted({token // PAGE_SIZE for token in inside})
+
+
+def _prompt(tokenizer: Any, question: Question) -> str:
+    return tokenizer.apply_chat_template(question.messages, tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,91 @@
+"""Asks one server in one way and keeps what client and server saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_lsa.demo.client import Answer, Request, ask_at_once, ask_in_sequence, nothing
+from sglang_lsa.demo.document import Question
+from sglang_lsa.demo.watch import StatusWatch, busiest, gained
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.server_process import ServerProcess
+
+SPEED_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Requests to the LSA server, asked in one way.
+
+    ``requests`` are their entries of ``/lsa/status``; ``server`` is what its counters gained.
+    """
+
+    name: str
+    answers: list[Answer]
+    requests: list[dict[str, Any]]
+    server: dict[str, int]
+    busiest: dict[str, int] | None
+    host_bytes: int
+    page_bytes: int
+    seconds: float
+
+    @property
+    def right(self) -> int:
+        return sum(answer.right for answer in self.answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Decode speed of one request whose prompt was cached, on a machine that did nothing else. Times in seconds."""
+
+    name: str
+    pages_read: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft: float
+    tpot: float
+    itl: float
+    text: str
+
+
+def measure_phase(
+    lsa: ServerProcess,
+    name: str,
+    requests: Sequence[Request],
+    *,
+    at_once: bool,
+    done: Callable[[], None] = nothing,
+) -> Phase:
+    """Ask ``requests`` at once or one after the other."""
+    ask = ask_at_once if at_once else ask_in_sequence
+    begun = time.perf_counter()
+    # Watching costs the scheduler time, and one request at a time shows nothing that its end does not.
+    with StatusWatch(lsa, 0.2 if at_once else None) as watch:
+        answers = ask(lsa.url, requests, done)
+        seconds = time.perf_counter() - begun
+    by_rid = {request["rid"]: request for request in watch.after["finished"]}
+    return Phase(
+        name=name,
+        answers=answers,
+        requests=[by_rid[answer.rid] for answer in answers],
+        server=gained(watch.before, watch.after),
+        busiest=busiest(watch.samples),
+        host_bytes=watch.after["host"]["bytes"],
+        page_bytes=watch.after["page_bytes"],
+        seconds=seconds,
+    )
+
+
+def measure_speed(server: ServerProcess, name: str, question: Question, lsa: dict[str, Any] | None = None) -> Speed:
+    """Time ``SPEED_TOKENS`` tokens; ``lsa`` as in :class:`Request`."""
+    [answer] = ask_in_sequence(server.url, [Request(question, lsa, SPEED_TOKENS, ignore_eos=True)])
+    pages = pages_spanned(answer.prompt_tokens + answer.completion_tokens)
+    if lsa is not None:
+        by_rid = {entry["rid"]: entry for entry in server.get("/lsa/status")["finished"]}
+        pages = by_rid[answer.rid]["resident_pages"]
+    seen = dataclasses.asdict(answer)
+    return Speed(name, pages, **{field: seen[field] for field in Speed.__dataclass_fields__ if field in seen})

@@ -1,0 +1,115 @@
+"""Draws which pages each request kept on the device, window by window."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_lsa.pages import pages_spanned
+
+NOT_RESIDENT, SINK, RECENT, CHOSEN, NOT_WRITTEN = range(5)
+NAMES = {
+    NOT_RESIDENT: "not resident (in the host mirror)",
+    SINK: "sink (always kept)",
+    RECENT: "recent (always kept)",
+    CHOSEN: "chosen by the policy",
+}
+COLOURS = {NOT_RESIDENT: "#e9edf1", SINK: "#54606b", RECENT: "#8fa3b5", CHOSEN: "#1f77d0", NOT_WRITTEN: "#ffffff"}
+FACT_COLOUR = "#d62728"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One request of the picture.
+
+    Args:
+        title: printed above it.
+        history: per window the resident positions below the tail, as in ``/lsa/status``.
+        context_tokens: tokens of the request when it ended.
+        sink_pages, recent_pages: how many of a resident set were not the policy's choice, tail included.
+        fact_pages: positions of the pages that hold the hidden fact.
+    """
+
+    title: str
+    history: Sequence[Sequence[int]]
+    context_tokens: int
+    sink_pages: int
+    recent_pages: int
+    fact_pages: Sequence[int]
+
+
+def residency_map(panel: Panel) -> np.ndarray:
+    """What each page was in each window: int8 ``[windows, context pages]`` of the codes above.
+
+    The tail, which every window reads, starts behind the last resident position and grows until the next window.
+    """
+    pages = pages_spanned(panel.context_tokens)
+    grid = np.full((len(panel.history), pages), NOT_RESIDENT, dtype=np.int8)
+    tails = [max(positions) + 1 if len(positions) else 0 for positions in panel.history]
+    for window, (positions, tail) in enumerate(zip(panel.history, tails, strict=True)):
+        if not tail:  # a dense window reads everything
+            grid[window] = CHOSEN
+            continue
+        grid[window, list(positions)] = CHOSEN
+        grid[window, : panel.sink_pages] = SINK
+        end = tails[window + 1] + 1 if window + 1 < len(tails) else pages
+        grid[window, tail - (panel.recent_pages - 1) : end] = RECENT
+        grid[window, end:] = NOT_WRITTEN
+    return grid
+
+
+def draw(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None:
+    """Write the residency maps of ``panels`` below each other as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = ListedColormap([COLOURS[code] for code in sorted(COLOURS)])
+    widest = max(pages_spanned(panel.context_tokens) for panel in panels)
+    heights = [max(2, len(panel.history)) for panel in panels]
+    figure, rows = pyplot.subplots(
+        len(panels),
+        1,
+        figsize=(12, 1.6 + sum(0.55 + 0.28 * height for height in heights)),
+        gridspec_kw={"height_ratios": heights},
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, panel in zip(rows[:, 0], panels, strict=True):
+        grid = residency_map(panel)
+        windows, pages = grid.shape
+        edges = np.arange(pages + 1), np.arange(windows + 1) - 0.5
+        axes.pcolormesh(*edges, grid, cmap=colours, vmin=0, vmax=len(COLOURS) - 1, edgecolor="white", linewidth=0.6)
+        axes.set_title(panel.title, loc="left", fontsize=10)
+        axes.set_ylabel("window")
+        axes.set_yticks(range(windows))
+        axes.set_ylim(windows - 0.5, -0.5)
+        axes.set_xlim(0, widest)
+        axes.spines[["top", "right"]].set_visible(False)
+        first, last = min(panel.fact_pages), max(panel.fact_pages) + 1
+        axes.plot(
+            [first, last, last, first, first],
+            [-0.5, -0.5, windows - 0.5, windows - 0.5, -0.5],
+            color=FACT_COLOUR,
+            linewidth=1.8,
+            clip_on=False,
+            zorder=3,
+        )
+    rows[-1, 0].set_xlabel("page position in the request (1 page = 64 tokens)")
+    legend = [
+        Patch(facecolor=COLOURS[code], edgecolor="#b8c0c8", label=NAMES[code])
+        for code in (CHOSEN, SINK, RECENT, NOT_RESIDENT)
+    ]
+    legend.append(Patch(facecolor="none", edgecolor=FACT_COLOUR, linewidth=1.8, label="page of the hidden fact"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=9, frameon=False)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,99 @@
+"""The indexer as a policy: observes hidden states, keeps page keys, scores pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.policies import Request
+
+
+class HiddenObserver:
+    """Hidden states of a few decoder layers: the whole last prefill chunk, and a ring of recent tokens per request.
+
+    The ring is ``[rows, positions, layers, hidden]``, at least one page long, so that a page that fills up during
+    decode can be read back from it.
+    """
+
+    def __init__(self, rows: int, positions: int, layers: tuple[int, ...], hidden: int, dtype, device):
+        self.layers = layers
+        self.positions = max(positions, PAGE_SIZE)
+        self.wanted = positions
+        self.ring = torch.zeros((rows, self.positions, len(layers), hidden), dtype=dtype, device=device)
+
+    def watch(self, model: nn.Module) -> None:
+        """Hook the decoder layers of an SGLang model, which return ``(hidden, residual)``.
+
+        Raises:
+            ValueError: the model has no ``model.layers`` list.
+        """
+        layers = getattr(getattr(model, "model", None), "layers", None)
+        if layers is None:
+            raise ValueError(f"{type(model).__name__} has no model.layers: the indexer cannot observe it; use quest")
+        for slot, layer in enumerate(self.layers):
+            layers[layer].register_forward_hook(self._hook(slot))
+
+    def _hook(self, slot: int):
+        def keep(module, inputs, output):
+            positions, _, batch = inputs[0], inputs[1], inputs[2]
+            hidden = output[0] + output[1]
+            counts = batch.extend_seq_lens if batch.extend_seq_lens is not None else torch.ones_like(batch.seq_lens)
+            rows = batch.req_pool_indices.repeat_interleave(counts.long())
+            age = torch.cat([torch.arange(int(n), 0, -1, device=hidden.device) for n in counts])
+            recent = age <= self.positions
+            self.ring[rows[recent], positions[recent].long() % self.positions, slot] = hidden[recent]
+            if slot == 0:
+                self.chunk = hidden.new_empty((len(hidden), len(self.layers), hidden.shape[1]))
+            self.chunk[:, slot] = hidden
+
+        return keep
+
+    def recent(self, request: Request) -> torch.Tensor:
+        """``[positions, layers, hidden]``, oldest first."""
+        first = max(request.first_observed, request.tokens - self.wanted)
+        return self.ring[request.row, torch.arange(first, request.tokens) % self.positions]
+
+    def pages(self, request: Request, first: int, count: int, chunk_start: int | None, prefix: int) -> torch.Tensor:
+        """Hidden states of complete pages, ``[count, page, layers, hidden]``.
+
+        Args:
+            first: position of the first page in the request.
+            chunk_start: where the request's tokens start in the last prefill chunk; None after a decode step.
+            prefix: tokens of the request before that chunk.
+        """
+        tokens = torch.arange(first * PAGE_SIZE, (first + count) * PAGE_SIZE)
+        if chunk_start is None:
+            found = self.ring[request.row, tokens % self.positions]
+        else:
+            found = self.chunk[chunk_start + tokens - prefix]
+        return found.view(count, PAGE_SIZE, *found.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.ring.numel() * self.ring.element_size()
+
+
+class Indexer:
+    """Policy: the trained memory indexer."""
+
+    def __init__(self, indexer: MemoryIndexer, observer: HiddenObserver, virtual_pages: int):
+        self.indexer, self.observer = indexer, observer
+        config = indexer.config
+        shape = (virtual_pages + 1, len(config.layers), config.sub_keys, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=observer.ring.device)
+
+    def complete(self, request: Request, pages: np.ndarray, first: int, chunk_start: int | None, prefix: int) -> None:
+        """Remember the keys of pages that have just been filled; arguments as in ``HiddenObserver.pages``."""
+        if len(pages):
+            hidden = self.observer.pages(request, first, len(pages), chunk_start, prefix)
+            self.keys[torch.from_numpy(pages)] = self.indexer.page_keys(hidden).to(self.keys.dtype)
+
+    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
+        return self.indexer.score(self.observer.recent(request), self.keys[torch.from_numpy(pages)]).cpu().numpy()
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.numel() * self.keys.element_size()

@@ -1,0 +1,80 @@
+"""Prometheus metrics of one scheduler process, beside SGLang's own on ``/metrics`` (``--enable-metrics``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sglang_lsa.runtime import LSARuntime
+
+GAUGES: dict[str, str] = {
+    "lsa_device_pages": "Pages of KV that the device pool holds at most",
+    "lsa_device_pages_held": "Device pages that some request needs, shared ones counted once",
+    "lsa_device_pages_cached": "Device pages with content that nobody needs now",
+    "lsa_host_pages": "Pages with a copy in the host mirror",
+    "lsa_host_bytes": "Bytes of those copies",
+    "lsa_context_pages": "Pages of all running requests, shared ones counted for each",
+    "lsa_resident_pages": "Pages that the running requests read in decode, shared ones counted for each",
+}
+COUNTERS: dict[str, str] = {
+    "lsa_recalled_pages": "Pages copied from host to device",
+    "lsa_recalled_bytes": "Bytes copied from host to device",
+    "lsa_stored_pages": "Pages copied from device to host",
+    "lsa_evicted_pages": "Device pages given up for others",
+    "lsa_refreshes": "Resident sets predicted",
+    "lsa_stalls": "Resident sets that could not be brought in; the old ones stayed",
+    "lsa_fallbacks": "Predictions that failed; the most recent pages stayed",
+    "lsa_prefix_hit_tokens": "Prompt tokens found in the radix tree",
+}
+PREFIX = "sglang:"
+
+
+class Metrics:
+    """Gauges and counters; created in the scheduler process, after SGLang chose Prometheus' multiprocess folder.
+
+    Args:
+        labels: put on every metric.
+    """
+
+    def __init__(self, labels: dict[str, str]):
+        from prometheus_client import Counter, Gauge
+
+        names = list(labels)
+        self.gauges = {
+            name: Gauge(PREFIX + name, text, names, multiprocess_mode="mostrecent").labels(**labels)
+            for name, text in GAUGES.items()
+        }
+        self.counters = {name: Counter(PREFIX + name, text, names).labels(**labels) for name, text in COUNTERS.items()}
+        self.counted: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+
+    def update(self, runtime: LSARuntime) -> None:
+        """Bring every metric up to date with ``runtime``."""
+        values = measure(runtime)
+        for name, gauge in self.gauges.items():
+            gauge.set(values[name])
+        for name, counter in self.counters.items():
+            counter.inc(values[name] - self.counted[name])
+            self.counted[name] = values[name]
+
+
+def measure(runtime: LSARuntime) -> dict[str, Any]:
+    """Values of all metrics now; counters as totals since the start."""
+    pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
+    sizes = [request.residency() for request in runtime.requests.values()]
+    return {
+        "lsa_device_pages": ledger.physical_pages,
+        "lsa_device_pages_held": ledger.held_pages,
+        "lsa_device_pages_cached": ledger.device_pages - ledger.held_pages,
+        "lsa_host_pages": ledger.host_pages,
+        "lsa_host_bytes": ledger.host_pages * pager.page_bytes,
+        "lsa_context_pages": sum(context for context, _ in sizes),
+        "lsa_resident_pages": sum(resident for _, resident in sizes),
+        "lsa_recalled_pages": ledger.recalls,
+        "lsa_recalled_bytes": ledger.recalls * pager.page_bytes,
+        "lsa_stored_pages": pager.stored_pages,
+        "lsa_evicted_pages": ledger.evictions,
+        "lsa_refreshes": lookahead.refreshes,
+        "lsa_stalls": lookahead.stalls,
+        "lsa_fallbacks": lookahead.fallbacks,
+        "lsa_prefix_hit_tokens": runtime.radix_hit_tokens,
+    }

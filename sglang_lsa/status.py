@@ -1,0 +1,85 @@
+"""What one scheduler process shows of itself: the body of ``/lsa/status`` and of ``internal_states[0]["lsa"]``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.policies import Request
+from sglang_lsa.selection import budget_pages
+
+if TYPE_CHECKING:
+    from sglang_lsa.runtime import LSARuntime
+
+
+def status(runtime: LSARuntime) -> dict[str, Any]:
+    """Plain JSON values; bytes are bytes, pages are pages of 64 tokens."""
+    pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
+    return {
+        "policy": runtime.config.policy,
+        "budget": runtime.config.budget,
+        "window": runtime.config.window,
+        "page_size": PAGE_SIZE,
+        "page_bytes": pager.page_bytes,
+        "virtual": {"pages": ledger.virtual_pages, "allocated": ledger.allocated_pages},
+        "physical": {
+            "pages": ledger.physical_pages,
+            "held": ledger.held_pages,
+            "cached": ledger.device_pages - ledger.held_pages,
+            "free": ledger.physical_pages - ledger.device_pages,
+            "promised": sum(pager.reserved.values()),
+            "kv_bytes": (ledger.physical_pages + 1) * pager.page_bytes,
+            "overhead_bytes": overhead_bytes(runtime),
+        },
+        "host": {
+            "pages": ledger.host_pages,
+            "bytes": ledger.host_pages * pager.page_bytes,
+            "mirror_bytes": pager.mirror.nbytes,
+        },
+        "recalls": {"pages": ledger.recalls, "bytes": ledger.recalls * pager.page_bytes},
+        "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
+        "evictions": ledger.evictions,
+        "refreshes": lookahead.refreshes,
+        "stalls": lookahead.stalls,
+        "fallbacks": lookahead.fallbacks,
+        "radix": {"hit_tokens": runtime.radix_hit_tokens, "prompt_tokens": runtime.prompt_tokens},
+        "requests": [
+            describe(runtime, request) | {"resident": resident_pages(runtime, request)}
+            for request in runtime.requests.values()
+        ],
+        "finished": list(runtime.finished),
+    }
+
+
+def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
+    """Device bytes that LSA needs beside KV pages, by purpose."""
+    overhead = {
+        "page_keys": runtime.page_keys.nbytes,
+        "queries": runtime.observer.nbytes,
+        "tables": runtime.table.nbytes + runtime.pager.ledger.v2p.nbytes,
+    }
+    if runtime.indexer is not None:
+        overhead["indexer"] = runtime.indexer.nbytes + runtime.indexer.observer.nbytes
+    return overhead
+
+
+def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
+    """One request, running or just finished."""
+    context, resident = request.residency()
+    dense = request.tail_start == 0
+    return {
+        "rid": request.rid,
+        "context_tokens": request.tokens,
+        "context_pages": context,
+        "resident_pages": resident,
+        "budget_pages": context if dense else budget_pages(context, request.budget, runtime.config.min_pages),
+        "window": request.window,
+        "policy": "full" if dense else request.policy,
+        "stalls": request.stalls,
+    }
+
+
+def resident_pages(runtime: LSARuntime, request: Request) -> list[int]:
+    """Virtual pages that a running request's decode steps read."""
+    pages = runtime.pages_of(request, request.tokens)
+    return [*pages[request.positions].tolist(), *pages[request.tail_start :].tolist()]

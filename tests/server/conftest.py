@@ -1,0 +1,50 @@
+"""Real servers, shared by the tests that need them: starting one takes most of a minute on two cores."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from serving import assert_idle
+
+from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.server_process import LSA, STOCK, ServerProcess
+
+DEVICE_TOKENS = 9600
+SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics"]
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    return str(embedded_model_path())
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def lsa(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """LSA with a device pool of 150 pages and a host mirror of five times that; checks its ledger after every batch."""
+    flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
+    flags += ["--lsa-host-memory-gb", "1.1", "--lsa-min-context", "1024", "--lsa-debug"]
+    with ServerProcess(LSA, flags, logs / "lsa.log") as server:
+        yield server.wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """SGLang as released, without any LSA flag, on the same model."""
+    flags = ["--model-path", model_path, *SERVED, "--max-total-tokens", "24000", "--chunked-prefill-size", "2048"]
+    with ServerProcess(STOCK, flags, logs / "stock.log") as server:
+        yield server.wait_until_ready()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test the idle LSA server holds no page for anybody."""
+    yield
+    if "lsa" in request.fixturenames:
+        assert_idle(request.getfixturevalue("lsa"))

@@ -1,0 +1,113 @@
+"""The other two ways in: ``sgl.Engine(lsa_config=...)``, and SGLang's own launcher with an LSA configuration file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import urllib.error
+
+import pytest
+import torch
+from prompts import needle, prose
+from safetensors.torch import save_file
+from serving import generate
+
+from sglang_lsa.server_process import ServerFailed, ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+ENGINE = """
+import json, sys
+import sglang as sgl
+if __name__ == "__main__":
+    model, indexer, prompt = sys.argv[1:]
+    config = {"indexer": indexer, "device_tokens": 6400, "host_memory_gb": 0.5, "min_context": 512, "debug": True}
+    engine = sgl.Engine(model_path=model, lsa_config=config, skip_server_warmup=True)
+    def ask(**lsa):
+        params = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True, "custom_params": {"lsa": lsa}}
+        return engine.generate(prompt, params)["text"]
+    answers = {"indexer": ask(), "full": ask(enabled=False), "quest": ask(policy="quest")}
+    state = engine.get_server_info()["internal_states"][0]["lsa"]
+    print("RESULT " + json.dumps({"answers": answers, "state": state}))
+    engine.shutdown()
+"""
+
+
+def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
+    """With a randomly initialised indexer: the whole path runs, and reading everything is not affected by it."""
+    indexer = random_indexer(tmp_path / "indexer", hidden_size=576, num_hidden_layers=30)
+    script = tmp_path / "engine.py"
+    script.write_text(textwrap.dedent(ENGINE))
+    prompt = needle(1800, 0.5, 6).prompt
+    done = subprocess.run(
+        [sys.executable, str(script), model_path, str(indexer), prompt],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    assert line, done.stderr[-3000:]
+    result = json.loads(line.removeprefix("RESULT "))
+    finished = [r for r in result["state"]["finished"] if r["context_pages"] > 20]
+    assert [r["policy"] for r in finished] == ["indexer", "full", "quest"]
+    assert finished[0]["resident_pages"] < finished[0]["context_pages"] == finished[1]["resident_pages"]
+    assert result["state"]["fallbacks"] == 0
+    assert needle(1800, 0.5, 6).answer in result["answers"]["full"]
+    assert finished[0]["history"] != finished[2]["history"]
+
+
+def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: pathlib.Path) -> None:
+    """Without the radix tree, in chunks: a pool of 40 pages serves a prompt of 36 and refuses one it can never take."""
+    config = tmp_path / "lsa.json"
+    config.write_text(json.dumps({"device_tokens": 2560, "host_memory_gb": 0.3, "debug": True, "min_context": 512}))
+    flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-config", str(config), "--lsa-budget", "0.25"]
+    flags += ["--disable-radix-cache", "--chunked-prefill-size", "1024"]
+    with ServerProcess("sglang.launch_server", flags, tmp_path / "server.log") as server:
+        server.wait_until_ready()
+        status = server.get("/lsa/status")
+        assert (status["budget"], status["physical"]["pages"]) == (0.25, 40)
+        answer = generate(server, prose(2200, 1), tokens=70)
+        assert answer["meta_info"]["completion_tokens"] == 70
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            generate(server, prose(2600, 2), tokens=4)
+        assert refused.value.code == 400
+        message = refused.value.read().decode()
+        assert "fewer than 2496" in message and "--lsa-device-tokens" in message
+        assert server.get("/lsa/status")["physical"]["held"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lsa-budget", "1.5"], "use a number in (0, 1]"),
+        (["--page-size", "16"], "use --page-size 64"),
+        (["--lsa-host-memory-gb", "100000"], "GB are free"),
+    ],
+    ids=["budget", "page_size", "host_memory"],
+)
+def test_refused_at_start(model_path: str, tmp_path: pathlib.Path, flags: list[str], words: str) -> None:
+    with ServerProcess(
+        "sglang_lsa.launch_server", ["--model-path", model_path, *flags], tmp_path / "refused.log"
+    ) as server:
+        with pytest.raises(ServerFailed) as failed:
+            server.wait_until_ready()
+        assert words in server.log.read_text() or words in str(failed.value)
+
+
+def random_indexer(folder: pathlib.Path, hidden_size: int, num_hidden_layers: int) -> pathlib.Path:
+    """A checkpoint with random weights, as ``sglang-lsa train`` would lay it out."""
+    from sglang_lsa.indexer.checkpoint import IndexerConfig
+    from sglang_lsa.indexer.model import MemoryIndexer
+
+    config = IndexerConfig(hidden_size, num_hidden_layers, layers=(10, 20), rank=16, heads=2, head_dim=32)
+    torch.manual_seed(0)
+    folder.mkdir()
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(MemoryIndexer(config).state_dict(), folder / "model.safetensors")
+    return folder

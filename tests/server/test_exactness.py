@@ -1,0 +1,39 @@
+"""Promise 2: reading every page gives the tokens of stock SGLang, greedy, however the request was scheduled."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from prompts import needle, prose
+from serving import Answer, complete, differs_at_a_tie
+
+from sglang_lsa.server_process import ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+NEW_TOKENS = 24
+
+
+def prompts() -> list[str]:
+    """32 prompts of 50 to 7,000 tokens; some share long prefixes, the longest take four prefill chunks."""
+    short = [prose(tokens, seed) for seed, tokens in enumerate(range(50, 850, 50))]
+    medium = [needle(tokens, 0.3, tokens).prompt for tokens in (1200, 1500, 1900, 2300)]
+    shared = [prose(900, 99) + f"\n\nQuestion {i}: " + prose(20 + 7 * i, 200 + i) for i in range(8)]
+    long = [needle(3400, 0.5, 1).prompt, needle(5000, 0.7, 2).prompt]
+    longest = [needle(6900, 0.4, 3).prompt, needle(6900, 0.8, 4).prompt]
+    return short + medium + shared + long + longest
+
+
+def complete_all(server: ServerProcess, custom_params: dict | None, parallel: int) -> list[Answer]:
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(lambda prompt: complete(server, prompt, NEW_TOKENS, custom_params), prompts()))
+
+
+def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess) -> None:
+    reference = complete_all(stock, None, parallel=4)
+    stock.stop()
+    for custom_params, parallel in (({"lsa": {"budget": 1.0}}, 4), ({"lsa": {"enabled": False}}, 1)):
+        answers = complete_all(lsa, custom_params, parallel)
+        ties = sum(differs_at_a_tie(*pair) for pair in zip(reference, answers, strict=True))
+        print(f"{custom_params}: {len(reference) - ties} of {len(reference)} equal, {ties} differ at a tie")
+        assert ties <= len(reference) // 4

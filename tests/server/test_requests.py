@@ -1,0 +1,135 @@
+"""One request: its options, its refusals, and what can be seen of it."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+from prompts import needle, prose
+
+from sglang_lsa.server_process import ServerProcess
+
+pytestmark = pytest.mark.server
+
+BAD_OPTIONS = {
+    "unknown_key": ({"buget": 0.3}, "use enabled, budget or policy"),
+    "not_an_object": (0.3, "use an object"),
+    "budget_zero": ({"budget": 0}, "(0, 1]"),
+    "budget_above_one": ({"budget": 1.5}, "(0, 1]"),
+    "budget_text": ({"budget": "small"}, "(0, 1]"),
+    "unknown_policy": ({"policy": "oracle"}, "quest, recency, random, full"),
+    "policy_without_checkpoint": ({"policy": "indexer"}, "quest, recency, random, full"),
+    "enabled_text": ({"enabled": "no"}, "true or false"),
+}
+
+
+@pytest.fixture(scope="module")
+def client(lsa: ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=lsa.url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_custom_params_are_refused(client: openai.OpenAI, options, words: str, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model="smollm2",
+            messages=[{"role": "user", "content": "Hello"}],
+            max_tokens=4,
+            stream=stream,
+            extra_body={"custom_params": {"lsa": options}},
+        )
+    assert refused.value.status_code == 400
+    assert words in str(refused.value)
+
+
+def test_bad_custom_params_are_refused_on_the_native_endpoint(lsa: ServerProcess) -> None:
+    body = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "custom_params": {"lsa": {"budget": 7}}}}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        lsa.post("/generate", body)
+    assert refused.value.code == 400
+
+
+def test_prompt_beyond_the_device_pool_is_refused(model_path: str, lsa: ServerProcess) -> None:
+    """150 device pages take no prompt that the model's 8K context allows but the pool does not: use one larger."""
+    physical = lsa.get("/lsa/status")["physical"]["pages"] * 64
+    assert physical > 8192, "on this server the model's context is the tighter bound"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        lsa.post("/generate", {"text": prose(9000, 1), "sampling_params": {"max_new_tokens": 4}})
+    assert refused.value.code == 400
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [({}, "quest"), ({"enabled": False}, "full"), ({"policy": "full"}, "full"), ({"policy": "recency"}, "recency")],
+    ids=["default", "disabled", "full", "recency"],
+)
+def test_options_choose_the_policy(client: openai.OpenAI, lsa: ServerProcess, options: dict, policy: str) -> None:
+    rid = f"policy-{policy}-{len(options)}"
+    client.chat.completions.create(
+        model="smollm2",
+        messages=needle(1500, 0.5, 3).messages(),
+        max_tokens=8,
+        temperature=0,
+        extra_body={"rid": rid, "custom_params": {"lsa": options}},
+    )
+    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}[rid]
+    assert seen["policy"] == policy
+    assert (seen["resident_pages"] == seen["context_pages"]) == (policy == "full")
+
+
+def test_short_requests_are_dense(client: openai.OpenAI, lsa: ServerProcess) -> None:
+    client.completions.create(model="smollm2", prompt=prose(500, 4), max_tokens=8, extra_body={"rid": "short"})
+    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["short"]
+    assert seen["policy"] == "full"
+
+
+def test_a_request_that_grows_long_is_pruned(lsa: ServerProcess) -> None:
+    """Below min_context (1,024) it reads everything; past it, and at its next window, no longer."""
+    lsa.post(
+        "/generate",
+        {
+            "text": prose(960, 8),
+            "rid": "growing",
+            "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
+        },
+    )
+    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["growing"]
+    assert seen["history"][0] == []
+    assert seen["policy"] == "quest"
+    assert seen["resident_pages"] < seen["context_pages"]
+
+
+def test_status_and_server_info(lsa: ServerProcess) -> None:
+    status = lsa.get("/lsa/status")
+    inside = lsa.get("/server_info")["internal_states"][0]["lsa"]
+    assert {k: type(v) for k, v in inside.items()} == {k: type(v) for k, v in status.items()}
+    for name in ("virtual", "physical", "host", "recalls", "stores", "radix", "requests", "finished", "evictions"):
+        assert name in status
+    assert status["physical"]["pages"] == 150
+    assert status["virtual"]["pages"] > 2 * status["physical"]["pages"]
+    assert status["host"]["mirror_bytes"] <= 1.1 * 2**30
+    json.dumps(status)
+
+
+def test_metrics(lsa: ServerProcess) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from sglang_lsa.metrics import COUNTERS, GAUGES
+
+    lsa.post("/generate", {"text": prose(300, 5), "sampling_params": {"max_new_tokens": 4}})
+    text = urllib.request.urlopen(lsa.url + "/metrics", timeout=60).read().decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    status = lsa.get("/lsa/status")
+    values = {}
+    for name in (*GAUGES, *COUNTERS):
+        (sample,) = families["sglang:" + name].samples
+        assert sample.labels["model_name"] == "smollm2"
+        values[name] = sample.value
+    assert values["lsa_device_pages"] == status["physical"]["pages"]
+    assert values["lsa_stored_pages"] == status["stores"]["pages"]
+    assert values["lsa_recalled_pages"] == status["recalls"]["pages"]
+    assert "sglang:num_running_reqs" in families, "SGLang's own metrics stay"

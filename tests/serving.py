@@ -1,0 +1,94 @@
+"""What the server tests say to a server."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+from sglang_lsa.server_process import ServerProcess
+
+
+def generate(server: ServerProcess, prompt: str, tokens: int = 24, rid: str | None = None, **lsa) -> dict:
+    body = {
+        "text": prompt,
+        "sampling_params": {
+            "temperature": 0,
+            "max_new_tokens": tokens,
+            "ignore_eos": True,
+            **({"custom_params": {"lsa": lsa}} if lsa else {}),
+        },
+        **({"rid": rid} if rid else {}),
+    }
+    return server.post("/generate", body)
+
+
+def flush(server: ServerProcess) -> None:
+    """Empty radix tree, allocator and ledger; the server must be idle."""
+    request = urllib.request.Request(server.url + "/flush_cache", method="POST")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 200
+    status = json.loads(urllib.request.urlopen(server.url + "/lsa/status", timeout=60).read())
+    assert status["virtual"]["allocated"] == 0
+    assert status["host"]["pages"] == 0
+    assert status["physical"]["held"] + status["physical"]["cached"] == 0
+
+
+def assert_idle(server: ServerProcess) -> None:
+    """The server is alive, serves nobody, and no device page is held or promised. Its ledger checked itself."""
+    status = wait_until_idle(server)
+    assert status["physical"]["held"] == 0
+    assert status["physical"]["promised"] == 0
+    assert server.process.poll() is None
+
+
+def wait_until_idle(server: ServerProcess, polls: int = 600) -> dict:
+    """Status once no request is running."""
+    for _ in range(polls):
+        status = server.get("/lsa/status")
+        if not status["requests"]:
+            return status
+    raise AssertionError(f"still running: {status['requests']}")
+
+
+Answer = list[tuple[int, dict[int, float]]]
+"""Greedy tokens, each with the log-probabilities of the best five candidates."""
+TIE = 1e-2
+"""Logit gap under which two tokens count as tied: bfloat16 sums may differ with the shape of a batch."""
+
+
+def complete(server: ServerProcess, prompt: str, tokens: int, custom_params: dict | None = None) -> Answer:
+    """Greedy answer of exactly ``tokens`` tokens."""
+    answer = server.post(
+        "/generate",
+        {
+            "text": prompt,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": tokens,
+                "ignore_eos": True,
+                **({"custom_params": custom_params} if custom_params else {}),
+            },
+            "return_logprob": True,
+            "top_logprobs_num": 5,
+        },
+    )
+    meta = answer["meta_info"]
+    tops = meta["output_top_logprobs"]
+    return [
+        (token, {other: value for value, other, _ in top})
+        for (_, token, _), top in zip(meta["output_token_logprobs"], tops, strict=True)
+    ]
+
+
+def differs_at_a_tie(expected: Answer, seen: Answer) -> bool:
+    """False when both answers have the same tokens; True when they part at a tie.
+
+    Raises:
+        AssertionError: they part where the first answer's own log-probabilities leave no doubt.
+    """
+    for at, ((token, chances), (other, _)) in enumerate(zip(expected, seen, strict=True)):
+        if token != other:
+            gap = chances[token] - chances.get(other, float("-inf"))
+            assert gap < TIE, f"token {at} is {other} instead of {token}, which is {gap:.4f} more likely"
+            return True
+    return False

@@ -1,0 +1,365 @@
+"""Configuration: flags, files, request options, refusals, and how a configuration reaches a child process."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import pathlib
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from sglang_lsa.config import (
+    POLICIES,
+    LSAConfig,
+    RequestOptions,
+    add_cli_args,
+    arrived_by_pickle,
+    config_from_args,
+    config_from_argument,
+)
+
+FIELDS = [field.name for field in dataclasses.fields(LSAConfig)]
+
+
+def parse(*flags: str) -> LSAConfig | None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_cli_args(parser)
+    return config_from_args(parser.parse_args(flags))
+
+
+def write(folder: pathlib.Path, text: str) -> str:
+    file = folder / "lsa.json"
+    file.write_text(text)
+    return str(file)
+
+
+# --- flags and files -------------------------------------------------------------------------------------------------
+
+
+FLAGS: dict[str, tuple[list[str], Any]] = {
+    "policy": (["recency"], "recency"),
+    "budget": (["0.25"], 0.25),
+    "min_pages": (["3"], 3),
+    "window": (["16"], 16),
+    "sink_pages": (["2"], 2),
+    "recent_pages": (["0"], 0),
+    "threshold": (["-0.5"], -0.5),
+    "min_context": (["0"], 0),
+    "query_tokens": (["7"], 7),
+    "observe_layers": (["3,5,8"], (3, 5, 8)),
+    "indexer": (["/models/indexer"], "/models/indexer"),
+    "device_tokens": (["4096"], 4096),
+    "device_memory_gb": (["1.5"], 1.5),
+    "host_memory_gb": (["8"], 8.0),
+    "cache_outputs": ([], True),
+    "debug": ([], True),
+}
+
+
+def test_every_field_has_a_flag_and_a_description() -> None:
+    assert sorted(FLAGS) == sorted(FIELDS)
+    assert all(len(field.metadata["help"]) > 20 for field in dataclasses.fields(LSAConfig))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_flag(name: str) -> None:
+    words, value = FLAGS[name]
+    config = parse("--lsa-" + name.replace("_", "-"), *words)
+    assert config is not None
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    others = {other: getattr(config, other) for other in FIELDS if other not in (name, "policy")}
+    assert others == {other: getattr(LSAConfig(), other) for other in others}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_key_of_the_file(name: str, tmp_path: pathlib.Path) -> None:
+    _, value = FLAGS[name]
+    config = parse("--lsa-config", write(tmp_path, json.dumps({name: value})))
+    assert config is not None
+    assert getattr(config, name) == value
+
+
+def test_a_switch_can_be_turned_off_again(tmp_path: pathlib.Path) -> None:
+    config = parse("--lsa-config", write(tmp_path, '{"debug": true}'), "--no-lsa-debug")
+    assert config is not None
+    assert config.debug is False
+
+
+def test_no_flag_no_configuration() -> None:
+    assert parse() is None
+    assert config_from_args(argparse.Namespace(model_path="m")) is None
+
+
+def test_help_tells_the_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    text = " ".join(parser.format_help().split())
+    assert "--lsa-budget" in text
+    assert "Default: 0.135." in text
+    assert "{indexer,quest,recency,random,full}" in text
+
+
+def test_defaults() -> None:
+    config = LSAConfig()
+    assert (config.policy, config.budget, config.window, config.query_tokens) == ("quest", 0.135, 64, 32)
+    assert (config.sink_pages, config.recent_pages, config.min_context) == (1, 4, 4096)
+    assert config.cache_outputs is False
+    assert LSAConfig.from_mapping({}) == config
+
+
+def test_an_indexer_is_used_when_it_is_given() -> None:
+    assert LSAConfig(indexer="folder").policy == "indexer"
+    assert LSAConfig(indexer="folder", policy="quest").policy == "quest"
+
+
+def test_flags_win_over_the_file(tmp_path: pathlib.Path) -> None:
+    file = write(tmp_path, '{"budget": 0.5, "window": 16, "debug": true}')
+    config = parse("--lsa-config", file, "--lsa-budget", "0.25")
+    assert config == LSAConfig(budget=0.25, window=16, debug=True)
+
+
+def test_a_bad_value_of_the_file_does_not_count_where_a_flag_wins(tmp_path: pathlib.Path) -> None:
+    config = parse("--lsa-config", write(tmp_path, '{"budget": 7}'), "--lsa-budget", "0.25")
+    assert config == LSAConfig(budget=0.25)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lsa-budget", "much"],
+        ["--lsa-window", "1.5"],
+        ["--lsa-observe-layers", "1,two"],
+        ["--lsa-policy", "best"],
+        ["--lsa-unknown", "1"],
+    ],
+)
+def test_the_parser_refuses(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_json_round_trip() -> None:
+    config = LSAConfig(policy="random", budget=0.25, observe_layers=(1, 2), device_tokens=4096, debug=True)
+    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
+    assert LSAConfig.from_mapping(json.loads(LSAConfig().to_json())) == LSAConfig()
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LSAConfig().budget = 0.5  # type: ignore[misc]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # (values, words: what, the value seen, what to do)
+    ({"budget": 0}, r"budget 0\.0 is out of range: use a number in \(0, 1\]"),
+    ({"budget": 1.5}, r"budget 1\.5 is out of range: use a number in \(0, 1\]"),
+    ({"budget": -0.1}, r"budget -0\.1 is out of range: use a number"),
+    ({"budget": float("nan")}, "budget nan is out of range: use a number"),
+    ({"budget": "0.5"}, "budget is '0.5': use a value of type float"),
+    ({"budget": True}, "budget is True: use a value of type float"),
+    ({"budget": None}, "budget is None: use a value of type float"),
+    ({"policy": "best"}, "policy is 'best': use one of indexer, quest, recency, random, full"),
+    ({"policy": 3}, "policy is 3: use a value of type str"),
+    ({"policy": "indexer"}, "--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH, or use quest"),
+    ({"window": 0}, "--lsa-window 0 is too small: use 1 or more"),
+    ({"window": 1.5}, r"window is 1\.5: use a value of type int"),
+    ({"window": True}, "window is True: use a value of type int"),
+    ({"min_pages": 0}, "--lsa-min-pages 0 is too small: use 1 or more"),
+    ({"sink_pages": -1}, "--lsa-sink-pages -1 is too small: use 0 or more"),
+    ({"recent_pages": -1}, "--lsa-recent-pages -1 is too small: use 0 or more"),
+    ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),
+    ({"query_tokens": 0}, "--lsa-query-tokens 0 is too small: use 1 or more"),
+    ({"device_tokens": 255}, "--lsa-device-tokens 255 is too small: use 256 or more"),
+    ({"device_memory_gb": -1}, r"--lsa-device-memory-gb -1\.0 is too small: use 0"),
+    ({"host_memory_gb": -1}, r"--lsa-host-memory-gb -1\.0 is too small: use 0"),
+    (
+        {"device_tokens": 4096, "device_memory_gb": 1},
+        r"--lsa-device-tokens 4096 and --lsa-device-memory-gb 1\.0 both size the device pool: give one of them",
+    ),
+    ({"observe_layers": "1,2"}, r"observe_layers is '1,2': use a value of type tuple\[int, \.\.\.\]"),
+    ({"observe_layers": [1.5]}, r"observe_layers is \[1\.5\]: use a value of type tuple"),
+    ({"debug": 1}, "debug is 1: use a value of type bool"),
+    ({"indexer": ["a"]}, r"indexer is \['a'\]: use a value of type str"),
+    ({"budgets": 0.5}, "unknown key 'budgets': use one of policy, budget, min_pages"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), REFUSED, ids=[str(values) for values, _ in REFUSED])
+def test_impossible_values_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LSAConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize("name", ["threshold", "device_memory_gb", "host_memory_gb"])
+def test_nan_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name.replace('_', '.')}.* nan"):
+        LSAConfig.from_mapping({name: float("nan")})
+
+
+@pytest.mark.parametrize("name", ["device_memory_gb", "host_memory_gb"])
+def test_infinite_memory_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name.replace('_', '.')}.* inf"):
+        LSAConfig.from_mapping({name: float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"cannot be read \(No such file or directory\): give an existing JSON file"),
+        ("{budget: 1}", "not JSON .*: write an object like"),
+        ("[1]", "holds a list: write a JSON object"),
+        ('{"lsa_budget": 0.5}', "unknown key 'lsa_budget': use one of"),
+        ('{"budget": "half"}', "budget is 'half': use a value of type float"),
+    ],
+)
+def test_bad_files_are_refused(text: str | None, words: str, tmp_path: pathlib.Path) -> None:
+    file = str(tmp_path / "missing.json") if text is None else write(tmp_path, text)
+    with pytest.raises(ValueError, match=words) as caught:
+        parse("--lsa-config", file)
+    assert file in str(caught.value)
+
+
+# --- sgl.Engine(lsa_config=...) --------------------------------------------------------------------------------------
+
+
+def test_engine_argument(tmp_path: pathlib.Path) -> None:
+    config = LSAConfig(budget=0.25)
+    file = write(tmp_path, '{"budget": 0.25}')
+    assert config_from_argument(None) is None
+    for given in (config, {"budget": 0.25}, file, pathlib.Path(file)):
+        assert config_from_argument(given) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (0.25, r"lsa_config is 0\.25: use an LSAConfig, a mapping or the path of a JSON file"),
+        (True, "lsa_config is True: use an LSAConfig"),
+        ({"budgets": 1}, "lsa_config: unknown key 'budgets'"),
+        ("/does/not/exist.json", "/does/not/exist.json: cannot be read"),
+    ],
+)
+def test_bad_engine_arguments_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config_from_argument(given)
+
+
+# --- per request -----------------------------------------------------------------------------------------------------
+
+
+SERVER = LSAConfig(budget=0.25)
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "expected"),
+    [
+        (None, RequestOptions("quest", 0.25)),
+        ({}, RequestOptions("quest", 0.25)),
+        ({"other": 1}, RequestOptions("quest", 0.25)),
+        ({"lsa": None}, RequestOptions("quest", 0.25)),
+        ({"lsa": {}}, RequestOptions("quest", 0.25)),
+        ({"lsa": {"enabled": False}}, RequestOptions("quest", 0.25, enabled=False)),
+        ({"lsa": {"enabled": True}}, RequestOptions("quest", 0.25)),
+        ({"lsa": {"budget": 0.5}}, RequestOptions("quest", 0.5)),
+        ({"lsa": {"budget": 1}}, RequestOptions("quest", 1.0)),
+        ({"lsa": {"policy": "random"}}, RequestOptions("random", 0.25)),
+        ({"lsa": {"policy": "full"}, "__req__": object()}, RequestOptions("full", 0.25)),
+        (["not", "a", "mapping"], RequestOptions("quest", 0.25)),
+    ],
+)
+def test_request_options(custom_params: Any, expected: RequestOptions) -> None:
+    options = RequestOptions.parse(custom_params, SERVER)
+    assert options == expected
+    assert isinstance(options.budget, float)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (True, r"custom_params\.lsa is True: use an object with enabled, budget or policy"),
+        ("off", r"custom_params\.lsa is 'off': use an object"),
+        ([], r"custom_params\.lsa is \[\]: use an object"),
+        ({"budgets": 1}, r"custom_params\.lsa has unknown key 'budgets': use enabled, budget or policy"),
+        ({"window": 8}, "unknown key 'window'"),
+        ({"enabled": 1}, r"custom_params\.lsa\.enabled is 1: use true or false"),
+        ({"enabled": None}, r"custom_params\.lsa\.enabled is None: use true or false"),
+        ({"budget": "0.5"}, r"custom_params\.lsa\.budget is '0\.5': use a number in \(0, 1\]"),
+        ({"budget": True}, r"custom_params\.lsa\.budget is True: use a number"),
+        ({"budget": None}, r"custom_params\.lsa\.budget is None: use a number"),
+        ({"budget": 0}, r"custom_params\.lsa\.budget 0 is out of range: use a number in \(0, 1\]"),
+        ({"budget": 1.01}, r"custom_params\.lsa\.budget 1\.01 is out of range"),
+        ({"budget": float("nan")}, r"custom_params\.lsa\.budget nan is out of range"),
+        ({"policy": "best"}, r"custom_params\.lsa\.policy is 'best': use one of quest, recency, random, full"),
+        ({"policy": None}, r"custom_params\.lsa\.policy is None: use one of"),
+        ({"policy": ["quest"]}, r"custom_params\.lsa\.policy is \['quest'\]: use one of"),
+        ({"policy": "indexer"}, r"custom_params\.lsa\.policy is 'indexer': use one of quest, recency, random, full"),
+        ({1: 2}, "unknown key 1"),
+    ],
+)
+def test_bad_request_options_are_refused(asked: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RequestOptions.parse({"lsa": asked}, SERVER)
+
+
+def test_a_request_may_ask_for_the_indexer_where_there_is_one() -> None:
+    config = LSAConfig(indexer="folder", policy="quest")
+    for policy in POLICIES:
+        assert RequestOptions.parse({"lsa": {"policy": policy}}, config).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        (RequestOptions("quest", 0.25), False),
+        (RequestOptions("quest", 0.25, enabled=False), True),
+        (RequestOptions("full", 0.25), True),
+        (RequestOptions("quest", 1.0), True),
+    ],
+)
+def test_dense(options: RequestOptions, dense: bool) -> None:
+    assert options.dense is dense
+
+
+# --- from process to process -----------------------------------------------------------------------------------------
+
+
+def test_a_pickled_configuration_announces_itself(tmp_path: pathlib.Path) -> None:
+    """A fresh process that unpickles server arguments knows, before it loads plugins, that LSA is on."""
+    config = LSAConfig(policy="random", budget=0.25, observe_layers=(1, 2))
+    file = tmp_path / "arguments.pickle"
+    file.write_bytes(pickle.dumps({"model_path": "m", "lsa_config": config}))
+    script = f"""
+import pickle
+arguments = pickle.load(open({str(file)!r}, "rb"))
+from sglang_lsa.config import arrived_by_pickle
+assert arrived_by_pickle == [arguments["lsa_config"]]
+print(arrived_by_pickle[0].to_json())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert LSAConfig.from_mapping(json.loads(run.stdout)) == config
+
+
+def test_building_a_configuration_announces_nothing() -> None:
+    before = len(arrived_by_pickle)
+    dataclasses.replace(LSAConfig(), budget=0.5)
+    LSAConfig.from_mapping({})
+    assert len(arrived_by_pickle) == before
+
+
+def test_a_copy_is_equal() -> None:
+    config = LSAConfig(observe_layers=(1, 2))
+    assert copy.deepcopy(config) == config
+    arrived_by_pickle.clear()

@@ -1,0 +1,107 @@
+"""HostMirror: its shape, and the refusal of memory that the machine or its container has not."""
+
+from __future__ import annotations
+
+import pathlib
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from sglang_lsa.radix_ext import host_mirror
+from sglang_lsa.radix_ext.host_mirror import GB, HostMirror, available_host_memory, require_host_memory
+
+V2 = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current")
+V1 = ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A folder that the mirror takes for the root of the file system; it has no control groups."""
+    local = SimpleNamespace(Path=lambda path: tmp_path / str(path).lstrip("/"))
+    monkeypatch.setattr(host_mirror, "pathlib", local)
+    return tmp_path
+
+
+def control_group(machine: pathlib.Path, files: tuple[str, str], limit: str, usage: str | None) -> None:
+    for name, text in zip(files, (limit, usage), strict=True):
+        if text is not None:
+            (machine / name).parent.mkdir(parents=True, exist_ok=True)
+            (machine / name).write_text(text + "\n")
+
+
+# --- the mirror ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_slot_for_every_virtual_page_and_the_padding_page(dtype: torch.dtype) -> None:
+    mirror = HostMirror(5, layers=3, page=4, kv_heads=2, head_dim=8, dtype=dtype)
+    assert mirror.pages.shape == (6, 3, 2, 4, 2, 8)
+    assert mirror.pages.dtype == dtype
+    assert mirror.pages.is_contiguous()
+    assert mirror.page_bytes == 3 * 2 * 4 * 2 * 8 * dtype.itemsize
+    assert mirror.nbytes == 6 * mirror.page_bytes
+
+
+def test_too_large_a_mirror_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated"))
+    page_bytes = 32 * 2 * 64 * 8 * 128 * 2
+    pages = 1_000_000 * GB // page_bytes
+    words = r"the host mirror needs 1000000\.\d GB of host memory, [\d.]+ GB are free: lower --lsa-host-memory-gb"
+    with pytest.raises(ValueError, match=words):
+        HostMirror(pages, layers=32, page=64, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+
+
+# --- how much memory there is ----------------------------------------------------------------------------------------
+
+
+def test_what_is_free_can_be_had() -> None:
+    free = available_host_memory()
+    assert 0 < free <= psutil.virtual_memory().total
+    require_host_memory(free // 2, "this test", "try less")
+
+
+def test_more_than_is_free_cannot() -> None:
+    with pytest.raises(ValueError, match=r"this test needs [\d.]+ GB of host memory, [\d.]+ GB are free: try less"):
+        require_host_memory(psutil.virtual_memory().total * 2, "this test", "try less")
+
+
+def test_without_a_container_the_machine_decides(machine: pathlib.Path) -> None:
+    assert available_host_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    assert host_mirror._container_headroom() == []
+
+
+@pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
+def test_a_container_leaves_what_its_limit_leaves(machine: pathlib.Path, files: tuple[str, str]) -> None:
+    control_group(machine, files, limit="3000000", usage="1000000")
+    assert available_host_memory() == 2_000_000
+    with pytest.raises(ValueError, match="GB are free"):
+        require_host_memory(2_000_001, "this test", "try less")
+
+
+def test_a_container_that_is_full_leaves_nothing(machine: pathlib.Path) -> None:
+    control_group(machine, V2, limit="1000", usage="3000")
+    with pytest.raises(ValueError, match="GB are free"):
+        require_host_memory(1, "this test", "try less")
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [(V2, "max"), (V1, str(2**63 - 4096))],
+    ids=["v2", "v1"],
+)
+def test_a_container_without_a_limit(machine: pathlib.Path, files: tuple[str, str], limit: str) -> None:
+    control_group(machine, files, limit=limit, usage="1000000")
+    assert available_host_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_a_limit_without_a_usage_is_ignored(machine: pathlib.Path) -> None:
+    control_group(machine, V2, limit="1000", usage=None)
+    assert host_mirror._container_headroom() == []
+
+
+def test_v1_counts_when_v2_has_no_limit(machine: pathlib.Path) -> None:
+    control_group(machine, V2, limit="max", usage="5")
+    control_group(machine, V1, limit="1000", usage="400")
+    assert host_mirror._container_headroom() == [600]

@@ -1,0 +1,271 @@
+"""Kernels against naive loops in float64, over shapes and types; and that Quest's bound is one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
+from sglang_lsa.kernels.page_keys import key_bounds
+from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.kernels.page_table import physical_slots, resident_slots
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Absolute, for values of about one. Scores are computed in float32 whatever the type, so inputs decide."""
+
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+NAN = float("nan")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- page_copy -------------------------------------------------------------------------------------------------------
+
+
+COPIES = [
+    # layers, page, kv_heads, head_dim, physical -> virtual
+    pytest.param(2, 4, 2, 8, [], [], id="0 pages"),
+    pytest.param(2, 4, 2, 8, [3], [7], id="1 page"),
+    pytest.param(1, 64, 1, 16, [1, 4], [2, 1], id="page of 64, 1 layer, 1 head"),
+    pytest.param(3, 4, 3, 80, [5, 1, 3], [1, 9, 2], id="head_dim 80"),
+    pytest.param(2, 4, 8, 4, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "page", "heads", "dim", "physical", "virtual"), COPIES)
+def test_page_copy(
+    layers: int, page: int, heads: int, dim: int, physical: list[int], virtual: list[int], dtype: torch.dtype
+) -> None:
+    keys = [random(6 * page, heads, dim, dtype=dtype, seed=layer) for layer in range(layers)]
+    values = [random(6 * page, heads, dim, dtype=dtype, seed=100 + layer) for layer in range(layers)]
+    mirror = torch.full((10, layers, 2, page, heads, dim), NAN, dtype=dtype)
+    expected = mirror.clone()
+    for p, v in zip(physical, virtual, strict=True):
+        for layer in range(layers):
+            for token in range(page):
+                expected[v, layer, 0, token] = keys[layer][p * page + token]
+                expected[v, layer, 1, token] = values[layer][p * page + token]
+    p, v = torch.tensor(physical, dtype=torch.int64), torch.tensor(virtual, dtype=torch.int64)
+
+    pages_to_host(keys, values, p, mirror, v)
+    assert torch.equal(mirror.nan_to_num(-77), expected.nan_to_num(-77))
+
+    new_keys, new_values = ([torch.full_like(buffer, NAN) for buffer in buffers] for buffers in (keys, values))
+    pages_from_host(new_keys, new_values, p, mirror, v)
+    for new, old in zip([*new_keys, *new_values], [*keys, *values], strict=True):
+        copied = torch.zeros(6 * page, dtype=torch.bool)
+        for place in physical:
+            copied[place * page : (place + 1) * page] = True
+        assert torch.equal(new[copied], old[copied])
+        assert new[~copied].isnan().all()
+
+
+@pytest.mark.parametrize("copy", [pages_to_host, pages_from_host])
+@pytest.mark.parametrize(("keys", "values", "shape"), [(2, 2, (3, 1, 2)), (2, 1, (3, 2, 2)), (2, 2, (3, 2, 1))])
+def test_page_copy_refuses_a_mirror_of_another_shape(copy, keys: int, values: int, shape: tuple[int, ...]) -> None:
+    mirror = torch.zeros(*shape, 4, 1, 2)
+    pool = [torch.zeros(8, 1, 2) for _ in range(2)]
+    page = torch.tensor([1])
+    words = rf"mirror \(3, .*\) does not fit {keys} layers of keys and {values} of values: shape it \[pages, layers, 2"
+    with pytest.raises(ValueError, match=words):
+        copy(pool[:keys], pool[:values], page, mirror, page)
+
+
+# --- page_keys -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("pages", "tokens", "heads", "dim"),
+    [
+        pytest.param(0, 64, 2, 8, id="0 pages"),
+        pytest.param(1, 1, 1, 1, id="1 page of 1 token"),
+        pytest.param(3, 63, 3, 80, id="63 tokens, head_dim 80"),
+        pytest.param(5, 64, 8, 16, id="8 heads"),
+    ],
+)
+def test_key_bounds(pages: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    keys = random(pages, tokens, heads, dim, dtype=dtype)
+    bounds = key_bounds(keys)
+    assert bounds.shape == (pages, 2, heads, dim)
+    assert bounds.dtype == dtype
+    for page in range(pages):
+        for head in range(heads):
+            for d in range(dim):
+                column = keys[page, :, head, d].tolist()
+                assert bounds[page, :, head, d].tolist() == [min(column), max(column)]
+
+
+# --- page_score ------------------------------------------------------------------------------------------------------
+
+
+def naive_bound_score(queries: torch.Tensor, bounds: torch.Tensor, scale: float) -> list[float]:
+    positions, layers, q_heads, dim = queries.shape
+    pages, _, _, kv_heads, _ = bounds.shape
+    q, b = queries.double().tolist(), bounds.double().tolist()
+    best = [0.0] * pages
+    for t in range(positions):
+        for layer in range(layers):
+            for head in range(q_heads):
+                kv = head // (q_heads // kv_heads)
+                logits = []
+                for page in range(pages):
+                    low, high = b[page][layer][0][kv], b[page][layer][1][kv]
+                    x = q[t][layer][head]
+                    logits.append(scale * sum(max(x[d] * low[d], x[d] * high[d]) for d in range(dim)))
+                total = math.fsum(math.exp(logit - max(logits)) for logit in logits)
+                for page in range(pages):
+                    best[page] = max(best[page], math.exp(logits[page] - max(logits)) / total)
+    return best
+
+
+SCORES = [
+    # positions, layers, pages, kv_heads, group, head_dim
+    pytest.param(2, 2, 0, 2, 1, 8, id="0 pages"),
+    pytest.param(2, 2, 1, 2, 1, 8, id="1 page"),
+    pytest.param(0, 2, 3, 2, 1, 8, id="0 positions"),
+    pytest.param(1, 1, 2, 1, 1, 1, id="smallest"),
+    pytest.param(2, 2, 9, 2, 1, 80, id="head_dim 80"),
+    pytest.param(2, 1, 9, 3, 3, 16, id="groups of 3"),
+    pytest.param(2, 2, 9, 1, 8, 16, id="groups of 8"),
+    pytest.param(5, 4, 17, 2, 2, 8, id="5 positions, 4 layers"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("positions", "layers", "pages", "kv_heads", "group", "dim"), SCORES)
+def test_bound_score(
+    positions: int, layers: int, pages: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype
+) -> None:
+    queries = random(positions, layers, kv_heads * group, dim, dtype=dtype, seed=1)
+    keys = random(pages, layers, 6, kv_heads, dim, dtype=dtype, seed=2)
+    bounds = torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2)
+    scores = bound_score(queries, bounds, dim**-0.5)
+    assert scores.shape == (pages,)
+    assert scores.dtype == torch.float32
+    expected = torch.tensor(naive_bound_score(queries, bounds, dim**-0.5), dtype=torch.float64)
+    torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_one_vote_is_enough() -> None:
+    """One head at one position finds the page; an average over heads would hide it."""
+    bounds = torch.zeros(8, 2, 2, 2, 4)
+    bounds[5, 1, 1, 1, 3] = 1.0
+    queries = torch.zeros(6, 2, 4, 4)
+    queries[2, 1, 3, 3] = 50.0
+    scores = bound_score(queries, bounds, 1.0)
+    assert int(scores.argmax()) == 5
+    assert scores[5] > 0.99
+    assert scores[[0, 1, 2, 3, 4, 6, 7]].max() == pytest.approx(1 / 8)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    queries, bounds = torch.full((1, 1, 1, 4), 3e4), torch.full((3, 1, 2, 1, 4), 3e4)
+    assert bound_score(queries, bounds, 1.0).tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("queries", "bounds"),
+    [
+        pytest.param((2, 2, 4, 8), (3, 2, 2, 3, 8), id="4 query heads over 3"),
+        pytest.param((2, 2, 4, 8), (3, 1, 2, 2, 8), id="other layers"),
+    ],
+)
+def test_bound_score_refuses_what_does_not_fit(queries: tuple[int, ...], bounds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"queries \(2, 2, 4, 8\) do not fit key bounds \(3, "):
+        bound_score(torch.zeros(queries), torch.zeros(bounds), 1.0)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@given(
+    dim=st.sampled_from([1, 3, 16, 80]),
+    tokens=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
+)
+def test_the_bound_is_an_upper_bound_of_every_logit(dim: int, tokens: int, seed: int, spread: float) -> None:
+    """Beside a page of zeros, whose bound is zero, the scores of two pages tell the bound: the log of their ratio."""
+    query = random(dim, seed=seed)
+    keys = random(tokens, dim, seed=seed + 1) * spread + random(dim, seed=seed + 2)
+    scale = 1.0 / (dim * spread)  # keeps the softmax away from 0 and 1
+    pages = torch.stack((keys, torch.zeros_like(keys)))[:, :, None]
+    bounds = key_bounds(pages)[:, None]
+    page, zeros = bound_score(query.view(1, 1, 1, dim), bounds, scale).double().tolist()
+    bound = math.log(page / zeros) / scale
+    logits = keys.double() @ query.double()
+    slack = 1e-5 * (1 / scale + abs(bound))
+    assert bound >= float(logits.max()) - slack
+    if tokens == 1:
+        assert bound == pytest.approx(float(logits[0]), abs=slack)
+
+
+# --- page_table ------------------------------------------------------------------------------------------------------
+
+
+PAGE = 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_physical_slots(dtype: torch.dtype) -> None:
+    v2p = torch.tensor([0, 3, 0, 1, 2])
+    virtual = torch.tensor([[0, 3, 4, 7], [12, 15, 16, 18]], dtype=dtype)
+    slots = physical_slots(virtual, v2p, PAGE)
+    assert slots.dtype == torch.int64
+    assert slots.tolist() == [[0, 3, 12, 15], [4, 7, 8, 10]]
+    assert physical_slots(virtual[:0], v2p, PAGE).shape == (0, 4)
+
+
+def test_physical_slots_beyond_int32() -> None:
+    v2p = torch.zeros(3, dtype=torch.int64)
+    v2p[2] = 2**40
+    assert physical_slots(torch.tensor([9], dtype=torch.int32), v2p, PAGE).tolist() == [2**40 * 4 + 1]
+
+
+ROWS = [
+    # resident pages (positions of the request), tail_start, tokens
+    pytest.param([], 0, 1, id="dense, 1 token"),
+    pytest.param([], 0, 23, id="dense"),
+    pytest.param([0, 2, 3], 5, 23, id="resident and tail"),
+    pytest.param([0, 2, 3], 5, 20, id="tail begins with the next token"),
+    pytest.param([0, 4], 5, 21, id="tail of 1 token"),
+    pytest.param([1], 2, 23, id="tail of several pages"),
+    pytest.param([0, 1, 2, 3, 4], 5, 24, id="all"),
+]
+
+
+@pytest.mark.parametrize(("positions", "tail_start", "tokens"), ROWS)
+def test_resident_slots(positions: list[int], tail_start: int, tokens: int) -> None:
+    virtual_pages = [9, 2, 7, 4, 1, 5]
+    v2p = torch.tensor([0, 6, 11, 0, 3, 8, 0, 1, 0, 4, 0])
+    req_to_token = torch.full((4, 40), -1, dtype=torch.int32)
+    for token in range(24):
+        req_to_token[2, token] = virtual_pages[token // PAGE] * PAGE + token % PAGE
+    pages = torch.full((4, 8), -1)
+    for place, position in enumerate(positions):
+        pages[2, place] = v2p[virtual_pages[position]]
+    count, start = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    count[2], start[2] = len(positions), tail_start
+
+    read = [token for token in range(tokens) if token // PAGE in positions or token // PAGE >= tail_start]
+    expected = [int(v2p[virtual_pages[token // PAGE]]) * PAGE + token % PAGE for token in read]
+
+    # Beside it in the batch: another row, dense, and the padding row, whose slots are the padding page's.
+    req_to_token[3, :2] = torch.tensor([4 * PAGE, 4 * PAGE + 1])
+    req_to_token[0] = 0
+    rows, lengths = torch.tensor([3, 2, 0]), torch.tensor([2, tokens, 1])
+    result = resident_slots(pages, count, start, req_to_token, v2p, rows, lengths, PAGE)
+    assert [slots.tolist() for slots in result] == [[12, 13], expected, [0]]
+    assert all(slots.dtype == torch.int64 for slots in result)
+
+
+def test_resident_slots_of_an_empty_batch() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    table = torch.zeros((2, 3), dtype=torch.int64)
+    assert resident_slots(table, table[:, 0], table[:, 0], table, none, none, none, PAGE) == []

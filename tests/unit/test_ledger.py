@@ -1,0 +1,879 @@
+"""The ledger: examples of every operation and error, and a state machine against an independent model with bytes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sglang_lsa.radix_ext.ledger import Ledger, LedgerError, Plan
+
+
+def ledger_with(*pages: int, virtual: int = 8, physical: int = 4) -> Ledger:
+    """A ledger whose ``pages`` are allocated."""
+    ledger = Ledger(virtual, physical)
+    ledger.allocate(pages)
+    return ledger
+
+
+def cached(ledger: Ledger, *pages: int) -> None:
+    """Bring ``pages`` in, one after the other, mirror them, and let them go: they stay, held by nobody."""
+    for page in pages:
+        held(ledger, "passer-by", page)
+        ledger.mirrored([page])
+        ledger.drop("passer-by")
+
+
+def held(ledger: Ledger, holder: str, *pages: int) -> Plan:
+    plan = ledger.hold(holder, pages)
+    assert plan is not None
+    return plan
+
+
+def on_device(ledger: Ledger) -> set[int]:
+    return set(np.flatnonzero(ledger.v2p).tolist())
+
+
+def state(ledger: Ledger) -> dict[str, Any]:
+    """Everything the ledger knows, comparable."""
+    values = copy.deepcopy(vars(ledger))
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
+def pairs(side: tuple[np.ndarray, np.ndarray]) -> dict[int, int]:
+    return dict(zip(side[0].tolist(), side[1].tolist(), strict=True))
+
+
+# --- construction and virtual pages ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("virtual", "physical"), [(3, 4), (4, 0), (0, 0)])
+def test_sizes_that_cannot_work_are_refused(virtual: int, physical: int) -> None:
+    with pytest.raises(ValueError, match=f"{virtual} virtual over {physical} physical pages: the host mirror must"):
+        Ledger(virtual, physical)
+
+
+def test_a_new_ledger_is_empty() -> None:
+    ledger = Ledger(8, 4)
+    ledger.check()
+    assert (ledger.allocated_pages, ledger.device_pages, ledger.host_pages, ledger.held_pages) == (0, 0, 0, 0)
+    assert ledger.obtainable_pages == 4
+    assert ledger.holders() == []
+
+
+def test_allocated_pages_have_no_place_yet() -> None:
+    ledger = ledger_with(1, 5)
+    assert ledger.allocated_pages == 2
+    assert on_device(ledger) == set()
+    assert not ledger.is_mirrored([1, 5]).any()
+
+
+@pytest.mark.parametrize("again", [[1], [2, 1], [0], [2, 2]], ids=["same", "among others", "padding", "one call"])
+def test_allocating_twice_is_an_error(again: list[int]) -> None:
+    ledger = ledger_with(1)
+    with pytest.raises(LedgerError, match=f"allocated twice: .*{again[-1]}"):
+        ledger.allocate(again)
+
+
+def test_releasing_what_is_not_allocated_is_an_error() -> None:
+    ledger = ledger_with(1)
+    with pytest.raises(LedgerError, match=r"released but not allocated: \[2\]"):
+        ledger.release([1, 2])
+
+
+def test_releasing_what_is_held_is_an_error() -> None:
+    ledger = ledger_with(1, 2)
+    held(ledger, "a", 2)
+    with pytest.raises(LedgerError, match=r"released while held: \[2\]"):
+        ledger.release([1, 2])
+
+
+def test_releasing_a_page_twice_in_one_call_is_an_error() -> None:
+    """Else the padding page would become a free device page, and be handed out."""
+    ledger = ledger_with(1)
+    cached(ledger, 1)
+    with pytest.raises(LedgerError):
+        ledger.release([1, 1])
+    ledger.check()
+
+
+def test_released_pages_leave_device_and_mirror() -> None:
+    ledger = ledger_with(1, 2)
+    cached(ledger, 1, 2)
+    ledger.release([1])
+    ledger.check()
+    assert on_device(ledger) == {2}
+    assert ledger.is_mirrored([1, 2]).tolist() == [False, True]
+    assert ledger.obtainable_pages == 4
+
+
+def test_a_page_allocated_again_has_no_content() -> None:
+    ledger = ledger_with(1)
+    cached(ledger, 1)
+    ledger.release([1])
+    ledger.allocate([1])
+    plan = held(ledger, "a", 1)
+    assert pairs(plan.recall) == {}
+    assert list(pairs(plan.fresh)) == [1]
+
+
+# --- hold and drop ---------------------------------------------------------------------------------------------------
+
+
+def test_hold_gives_fresh_pages_distinct_places() -> None:
+    ledger = ledger_with(1, 2, 3)
+    plan = held(ledger, "a", 1, 2, 3)
+    assert sorted(pairs(plan.fresh)) == [1, 2, 3]
+    assert len(set(pairs(plan.fresh).values())) == 3
+    assert all(1 <= p <= 4 for p in pairs(plan.fresh).values())
+    assert ledger.held_by("a") == {1, 2, 3}
+    assert ledger.is_held([1, 4]).tolist() == [True, False]
+
+
+def test_hold_adds_to_what_is_held() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    plan = held(ledger, "a", 2, 3, 3)
+    assert list(pairs(plan.fresh)) == [3]
+    assert ledger.held_by("a") == {1, 2, 3}
+    assert ledger.held_pages == 3
+    ledger.check()
+
+
+@pytest.mark.parametrize("pages", [[2], [1, 2], [0]], ids=["never allocated", "among others", "padding"])
+def test_holding_what_is_not_allocated_is_an_error(pages: list[int]) -> None:
+    ledger = ledger_with(1)
+    before = state(ledger)
+    with pytest.raises(LedgerError, match=rf"held but not allocated: \[{pages[-1]}\]"):
+        ledger.hold("a", pages)
+    assert state(ledger) == before
+
+
+def test_holding_nothing_makes_no_holder() -> None:
+    ledger = ledger_with(1)
+    plan = held(ledger, "a")
+    assert pairs(plan.recall) == pairs(plan.fresh) == {}
+    assert ledger.holders() == []
+    ledger.check()
+
+
+def test_shared_pages_count_once() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    plan = held(ledger, "b", 2, 3)
+    assert list(pairs(plan.fresh)) == [3]
+    assert ledger.held_pages == ledger.device_pages == 3
+    assert ledger.holders() == ["a", "b"]
+
+
+def test_a_shared_page_stays_held_until_its_last_holder_drops_it() -> None:
+    ledger = ledger_with(1)
+    held(ledger, "a", 1)
+    held(ledger, "b", 1)
+    ledger.drop("a")
+    assert ledger.is_held([1]).all()
+    ledger.drop("b")
+    assert not ledger.is_held([1]).any()
+    assert on_device(ledger) == {1}
+
+
+def test_drop_some_pages() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2, 3)
+    ledger.drop("a", {1, 3, 7})
+    assert ledger.held_by("a") == {2}
+    ledger.drop("a", [2])
+    assert ledger.holders() == []
+    ledger.check()
+
+
+def test_dropping_what_is_not_held_is_ignored() -> None:
+    ledger = ledger_with(1, 2)
+    held(ledger, "a", 1)
+    before = state(ledger)
+    ledger.drop("nobody")
+    ledger.drop("a", [2])
+    ledger.drop("a", [])
+    assert state(ledger) == before
+
+
+def test_recall_names_the_pages_whose_only_copy_is_in_the_mirror() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2, 3, 4)
+    held(ledger, "a", 5)
+    assert on_device(ledger) == {2, 3, 4, 5}
+    plan = held(ledger, "b", 1, 2)
+    assert list(pairs(plan.recall)) == [1]
+    assert pairs(plan.recall)[1] == ledger.v2p[1] > 0
+    assert pairs(plan.fresh) == {}
+    assert (ledger.recalls, ledger.evictions) == (1, 2)
+
+
+def test_no_more_pages_are_evicted_than_needed() -> None:
+    ledger = ledger_with(1, 2, 3, 4)
+    cached(ledger, 1, 2)
+    held(ledger, "a", 3, 4)
+    assert ledger.evictions == 0
+    assert on_device(ledger) == {1, 2, 3, 4}
+
+
+def test_least_recently_used_pages_are_evicted_first() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    cached(ledger, 3, 1, 4, 2)
+    cached(ledger, 3)  # used again
+    held(ledger, "a", 5)
+    assert on_device(ledger) == {3, 4, 2, 5}
+    held(ledger, "a", 6)
+    assert on_device(ledger) == {3, 2, 5, 6}
+
+
+def test_pages_asked_for_are_not_evicted_to_make_room_for_each_other() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2, 3, 4)
+    held(ledger, "a", 1, 5)
+    assert on_device(ledger) == {1, 3, 4, 5}
+
+
+def full_of_held_pages() -> Ledger:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    held(ledger, "a", 1, 2, 3, 4)
+    ledger.mirrored([1, 2, 3, 4])
+    return ledger
+
+
+def full_of_unmirrored_pages() -> Ledger:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    held(ledger, "a", 1, 2, 3, 4)
+    ledger.drop("a")
+    return ledger
+
+
+def full_of_pages_in_flight() -> Ledger:
+    ledger = full_of_held_pages()
+    ledger.forward_started()
+    ledger.drop("a")
+    return ledger
+
+
+def one_page_short() -> Ledger:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    held(ledger, "a", 1, 2, 3)
+    cached(ledger, 4)
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("make", "pages"),
+    [
+        (full_of_held_pages, [5]),
+        (full_of_unmirrored_pages, [5]),
+        (full_of_pages_in_flight, [5]),
+        (one_page_short, [5, 6]),
+        (one_page_short, [4, 5, 6]),
+        (full_of_held_pages, [1, 5]),
+    ],
+)
+def test_hold_is_all_or_nothing(make: Any, pages: list[int]) -> None:
+    ledger = make()
+    before = state(ledger)
+    assert ledger.hold("b", pages) is None
+    assert state(ledger) == before
+    assert ledger.hold("a", pages) is None
+    assert state(ledger) == before
+    ledger.check()
+
+
+def test_an_unmirrored_page_is_never_evicted() -> None:
+    ledger = full_of_unmirrored_pages()
+    assert ledger.obtainable_pages == 0
+    ledger.mirrored([3])
+    assert ledger.obtainable_pages == 1
+    held(ledger, "b", 5)
+    assert on_device(ledger) == {1, 2, 4, 5}
+
+
+# --- the mirror ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [0, 2, 3], ids=["padding", "never held", "not allocated"])
+def test_mirroring_without_a_device_copy_is_an_error(page: int) -> None:
+    ledger = ledger_with(1, 2)
+    held(ledger, "a", 1)
+    with pytest.raises(LedgerError, match=rf"mirrored without a device copy: \[{page}\]"):
+        ledger.mirrored([1, page])
+    assert not ledger.is_mirrored([1]).any()
+
+
+def test_mirrored_pages_are_counted_on_the_host() -> None:
+    ledger = ledger_with(1, 2)
+    held(ledger, "a", 1, 2)
+    ledger.mirrored([2])
+    ledger.mirrored([2])
+    assert ledger.host_pages == 1
+    assert ledger.is_mirrored([1, 2]).tolist() == [False, True]
+
+
+# --- forward passes in flight ----------------------------------------------------------------------------------------
+
+
+def test_a_page_dropped_during_a_forward_pass_is_not_evicted_before_that_is_done() -> None:
+    ledger = full_of_held_pages()
+    number = ledger.forward_started()
+    ledger.drop("a", [2])
+    assert ledger.obtainable_pages == 0
+    assert ledger.hold("b", [5]) is None
+    ledger.forward_finished(number)
+    assert ledger.obtainable_pages == 1
+    held(ledger, "b", 5)
+    assert on_device(ledger) == {1, 3, 4, 5}
+
+
+def test_a_device_page_released_during_a_forward_pass_is_not_reused_before_that_is_done() -> None:
+    ledger = full_of_held_pages()
+    number = ledger.forward_started()
+    place = int(ledger.v2p[2])
+    ledger.drop("a", [2])
+    ledger.release([2])
+    ledger.check()
+    assert ledger.hold("b", [5]) is None
+    ledger.forward_finished(number)
+    assert pairs(held(ledger, "b", 5).fresh) == {5: place}
+    ledger.check()
+
+
+def test_a_released_page_allocated_again_does_not_wait_for_its_old_place() -> None:
+    ledger = ledger_with(1)
+    held(ledger, "a", 1)
+    ledger.forward_started()
+    old = int(ledger.v2p[1])
+    ledger.drop("a")
+    ledger.release([1])
+    ledger.allocate([1])
+    assert pairs(held(ledger, "b", 1).fresh)[1] != old
+    ledger.check()
+
+
+def test_overlapping_forward_passes_are_waited_for() -> None:
+    ledger = full_of_held_pages()
+    first, second = ledger.forward_started(), ledger.forward_started()
+    ledger.drop("a", [1])
+    ledger.drop("a", [2])
+    ledger.release([2])
+    ledger.forward_finished(first)
+    assert ledger.obtainable_pages == 0
+    ledger.forward_finished(second)
+    assert ledger.obtainable_pages == 2
+
+
+def test_a_drop_waits_only_for_passes_that_had_started() -> None:
+    ledger = full_of_held_pages()
+    first = ledger.forward_started()
+    ledger.drop("a", [1])
+    ledger.forward_started()
+    ledger.forward_finished(first)
+    assert ledger.obtainable_pages == 1
+
+
+def test_a_later_pass_that_is_done_stands_for_earlier_ones() -> None:
+    ledger = full_of_held_pages()
+    first, second = ledger.forward_started(), ledger.forward_started()
+    ledger.drop("a", [1])
+    ledger.forward_finished(second)
+    assert ledger.obtainable_pages == 1
+    ledger.forward_finished(first)
+    assert ledger.obtainable_pages == 1
+    ledger.check()
+
+
+def test_a_page_shared_with_a_running_request_waits_for_the_last_reader() -> None:
+    ledger = full_of_held_pages()
+    held(ledger, "b", 1)
+    first = ledger.forward_started()
+    ledger.drop("a", [1])
+    ledger.forward_finished(first)
+    second = ledger.forward_started()
+    ledger.drop("b")
+    assert ledger.obtainable_pages == 0
+    ledger.forward_finished(second)
+    assert ledger.obtainable_pages == 1
+
+
+# --- substitution ----------------------------------------------------------------------------------------------------
+
+
+def test_substitute_moves_the_device_copy_when_the_new_page_has_none() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1)  # the tree's page
+    held(ledger, "a", 2, 3, 4, 5)  # evicts it
+    place = int(ledger.v2p[3])
+    ledger.substitute("a", [3], [1])
+    ledger.check()
+    assert ledger.v2p[1] == place
+    assert ledger.v2p[3] == 0
+    assert ledger.held_by("a") == {1, 2, 4, 5}
+    assert ledger.recalls == 0
+    ledger.release([3])
+    ledger.check()
+    assert int(ledger.v2p[1]) == place
+
+
+def test_substitute_uses_the_device_copy_that_the_new_page_has() -> None:
+    ledger = ledger_with(1, 2)
+    cached(ledger, 1)
+    place = int(ledger.v2p[1])
+    held(ledger, "a", 2)
+    ledger.substitute("a", [2], [1])
+    ledger.check()
+    assert int(ledger.v2p[1]) == place
+    assert ledger.held_by("a") == {1}
+    ledger.release([2])
+    assert ledger.obtainable_pages == 3
+    ledger.check()
+
+
+def test_substitute_leaves_equal_and_foreign_pages_alone() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    held(ledger, "b", 3)
+    ledger.substitute("a", [1, 2], [1, 3])
+    ledger.check()
+    assert ledger.held_by("a") == {1, 3}
+    assert ledger.held_by("b") == {3}
+    assert on_device(ledger) == {1, 2, 3}
+
+
+def test_substitute_for_a_holder_without_holds_moves_an_unheld_copy() -> None:
+    """A request whose window is chosen already holds only part of its prompt; all of it is replaced."""
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2)
+    held(ledger, "b", 3, 4, 5)  # evicts 1
+    assert on_device(ledger) == {2, 3, 4, 5}
+    place = int(ledger.v2p[2])
+    ledger.substitute("a", [2], [1])
+    ledger.check()
+    assert int(ledger.v2p[1]) == place
+    assert ledger.holders() == ["b"]
+    assert ledger.obtainable_pages == 1  # page 1 has a mirror copy, so it can be given up
+
+
+def test_substitute_keeps_a_moved_copy_until_passes_in_flight_are_done() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    cached(ledger, 1)
+    held(ledger, "a", 2, 3, 4, 5)
+    number = ledger.forward_started()
+    ledger.drop("a", [3])
+    ledger.substitute("a", [3], [1])
+    assert ledger.hold("b", [6]) is None
+    ledger.forward_finished(number)
+    assert ledger.hold("b", [6]) is not None
+
+
+def test_substitute_never_takes_a_copy_from_another_holder() -> None:
+    ledger = ledger_with(1, 2)
+    held(ledger, "b", 1)
+    place = int(ledger.v2p[1])
+    ledger.substitute("a", [1], [2])
+    assert int(ledger.v2p[1]) == place
+    assert ledger.held_by("b") == {1}
+    assert ledger.v2p[2] == 0
+
+
+def test_substitute_never_leaves_a_page_held_whose_content_was_not_brought_in() -> None:
+    """The copy of the old page cannot move, since another request reads it, and nobody sees the plan of a recall."""
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1)
+    held(ledger, "b", 2, 3, 4, 5)
+    assert on_device(ledger) == {2, 3, 4, 5}
+    ledger.drop("b", [5])
+    ledger.mirrored([5])
+    held(ledger, "a", 2)
+    with pytest.raises(LedgerError):
+        ledger.substitute("a", [2], [1])
+
+
+# --- reset and check -------------------------------------------------------------------------------------------------
+
+
+def test_reset_forgets_everything_but_the_counters() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2, 3, 4, 5)
+    ledger.reset()
+    ledger.check()
+    assert (ledger.allocated_pages, ledger.device_pages, ledger.host_pages) == (0, 0, 0)
+    assert ledger.obtainable_pages == 4
+    assert ledger.evictions == 1
+    ledger.allocate([1])
+
+
+def test_reset_keeps_the_array_that_attention_reads() -> None:
+    ledger = ledger_with(1)
+    table = ledger.v2p
+    cached(ledger, 1)
+    ledger.reset()
+    assert ledger.v2p is table
+    assert not table.any()
+
+
+def test_reset_while_pages_are_held_is_an_error() -> None:
+    ledger = ledger_with(1)
+    held(ledger, "a", 1)
+    before = state(ledger)
+    with pytest.raises(LedgerError, match=r"reset while \['a'\] hold pages"):
+        ledger.reset()
+    assert state(ledger) == before
+
+
+def test_reset_during_a_forward_pass_is_an_error() -> None:
+    """The pass still reads the pages that would be handed out again."""
+    ledger = ledger_with(1)
+    held(ledger, "a", 1)
+    number = ledger.forward_started()
+    ledger.drop("a")
+    with pytest.raises(LedgerError):
+        ledger.reset()
+    ledger.forward_finished(number)
+    ledger.reset()
+
+
+def padding_mapped(ledger: Ledger) -> None:
+    ledger.v2p[0] = 1
+
+
+def shared_place(ledger: Ledger) -> None:
+    ledger.v2p[2] = ledger.v2p[1]
+
+
+def disagreement(ledger: Ledger) -> None:
+    ledger.p2v[ledger.v2p[1]] = 2
+
+
+def stale_place(ledger: Ledger) -> None:
+    ledger.p2v[4] = 3
+
+
+def mapped_but_not_allocated(ledger: Ledger) -> None:
+    ledger._allocated[1] = False
+    ledger._mirrored[1] = False
+
+
+def mirrored_but_not_allocated(ledger: Ledger) -> None:
+    ledger._mirrored[7] = True
+
+
+def wrong_count(ledger: Ledger) -> None:
+    ledger._pins[1] += 1
+
+
+def held_but_absent(ledger: Ledger) -> None:
+    ledger._free.append(ledger._detach(2))
+    ledger._mirrored[2] = True
+
+
+def nowhere(ledger: Ledger) -> None:
+    ledger._free.append(ledger._detach(1))
+    ledger._mirrored[1] = False
+
+
+def lost_place(ledger: Ledger) -> None:
+    ledger._free.pop()
+
+
+def doubled_place(ledger: Ledger) -> None:
+    ledger._free.append(ledger._free[0])
+
+
+def empty_holder(ledger: Ledger) -> None:
+    ledger._holders["b"] = set()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (padding_mapped, "the padding page is mapped"),
+        (shared_place, "two virtual pages share a physical page"),
+        (disagreement, "v2p and p2v disagree"),
+        (stale_place, "a physical page maps to a page that is not on the device"),
+        (mapped_but_not_allocated, "a page on the device is not allocated"),
+        (mirrored_but_not_allocated, "a page that is not allocated has a mirror copy"),
+        (wrong_count, "the hold counts are wrong"),
+        (held_but_absent, "a held page is not on the device"),
+        (nowhere, "a page is nowhere"),
+        (lost_place, "a physical page was lost or counted twice"),
+        (doubled_place, "a physical page was lost or counted twice"),
+        (empty_holder, "a holder without pages is remembered"),
+    ],
+)
+def test_check_notices(damage: Any, words: str) -> None:
+    ledger = ledger_with(1, 2)
+    cached(ledger, 1)
+    held(ledger, "a", 2)
+    ledger.check()
+    damage(ledger)
+    with pytest.raises(LedgerError, match=words):
+        ledger.check()
+
+
+# --- random operations against a model -------------------------------------------------------------------------------
+
+VIRTUAL, PHYSICAL = 10, 5
+HOLDERS = st.sampled_from("abc")
+ANY = st.sets(st.integers(1, VIRTUAL), min_size=1)
+FEW = st.sets(st.integers(1, VIRTUAL), min_size=1, max_size=3)
+TOKENS = st.lists(st.integers(0, VIRTUAL), min_size=PHYSICAL, max_size=PHYSICAL)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Requests, forward passes and copies at random, on simulated memory.
+
+    The model keeps the words of the documentation: who holds what, which page was used when, which passes are in
+    flight and what they read. Content is a number; a new device page holds garbage (None) until it is written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(VIRTUAL, PHYSICAL)
+        self.content: dict[int, int | None] = {}  # allocated page -> what it must hold (None: not written yet)
+        self.device: dict[int, int] = {}  # page -> physical page
+        self.mirrored: set[int] = set()
+        self.holders: dict[str, set[int]] = {}
+        self.used: dict[int, int] = {}
+        self.busy: dict[int, int] = {}  # page -> number of the last pass that may read it
+        self.given_up: dict[int, int] = {}  # physical page -> number of the last pass that may read it
+        self.reads: dict[int, dict[int, int]] = {}  # pass in flight -> physical page -> content it must find
+        self.started = self.finished = self.clock = self.written = 0
+        self.device_bytes: dict[int, int | None] = {}
+        self.host_bytes: dict[int, int] = {}
+
+    # -- the model's own answers
+
+    def held(self) -> set[int]:
+        return set().union(*self.holders.values()) if self.holders else set()
+
+    def evictable(self) -> set[int]:
+        return {
+            page
+            for page in self.device
+            if page in self.mirrored and page not in self.held() and self.busy.get(page, 0) <= self.finished
+        }
+
+    def free(self) -> int:
+        return PHYSICAL - len(self.device) - len(self.given_up)
+
+    def model_drop(self, holder: str, pages: set[int]) -> None:
+        for page in pages & self.holders.get(holder, set()):
+            self.holders[holder].discard(page)
+            self.busy[page] = self.started
+        if not self.holders.get(holder, {0}):
+            del self.holders[holder]
+
+    # -- the allocator
+
+    def allocate(self, pages: set[int]) -> None:
+        new = sorted(pages - set(self.content))
+        self.ledger.allocate(new)
+        self.content |= dict.fromkeys(new)
+
+    @rule(pages=FEW)
+    def release(self, pages: set[int]) -> None:
+        gone = sorted((pages & set(self.content)) - self.held())
+        self.ledger.release(gone)
+        for page in gone:
+            del self.content[page]
+            self.mirrored.discard(page)
+            self.used.pop(page, None)
+            self.busy.pop(page, None)
+            if page in self.device and self.started > self.finished:
+                self.given_up[self.device.pop(page)] = self.started
+            self.device.pop(page, None)
+
+    # -- requests
+
+    @rule(holder=HOLDERS, pages=FEW)
+    def hold(self, holder: str, pages: set[int]) -> None:
+        self.allocate(pages)
+        absent = pages - set(self.device)
+        short = len(absent) - self.free()
+        possible = self.evictable() - pages
+        before = state(self.ledger)
+        plan = self.ledger.hold(holder, sorted(pages))
+        if plan is None:
+            assert short > len(possible), "refused although there was room"
+            assert state(self.ledger) == before
+            return
+        assert short <= len(possible), "granted although there was no room"
+        evicted = set(self.device) - on_device(self.ledger)
+        assert len(evicted) == max(0, short)
+        assert evicted <= possible
+        if evicted and possible - evicted:
+            assert max(self.used[page] for page in evicted) <= min(self.used[page] for page in possible - evicted)
+        for page in evicted:
+            del self.device[page]
+        recall, fresh = pairs(plan.recall), pairs(plan.fresh)
+        assert set(recall) == absent & self.mirrored
+        assert set(fresh) == absent - self.mirrored
+        for page, place in (recall | fresh).items():
+            assert place not in self.device.values(), "two virtual pages share a physical page"
+            assert place not in self.given_up, "reused while a forward pass reads it"
+            assert 1 <= place <= PHYSICAL
+            self.device[page] = place
+            self.device_bytes[place] = self.host_bytes[page] if page in recall else None
+        self.holders.setdefault(holder, set()).update(pages)
+        self.clock += 1
+        self.used |= dict.fromkeys(pages, self.clock)
+
+    @rule(holder=HOLDERS, pages=st.none() | ANY)
+    def drop(self, holder: str, pages: set[int] | None = None) -> None:
+        self.ledger.drop(holder, pages)
+        self.model_drop(holder, set(self.content) if pages is None else pages)
+
+    @precondition(lambda self: self.copies())
+    @rule(choice=st.integers(0, 99), more=st.booleans())
+    def substitute(self, choice: int, more: bool) -> None:
+        """A page of one request turns out to be in the tree already; its copy is released afterwards."""
+        known = self.copies()
+        holder, old, new = known[choice % len(known)]
+        old_pages, new_pages = [old], [new]
+        if more:  # as in use: equal ids in front, of pages that the tree has under the same number
+            same = sorted(set(self.content) - {old, new})
+            old_pages, new_pages = [*same, old], [*same, new]
+        self.ledger.substitute(holder, old_pages, new_pages)
+        if new not in self.device and old not in self.held_by_others(holder):
+            self.device[new] = self.device.pop(old)
+            self.used[new] = self.used.pop(old)
+            self.busy[new] = self.started
+            if old not in self.mirrored:
+                self.content[old] = None
+        if old in self.holders.get(holder, set()):
+            self.model_drop(holder, {old})
+            self.holders.setdefault(holder, set()).add(new)
+            self.clock += 1
+            self.used[new] = self.clock
+        if old not in self.held():
+            self.release({old})
+
+    def copies(self) -> list[tuple[str, int, int]]:
+        """``(holder, old, new)``: two pages with the same tokens.
+
+        A holder that shares the old page with others is left out where the new page would have to be recalled.
+        """
+        return [
+            (holder, old, new)
+            for holder in "abc"
+            for old in sorted(self.device)
+            for new, content in sorted(self.content.items())
+            if new != old
+            and content is not None
+            and content == self.content[old]
+            and (
+                new in self.device
+                or old not in self.held_by_others(holder)
+                or old not in self.holders.get(holder, set())
+            )
+        ]
+
+    def held_by_others(self, holder: str) -> set[int]:
+        return {page for name, pages in self.holders.items() if name != holder for page in pages}
+
+    # -- forward passes and copies
+
+    @rule(tokens=TOKENS)
+    def start_forward(self, tokens: list[int]) -> None:
+        """A pass writes the held pages that have no content yet and reads all held pages.
+
+        A small number in ``tokens`` stands for the tokens that some other page has, too.
+        """
+        number = self.ledger.forward_started()
+        self.started += 1
+        assert number == self.started
+        empty = [page for page in sorted(self.held()) if self.content[page] is None]
+        for choice, page in zip(tokens, empty, strict=False):
+            known = [content for content in self.content.values() if content is not None]
+            self.written += 1
+            self.content[page] = known[choice] if choice < len(known) else self.written
+            self.device_bytes[self.device[page]] = self.content[page]
+        self.reads[number] = {
+            self.device[page]: content for page in self.held() if (content := self.content[page]) is not None
+        }
+
+    @rule(choice=st.integers(0, 99), pages=ANY)
+    def finish_forward(self, choice: int, pages: set[int]) -> None:
+        """One of the passes in flight reports, those before it are done as well; some pages are mirrored then."""
+        if self.reads:
+            number = sorted(self.reads)[choice % len(self.reads)]
+            self.ledger.forward_finished(number)
+            self.finished = number
+            self.reads = {other: reads for other, reads in self.reads.items() if other > number}
+            self.given_up = {place: reader for place, reader in self.given_up.items() if reader > number}
+        done = sorted(page for page in pages & set(self.device) if self.content[page] is not None)
+        self.ledger.mirrored(done)
+        self.mirrored.update(done)
+        for page in done:
+            content = self.device_bytes[self.device[page]]
+            assert content is not None
+            self.host_bytes[page] = content
+
+    @rule(holder=HOLDERS, pages=FEW, tokens=TOKENS)
+    def serve(self, holder: str, pages: set[int], tokens: list[int]) -> None:
+        """A short request from beginning to end; its pages stay cached."""
+        self.hold(holder, pages)
+        self.start_forward(tokens)
+        self.finish_forward(-1, pages)
+        self.drop(holder)
+
+    @precondition(lambda self: self.started == self.finished and self.clock % 16 == 15)
+    @rule()
+    def flush(self) -> None:
+        for holder in list(self.holders):
+            with pytest.raises(LedgerError, match="hold pages"):
+                self.ledger.reset()
+            self.drop(holder)
+        self.ledger.reset()
+        for record in (self.content, self.device, self.mirrored, self.used, self.busy, self.given_up):
+            record.clear()
+
+    # -- what holds after every step
+
+    @invariant()
+    def ledger_agrees_with_model(self) -> None:
+        ledger = self.ledger
+        ledger.check()
+        assert pairs((np.flatnonzero(ledger.v2p), ledger.v2p[ledger.v2p > 0])) == self.device
+        assert {page for page in range(1, VIRTUAL + 1) if ledger.is_mirrored([page])[0]} == self.mirrored
+        assert {holder: set(ledger.held_by(holder)) for holder in ledger.holders()} == self.holders
+        assert ledger.held_pages == len(self.held())
+        assert ledger.device_pages == len(self.device) == len(set(self.device.values()))
+        assert ledger.host_pages == len(self.mirrored)
+        assert ledger.allocated_pages == len(self.content)
+        assert ledger.obtainable_pages == self.free() + len(self.evictable())
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        for page, content in self.content.items():
+            if content is None:
+                continue
+            assert page in self.device or page in self.mirrored
+            if page in self.device:
+                assert self.device_bytes[self.device[page]] == content
+            if page in self.mirrored:
+                assert self.host_bytes[page] == content
+
+    @invariant()
+    def passes_in_flight_read_what_they_should(self) -> None:
+        for reads in self.reads.values():
+            assert all(self.device_bytes[place] == content for place, content in reads.items())
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=400,
+    stateful_step_count=60,
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,651 @@
+"""The plugin in real SGLang processes: absent without flags, whole with them, refused where it cannot work.
+
+Importing SGLang takes most of the time, so two probes (this file, run as a script) collect what many tests look at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import logging
+import multiprocessing
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
+from sglang_lsa.patches.table import INTAKE, SERVING
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ALL = (*INTAKE, *SERVING)
+TARGETS = sorted(hook.target for hook in ALL)
+INTAKE_TARGETS = sorted(hook.target for hook in INTAKE)
+
+
+# --- probe "stock": a process without flags, and installations that must fail ----------------------------------------
+
+
+def wrappers(target: str) -> list[Callable[..., Any]]:
+    """Functions that the symbol is wrapped in, outermost first; empty when its module was not even imported."""
+    names = target.split(".")
+    modules = [".".join(names[:end]) for end in range(len(names), 0, -1)]
+    module = next(name for name in modules if name in sys.modules)
+    symbol: Any = sys.modules[module]
+    for name in names[module.count(".") + 1 :]:
+        symbol = getattr(symbol, name, None)
+    found = []
+    symbol = getattr(symbol, "__func__", symbol)
+    while hasattr(symbol, "__wrapped__"):
+        found += [
+            cell.cell_contents for cell in symbol.__closure__ or () if cell.cell_contents is not symbol.__wrapped__
+        ]
+        symbol = symbol.__wrapped__
+    return [function for function in found if inspect.isfunction(function)]
+
+
+def installed() -> list[str]:
+    """Targets of our hooks that are wrapped in this process, or registered to be wrapped."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    registered = {
+        target
+        for target, hooks in HookRegistry._hooks.items()
+        for _, function, _ in hooks
+        if function.__module__.startswith("sglang_lsa.")
+    }
+    return sorted(registered | set(wrapped()))
+
+
+def wrapped() -> list[str]:
+    """Targets of our hooks that are wrapped in this process."""
+    return sorted(hook.target for hook in ALL if hook.function in wrappers(hook.target))
+
+
+def lost() -> list[str]:
+    """Targets that another plugin wanted to wrap, and did not."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    registered = [(target, function) for target, hooks in HookRegistry._hooks.items() for _, function, _ in hooks]
+    return sorted(
+        f"{target} by {function.__module__}" for target, function in registered if function not in wrappers(target)
+    )
+
+
+def other_hook(result: Any, *_: Any, **__: Any) -> Any:
+    return result
+
+
+def load_plugins_again() -> None:
+    from sglang.srt import plugins
+
+    plugins._plugins_loaded = False
+    plugins.load_plugins()
+
+
+def failure(call: Callable[[], Any]) -> dict[str, Any]:
+    """What ``call`` raised, and the hooks that are there afterwards."""
+    try:
+        call()
+        kind, text = "none", ""
+    except BaseException as error:  # SystemExit is what the plugin raises
+        kind, text = type(error).__name__, str(error)
+    return {"kind": kind, "text": text, "installed": installed()}
+
+
+def stock_probe() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    executed: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: executed.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sglang.srt.plugins").addHandler(handler)
+    logging.getLogger("sglang.srt.plugins").setLevel(logging.INFO)
+
+    import sglang
+    from sglang.srt import server_args
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_lsa.patches.table import install
+
+    def stop(argv: list[str]) -> None:
+        found["command"] = installed()
+        found["module_name"] = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+        raise SystemExit
+
+    # `python -m sglang.launch_server --model-path m`, up to the point where it reads its arguments
+    original, server_args.prepare_server_args = server_args.prepare_server_args, stop
+    sys.argv = ["-m", "--model-path", "m"]
+    try:
+        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    except SystemExit:
+        server_args.prepare_server_args = original
+    found["executed"] = executed
+
+    # `sglang serve --model-path m`
+    sys.argv = ["/usr/bin/sglang", "serve", "--model-path", "m"]
+    load_plugins_again()
+    found["console"] = installed()
+
+    # a child process of either
+    parent, child = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=stock_child, args=(child,))
+    process.start()
+    found["child"] = parent.recv()
+    process.join()
+
+    found["checks"] = {hook.target: failure(hook.check)["text"] for hook in ALL}
+
+    sys.argv = ["/usr/bin/sglang", "serve", "--lsa-budget", "0.2"]
+    sglang.__version__ = "0.5.18"
+    found["version"] = failure(load_plugins_again)
+    sglang.__version__ = SGLANG_VERSION
+
+    changed = dataclasses.replace(SERVING[-1], parameters=("self", "no_such_parameter"))
+    found["signature"] = failure(lambda: install((*ALL[:-1], changed)))
+    for name, target in (("method", SERVING[0].target + "_gone"), ("module", "sglang.srt.gone.Class.method")):
+        gone = dataclasses.replace(SERVING[0], target=target)
+        found[name] = failure(partial(install, (*ALL, gone)))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    apply = HookRegistry.__dict__["_apply_target"]
+    HookRegistry._apply_target = broken
+    found["apply"] = failure(lambda: install(SERVING[:1]))
+    HookRegistry._apply_target = apply
+    HookRegistry.reset()
+
+    # another program that may build an Engine
+    sys.argv = ["program.py"]
+    load_plugins_again()
+    found["library"] = installed()
+
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", other_hook)
+    HookRegistry.apply_hooks()
+    found["other plugin"] = failure(lambda: install(ALL)) | {"wrapped": wrapped(), "lost": lost()}
+    return found
+
+
+def stock_child(pipe: Any) -> None:
+    from sglang_lsa.plugin import register
+
+    register()
+    pipe.send({"main": sys.modules["__main__"].__name__, "argv": sys.argv[1:], "installed": installed()})
+
+
+# --- probe "flags": arguments, refusals, and a child that gets them --------------------------------------------------
+
+
+ACCEPTED: dict[str, list[str]] = {
+    "plain": ["--lsa-budget", "0.25", "--lsa-policy", "recency", "--lsa-observe-layers", "3,9"],
+    "own sizes": ["--lsa-window", "32", "--max-running-requests", "7", "--chunked-prefill-size", "512"],
+    "no tree": ["--lsa-budget", "0.25", "--disable-radix-cache"],
+    "stock": ["--device", "cpu"],
+}
+
+REFUSED: list[tuple[str, str]] = [
+    # (flags, words of the refusal)
+    ("--disaggregation-mode prefill", "--disaggregation-mode prefill: .*remove --disaggregation-mode"),
+    ("--dcp-size 2", "--dcp-size 2: .*remove --dcp-size"),
+    ("--pp-size 2", "--pp-size 2: .*use --pp-size 1"),
+    ("--tp-size 2", "--tp-size 2: .*use --tp-size 1"),
+    ("--dp-size 2", "--dp-size 2: .*use --dp-size 1 and several servers behind a router"),
+    ("--nnodes 2", "--nnodes 2: .*use one node"),
+    ("--enable-hierarchical-cache", "--enable-hierarchical-cache True: .*remove --enable-hierarchical-cache"),
+    ("--enable-lmcache", "--enable-lmcache True: .*remove --enable-lmcache"),
+    ("--enable-flexkv", "--enable-flexkv True: .*remove --enable-flexkv"),
+    ("--enable-hisparse", "--enable-hisparse True: .*remove --enable-hisparse: LSA replaces it"),
+    ("--enable-memory-saver", "--enable-memory-saver True: .*remove"),
+    ("--enable-mixed-chunk", "--enable-mixed-chunk True: .*remove"),
+    ("--enable-torch-compile", "--enable-torch-compile True: .*remove"),
+    ("--enable-pdmux", "--enable-pdmux True: .*remove"),
+    ("--enable-two-batch-overlap", "--enable-two-batch-overlap True: .*remove"),
+    ("--enable-streaming-session", "--enable-streaming-session True: .*remove"),
+    ("--enable-session-radix-cache", "--enable-session-radix-cache True: .*remove"),
+    ("--is-embedding", "--is-embedding True: .*serve embedding models without LSA"),
+    ("--page-size 32", "--page-size 32: .*use --page-size 64 or leave it out"),
+    ("--page-size 1", "--page-size 1: .*use --page-size 64"),
+    ("--radix-cache-backend other", "--radix-cache-backend other: .*remove --radix-cache-backend"),
+    ("--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype fp8_e4m3: .*use one of auto, bfloat16"),
+    ("--device cuda", "--device cuda: .*use --device cpu"),
+    ("--attention-backend triton", "--attention-backend triton: .*use torch_native"),
+    ("--prefill-attention-backend triton", "--prefill-attention-backend triton: .*use|remove"),
+    ("--decode-attention-backend triton", "--decode-attention-backend triton: .*use|remove"),
+    ("--lsa-indexer /does/not/exist", "--lsa-indexer /does/not/exist: has no config.json: give a folder"),
+    ("--lsa-observe-layers 3,99", "--lsa-observe-layers .*99.*the model has layers 0 to 29"),
+    ("--lsa-budget 7", r"budget 7\.0 is out of range: use a number in \(0, 1\]"),
+    ("--lsa-policy indexer", "--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH"),
+    ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read .*give an existing"),
+    ("--tp-size 2 --page-size 16", "(?s)--tp-size 2: .*--page-size 16: "),  # every problem at once
+    # SGLang's own checks come first:
+    ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout requires"),
+    ("--enable-deterministic-inference", "deterministic inference"),
+    ("--enable-prefill-cp", "--enable-prefill-cp is enabled"),
+    ("--attn-cp-size 2", "attn_cp_size"),
+]
+
+DEFAULTS = (
+    "device",
+    "page_size",
+    "attention_backend",
+    "sampling_backend",
+    "radix_cache_backend",
+    "chunked_prefill_size",
+    "max_running_requests",
+    "sleep_on_idle",
+    "disable_radix_cache",
+)
+
+
+def describe(server_args: Any) -> dict[str, Any]:
+    config = getattr(server_args, "lsa_config", None)
+    seen = {name: getattr(server_args, name) for name in DEFAULTS}
+    return seen | {"lsa_config": config and json.loads(config.to_json())}
+
+
+def flags_probe() -> dict[str, Any]:
+    sys.argv[1:] = ["--lsa-budget", "0.25"]
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    sys.argv[1:] = []  # children inherit these; what tells them is the pickle alone
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    found: dict[str, Any] = {"wrapped": wrapped(), "lost": lost()}
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", other_hook)
+    HookRegistry.apply_hooks()
+    found["lost later"] = lost()
+
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    from sglang_lsa.embedded_model import embedded_model_path
+
+    model = str(embedded_model_path())
+    common = ["--model-path", model, "--log-level", "warning"]
+    server_args = prepare_server_args([*common, *ACCEPTED["plain"]])
+    parent, child = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=flags_child, args=(child, server_args))
+    process.start()
+
+    for name, flags in ACCEPTED.items():
+        found[name] = describe(prepare_server_args([*common, *flags]))
+    for given, _ in REFUSED:
+        argv = [*common, "--lsa-budget", "0.25", *given.split()]
+        found[given] = failure(partial(prepare_server_args, argv))["text"]
+    found["engine"] = describe(ServerArgs(model_path=model, lsa_config={"budget": 0.25}))
+    found["stock engine"] = describe(ServerArgs(model_path=model, device="cpu"))
+    found["bad engine"] = failure(lambda: ServerArgs(model_path=model, lsa_config={"budgets": 0.25}))
+    found["model code"] = [name for name in sys.modules if name == "sglang.srt.models.llama"]
+    found["child"] = parent.recv()
+    process.join()
+    return found
+
+
+def flags_child(pipe: Any, server_args: Any) -> None:
+    before = sorted(name for name in sys.modules if name == "sglang_lsa.plugin")
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.mem_cache import registry
+
+    backends = [ATTENTION_BACKENDS["torch_native"].__module__]
+    backends += [name for values in vars(registry).values() if isinstance(values, dict) for name in values]
+    pipe.send(
+        {
+            "argv": sys.argv[1:],
+            "before": before,
+            "wrapped": wrapped(),
+            "backends": backends,
+            **describe(server_args),
+        }
+    )
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Both probes, side by side; called with a name, returns what that one found."""
+    folder = tmp_path_factory.mktemp("probes")
+    running = {}
+    for name in ("flags", "stock"):
+        log = (folder / f"{name}.log").open("w")
+        command = [sys.executable, __file__, name, str(folder / f"{name}.json")]
+        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    found: dict[str, dict[str, Any]] = {}
+
+    def result(name: str) -> dict[str, Any]:
+        if name not in found:
+            running[name].wait(timeout=600)
+            file = folder / f"{name}.json"
+            assert file.exists(), (folder / f"{name}.log").read_text()[-3000:]
+            found[name] = json.loads(file.read_text())
+        return found[name]
+
+    yield result
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def stock(probes: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return probes("stock")
+
+
+@pytest.fixture(scope="module")
+def flags(probes: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return probes("flags")
+
+
+# flags
+
+
+def test_flags_reach_server_args(flags: dict[str, Any]) -> None:
+    expected = LSAConfig(budget=0.25, policy="recency", observe_layers=(3, 9))
+    assert LSAConfig.from_mapping(flags["plain"]["lsa_config"]) == expected
+    assert LSAConfig.from_mapping(flags["own sizes"]["lsa_config"]) == LSAConfig(window=32)
+
+
+def test_flags_install_every_hook(flags: dict[str, Any]) -> None:
+    assert flags["wrapped"] == TARGETS
+
+
+def test_what_the_user_left_open_is_filled_in(flags: dict[str, Any]) -> None:
+    assert {name: flags["plain"][name] for name in DEFAULTS} == {
+        "device": "cpu",
+        "page_size": 64,
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "radix_cache_backend": "lsa",
+        "chunked_prefill_size": 2048,
+        "max_running_requests": 256,
+        "sleep_on_idle": True,
+        "disable_radix_cache": False,
+    }
+
+
+def test_what_the_user_gave_is_kept(flags: dict[str, Any]) -> None:
+    assert flags["own sizes"]["max_running_requests"] == 7
+    assert flags["own sizes"]["chunked_prefill_size"] == 512
+    assert flags["no tree"]["disable_radix_cache"] is True
+
+
+def test_hooks_without_flags_change_no_argument(flags: dict[str, Any]) -> None:
+    assert flags["stock"]["lsa_config"] is None
+    assert flags["stock"]["radix_cache_backend"] is None
+    assert flags["stock"]["page_size"] == 1
+    assert flags["stock engine"]["lsa_config"] is None
+    assert flags["stock engine"]["page_size"] == 1
+
+
+def test_engine_takes_a_config(flags: dict[str, Any]) -> None:
+    assert LSAConfig.from_mapping(flags["engine"]["lsa_config"]) == LSAConfig(budget=0.25)
+    names = [name for name in DEFAULTS if name != "lsa_config"]
+    assert {name: flags["engine"][name] for name in names} == {name: flags["plain"][name] for name in names}
+    assert flags["bad engine"]["kind"] == "ValueError"
+    assert "lsa_config: unknown key 'budgets': use one of" in flags["bad engine"]["text"]
+
+
+def test_pickled_arguments_install_the_hooks_in_a_child(flags: dict[str, Any]) -> None:
+    child = flags["child"]
+    assert child["argv"] == []  # nothing else could have told it
+    assert child["before"] == []
+    assert child["wrapped"] == TARGETS
+    assert child["lsa_config"] == flags["plain"]["lsa_config"]
+    assert child["backends"][0] == "sglang_lsa.plugin"
+    assert "lsa" in child["backends"]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=[given for given, _ in REFUSED])
+def test_unsupported_flags_are_refused(flags: dict[str, Any], given: str, words: str) -> None:
+    assert re.search(words, flags[given]), flags[given] or "accepted"
+
+
+def test_refusals_come_before_anything_is_loaded(flags: dict[str, Any]) -> None:
+    assert flags["model code"] == []
+
+
+# no flags
+
+
+@pytest.mark.parametrize("how", ["command", "console"])
+def test_no_flags_installs_nothing(stock: dict[str, Any], how: str) -> None:
+    assert stock["module_name"] == "sglang.launch_server"
+    assert any("Executed general plugin: lsa" in line for line in stock["executed"])
+    assert stock[how] == []
+
+
+def test_no_flags_installs_nothing_in_children(stock: dict[str, Any]) -> None:
+    assert stock["child"]["main"] == "__mp_main__"
+    assert stock["child"]["installed"] == []
+
+
+def test_a_program_that_may_build_an_engine_gets_the_intake_only(stock: dict[str, Any]) -> None:
+    assert stock["library"] == INTAKE_TARGETS
+
+
+# all or nothing
+
+
+def test_every_hook_target_exists(stock: dict[str, Any]) -> None:
+    assert stock["checks"] == dict.fromkeys(sorted(stock["checks"]), "")
+    assert sorted(stock["checks"]) == TARGETS
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "words"),
+    [
+        ("version", "SystemExit", "sglang-lsa: sglang is version 0.5.18; sglang-lsa was written for SGLang 0.5.17"),
+        ("signature", "IncompatibleSGLang", r"takes \(self, .*\), not 'no_such_parameter'"),
+        ("method", "IncompatibleSGLang", "_gone not found"),
+        ("module", "IncompatibleSGLang", "sglang.srt.gone.Class.method not found"),
+    ],
+)
+def test_all_or_nothing(stock: dict[str, Any], case: str, kind: str, words: str) -> None:
+    assert stock[case]["kind"] == kind
+    assert re.search(words, stock[case]["text"])
+    fix = "Install it (pip install sglang==0.5.17), or start without --lsa flags."
+    assert stock[case]["text"].endswith(fix)
+    assert stock[case]["installed"] == []
+
+
+def test_a_hook_that_sglang_could_not_apply_is_an_error(stock: dict[str, Any]) -> None:
+    assert stock["apply"]["kind"] == "IncompatibleSGLang"
+    assert re.search(r"could not wrap sglang\.srt\..*\.config_from_budget", stock["apply"]["text"])
+
+
+def test_a_hook_that_sglang_would_skip_is_installed_or_an_error(stock: dict[str, Any]) -> None:
+    """Another plugin wrapped the target and applied that: SGLang would not wrap it again, and say nothing."""
+    seen = stock["other plugin"]
+    assert seen["kind"] == "IncompatibleSGLang" or seen["wrapped"] == TARGETS
+
+
+def test_hooks_of_other_plugins_are_kept(flags: dict[str, Any]) -> None:
+    """SGLang itself depends on a package with plugins; which of them runs first is a matter of luck."""
+    assert flags["lost"] == []
+    assert flags["lost later"] == []
+
+
+# the records of the hooks
+
+
+def words_of(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)]
+
+
+@pytest.mark.parametrize("hook", ALL, ids=[hook.target.removeprefix("sglang.srt.") for hook in ALL])
+def test_record(hook: Hook) -> None:
+    module = sys.modules[hook.function.__module__]
+    assert module.HOOK is hook
+    assert module.__file__ is not None
+    assert hook.kind in ("before", "after", "around")
+    assert min(len(hook.why), len(hook.until)) > 20
+
+    # one file per symbol, named after it; words may be left out of a long method name
+    owner, method = hook.target.split(".")[-2:]
+    named = words_of(pathlib.Path(module.__file__).stem)
+    class_words = words_of(owner.replace("KVCache", "KvCache"))
+    assert named[: len(class_words)] == class_words
+    remaining = iter(words_of(method))
+    assert all(word in remaining for word in named[len(class_words) :])
+    assert len(named) > len(class_words)
+
+    # the wrapper takes what it says it relies on
+    parameters = inspect.signature(hook.function).parameters
+    leading = {"before": (), "after": ("result",), "around": ("original",)}[hook.kind]
+    assert tuple(parameters)[: len(leading)] == leading
+    assert set(hook.parameters) <= set(parameters)
+
+    # the test that proves it: in this repository, and if its file is written already, in that file
+    file, name = hook.test.split("::")
+    assert re.fullmatch(r"tests/(unit|server)/test_\w+\.py", file)
+    if (ROOT / file).exists():
+        assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_every_hook_file_is_in_the_table() -> None:
+    files = sorted(path.stem for path in (ROOT / "patches").glob("*.py"))
+    modules = [importlib.import_module(f"sglang_lsa.patches.{name}") for name in files]
+    assert sorted(module.HOOK.target for module in modules if hasattr(module, "HOOK")) == TARGETS
+    assert len(set(TARGETS)) == len(TARGETS)
+
+
+def test_both_places_name_the_same_sglang() -> None:
+    import sglang_lsa
+
+    assert sglang_lsa.SGLANG_VERSION == SGLANG_VERSION
+
+
+def test_checking_a_hook_that_fits() -> None:
+    fits = Hook("json.dumps", "after", len, ("obj", "indent"), "why", "until", "test")
+    fits.check()
+    with pytest.raises(IncompatibleSGLang, match=r"json\.dumps takes \(obj, .*\), not 'objects'"):
+        dataclasses.replace(fits, parameters=("objects",)).check()
+
+
+# arguments, without SGLang: also those that SGLang's own checks would refuse first
+
+
+def arguments(**changed: Any) -> SimpleNamespace:
+    text = SimpleNamespace(hidden_size=576, num_hidden_layers=30)
+    model = SimpleNamespace(
+        model_path="model",
+        is_hybrid_swa=False,
+        sliding_window_size=None,
+        attention_arch=SimpleNamespace(name="MHA"),
+        hf_text_config=text,
+        is_generation=True,
+        num_hidden_layers=30,
+    )
+    vars(model).update(changed.pop("model", {}))
+    values = {name: fine for name, fine, _ in REFUSED_FLAGS}
+    values |= {
+        "kv_cache_dtype": "auto",
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "prefill_attention_backend": None,
+        "decode_attention_backend": None,
+        "get_model_config": lambda: model,
+    }
+    return SimpleNamespace(**{**values, **changed})
+
+
+def test_arguments_that_fit() -> None:
+    config = LSAConfig(budget=0.25)
+    assert attach(arguments(), config).lsa_config is config
+
+
+@pytest.mark.parametrize(("name", "fine", "fix"), REFUSED_FLAGS, ids=[name for name, _, _ in REFUSED_FLAGS])
+def test_every_listed_flag_is_refused(name: str, fine: Any, fix: str) -> None:
+    bad = True if fine is False else fine + 1 if isinstance(fine, int) else "other"
+    server_args = arguments(**{name: bad})
+    with pytest.raises(Unsupported) as caught:
+        attach(server_args, LSAConfig())
+    flag = "--" + name.replace("_", "-")
+    assert str(caught.value) == f"LSA cannot start:\n  {flag} {bad}: not supported with LSA yet: {fix}"
+    assert not hasattr(server_args, "lsa_config")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sliding_window_size": 4096}, "model has sliding-window attention: .*use a dense model"),
+        ({"is_hybrid_swa": True}, "model has sliding-window attention"),
+        ({"attention_arch": SimpleNamespace(name="MLA")}, "model has MLA attention: .*use an MHA/GQA model"),
+        (
+            {"hf_text_config": SimpleNamespace(hidden_size=576, num_hidden_layers=30, mamba_d_state=16)},
+            "model has state-space or linear-attention layers: .*use a dense model",
+        ),
+        ({"is_generation": False}, "model does not generate text: serve it without LSA"),
+    ],
+)
+def test_models_that_cannot_work_are_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        attach(arguments(model=changed), LSAConfig())
+
+
+CHECKPOINT = {"hidden_size": 576, "num_hidden_layers": 30, "layers": [9, 15]}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        (None, "has no config.json: give a folder written by sglang-lsa train"),
+        ("weights", "config.json is no indexer configuration"),
+        ([1], "config.json is no indexer configuration"),
+        ({"hidden_size": 576}, "config.json is no indexer configuration"),
+        ({**CHECKPOINT, "hidden_size": 4096}, "trained for a model with 30 layers of width 4096; this model has 30 of"),
+        ({**CHECKPOINT, "num_hidden_layers": 2}, "give the indexer that belongs to this model"),
+        (CHECKPOINT, None),
+    ],
+)
+def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    if checkpoint is not None:
+        (tmp_path / "config.json").write_text(json.dumps(checkpoint) if checkpoint != "weights" else "{")
+    config = LSAConfig(indexer=str(tmp_path))
+    if words is None:
+        assert attach(arguments(), config).lsa_config.policy == "indexer"
+        return
+    with pytest.raises(Unsupported, match=words):
+        attach(arguments(), config)
+
+
+def test_defaults_leave_what_was_given() -> None:
+    given = {"device": "cpu", "page_size": 32, "attention_backend": "triton", "chunked_prefill_size": 100}
+    values = dict(given)
+    apply_defaults(values, LSAConfig())
+    assert values.items() >= given.items()
+    assert values["radix_cache_backend"] == "lsa"
+
+
+def test_defaults_of_a_gpu_are_sglangs() -> None:
+    values: dict[str, Any] = {"device": "cuda", "attention_backend": None}
+    apply_defaults(values, LSAConfig())
+    assert values == {
+        "device": "cuda",
+        "attention_backend": None,
+        "page_size": 64,
+        "radix_cache_backend": "lsa",
+        "max_running_requests": 256,
+    }
+
+
+if __name__ == "__main__":
+    result = {"stock": stock_probe, "flags": flags_probe}[sys.argv[1]]
+    target = pathlib.Path(sys.argv[2])
+    target.write_text(json.dumps(result()))

@@ -1,0 +1,195 @@
+"""select: the resident set as a pure function of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_lsa.selection import budget_pages, select
+
+REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
+
+
+def chosen(scores: Any, context_pages: int | None = None, **options: Any) -> list[int]:
+    scores = np.asarray(scores, dtype=np.float64)
+    defaults = {"budget": 0.5, "min_pages": 1, "sink_pages": 1, "recent_pages": 1}
+    pages = len(scores) if context_pages is None else context_pages
+    return select(scores, pages, **{**defaults, **options}).tolist()
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("context_pages", "budget", "min_pages", "bound"),
+    [
+        (0, 0.1, 8, 0),
+        (1, 0.1, 8, 1),
+        (7, 0.1, 8, 7),
+        (100, 0.135, 8, 13),
+        (100, 0.05, 8, 8),
+        (100, 1.0, 8, 100),
+        (2048, 0.135, 8, 276),
+    ],
+)
+def test_budget_pages(context_pages: int, budget: float, min_pages: int, bound: int) -> None:
+    assert budget_pages(context_pages, budget, min_pages) == bound
+
+
+def test_sink_recent_and_the_best() -> None:
+    assert chosen([0, 1, 9, 2, 8, 3, 7, 0], budget=0.5) == [0, 2, 4, 7]
+
+
+def test_sink_and_recent_stay_whatever_they_score() -> None:
+    assert chosen([-9, 5, 6, 7, 8, 5, 4, -9], budget=0.25) == [0, 7]
+
+
+def test_the_partly_filled_page_counts_as_a_recent_one() -> None:
+    # 8 complete pages and a growing ninth: the set of 4 is sink, the two best and the growing page.
+    assert chosen([0, 1, 9, 2, 8, 3, 7, 0], context_pages=9, budget=0.5) == [0, 2, 4]
+
+
+def test_several_recent_pages() -> None:
+    scores = [0] * 16
+    assert chosen(scores, budget=0.75, recent_pages=3, threshold=0.0) == [0, 13, 14, 15]
+    assert chosen(scores, context_pages=17, budget=0.75, recent_pages=3, threshold=0.0) == [0, 14, 15]
+
+
+def test_recent_pages_take_at_most_a_quarter() -> None:
+    assert chosen([0] * 16, budget=0.5, recent_pages=16, threshold=0.0) == [0, 14, 15]
+
+
+def test_sink_pages_take_at_most_half() -> None:
+    assert chosen([0] * 16, budget=0.5, sink_pages=16, threshold=0.0) == [0, 1, 2, 3, 15]
+
+
+def test_one_recent_page_always_stays() -> None:
+    assert chosen([5, 5, 5, 0], budget=0.25, sink_pages=0, recent_pages=0) == [3]
+
+
+def test_ties_go_to_the_more_recent_page() -> None:
+    assert chosen([1] * 10, budget=0.5) == [0, 6, 7, 8, 9]
+
+
+def test_scores_at_or_below_the_threshold_are_left_out() -> None:
+    scores = [0, 1, 2, 3, 4, 5, 6, 0]
+    assert chosen(scores, budget=0.75, threshold=3.0) == [0, 4, 5, 6, 7]
+    assert chosen(scores, budget=0.75, threshold=100.0) == [0, 7]
+
+
+def test_nan_is_not_worth_keeping() -> None:
+    nan = float("nan")
+    assert chosen([nan, 1, nan, 2, nan, nan, 3, nan], budget=0.75) == [0, 1, 3, 6, 7]
+    assert chosen([nan] * 8, budget=0.75) == [0, 7]
+
+
+def test_infinite_scores() -> None:
+    inf = float("inf")
+    assert chosen([0, 1, inf, 2, 3, 4, 5, 0], budget=0.4) == [0, 2, 7]
+    assert chosen([0, -inf, 1, -inf, 2, -inf, -inf, 0], budget=0.75) == [0, 2, 4, 7]
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_a_set_that_fits_needs_no_scores(pages: int) -> None:
+    assert chosen([float("nan")] * pages, budget=0.01, min_pages=3) == list(range(pages))
+
+
+def test_nothing_to_choose_from() -> None:
+    assert chosen([], context_pages=0) == []
+    assert chosen([], context_pages=1) == []
+
+
+def test_budget_one_keeps_every_page() -> None:
+    assert chosen([float("nan"), -1, 0], budget=1.0, threshold=100.0) == [0, 1, 2]
+
+
+def test_the_type_is_an_index() -> None:
+    for budget in (0.5, 1.0):
+        result = select(
+            np.ones(8, dtype=np.float32), 8, budget=budget, min_pages=1, sink_pages=1, recent_pages=1, threshold=0.0
+        )
+        assert result.dtype == np.int64
+
+
+@pytest.mark.parametrize(("scores", "context_pages"), [(3, 5), (3, 2), (0, 2)])
+def test_a_score_for_every_complete_page(scores: int, context_pages: int) -> None:
+    with pytest.raises(ValueError, match=f"{scores} scores for {context_pages} pages: score every complete page"):
+        chosen([1.0] * scores, context_pages=context_pages)
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
+    # Few different values, so that ties are common.
+    value = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, -1.0]) | st.floats(width=32)
+    scores = np.asarray(draw(st.lists(value, max_size=60)), dtype=np.float64)
+    options = {
+        "context_pages": len(scores) + draw(st.integers(0, 1)),
+        "budget": draw(st.floats(0.01, 1.0)),
+        "min_pages": draw(st.integers(1, 12)),
+        "sink_pages": draw(st.integers(0, 6)),
+        "recent_pages": draw(st.integers(0, 6)),
+        "threshold": draw(st.sampled_from([float("-inf"), -0.5, 0.0, 0.25, 1.0])),
+    }
+    return scores, options
+
+
+@REPEATABLE
+@given(calls())
+def test_the_set_is_bounded_sorted_and_keeps_both_ends(call: tuple[np.ndarray, dict[str, Any]]) -> None:
+    scores, options = call
+    original = scores.copy()
+    positions = select(scores, **options)
+    complete, context = len(scores), options["context_pages"]
+    bound = budget_pages(context, options["budget"], options["min_pages"])
+    growing = context - complete
+    assert (np.diff(positions) > 0).all()
+    assert not len(positions) or (positions[0] >= 0 and positions[-1] < complete)
+    assert len(positions) + growing <= max(bound, growing)
+    if complete and not growing:
+        assert positions[-1] == complete - 1
+    sink = min(options["sink_pages"], bound // 2, complete)
+    assert positions[:sink].tolist() == list(range(sink))
+    recent = max(1, min(options["recent_pages"], bound // 4)) - growing
+    assert set(range(max(0, complete - recent), complete)) <= set(positions.tolist())
+    assert np.array_equal(scores, original, equal_nan=True)
+
+
+@REPEATABLE
+@given(calls())
+def test_what_is_left_out_is_worse_or_below_the_threshold(call: tuple[np.ndarray, dict[str, Any]]) -> None:
+    scores, options = call
+    positions = set(select(scores, **options).tolist())
+    complete, context, threshold = len(scores), options["context_pages"], options["threshold"]
+    bound = budget_pages(context, options["budget"], options["min_pages"])
+    if bound >= context:
+        assert positions == set(range(complete))
+        return
+    recent = max(1, min(options["recent_pages"], bound // 4))
+    sink = min(options["sink_pages"], bound // 2)
+    middle = range(sink, context - recent)
+    kept = [page for page in middle if page in positions]
+    left = [page for page in middle if page not in positions]
+    assert all(scores[page] > threshold for page in kept)
+    worthy = [page for page in left if scores[page] > threshold]
+    if worthy:  # then the budget is used up, and by better ones
+        assert len(positions) + context - complete == bound
+        worst = min((scores[page], page) for page in kept) if kept else (np.inf, complete)
+        assert max((scores[page], page) for page in worthy) < worst
+
+
+@REPEATABLE
+@given(calls())
+def test_more_budget_never_takes_a_page_away(call: tuple[np.ndarray, dict[str, Any]]) -> None:
+    scores, options = call
+    # Sink and recent pages grow with the budget at the cost of others, so they are fixed here.
+    options = {**options, "sink_pages": 0, "recent_pages": 1, "min_pages": 1}
+    small = set(select(scores, **options).tolist())
+    large = set(select(scores, **{**options, "budget": min(1.0, options["budget"] * 1.5)}).tolist())
+    assert small <= large
