@@ -66,6 +66,6 @@ def install(hooks: Sequence[Hook]) -> None:
             HookRegistry._apply_target(hook.target, [(HookType(hook.kind), hook.function, None)])
         except Exception as error:
             raise IncompatibleSGLang(
-                f"{hook.target} could not be wrapped ({error!r}). Not serving rather than serving without LSA."
+                f"could not wrap {hook.target} ({error!r}): not serving rather than serving without LSA"
             ) from error
         _wrapped.add(hook.target)

@@ -78,3 +78,11 @@ def measure(runtime: LSARuntime) -> dict[str, Any]:
         "lsa_fallbacks": lookahead.fallbacks,
         "lsa_prefix_hit_tokens": runtime.radix_hit_tokens,
     }
+
+
+def markdown_table() -> str:
+    """The table of metrics in the README."""
+    lines = ["| metric | type | meaning |", "| --- | --- | --- |"]
+    lines += [f"| `{PREFIX}{name}` | gauge | {text} |" for name, text in GAUGES.items()]
+    lines += [f"| `{PREFIX}{name}_total` | counter | {text} |" for name, text in COUNTERS.items()]
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from prompts import needle, prose
 from safetensors.torch import save_file
-from serving import generate
+from serving import generate, wait_until_idle
 
 from sglang_lsa.server_process import ServerFailed, ServerProcess
 
@@ -26,7 +26,13 @@ import sglang as sgl
 if __name__ == "__main__":
     model, indexer, prompt = sys.argv[1:]
     config = {"indexer": indexer, "device_tokens": 6400, "host_memory_gb": 0.5, "min_context": 512, "debug": True}
-    engine = sgl.Engine(model_path=model, lsa_config=config, skip_server_warmup=True)
+    engine = sgl.Engine(
+        model_path=model,
+        lsa_config=config,
+        skip_server_warmup=True,
+        disable_radix_cache=True,
+        chunked_prefill_size=1024,
+    )
     def ask(**lsa):
         params = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True, "custom_params": {"lsa": lsa}}
         return engine.generate(prompt, params)["text"]
@@ -38,7 +44,8 @@ if __name__ == "__main__":
 
 
 def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
-    """With a randomly initialised indexer: the whole path runs, and reading everything is not affected by it."""
+    """With a randomly initialised indexer, chunked prefill and no radix tree: the whole path runs, and reading
+    everything is not affected by it."""
     indexer = random_indexer(tmp_path / "indexer", hidden_size=576, num_hidden_layers=30)
     script = tmp_path / "engine.py"
     script.write_text(textwrap.dedent(ENGINE))
@@ -62,11 +69,10 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: pathlib.Path) -> None:
-    """Without the radix tree, in chunks: a pool of 40 pages serves a prompt of 36 and refuses one it can never take."""
+    """A pool of 40 pages over 200: it refuses what it can never take, and evicts from the radix tree when full."""
     config = tmp_path / "lsa.json"
     config.write_text(json.dumps({"device_tokens": 2560, "host_memory_gb": 0.3, "debug": True, "min_context": 512}))
     flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-config", str(config), "--lsa-budget", "0.25"]
-    flags += ["--disable-radix-cache", "--chunked-prefill-size", "1024"]
     with ServerProcess("sglang.launch_server", flags, tmp_path / "server.log") as server:
         server.wait_until_ready()
         status = server.get("/lsa/status")
@@ -78,7 +84,15 @@ def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: path
         assert refused.value.code == 400
         message = refused.value.read().decode()
         assert "fewer than 2496" in message and "--lsa-device-tokens" in message
-        assert server.get("/lsa/status")["physical"]["held"] == 0
+        for seed in range(3, 11):  # eight prompts of 31 pages: more than the host mirror holds
+            generate(server, prose(1950, seed), tokens=4)
+        status = wait_until_idle(server)
+        assert status["virtual"]["allocated"] <= status["virtual"]["pages"] < 8 * 30
+        assert status["host"]["pages"] > status["virtual"]["pages"] // 2
+        assert status["physical"]["held"] == 0
+        again = generate(server, prose(1950, 10), tokens=4)
+        assert again["meta_info"]["cached_tokens"] > 1800, "the latest prompt is still in the tree"
+        assert generate(server, prose(1950, 3), tokens=4)["meta_info"]["cached_tokens"] == 0, "the oldest is not"
 
 
 @pytest.mark.parametrize(

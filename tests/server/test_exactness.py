@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import Answer, complete, differs_at_a_tie
+from serving import Answer, complete, differs_at_a_tie, flush
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -24,16 +24,23 @@ def prompts() -> list[str]:
     return short + medium + shared + long + longest
 
 
-def complete_all(server: ServerProcess, custom_params: dict | None, parallel: int) -> list[Answer]:
+def complete_all(server: ServerProcess, prompts: list[str], custom_params: dict | None, parallel: int) -> list[Answer]:
     with ThreadPoolExecutor(parallel) as pool:
-        return list(pool.map(lambda prompt: complete(server, prompt, NEW_TOKENS, custom_params), prompts()))
+        return list(pool.map(lambda prompt: complete(server, prompt, NEW_TOKENS, custom_params), prompts))
 
 
 def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess) -> None:
-    reference = complete_all(stock, None, parallel=4)
+    """Four at a time with budget 1.0; then, from an empty cache and one by one, some of them with LSA switched off."""
+    reference = complete_all(stock, prompts(), None, parallel=4)
     stock.stop()
-    for custom_params, parallel in (({"lsa": {"budget": 1.0}}, 4), ({"lsa": {"enabled": False}}, 1)):
-        answers = complete_all(lsa, custom_params, parallel)
-        ties = sum(differs_at_a_tie(*pair) for pair in zip(reference, answers, strict=True))
-        print(f"{custom_params}: {len(reference) - ties} of {len(reference)} equal, {ties} differ at a tie")
-        assert ties <= len(reference) // 4
+    compare(reference, complete_all(lsa, prompts(), {"lsa": {"budget": 1.0}}, parallel=4), "budget 1.0")
+    flush(lsa)
+    some = slice(0, None, 4)
+    switched_off = complete_all(lsa, prompts()[some], {"lsa": {"enabled": False}}, parallel=1)
+    compare(reference[some], switched_off, "switched off")
+
+
+def compare(reference: list[Answer], answers: list[Answer], name: str) -> None:
+    ties = sum(differs_at_a_tie(*pair) for pair in zip(reference, answers, strict=True))
+    print(f"{name}: {len(reference) - ties} of {len(reference)} equal to stock, {ties} differ at a tie")
+    assert ties <= len(reference) // 4

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import complete, differs_at_a_tie, flush, generate
+from serving import complete, differs_at_a_tie, flush, generate, wait_until_idle
 
+from sglang_lsa.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -66,6 +67,18 @@ def test_shared_prefix_is_held_once(lsa: ServerProcess) -> None:
     assert held == len(set(sets["share-0"]["resident"]) | set(sets["share-1"]["resident"]))
     # Only what follows the shared prefix was added to the host copy.
     assert lsa.get("/lsa/status")["host"]["pages"] - host_before <= 2 * 4
+
+
+def test_the_same_prompt_at_the_same_time(lsa: ServerProcess) -> None:
+    """Three requests prefill the same prompt at once; the tree keeps one copy, and nobody notices."""
+    flush(lsa)
+    prompt = prose(1300, 41)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: complete(lsa, prompt, 70), range(3)))
+    status = wait_until_idle(lsa)
+    assert status["virtual"]["allocated"] == status["host"]["pages"] <= pages_spanned(1400)
+    for other in answers[1:]:
+        differs_at_a_tie(answers[0], other)
 
 
 def test_decode_reads_the_budget_only(lsa: ServerProcess) -> None:
