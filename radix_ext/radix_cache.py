@@ -61,8 +61,9 @@ class LSARadixCache(RadixCache):
         self.lsa.request_gone(req)
         keep = kv_len_to_handle
         if is_insert and not self.lsa.config.cache_outputs:
-            keep = min(keep, len(req.origin_input_ids))
-            # Pages after the one that holds the last prompt token carry generated tokens alone.
+            # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
+            keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
+            # Pages after the one that holds the last of these tokens carry generated tokens alone.
             first_generated = align_up(keep)
             if first_generated < kv_len_to_handle:
                 row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]

@@ -95,22 +95,15 @@ def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: path
         assert generate(server, prose(1950, 3), tokens=4)["meta_info"]["cached_tokens"] == 0, "the oldest is not"
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--lsa-budget", "1.5"], "use a number in (0, 1]"),
-        (["--page-size", "16"], "use --page-size 64"),
-        (["--lsa-host-memory-gb", "100000"], "GB are free"),
-    ],
-    ids=["budget", "page_size", "host_memory"],
-)
-def test_refused_at_start(model_path: str, tmp_path: pathlib.Path, flags: list[str], words: str) -> None:
-    with ServerProcess(
-        "sglang_lsa.launch_server", ["--model-path", model_path, *flags], tmp_path / "refused.log"
-    ) as server:
-        with pytest.raises(ServerFailed) as failed:
+def test_refused_at_start(model_path: str, tmp_path: pathlib.Path) -> None:
+    """The process ends before it loads a model; the other refusals are tested without a server."""
+    flags = ["--model-path", model_path, "--lsa-host-memory-gb", "100000"]
+    with ServerProcess("sglang_lsa.launch_server", flags, tmp_path / "refused.log") as server:
+        with pytest.raises(ServerFailed):
             server.wait_until_ready()
-        assert words in server.log.read_text() or words in str(failed.value)
+        log = server.log.read_text()
+        assert "--lsa-host-memory-gb 100000" in log and "GB are free: lower it" in log
+        assert "Load weight" not in log
 
 
 def random_indexer(folder: pathlib.Path, hidden_size: int, num_hidden_layers: int) -> pathlib.Path:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import assert_idle, flush, generate, wait_until_idle
+from serving import BFLOAT16_STEPS, assert_idle, complete, differs_at_a_tie, flush, generate, wait_until_idle
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -22,12 +22,12 @@ def test_dense_requests_are_retracted_and_finish(lsa: ServerProcess) -> None:
     flush(lsa)
     prompts = [prose(2960, 50 + i) for i in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda p: generate(lsa, p, tokens=260, enabled=False), prompts))
+        together = list(pool.map(lambda p: complete(lsa, p, 260, {"lsa": {"enabled": False}}), prompts))
     assert "Retract requests" in lsa.log.read_text(errors="replace")
-    assert [answer["meta_info"]["completion_tokens"] for answer in together] == [260] * 3
+    assert [len(answer) for answer in together] == [260] * 3
     for prompt, answer in zip(prompts, together, strict=True):
-        alone = generate(lsa, prompt, tokens=40, enabled=False)
-        assert answer["text"].startswith(alone["text"])
+        alone = complete(lsa, prompt, 40, {"lsa": {"enabled": False}})
+        differs_at_a_tie(alone, answer[:40], BFLOAT16_STEPS)
 
 
 def test_mixed_requests_leave_nothing_behind(lsa: ServerProcess) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from prompts import needle
+from prompts import Needle, needle
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -19,25 +21,31 @@ def test_quest_finds_needles_that_recency_and_random_miss(lsa: ServerProcess) ->
     lost = 0
     for i in range(SAMPLES):
         sample = needle(TOKENS, 1 - (i + 0.5) / SAMPLES, seed=1000 + i)
-        found = {}
+        found = {"full": finds(lsa, sample, "full")}
+        with ThreadPoolExecutor(len(ARMS)) as pool:
+            found |= zip(ARMS[1:], pool.map(lambda arm, sample=sample: finds(lsa, sample, arm), ARMS[1:]), strict=True)
         for arm in ARMS:
-            answer = lsa.post(
-                "/v1/chat/completions",
-                {
-                    "model": "smollm2",
-                    "messages": sample.messages(),
-                    "temperature": 0,
-                    "max_tokens": 32,
-                    "custom_params": {"lsa": {"policy": arm, "budget": 0.135}},
-                },
-            )
-            found[arm] = sample.answer in answer["choices"][0]["message"]["content"]
             right[arm] += found[arm]
         lost += found["full"] and not found["quest"]
-        print(f"depth {sample.depth:.2f}: {found}")
+        print(f"depth {sample.depth:.3f}: {found}")
     print(f"right of {SAMPLES}: {right}; lost by quest: {lost}")
     assert right["full"] >= SAMPLES * 0.7, "the model must be able to do the task"
     assert lost <= 1
     assert right["full"] - right["quest"] <= 1
     assert right["recency"] <= right["full"] // 2
     assert right["random"] <= right["full"] // 2
+
+
+def finds(server: ServerProcess, sample: Needle, arm: str) -> bool:
+    """Whether the answer under policy ``arm`` names the hidden number."""
+    answer = server.post(
+        "/v1/chat/completions",
+        {
+            "model": "smollm2",
+            "messages": sample.messages(),
+            "temperature": 0,
+            "max_tokens": 28,
+            "custom_params": {"lsa": {"policy": arm, "budget": 0.135}},
+        },
+    )
+    return sample.answer in answer["choices"][0]["message"]["content"]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import complete, differs_at_a_tie, flush, generate, wait_until_idle
+from serving import BFLOAT16_STEPS, complete, differs_at_a_tie, flush, generate, wait_until_idle
 
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
@@ -26,7 +26,7 @@ def test_more_context_than_device_memory(lsa: ServerProcess) -> None:
     assert status["evictions"] > 0
     alone = [complete(lsa, prompt, 24) for prompt in prompts]
     assert lsa.get("/lsa/status")["recalls"]["pages"] > status["recalls"]["pages"]
-    ties = sum(differs_at_a_tie(*pair) for pair in zip(alone, together, strict=True))
+    ties = sum(differs_at_a_tie(*pair, tie=BFLOAT16_STEPS) for pair in zip(alone, together, strict=True))
     print(f"{len(prompts) - ties} of {len(prompts)} equal, {ties} differ at a tie")
 
 
@@ -78,13 +78,13 @@ def test_the_same_prompt_at_the_same_time(lsa: ServerProcess) -> None:
     status = wait_until_idle(lsa)
     assert status["virtual"]["allocated"] == status["host"]["pages"] <= pages_spanned(1400)
     for other in answers[1:]:
-        differs_at_a_tie(answers[0], other)
+        differs_at_a_tie(answers[0], other, BFLOAT16_STEPS)
 
 
 def test_decode_reads_the_budget_only(lsa: ServerProcess) -> None:
-    generate(lsa, needle(4000, 0.5, 5).prompt, tokens=100, rid="budgeted", budget=0.1)
+    generate(lsa, needle(4000, 0.5, 5).prompt, tokens=100, rid="budgeted", budget=0.2)
     seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["budgeted"]
-    assert seen["resident_pages"] <= seen["context_pages"] * 0.1 + 2, "budget, and the pages opened in this window"
+    assert seen["resident_pages"] <= seen["context_pages"] * 0.2 + 2, "budget, and the pages opened in this window"
     assert len(seen["history"]) >= 2
     for positions in seen["history"]:
-        assert 0 in positions and len(positions) <= seen["context_pages"] * 0.1
+        assert 0 in positions and len(positions) <= seen["context_pages"] * 0.2
