@@ -77,6 +77,9 @@ class LSATorchBackend(TorchNativeAttnBackend):
 
 
 QUERY_BLOCK = 512
+KEY_BLOCK = 512
+"""Torch's CPU kernel sums over keys in blocks of this size. A call sees whole blocks, so that its sums are those of the
+stock backend, which sees all keys; the mask hides those that come too late."""
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -99,8 +102,9 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: flo
     blocks = []
     for start in range(0, n, QUERY_BLOCK):
         stop = min(n, start + QUERY_BLOCK)
-        visible = length - n + stop
-        mask = torch.ones(stop - start, visible, dtype=torch.bool, device=q.device).tril_(visible - (stop - start))
+        before = length - n + start
+        visible = min(length, -(-(length - n + stop) // KEY_BLOCK) * KEY_BLOCK)
+        mask = torch.ones(stop - start, visible, dtype=torch.bool, device=q.device).tril_(before)
         blocks.append(
             scaled_dot_product_attention(
                 q[:, :, start:stop],

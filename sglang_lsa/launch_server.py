@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import sys
 
+from sglang_lsa.config import LSAConfig
+
 
 def with_defaults(argv: list[str]) -> list[str]:
-    """The arguments that switch LSA on, and name the embedded model when none is named."""
-    argv = list(argv)
+    """The arguments that switch LSA on, and name the embedded model when none is named; what was given comes last, and
+    so wins."""
+    defaults = []
     if not any(argument.split("=")[0] in ("--model-path", "--model", "--config", "-h", "--help") for argument in argv):
-        from sglang_lsa.embedded_model import embedded_model_path
+        from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 
-        argv += ["--model-path", str(embedded_model_path()), "--served-model-name", "SmolLM2-135M-Instruct"]
+        defaults += ["--model-path", str(embedded_model_path()), "--served-model-name", MODEL_NAME]
     if not any(argument.startswith("--lsa-") for argument in argv):
-        argv += ["--lsa-budget", "0.135"]
-    return argv
+        defaults += ["--lsa-budget", str(LSAConfig.budget)]
+    return [*defaults, *argv]
 
 
 def main(argv: list[str] | None = None) -> None:

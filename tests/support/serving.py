@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Sequence
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -22,11 +23,16 @@ def generate(server: ServerProcess, prompt: str, tokens: int = 24, rid: str | No
     return server.post("/generate", body)
 
 
-def flush(server: ServerProcess) -> None:
-    """Empty radix tree, allocator and ledger; the server must be idle."""
-    request = urllib.request.Request(server.url + "/flush_cache", method="POST")
+def flush_cache(server: ServerProcess) -> None:
+    """Empty the radix tree of a server, once it is idle."""
+    request = urllib.request.Request(server.url + "/flush_cache?timeout=60", method="POST")
     with urllib.request.urlopen(request, timeout=120) as answer:
         assert answer.status == 200
+
+
+def flush(server: ServerProcess) -> None:
+    """Empty radix tree, allocator and ledger of an LSA server."""
+    flush_cache(server)
     status = json.loads(urllib.request.urlopen(server.url + "/lsa/status", timeout=60).read())
     assert status["virtual"]["allocated"] == 0
     assert status["host"]["pages"] == 0
@@ -61,26 +67,52 @@ the shape of the prefill, may move."""
 
 def complete(server: ServerProcess, prompt: str, tokens: int, custom_params: dict | None = None) -> Answer:
     """Greedy answer of exactly ``tokens`` tokens."""
-    answer = server.post(
+    return complete_together(server, [prompt], [tokens], custom_params)[0]
+
+
+def complete_together(
+    server: ServerProcess,
+    prompts: Sequence[str | list[int]],
+    tokens: list[int],
+    custom_params: dict | None = None,
+) -> list[Answer]:
+    """Greedy answers to prompts (texts, or all of them token ids) that arrive at the same time, of exactly as many
+    tokens as asked for."""
+    answers = server.post(
         "/generate",
         {
-            "text": prompt,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": tokens,
-                "ignore_eos": True,
-                **({"custom_params": custom_params} if custom_params else {}),
-            },
+            "text" if isinstance(prompts[0], str) else "input_ids": prompts,
+            "sampling_params": [
+                {
+                    "temperature": 0,
+                    "max_new_tokens": count,
+                    "ignore_eos": True,
+                    **({"custom_params": custom_params} if custom_params else {}),
+                }
+                for count in tokens
+            ],
             "return_logprob": True,
             "top_logprobs_num": 5,
         },
     )
-    meta = answer["meta_info"]
+    return [_tokens(answer["meta_info"]) for answer in answers]
+
+
+def _tokens(meta: dict) -> Answer:
     tops = meta["output_top_logprobs"]
     return [
         (token, {other: value for value, other, _ in top})
         for (_, token, _), top in zip(meta["output_token_logprobs"], tops, strict=True)
     ]
+
+
+def gap_at_first_difference(expected: Answer, seen: Answer) -> float | None:
+    """None when both answers have the same tokens; else how much more likely the first one's token was to itself, in
+    natural logarithms, where they part."""
+    for (token, chances), (other, _) in zip(expected, seen, strict=True):
+        if token != other:
+            return chances[token] - chances.get(other, float("-inf"))
+    return None
 
 
 def differs_at_a_tie(expected: Answer, seen: Answer, tie: float = TIE) -> bool:
@@ -89,9 +121,6 @@ def differs_at_a_tie(expected: Answer, seen: Answer, tie: float = TIE) -> bool:
     Raises:
         AssertionError: they part where the first answer's own log-probabilities leave no doubt.
     """
-    for at, ((token, chances), (other, _)) in enumerate(zip(expected, seen, strict=True)):
-        if token != other:
-            gap = chances[token] - chances.get(other, float("-inf"))
-            assert gap < tie, f"token {at} is {other} instead of {token}, which is {gap:.4f} more likely"
-            return True
-    return False
+    gap = gap_at_first_difference(expected, seen)
+    assert gap is None or gap < tie, f"the answers part at a token that is {gap:.4f} more likely"
+    return gap is not None
