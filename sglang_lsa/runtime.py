@@ -88,6 +88,7 @@ class LSARuntime:
         self.lookahead = Lookahead(config, pager, self.table, policies, self.pages_of)
         self.requests: dict[str, Request] = {}
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
+        self._promised_prefixes: set[int] = set()
         self.radix_hit_tokens = 0
         self.prompt_tokens = 0
 
@@ -111,18 +112,23 @@ class LSARuntime:
 
     def can_prefill(self, req: Any, running: int) -> bool:
         """Whether the device pool can take this prompt now, next to one growing page per running request."""
-        prefix = self._pages(req.prefix_indices[::PAGE_SIZE])
-        total = pages_spanned(len(req.full_untruncated_fill_ids))
-        ledger = self.pager.ledger
-        # Prefix pages that a request holds already cost nothing; unheld ones are no longer there to give up.
-        new = total - int(ledger.is_held(prefix).sum())
-        return new + 1 + running <= self.pager.unpromised_pages
+        return self._new_pages(req) + 1 + running <= self.pager.unpromised_pages
 
     def promise(self, req: Any) -> None:
         """This prompt was admitted: keep device pages for all of it until it is prefilled."""
+        self.pager.reserved[req.rid] = self._new_pages(req)
+        self._promised_prefixes.update(self._pages(req.prefix_indices[::PAGE_SIZE]).tolist())
+
+    def _new_pages(self, req: Any) -> int:
+        """Device pages that this prompt takes from those that can be had.
+
+        Prefix pages that another request holds, or was promised in this pass, cost nothing; all others do, even those
+        on the device, which are then no longer there to give up.
+        """
         prefix = self._pages(req.prefix_indices[::PAGE_SIZE])
-        held = int(self.pager.ledger.is_held(prefix).sum())
-        self.pager.reserved[req.rid] = pages_spanned(len(req.full_untruncated_fill_ids)) - held
+        promised = np.fromiter((page in self._promised_prefixes for page in prefix.tolist()), bool, len(prefix))
+        free_of_charge = int((self.pager.ledger.is_held(prefix) | promised).sum())
+        return pages_spanned(len(req.full_untruncated_fill_ids)) - free_of_charge
 
     def can_decode(self, reqs: Iterable[Any]) -> bool:
         """Whether every one of ``reqs`` that is about to open a page gets one."""
@@ -135,6 +141,7 @@ class LSARuntime:
         """Give every page that this forward pass reads or writes a place on the device; returns the pass's number."""
         lengths = batch.seq_lens_cpu.tolist()
         if batch.forward_mode.is_extend():
+            self._promised_prefixes.clear()
             for req, tokens, prefix in zip(batch.reqs, lengths, batch.prefix_lens, strict=True):
                 self._hold(req, self.virtual_pages(req, tokens))
                 self._admitted(req, tokens, prefix)
