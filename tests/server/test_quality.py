@@ -44,7 +44,7 @@ def finds(server: ServerProcess, sample: Needle, arm: str) -> bool:
             "model": "smollm2",
             "messages": sample.messages(),
             "temperature": 0,
-            "max_tokens": 24,
+            "max_tokens": 28,
             "custom_params": {"lsa": {"policy": arm, "budget": 0.135}},
         },
     )
