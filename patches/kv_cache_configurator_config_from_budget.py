@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.sizing import plan_memory
+from sglang_lsa.sizing import Needs, plan_memory, selector_needs
 
 
 def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
@@ -14,10 +14,31 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
         budgeted_tokens=pool_config.max_total_num_tokens,
         context_tokens=self.model_config.context_len,
         device=self.device,
+        needs=needs(self) if self.device == "cuda" else None,
     )
     object.__setattr__(self.server_args, "lsa_plan", plan)  # this class has slots; resolved arguments are read-only
     pool_config.max_total_num_tokens = plan.virtual_tokens
     return pool_config
+
+
+def needs(configurator) -> Needs:
+    """What LSA's own buffers are made of, for this model and these arguments."""
+    from sglang.srt.runtime_context import get_parallel
+
+    args, model = configurator.server_args, configurator.model_config
+    graphs = args.cuda_graph_config.decode
+    return selector_needs(
+        args.lsa_config,
+        rows=args.max_running_requests + 1,
+        graph_batch=0 if graphs.backend == "disabled" else graphs.max_bs or max(graphs.bs),
+        context_tokens=model.context_len,
+        layers=configurator.layer_info.num_effective_layers,
+        q_heads=model.num_attention_heads // get_parallel().attn_tp_size,
+        kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=model.head_dim,
+        hidden_size=model.hidden_size,
+        itemsize=configurator.kv_cache_dtype.itemsize,
+    )
 
 
 def token_bytes(configurator) -> int:

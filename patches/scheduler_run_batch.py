@@ -7,7 +7,9 @@ from sglang_lsa.patches.hook import Hook
 
 def run_batch(original, self, batch, *args, **kwargs):
     lsa = self.tp_worker.model_runner.lsa
-    number = lsa.before_forward(batch)
+    if self.enable_overlap and self.device == "cuda":
+        lsa.run_on(self.forward_stream)
+    number = lsa.before_forward(batch, self.token_to_kv_pool_allocator.take_new_pages())
     result = original(self, batch, *args, **kwargs)
     lsa.after_forward(batch, number)
     return result

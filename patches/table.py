@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglang_lsa.patches import (
+    decode_cuda_graph_runner_can_run_graph,
     forward_batch_init_new,
     kv_cache_configurator_build_allocator,
     kv_cache_configurator_build_mha_kv_pool,
@@ -31,6 +32,7 @@ SERVING: tuple[Hook, ...] = (
     kv_cache_configurator_build_allocator.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,
     forward_batch_init_new.HOOK,
+    decode_cuda_graph_runner_can_run_graph.HOOK,
     scheduler_run_batch.HOOK,
     scheduler_init_req_max_new_tokens.HOOK,
     scheduler_get_internal_state.HOOK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
 from sglang.srt.utils import get_num_new_pages
@@ -11,6 +12,9 @@ from sglang_lsa.radix_ext.pager import Pager
 
 class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
     """Allocates slots of *virtual* pages; ``available_size()`` counts those and nothing else.
+
+    The free list is kept twice, on the device for SGLang and on the host for the pager, so that nobody has to wait for
+    the device to learn which pages were handed out.
 
     The stock allocator launches Triton kernels, which do not run on a CPU; there, torch does the same.
     """
@@ -61,16 +65,27 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
     def clear(self):
         self.pager.reset()
         super().clear()
+        self._free_on_host = np.arange(1, self.num_pages + 1, dtype=np.int64)
+        self._new_pages: list[np.ndarray] = []
+
+    def take_new_pages(self) -> np.ndarray:
+        """Virtual pages handed out since the last call, in the order of SGLang's batch, int64 ``[n]``."""
+        pages, self._new_pages = self._new_pages, []
+        return np.concatenate((np.zeros(0, dtype=np.int64), *pages))
 
     def _release_page_ids(self, *page_ids: torch.Tensor):
-        self.pager.ledger.release(torch.cat(page_ids).cpu().numpy())
+        released = torch.cat(page_ids).cpu().numpy()
+        self.pager.ledger.release(released)
         super()._release_page_ids(*page_ids)
+        self._free_on_host = np.concatenate((released, self._free_on_host))
 
     def _track(self, allocate):
         """Run ``allocate`` and record the pages that it took off the head of the free list."""
-        before = self.free_pages
+        before = len(self.free_pages)
         slots = allocate()
-        taken = len(before) - len(self.free_pages)
-        if slots is not None and taken:
-            self.pager.ledger.allocate(before[:taken].cpu().numpy())
+        taken = before - len(self.free_pages)
+        if taken:
+            pages, self._free_on_host = self._free_on_host[:taken], self._free_on_host[taken:]
+            self._new_pages.append(pages)
+            self.pager.ledger.allocate(pages)
         return slots

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import mmap
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import torch
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 GB = 1 << 30
+LOCK_AT_ONCE = GB
+"""Bytes that are page-locked with one call; what the progress bar counts in."""
+TOUCH_AT_ONCE = 64 << 20
+THREADS = 8
 
 
 class HostMirror:
@@ -15,19 +26,75 @@ class HostMirror:
 
     There is no second allocator: whoever owns the virtual page owns the slot.
 
+    Args:
+        pinned: page-lock the memory, so that a GPU reads and writes it at the speed of the bus.
+
     Raises:
-        ValueError: the machine (or its container) has not that much memory; nothing was allocated.
+        ValueError: the machine (or its container) has not that much memory, or does not let it be locked; nothing is
+            left allocated.
     """
 
-    def __init__(self, virtual_pages: int, layers: int, page: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        virtual_pages: int,
+        layers: int,
+        page: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        pinned: bool = False,
+    ):
         shape = (virtual_pages + 1, layers, 2, page, kv_heads, head_dim)
         self.page_bytes = layers * 2 * page * kv_heads * head_dim * dtype.itemsize
-        require_host_memory((virtual_pages + 1) * self.page_bytes, "the host mirror", "lower --lsa-host-memory-gb")
-        self.pages = torch.empty(shape, dtype=dtype)
+        total = (virtual_pages + 1) * self.page_bytes
+        require_host_memory(total, "the host mirror", "lower --lsa-host-memory-gb")
+        self.locked: list[int] = []
+        if pinned:
+            flat = _huge_pages(total)
+            self._lock(flat)
+            self.pages = flat.view(dtype).view(shape)
+        else:
+            self.pages = torch.empty(shape, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
         return self.pages.numel() * self.pages.element_size()
+
+    def _lock(self, flat: torch.Tensor) -> None:
+        """Give every page of ``flat`` real memory, with several threads, and lock it, with a progress bar."""
+        cudart = torch.cuda.cudart()
+        atexit.register(self.unlock)
+        bar = tqdm(total=len(flat), desc="LSA: locking host memory", unit="B", unit_scale=True, unit_divisor=1024)
+        with ThreadPoolExecutor(THREADS) as threads, bar:
+            for start in range(0, len(flat), LOCK_AT_ONCE):
+                part = flat[start : start + LOCK_AT_ONCE]
+                list(threads.map(torch.Tensor.zero_, part.split(TOUCH_AT_ONCE)))
+                error = cudart.cudaHostRegister(part.data_ptr(), len(part), 0)
+                if int(error) != 0:
+                    self.unlock()
+                    raise ValueError(
+                        f"locking {len(flat) / GB:.1f} GB of host memory failed after {start / GB:.1f} GB "
+                        f"({cudart.cudaGetErrorString(error)}): lower --lsa-host-memory-gb, or raise the limit on "
+                        "locked memory (ulimit -l)"
+                    )
+                self.locked.append(part.data_ptr())
+                bar.update(len(part))
+
+    def unlock(self) -> None:
+        """Give locked memory back to the operating system's care; a second call does nothing."""
+        while self.locked:
+            torch.cuda.cudart().cudaHostUnregister(self.locked.pop())
+
+
+def _huge_pages(nbytes: int) -> torch.Tensor:
+    """Uninitialised uint8 ``[nbytes]``, in huge pages where the system has them: they are faster to lock."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            logger.debug("no huge pages for the host mirror")
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def available_host_memory() -> int:

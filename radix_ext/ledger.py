@@ -37,7 +37,8 @@ class Ledger:
 
     A page is *held* by every request that needs it on the device; held pages are never moved. A page held by nobody
     stays where it is until its physical page is wanted, and can be given up only when its mirror copy is complete.
-    A physical page given up while a forward pass that may read it is in flight comes back when that pass is done.
+    A physical page given up while a forward pass that may read it, or a copy from or to it, is in flight comes back
+    when that is done.
 
     Args:
         virtual_pages: pages that SGLang's allocator hands out, ids 1 to ``virtual_pages``.
@@ -61,6 +62,7 @@ class Ledger:
         self.p2v = np.zeros(self.physical_pages + 1, dtype=np.int64)
         self._started = 0
         self._finished = 0
+        self._copies = np.zeros(self.physical_pages + 1, dtype=np.int32)
         self.reset()
 
     def reset(self) -> None:
@@ -69,6 +71,8 @@ class Ledger:
             raise LedgerError(f"reset while {sorted(self._holders)} hold pages")
         if self._started != self._finished:
             raise LedgerError(f"reset during forward pass {self._started}")
+        if self._copies.any():
+            raise LedgerError(f"reset while {int((self._copies > 0).sum())} pages are being copied")
         self.v2p[:] = 0
         self.p2v[:] = 0
         self._allocated = np.zeros(self.virtual_pages + 1, dtype=bool)
@@ -77,9 +81,13 @@ class Ledger:
         self._last_use = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._last_reader = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._holders: dict[str, set[int]] = {}
+        self._generation = np.zeros(self.virtual_pages + 1, dtype=np.int64)
+        self._arriving = np.zeros(self.physical_pages + 1, dtype=bool)
         self._free = list(range(self.physical_pages, 0, -1))
         self._limbo: list[tuple[int, int]] = []
         self._clock = 0
+        self._moved = np.ones(self.virtual_pages + 1, dtype=bool)
+        self._any_moved = True
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -93,8 +101,45 @@ class Ledger:
         if number > self._started:
             raise LedgerError(f"forward pass {number} finished, {self._started} started")
         self._finished = max(self._finished, number)
-        self._free.extend(p for epoch, p in self._limbo if epoch <= self._finished)
-        self._limbo = [(epoch, p) for epoch, p in self._limbo if epoch > self._finished]
+        self._leave_limbo()
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def copy_started(self, physical: Pages, arriving: bool) -> None:
+        """A copy from or to these device pages begins; ``arriving``: it brings their content."""
+        self._copies[physical] += 1
+        if arriving:
+            self._arriving[physical] = True
+
+    def copy_finished(self, physical: Pages, arriving: bool) -> None:
+        """That copy is done."""
+        if (self._copies[physical] < 1).any():
+            raise LedgerError(f"a copy of {physical[self._copies[physical] < 1].tolist()} ended that never began")
+        self._copies[physical] -= 1
+        if arriving:
+            self._arriving[physical] = False
+        self._leave_limbo()
+
+    def arriving(self, pages: Pages) -> np.ndarray:
+        """Which of these pages have a place on the device, but not yet their content."""
+        return self._arriving[self.v2p[pages]]
+
+    def arrived(self, pages: Pages) -> bool:
+        """Whether all of these pages have their content on the device."""
+        return bool((self.v2p[pages] > 0).all() and not self.arriving(pages).any())
+
+    def generation(self, pages: Pages) -> np.ndarray:
+        """How often each page has been handed out; tells whether it is still the same page."""
+        return self._generation[pages]
+
+    def take_moved(self) -> Pages:
+        """Virtual pages that moved, came to or left the device since the last call."""
+        if not self._any_moved:
+            return np.zeros(0, dtype=np.int64)
+        moved = np.flatnonzero(self._moved)
+        self._moved[moved] = False
+        self._any_moved = False
+        return moved
 
     # -- virtual pages -------------------------------------------------------------------------------------------
 
@@ -104,6 +149,7 @@ class Ledger:
         if self._allocated[v].any():
             raise LedgerError(f"allocated twice: {v[self._allocated[v]].tolist()}")
         self._allocated[v] = True
+        self._generation[v] += 1
         self._mirrored[v] = False
         self._last_use[v] = 0
         self._last_reader[v] = 0
@@ -117,8 +163,8 @@ class Ledger:
             raise LedgerError(f"released while held: {v[self._pins[v] > 0].tolist()}")
         self._allocated[v] = False
         self._mirrored[v] = False
-        for page in v[self.v2p[v] > 0].tolist():
-            self._unmap(page)
+        for physical in self._detach(v[self.v2p[v] > 0]).tolist():
+            self._give_back(physical)
 
     # -- residency -----------------------------------------------------------------------------------------------
 
@@ -135,13 +181,14 @@ class Ledger:
         victims = self._victims(wanted, keep=v) if wanted > 0 else v[:0]
         if len(victims) < wanted:
             return None
-        for page in victims.tolist():
-            self._free.append(self._detach(page))
+        self._free.extend(self._detach(victims).tolist())
         self.evictions += len(victims)
-        for page in absent.tolist():
-            self._map(page, self._free.pop())
+        if len(absent):
+            taken = self._free[: -len(absent) - 1 : -1]
+            del self._free[-len(absent) :]
+            self._map(absent, np.array(taken, dtype=np.int64))
         held = self._holders.setdefault(holder, set()) if len(v) else set()
-        added = [page for page in v.tolist() if page not in held]
+        added = list(set(v.tolist()) - held)
         held.update(added)
         self._pins[added] += 1
         self._clock += 1
@@ -156,7 +203,7 @@ class Ledger:
         held = self._holders.get(holder)
         if held is None:
             return
-        gone = sorted(held if pages is None else held.intersection(_ids(pages).tolist()))
+        gone = list(held if pages is None else held.intersection(_ids(pages).tolist()))
         held.difference_update(gone)
         self._pins[gone] -= 1
         self._last_reader[gone] = self._started
@@ -173,7 +220,7 @@ class Ledger:
             if before == after:
                 continue
             if self.v2p[before] and not self.v2p[after] and self._pins[before] == (before in held):
-                self._map(after, self._detach(before))
+                self._map(np.array([after]), self._detach(np.array([before])))
                 self._last_use[after], self._last_use[before] = self._last_use[before], 0
                 self._last_reader[after] = self._started
             if before in held:
@@ -225,7 +272,7 @@ class Ledger:
     @property
     def obtainable_pages(self) -> int:
         """Device pages that are free, or would be after giving up pages that nobody holds."""
-        return len(self._free) + int(self._evictable().sum())
+        return len(self._free) + len(self._evictable())
 
     def check(self) -> None:
         """Restate every invariant.
@@ -245,6 +292,7 @@ class Ledger:
             ((self.p2v[physical] == mapped).all(), "v2p and p2v disagree"),
             (int((self.p2v > 0).sum()) == len(mapped), "a physical page maps to a page that is not on the device"),
             (self._allocated[mapped].all(), "a page on the device is not allocated"),
+            (not self._copies[self._free].any(), "a free physical page is being copied"),
             (not self._mirrored[~self._allocated].any(), "a page that is not allocated has a mirror copy"),
             ((pins == self._pins).all(), "the hold counts are wrong"),
             ((self.v2p[self._pins > 0] > 0).all(), "a held page is not on the device"),
@@ -267,32 +315,46 @@ class Ledger:
         """Pages that were on the device at some time since their allocation."""
         return self._last_use > 0
 
-    def _evictable(self) -> np.ndarray:
-        return (self.v2p > 0) & (self._pins == 0) & self._mirrored & (self._last_reader <= self._finished)
+    def _evictable(self) -> Pages:
+        """Virtual pages that can be given up now, in no particular order."""
+        v = self.p2v[(self.p2v > 0) & (self._copies == 0)]
+        return v[(self._pins[v] == 0) & self._mirrored[v] & (self._last_reader[v] <= self._finished)]
 
-    def _victims(self, count: int, keep: np.ndarray) -> np.ndarray:
+    def _victims(self, count: int, keep: Pages) -> Pages:
         """At most ``count`` evictable pages outside ``keep``, least recently used first."""
-        evictable = self._evictable()
-        evictable[keep] = False
-        candidates = np.flatnonzero(evictable)
-        return candidates[np.argsort(self._last_use[candidates], kind="stable")][:count]
+        kept = np.zeros(self.virtual_pages + 1, dtype=bool)
+        kept[keep] = True
+        candidates = self._evictable()
+        candidates = candidates[~kept[candidates]]
+        return candidates[np.lexsort((candidates, self._last_use[candidates]))][:count]
 
-    def _map(self, v: int, p: int) -> None:
+    def _map(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p
         self.p2v[p] = v
+        self._moved[v] = True
+        self._any_moved = True
 
-    def _detach(self, v: int) -> int:
-        p = int(self.v2p[v])
+    def _detach(self, v: Pages) -> Pages:
+        p = self.v2p[v]
         self.v2p[v] = 0
         self.p2v[p] = 0
+        self._moved[v] = True
+        self._any_moved = True
         return p
 
-    def _unmap(self, v: int) -> None:
-        p = self._detach(v)
-        if self._started == self._finished:
+    def _give_back(self, p: int) -> None:
+        """The content of device page ``p`` is gone."""
+        if self._started == self._finished and not self._copies[p]:
             self._free.append(p)
         else:
             self._limbo.append((self._started, p))
+
+    def _leave_limbo(self) -> None:
+        """Device pages that nothing in flight touches any more become free."""
+        if self._limbo:
+            out = [epoch <= self._finished and not self._copies[p] for epoch, p in self._limbo]
+            self._free.extend(p for (_, p), free in zip(self._limbo, out, strict=True) if free)
+            self._limbo = [entry for entry, free in zip(self._limbo, out, strict=True) if not free]
 
 
 def _distinct(pages: Iterable[int], complaint: str) -> np.ndarray:

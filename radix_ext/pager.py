@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
 from sglang_lsa.radix_ext.host_mirror import HostMirror
 from sglang_lsa.radix_ext.ledger import Ledger
+from sglang_lsa.radix_ext.transfer import HostTransfer, StreamTransfer, Transfer, upload
 
 
 class Pager:
@@ -24,25 +25,72 @@ class Pager:
     def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], virtual_pages: int, page: int):
         rows, kv_heads, head_dim = keys[0].shape
         self.keys, self.values, self.page = keys, values, page
+        self.device = keys[0].device
+        on_gpu = self.device.type == "cuda"
         self.ledger = Ledger(virtual_pages, rows // page - 1)
-        self.mirror = HostMirror(virtual_pages, len(keys), page, kv_heads, head_dim, keys[0].dtype)
+        self.mirror = HostMirror(virtual_pages, len(keys), page, kv_heads, head_dim, keys[0].dtype, pinned=on_gpu)
         self.v2p = torch.from_numpy(self.ledger.v2p)
-        """int64 ``[virtual_pages + 1]``; shares memory with the ledger, so it is never out of date."""
+        """``[virtual_pages + 1]`` for kernels. On a CPU it shares memory with the ledger; on a GPU :meth:`flush` brings
+        it up to date."""
+        self.transfer: Transfer = HostTransfer(keys, values, self.mirror.pages)
+        self.compute: Callable[[], Any] = lambda: torch.cuda.current_stream(self.device)
+        """The stream on which the model runs (GPU)."""
+        if on_gpu:
+            self.v2p = torch.zeros(virtual_pages + 1, dtype=torch.int32, device=self.device)
+            self.transfer = StreamTransfer(keys, values, self.mirror.pages, lambda: self.compute())
         self.reserved: dict[str, int] = {}
         """Device pages promised to prompts that are still being prefilled, by request."""
         self.stored_pages = 0
+        self.awaited_pages = 0
+        """Recalled pages that came too late to be hidden behind decode."""
+        self._passes: list[tuple[int, torch.cuda.Event]] = []
+
+    # -- forward passes ------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Let kernels queued from now on, on the current stream, see the ledger's page map."""
+        moved = self.ledger.take_moved()
+        if self.device.type == "cuda" and len(moved):
+            pairs = upload(np.stack((moved, self.ledger.v2p[moved])), self.device)
+            self.v2p[pairs[0]] = pairs[1].int()
+
+    def forward_queued(self, number: int) -> None:
+        """Forward pass ``number`` of the ledger is done, or (GPU) is the last thing queued on the current stream."""
+        if self.device.type != "cuda":
+            self.ledger.forward_finished(number)
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._passes.append((number, event))
+
+    def poll(self) -> None:
+        """Take notice of forward passes and copies that are done. Never waits."""
+        self.transfer.poll()
+        while self._passes and self._passes[0][1].query():
+            self.ledger.forward_finished(self._passes.pop(0)[0])
+
+    def settle(self) -> None:
+        """Wait until nothing is in flight. For the rare cases where pages in flight are all that is left."""
+        for _, event in self._passes:
+            event.synchronize()
+        self.transfer.wait()
+        self.poll()
+
+    # -- residency -----------------------------------------------------------------------------------------------
 
     def hold(self, holder: str, pages: Iterable[int]) -> bool:
         """Make ``pages`` resident for ``holder`` and bring in the content of those that were not.
 
-        Returns False, with nothing changed, when the device pool cannot take them now.
+        The content may arrive later: see :meth:`arrived` and :meth:`require`. Returns False, with nothing changed,
+        when the device pool cannot take the pages now.
         """
         plan = self.ledger.hold(holder, pages)
         if plan is None:
             return False
-        virtual, physical = (torch.from_numpy(ids) for ids in plan.recall)
+        virtual, physical = plan.recall
         if len(virtual):
-            pages_from_host(self.keys, self.values, physical, self.mirror.pages, virtual)
+            self.ledger.copy_started(physical, arriving=True)
+            self.transfer.recall(physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True))
         return True
 
     def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
@@ -55,13 +103,34 @@ class Pager:
             return False
         return self.hold(holder, pages)
 
+    def arrived(self, pages: np.ndarray) -> bool:
+        """Whether the content of all of these pages is on the device."""
+        return self.ledger.arrived(pages)
+
+    def require(self, pages: np.ndarray) -> None:
+        """What is queued for the device from now on may read these held pages."""
+        if not self.arrived(pages):
+            self.count_awaited(pages)
+            self.transfer.before_next_kernel()
+
+    def count_awaited(self, pages: np.ndarray) -> None:
+        """Something waits, or is put off, until these pages are there."""
+        self.awaited_pages += int(self.ledger.arriving(pages).sum())
+
     def store(self, pages: np.ndarray) -> None:
-        """Copy complete pages to the host mirror; from here on their device copies may be given up."""
+        """Copy complete pages to the host mirror; once that is done their device copies may be given up."""
         if not len(pages):
             return
-        physical = torch.from_numpy(self.ledger.v2p[pages])
-        pages_to_host(self.keys, self.values, physical, self.mirror.pages, torch.from_numpy(pages))
-        self.ledger.mirrored(pages)
+        pages = np.array(pages)
+        physical, generation = self.ledger.v2p[pages], self.ledger.generation(pages)
+
+        def finished() -> None:
+            self.ledger.copy_finished(physical, arriving=False)
+            same = (self.ledger.generation(pages) == generation) & (self.ledger.v2p[pages] == physical)
+            self.ledger.mirrored(pages[same])
+
+        self.ledger.copy_started(physical, arriving=False)
+        self.transfer.store(physical, pages, finished)
         self.stored_pages += len(pages)
 
     def forget(self, holder: str) -> None:
@@ -71,6 +140,7 @@ class Pager:
 
     def reset(self) -> None:
         """Forget every page. Raises LedgerError, with nothing changed, while one is held or read."""
+        self.settle()
         self.ledger.reset()
         self.reserved.clear()
 

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.kernels.page_table import physical_slots, resident_slots
+from sglang_lsa.observe import recent_tokens
 
 
 class LSATorchBackend(TorchNativeAttnBackend):
@@ -69,11 +70,11 @@ class LSATorchBackend(TorchNativeAttnBackend):
 
     def _observe(self, q, layer_id: int, forward_batch, lengths: list[int]) -> None:
         observer = self.lsa.observer
-        if layer_id not in observer.slot_of_layer:
-            return
-        rows = forward_batch.req_pool_indices.repeat_interleave(torch.tensor(lengths))
-        recent = torch.cat([torch.arange(count) >= count - observer.positions for count in lengths])
-        observer.observe(layer_id, q[recent], rows[recent], forward_batch.positions.long()[recent])
+        if layer_id in observer.slot_of_layer:
+            tokens, owners = recent_tokens(lengths, observer.positions)
+            rows = forward_batch.req_pool_indices[torch.from_numpy(owners)]
+            recent = torch.from_numpy(tokens)
+            observer.observe(layer_id, q[recent], rows, forward_batch.positions[recent])
 
 
 QUERY_BLOCK = 512

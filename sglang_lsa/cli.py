@@ -71,7 +71,59 @@ def _model(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (_add_demo, _add_model)
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("bench", help="compare LSA with stock SGLang on this machine's GPU")
+    kinds = command.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    text = (
+        "decode speed and requests per GPU, with dummy weights: tpot (one request of 1K to 256K tokens, batches of 8 "
+        "and 16), iso (as many 60K contexts as fit the same pool), shared (32 agents over one 128K prefix)"
+    )
+    serving = kinds.add_parser("serving", help=text, description=text[0].upper() + text[1:])
+    serving.add_argument("--models", nargs="+", choices=("1b", "8b"), default=["1b", "8b"])
+    workloads = ("tpot", "iso", "shared")
+    serving.add_argument("--workloads", nargs="+", choices=workloads, default=list(workloads))
+    serving.add_argument("--systems", nargs="+", choices=("stock", "lsa"), default=["stock", "lsa"])
+    serving.add_argument(
+        "--policies",
+        nargs="+",
+        choices=("quest", "random", "recency"),
+        default=["quest", "random"],
+        help="LSA is measured with each; random changes nearly the whole resident set every window",
+    )
+    serving.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
+    serving.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    serving.set_defaults(run=_bench_serving)
+
+
+def _bench_serving(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.client import RequestFailed
+    from sglang_lsa.bench.serving import command_line, run
+    from sglang_lsa.server_process import ServerFailed
+
+    try:
+        run(
+            args.output,
+            Console(width=160),
+            models=args.models,
+            workloads=args.workloads,
+            systems=args.systems,
+            policies=args.policies,
+            server_args=args.server_args,
+            command=command_line(),
+        )
+    except (RuntimeError, ServerFailed, RequestFailed) as error:
+        print(f"sglang-lsa bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
+    _add_demo,
+    _add_bench,
+    _add_model,
+)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,8 @@ from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 logger = logging.getLogger(__name__)
 
 RADIX_CACHE_BACKEND = "lsa"
-CPU_BACKEND = "torch_native"
+BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+"""Attention backend that LSA extends, by device; users name it as they do without LSA."""
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
@@ -81,11 +82,15 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
         defaults["device"] = "cpu"
     if (arguments.get("device") or defaults.get("device")) == "cpu":
         defaults |= {
-            "attention_backend": CPU_BACKEND,
+            "attention_backend": BACKENDS["cpu"],
             "sampling_backend": "pytorch",
             "chunked_prefill_size": CPU_CHUNK,
         }
         arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
+    else:
+        defaults["attention_backend"] = BACKENDS["cuda"]
+        if arguments.get("cuda_graph_config") is None:
+            defaults["cuda_graph_backend_prefill"] = "disabled"
     for name, value in defaults.items():
         if arguments.get(name) is None:
             arguments[name] = value
@@ -107,14 +112,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
             f"use one of {', '.join(KV_DTYPES)}"
         )
-    if server_args.device != "cpu":
-        problems.append(f"--device {server_args.device}: not supported with LSA yet: use --device cpu")
-    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        if (seen := getattr(server_args, name, None)) not in (None, CPU_BACKEND):
-            problems.append(
-                f"--{name.replace('_', '-')} {seen}: not supported with LSA on a CPU: "
-                f"use {CPU_BACKEND}, or leave it out"
-            )
+    problems += device_problems(server_args)
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -127,6 +125,32 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         raise Unsupported("LSA cannot start:\n  " + "\n  ".join(problems))
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
+
+
+def device_problems(server_args: Any) -> list[str]:
+    """What about device, attention backend and CUDA graphs cannot work, one line each."""
+    device = server_args.device
+    if device not in BACKENDS:
+        return [f"--device {device}: not supported with LSA yet: use {' or '.join(BACKENDS)}"]
+    if device == "cuda" and not _cuda():
+        return ["--device cuda: torch sees no NVIDIA GPU here: use --device cpu"]
+    problems = [
+        f"--{name.replace('_', '-')} {seen}: not supported with LSA on this device ({device}): "
+        f"use {BACKENDS[device]}, or leave it out"
+        for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+        if (seen := getattr(server_args, name, None)) not in (None, BACKENDS[device])
+    ]
+    graphs = getattr(server_args, "cuda_graph_config", None)
+    if device == "cuda" and graphs is not None:
+        for phase, config, fine in (
+            ("prefill", graphs.prefill, ("disabled",)),
+            ("decode", graphs.decode, ("disabled", "full")),
+        ):
+            if config.backend not in fine:
+                problems.append(
+                    f"--cuda-graph-backend-{phase} {config.backend}: not supported with LSA yet: use {fine[-1]}"
+                )
+    return problems
 
 
 def model_problems(model: Any, config: LSAConfig) -> list[str]:

@@ -36,6 +36,9 @@ class LSAConfig:
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
     min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
     window: int = _option(64, "Decode steps during which a resident set stays fixed.")
+    prefetch_steps: int = _option(
+        16, "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window."
+    )
     sink_pages: int = _option(1, "First pages of a request that always stay.")
     recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
     threshold: float = _option(0.0, "Pages scoring at or below this are left out even when the budget has room.")
@@ -68,6 +71,12 @@ class LSAConfig:
                 raise ValueError(f"{_flag(name)} {value} is no size: use a finite number")
             if value is not None and value < least:
                 raise ValueError(f"{_flag(name)} {value} is too small: use {least} or more")
+        if self.prefetch_steps >= self.window:
+            if self.prefetch_steps != type(self).prefetch_steps:
+                raise ValueError(
+                    f"--lsa-prefetch-steps {self.prefetch_steps} is not less than --lsa-window {self.window}: lower it"
+                )
+            object.__setattr__(self, "prefetch_steps", self.window // 4)  # the default follows short windows
         if self.device_tokens is not None and self.device_memory_gb is not None:
             raise ValueError(
                 f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
@@ -223,6 +232,7 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
 _LEAST: dict[str, float] = {
     "min_pages": 1,
     "window": 1,
+    "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,
     "min_context": 0,

@@ -19,6 +19,7 @@ GAUGES: dict[str, str] = {
 COUNTERS: dict[str, str] = {
     "lsa_recalled_pages": "Pages copied from host to device",
     "lsa_recalled_bytes": "Bytes copied from host to device",
+    "lsa_awaited_pages": "Recalled pages that came too late to be hidden behind decode",
     "lsa_stored_pages": "Pages copied from device to host",
     "lsa_evicted_pages": "Device pages given up for others",
     "lsa_refreshes": "Resident sets predicted",
@@ -71,6 +72,7 @@ def measure(runtime: LSARuntime) -> dict[str, Any]:
         "lsa_resident_pages": sum(resident for _, resident in sizes),
         "lsa_recalled_pages": ledger.recalls,
         "lsa_recalled_bytes": ledger.recalls * pager.page_bytes,
+        "lsa_awaited_pages": pager.awaited_pages,
         "lsa_stored_pages": pager.stored_pages,
         "lsa_evicted_pages": ledger.evictions,
         "lsa_refreshes": lookahead.refreshes,

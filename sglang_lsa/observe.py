@@ -8,14 +8,16 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.kernels.page_keys import key_bounds
+from sglang_lsa.kernels.page_keys import store_key_bounds
+from sglang_lsa.kernels.record import record
+from sglang_lsa.radix_ext.transfer import ids_on
 
 
 class QueryObserver:
     """A ring of the last ``positions`` post-RoPE queries of every request, for a few layers.
 
     The buffer is static, ``[rows, positions, layers, q_heads, head_dim]``; a token at absolute position ``t`` goes to
-    slot ``t % positions``, so prefill chunks and decode steps write it the same way.
+    slot ``t % positions``, so prefill chunks and decode steps write it the same way. Decode CUDA graphs record it.
     """
 
     def __init__(self, rows: int, positions: int, layers: Sequence[int], q_heads: int, head_dim: int, dtype, device):
@@ -30,21 +32,23 @@ class QueryObserver:
         Args:
             layer: decoder layer; ignored when it is not one of the observed.
             queries: ``[tokens, q_heads, head_dim]``.
-            rows: int64 ``[tokens]`` request row of each token.
-            positions: int64 ``[tokens]`` absolute position; within a row the last ``positions`` tokens must come last.
+            rows: ``[tokens]`` request row of each token.
+            positions: ``[tokens]`` absolute position; of each row at most the last ``positions`` tokens.
         """
         slot = self.slot_of_layer.get(layer)
         if slot is not None:
-            self.buffer[rows, positions % self.positions, slot] = queries
+            record(queries.flatten(1), rows, positions, self.buffer.flatten(3), slot)
 
     def queries(self, row: int, first: int, length: int) -> torch.Tensor:
-        """Queries of one request, ``[n, layers, q_heads, head_dim]``, oldest first.
+        """Queries of one request, ``[n, layers, q_heads, head_dim]``, in no particular order.
 
         Args:
             first: first position observed since the request was (re)admitted.
             length: tokens of the request; positions up to ``length - 1`` have been observed.
         """
-        wanted = torch.arange(max(first, length - self.positions), length, device=self.buffer.device)
+        if first <= length - self.positions:
+            return self.buffer[row]
+        wanted = torch.arange(first, length, device=self.buffer.device)
         return self.buffer[row, wanted % self.positions]
 
     @property
@@ -63,20 +67,29 @@ class PageKeys:
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         """Remember pages that have just been filled, reading them from the device pool."""
-        if not len(virtual):
-            return
-        v, p = torch.from_numpy(virtual), torch.from_numpy(physical)
-        for slot, source in enumerate(self.sources):
-            pages = source.view(-1, PAGE_SIZE, *source.shape[1:])[p]
-            self.table[v, slot] = key_bounds(pages)
-
-    def of(self, virtual: np.ndarray) -> torch.Tensor:
-        """``[n, layers, 2, kv_heads, head_dim]``."""
-        return self.table[torch.from_numpy(virtual)]
+        if len(virtual):
+            p, v = ids_on(self.table.device, np.stack((physical, virtual)))
+            store_key_bounds(self.sources, p, v, self.table, PAGE_SIZE)
 
     @property
     def nbytes(self) -> int:
         return self.table.numel() * self.table.element_size()
+
+
+def recent_tokens(lengths: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last ``count`` tokens of each request of a batch.
+
+    Args:
+        lengths: tokens of each request in the batch, one request after the other.
+
+    Returns:
+        Their places in the batch, and the index of their request, both int64.
+    """
+    ends = np.cumsum(lengths)
+    kept = np.minimum(lengths, count)
+    owners = np.repeat(np.arange(len(kept)), kept)
+    age = np.arange(len(owners)) - np.repeat(np.cumsum(kept) - kept, kept)
+    return np.repeat(ends - kept, kept) + age, owners
 
 
 def default_layers(layer_count: int) -> tuple[int, ...]:

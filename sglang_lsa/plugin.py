@@ -39,14 +39,15 @@ def install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from sglang_lsa.compatibility import CPU_BACKEND, RADIX_CACHE_BACKEND
+    from sglang_lsa.compatibility import BACKENDS, RADIX_CACHE_BACKEND
     from sglang_lsa.patches.table import INTAKE, SERVING
     from sglang_lsa.patches.table import install as install_hooks
     from sglang_lsa.stock_server import let_sglang_run_on_this_cpu
 
     let_sglang_run_on_this_cpu()
     install_hooks((*INTAKE, *SERVING))
-    register_attention_backend(CPU_BACKEND)(_attention_backend)
+    register_attention_backend(BACKENDS["cpu"])(_cpu_attention_backend)
+    register_attention_backend(BACKENDS["cuda"])(_gpu_attention_backend)
     register_radix_cache_backend(RADIX_CACHE_BACKEND, _radix_cache)
     if not arrived_by_pickle:  # the process that serves HTTP
         from sglang_lsa.patches.http_routes import add_routes
@@ -55,10 +56,16 @@ def install() -> None:
     _installed = True
 
 
-def _attention_backend(model_runner):
+def _cpu_attention_backend(model_runner):
     from sglang_lsa.attention import LSATorchBackend
 
     return LSATorchBackend(model_runner)
+
+
+def _gpu_attention_backend(model_runner):
+    from sglang_lsa.attention_flashinfer import LSAFlashInferBackend
+
+    return LSAFlashInferBackend(model_runner, init_new_workspace=model_runner.init_new_workspace)
 
 
 def _radix_cache(context):

@@ -53,6 +53,7 @@ def select(
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
-    best_first = candidates[np.lexsort((-candidates, -usable[candidates]))]
+    latest_first = candidates[::-1]
+    best_first = latest_first[np.argsort(-usable[latest_first], kind="stable")]
     keep[best_first[: bound - int(keep.sum())]] = True
     return np.flatnonzero(keep[:complete])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.pages import align_up
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.observe import observed_layers
+from sglang_lsa.pages import align_up, pages_spanned
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory, require_host_memory
 
 logger = logging.getLogger(__name__)
@@ -21,17 +24,100 @@ def round_up_gb(bytes_: int) -> float:
     return math.ceil(bytes_ / GB * 100) / 100
 
 
+LARGEST_SHARE = 0.5
+"""No resident set is predicted larger than this part of the device pool, whatever its budget."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What LSA's own buffers on the device are made of.
+
+    Attributes:
+        rows: requests that run at the same time, and one for padding.
+        graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
+        context_tokens: longest context of the model.
+        page_key_bytes: selector's bytes for one page.
+        row_bytes: selector's bytes for one request.
+    """
+
+    rows: int
+    graph_batch: int
+    context_tokens: int
+    page_key_bytes: int
+    row_bytes: int
+
+    def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
+        """Device bytes beside KV, by purpose."""
+        pages = virtual_tokens // PAGE_SIZE + 1
+        columns = 2 + max_resident_pages(self.context_tokens, physical_tokens // PAGE_SIZE)
+        graph = graph_tokens(config, self.graph_batch, self.context_tokens, physical_tokens)
+        return {
+            "page_keys": pages * self.page_key_bytes,
+            "queries": self.rows * self.row_bytes,
+            "tables": self.rows * (columns + 2) * 4 + pages * 4,
+            "graph_indices": graph * 4,
+        }
+
+
+def selector_needs(
+    config: LSAConfig,
+    *,
+    rows: int,
+    graph_batch: int,
+    context_tokens: int,
+    layers: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden_size: int,
+    itemsize: int,
+) -> Needs:
+    """What the observers and page keys take, for a model of this shape."""
+    observed = len(observed_layers(config, layers))
+    page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
+    row_bytes = config.query_tokens * observed * q_heads * head_dim * itemsize
+    if config.indexer:
+        shape = read_checkpoint_config(config.indexer)
+        page_key_bytes += len(shape.layers) * shape.sub_keys * shape.head_dim * 2
+        row_bytes += max(config.query_tokens, PAGE_SIZE) * len(shape.layers) * hidden_size * itemsize
+    return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes)
+
+
+def max_resident_pages(context_tokens: int, physical_pages: int) -> int:
+    """Columns of the resident table: no set is larger than a request, or than its share of the device pool."""
+    return min(pages_spanned(context_tokens), int(physical_pages * LARGEST_SHARE) + 1)
+
+
+def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int) -> int:
+    """Tokens that a decode CUDA graph can read, all requests together; larger batches run without a graph.
+
+    As many as ``batch`` requests of the longest context read within the budget, and as the device pool holds.
+    """
+    if batch == 0:
+        return 0
+    window = pages_spanned(config.window + config.prefetch_steps) + 1  # what a request may grow by meanwhile
+    resident = max(int(context_tokens * config.budget), config.min_pages * PAGE_SIZE, config.min_context)
+    return max(batch * min(context_tokens, resident + window * PAGE_SIZE), physical_tokens + batch)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes in tokens, multiples of the page size."""
+    """Sizes in tokens, multiples of the page size, and device bytes beside KV by purpose."""
 
     physical_tokens: int
     virtual_tokens: int
     token_bytes: int
+    overhead: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan_memory(
-    config: LSAConfig, *, token_bytes: int, budgeted_tokens: int, context_tokens: int, device: str
+    config: LSAConfig,
+    *,
+    token_bytes: int,
+    budgeted_tokens: int,
+    context_tokens: int,
+    device: str,
+    needs: Needs | None = None,
 ) -> MemoryPlan:
     """Size device pool and host mirror.
 
@@ -40,6 +126,7 @@ def plan_memory(
         budgeted_tokens: what SGLang's own memory fraction (or ``--max-total-tokens``) allows on the device.
         context_tokens: longest context of the model.
         device: ``cpu`` or ``cuda``.
+        needs: on a GPU, what must be taken from the budget before KV.
 
     Raises:
         ValueError: more host memory is asked for than is free, or the pools would be too small to serve anything.
@@ -58,10 +145,12 @@ def plan_memory(
         physical = min(virtual, max(virtual // 4, context_tokens + 2 * PAGE_SIZE))
     else:
         physical = budgeted_tokens
-    physical = min(physical, budgeted_tokens) // PAGE_SIZE * PAGE_SIZE
+    overhead = needs.overhead(config, min(physical, budgeted_tokens), virtual) if needs else {}
+    left = budgeted_tokens - pages_spanned(-(-sum(overhead.values()) // token_bytes)) * PAGE_SIZE
+    physical = min(physical, left) // PAGE_SIZE * PAGE_SIZE
     if physical < 4 * PAGE_SIZE:
         raise ValueError(
-            f"the device pool would hold {physical} tokens ({physical * token_bytes / GB:.3f} GB): "
+            f"the device pool would hold {max(0, physical)} tokens ({max(0, physical) * token_bytes / GB:.3f} GB): "
             f"give it at least {4 * PAGE_SIZE} tokens ({4 * PAGE_SIZE * token_bytes / GB:.3f} GB)"
         )
     if virtual < physical:
@@ -71,11 +160,12 @@ def plan_memory(
             "more, or lower --lsa-device-tokens"
         )
     logger.info(
-        "LSA: device pool %d tokens (%.2f GB), host mirror %d tokens (%.2f GB), %d KV bytes a token",
+        "LSA: device pool %d tokens (%.2f GB), host mirror %d tokens (%.2f GB), %d KV bytes a token%s",
         physical,
         physical * token_bytes / GB,
         virtual,
         virtual * token_bytes / GB,
         token_bytes,
+        "".join(f", {name.replace('_', ' ')} {size / GB:.3f} GB" for name, size in overhead.items()),
     )
-    return MemoryPlan(physical, virtual, token_bytes)
+    return MemoryPlan(physical, virtual, token_bytes, overhead)

@@ -36,10 +36,17 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "bytes": ledger.host_pages * pager.page_bytes,
             "mirror_bytes": pager.mirror.nbytes,
         },
-        "recalls": {"pages": ledger.recalls, "bytes": ledger.recalls * pager.page_bytes},
+        "recalls": {
+            "pages": ledger.recalls,
+            "bytes": ledger.recalls * pager.page_bytes,
+            "seconds": pager.transfer.recall_seconds,
+            "awaited_pages": pager.awaited_pages,
+        },
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
         "refreshes": lookahead.refreshes,
+        "refresh_host_seconds": lookahead.host_seconds,
+        "refresh_device_seconds": lookahead.device_seconds,
         "stalls": lookahead.stalls,
         "fallbacks": lookahead.fallbacks,
         "radix": {"hit_tokens": runtime.radix_hit_tokens, "prompt_tokens": runtime.prompt_tokens},
@@ -53,10 +60,12 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
 
 def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
     """Device bytes that LSA needs beside KV pages, by purpose."""
+    v2p = runtime.pager.v2p
     overhead = {
         "page_keys": runtime.page_keys.nbytes,
         "queries": runtime.observer.nbytes,
-        "tables": runtime.table.nbytes + runtime.pager.ledger.v2p.nbytes,
+        "tables": runtime.table.nbytes + runtime.everything.nbytes + v2p.numel() * v2p.element_size(),
+        "graph_indices": runtime.graph_tokens * 4,
     }
     if runtime.indexer is not None:
         overhead["indexer"] = runtime.indexer.nbytes + runtime.indexer.observer.nbytes
@@ -81,5 +90,5 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
 
 def resident_pages(runtime: LSARuntime, request: Request) -> list[int]:
     """Virtual pages that a running request's decode steps read."""
-    pages = runtime.pages_of(request, request.tokens)
+    pages = request.pages
     return [*pages[request.positions].tolist(), *pages[request.tail_start :].tolist()]

@@ -8,14 +8,17 @@ from torch import nn
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.kernels.record import record
+from sglang_lsa.observe import recent_tokens
 from sglang_lsa.policies import Request
+from sglang_lsa.radix_ext.transfer import ids_on
 
 
 class HiddenObserver:
     """Hidden states of a few decoder layers: the whole last prefill chunk, and a ring of recent tokens per request.
 
     The ring is ``[rows, positions, layers, hidden]``, at least one page long, so that a page that fills up during
-    decode can be read back from it.
+    decode can be read back from it. Decode CUDA graphs record it.
     """
 
     def __init__(self, rows: int, positions: int, layers: tuple[int, ...], hidden: int, dtype, device):
@@ -40,11 +43,12 @@ class HiddenObserver:
         def keep(module, inputs, output):
             positions, _, batch = inputs[0], inputs[1], inputs[2]
             hidden = output[0] + output[1]
-            counts = batch.extend_seq_lens if batch.extend_seq_lens is not None else torch.ones_like(batch.seq_lens)
-            rows = batch.req_pool_indices.repeat_interleave(counts.long())
-            age = torch.cat([torch.arange(int(n), 0, -1, device=hidden.device) for n in counts])
-            recent = age <= self.positions
-            self.ring[rows[recent], positions[recent].long() % self.positions, slot] = hidden[recent]
+            if batch.extend_seq_lens_cpu is None:  # decode: one token a request; no host work, so that graphs record it
+                record(hidden, batch.req_pool_indices, positions, self.ring, slot)
+                return
+            tokens, owners = recent_tokens(list(batch.extend_seq_lens_cpu), self.positions)
+            recent, owner = (ids_on(hidden.device, ids) for ids in (tokens, owners))
+            record(hidden[recent], batch.req_pool_indices[owner], positions[recent], self.ring, slot)
             if slot == 0:
                 self.chunk = hidden.new_empty((len(hidden), len(self.layers), hidden.shape[1]))
             self.chunk[:, slot] = hidden
@@ -54,7 +58,7 @@ class HiddenObserver:
     def recent(self, request: Request) -> torch.Tensor:
         """``[positions, layers, hidden]``, oldest first."""
         first = max(request.first_observed, request.tokens - self.wanted)
-        return self.ring[request.row, torch.arange(first, request.tokens) % self.positions]
+        return self.ring[request.row, torch.arange(first, request.tokens, device=self.ring.device) % self.positions]
 
     def pages(self, request: Request, first: int, count: int, chunk_start: int | None, prefix: int) -> torch.Tensor:
         """Hidden states of complete pages, ``[count, page, layers, hidden]``.
@@ -64,11 +68,11 @@ class HiddenObserver:
             chunk_start: where the request's tokens start in the last prefill chunk; None after a decode step.
             prefix: tokens of the request before that chunk.
         """
-        tokens = torch.arange(first * PAGE_SIZE, (first + count) * PAGE_SIZE)
+        start, stop = first * PAGE_SIZE, (first + count) * PAGE_SIZE
         if chunk_start is None:
-            found = self.ring[request.row, tokens % self.positions]
+            found = self.ring[request.row, torch.arange(start, stop, device=self.ring.device) % self.positions]
         else:
-            found = self.chunk[chunk_start + tokens - prefix]
+            found = self.chunk[chunk_start + start - prefix : chunk_start + stop - prefix]
         return found.view(count, PAGE_SIZE, *found.shape[1:])
 
     @property
@@ -89,10 +93,10 @@ class Indexer:
         """Remember the keys of pages that have just been filled; arguments as in ``HiddenObserver.pages``."""
         if len(pages):
             hidden = self.observer.pages(request, first, len(pages), chunk_start, prefix)
-            self.keys[torch.from_numpy(pages)] = self.indexer.page_keys(hidden).to(self.keys.dtype)
+            self.keys[ids_on(self.keys.device, pages)] = self.indexer.page_keys(hidden).to(self.keys.dtype)
 
-    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
-        return self.indexer.score(self.observer.recent(request), self.keys[torch.from_numpy(pages)]).cpu().numpy()
+    def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
+        return self.indexer.score(self.observer.recent(request), self.keys[ids_on(self.keys.device, pages)])
 
     @property
     def nbytes(self) -> int:

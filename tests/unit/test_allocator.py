@@ -34,6 +34,7 @@ def assert_in_step(allocator: VirtualPageAllocator) -> None:
     unallocated = [page for page in range(1, ledger.virtual_pages + 1) if not ledger._allocated[page]]
     assert sorted(free) == unallocated
     assert allocator.available_size() == len(free) * allocator.page_size
+    assert allocator._free_on_host.tolist() == free, "the host knows another order than the device"
 
 
 class Requests:
@@ -56,13 +57,22 @@ class Requests:
         expected = torch.empty(total, dtype=torch.int64)
         if slots is None:
             assert torch.equal(self.allocator.free_pages, before)
+            assert self.allocator.take_new_pages().tolist() == []
             return False
         alloc_extend_naive(prefix, seq, last, before, expected, self.allocator.page_size, "cpu")
         assert torch.equal(slots, expected)
+        opened = []
         for (row, more), new in zip(lengths, slots.split([more for _, more in lengths]), strict=True):
             assert len(new) == more
+            opened += self.opened(new)
             self.rows[row] += new.tolist()
+        assert self.allocator.take_new_pages().tolist() == opened
         return True
+
+    def opened(self, slots: torch.Tensor) -> list[int]:
+        """Pages whose first slot is among these, in their order."""
+        page = self.allocator.page_size
+        return [slot // page for slot in slots.tolist() if slot % page == 0]
 
     def decode(self, rows: list[int]) -> bool:
         seq = torch.tensor([len(self.rows[row]) + 1 for row in rows])
@@ -71,6 +81,7 @@ class Requests:
         slots = self.allocator.alloc_decode(seq, seq, last)
         if slots is None:
             assert torch.equal(self.allocator.free_pages, before)
+            assert self.allocator.take_new_pages().tolist() == []
             return False
         # One token more is an extension by one.
         expected = torch.empty(len(rows), dtype=torch.int64)
@@ -78,6 +89,7 @@ class Requests:
         assert torch.equal(slots, expected)
         for row, slot in zip(rows, slots.tolist(), strict=True):
             self.rows[row].append(slot)
+        assert self.allocator.take_new_pages().tolist() == self.opened(slots)
         return True
 
     def end(self, row: int, how: str) -> None:
@@ -137,6 +149,20 @@ def test_decode() -> None:
     assert requests.decode([0, 1])
     assert requests.rows == [[4, 5, 6, 7, 16], [8, 9, 10, 11, 12, 13]]
     assert_in_step(allocator)
+
+
+def test_new_pages_are_told_once_and_in_order() -> None:
+    """Several allocations may lie between two batches."""
+    allocator = make_allocator()
+    assert allocator.take_new_pages().tolist() == []
+    slots = allocator.alloc(2 * PAGE)
+    allocator.alloc(PAGE)
+    allocator.free(slots[PAGE:])
+    allocator.alloc(2 * PAGE)
+    pages = allocator.take_new_pages()
+    assert pages.tolist() == [1, 2, 3, 2, 4]
+    assert pages.dtype == "int64"
+    assert allocator.take_new_pages().tolist() == []
 
 
 def test_a_decode_step_that_opens_no_page_needs_none() -> None:
@@ -255,6 +281,7 @@ def test_clear_resets_everything() -> None:
     assert allocator.available_size() == PAGES * PAGE
     assert allocator.pager.ledger.allocated_pages == allocator.pager.ledger.device_pages == 0
     assert allocator.pager.reserved == {}
+    assert allocator.take_new_pages().tolist() == []
     assert_in_step(allocator)
     assert allocator.alloc(PAGE).tolist() == list(range(PAGE, 2 * PAGE))
 

@@ -46,7 +46,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "policy": (["recency"], "recency"),
     "budget": (["0.25"], 0.25),
     "min_pages": (["3"], 3),
-    "window": (["16"], 16),
+    "window": (["32"], 32),
+    "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
     "threshold": (["-0.5"], -0.5),
@@ -114,6 +115,19 @@ def test_defaults() -> None:
     assert LSAConfig.from_mapping({}) == config
 
 
+@pytest.mark.parametrize(("window", "steps"), [(64, 16), (17, 16), (16, 4), (8, 2), (3, 0), (1, 0)])
+def test_the_default_prefetch_follows_short_windows(window: int, steps: int) -> None:
+    config = LSAConfig(window=window)
+    assert config.prefetch_steps == steps < window
+    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
+    assert dataclasses.replace(config, budget=0.5).prefetch_steps == steps
+
+
+def test_pages_may_be_sent_for_up_to_a_window_ahead() -> None:
+    assert LSAConfig(window=8, prefetch_steps=7).prefetch_steps == 7
+    assert LSAConfig(prefetch_steps=0).prefetch_steps == 0
+
+
 def test_an_indexer_is_used_when_it_is_given() -> None:
     assert LSAConfig(indexer="folder").policy == "indexer"
     assert LSAConfig(indexer="folder", policy="quest").policy == "quest"
@@ -177,6 +191,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": 0}, "--lsa-window 0 is too small: use 1 or more"),
     ({"window": 1.5}, r"window is 1\.5: use a value of type int"),
     ({"window": True}, "window is True: use a value of type int"),
+    ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
+    ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
+    ({"prefetch_steps": 64}, "--lsa-prefetch-steps 64 is not less than --lsa-window 64: lower it"),
+    ({"prefetch_steps": 8, "window": 8}, "--lsa-prefetch-steps 8 is not less than --lsa-window 8: lower it"),
     ({"min_pages": 0}, "--lsa-min-pages 0 is too small: use 1 or more"),
     ({"sink_pages": -1}, "--lsa-sink-pages -1 is too small: use 0 or more"),
     ({"recent_pages": -1}, "--lsa-recent-pages -1 is too small: use 0 or more"),

@@ -53,6 +53,97 @@ def test_too_large_a_mirror_is_refused_before_it_is_allocated(monkeypatch: pytes
         HostMirror(pages, layers=32, page=64, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 
 
+# --- page-locked memory ----------------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """Stands in for CUDA's runtime: takes note of what is locked, and refuses after ``limit`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.locked: dict[int, int] = {}
+        self.released: list[int] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        if sum(self.locked.values()) + nbytes > self.limit:
+            return 2
+        self.locked[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]  # only what is locked can be unlocked
+        self.released.append(address)
+        return 0
+
+    def cudaGetErrorString(self, error: int) -> str:
+        return {2: "out of memory"}[error]
+
+
+PAGE_BYTES = 3 * 2 * 64 * 2 * 8 * 4
+
+
+def lock(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Runtime, HostMirror]:
+    """Nine pages, locked in pieces of 50,000 bytes."""
+    runtime = Runtime(limit)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(host_mirror, "LOCK_AT_ONCE", 50_000)
+    monkeypatch.setattr(host_mirror, "TOUCH_AT_ONCE", 7_000)
+    monkeypatch.setattr(host_mirror, "atexit", SimpleNamespace(register=kept.append))
+    kept.clear()
+    return runtime, HostMirror(8, layers=3, page=64, kv_heads=2, head_dim=8, dtype=torch.float32, pinned=True)
+
+
+kept: list = []
+"""What the mirror wants to be called when the process ends."""
+
+
+def test_a_pinned_mirror_is_locked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, mirror = lock(10 * PAGE_BYTES, monkeypatch)
+    assert mirror.pages.shape == (9, 3, 2, 64, 2, 8)
+    assert (mirror.pages.dtype, mirror.nbytes) == (torch.float32, 9 * PAGE_BYTES)
+    assert not mirror.pages.any()
+    assert len(runtime.locked) == -(-9 * PAGE_BYTES // 50_000) > 2
+    end = mirror.pages.data_ptr()
+    for address, nbytes in sorted(runtime.locked.items()):
+        assert address == end, "a gap, or an overlap"
+        end += nbytes
+    assert end == mirror.pages.data_ptr() + mirror.nbytes
+    mirror.pages[:] = 1.5
+    assert bool((mirror.pages == 1.5).all())
+
+
+def test_a_pinned_mirror_is_unlocked_when_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, mirror = lock(10 * PAGE_BYTES, monkeypatch)
+    count = len(runtime.locked)
+    for call in kept:
+        call()
+    assert (runtime.locked, mirror.locked, len(runtime.released)) == ({}, [], count)
+    mirror.unlock()
+    assert len(runtime.released) == count
+
+
+@pytest.mark.parametrize("limit", [0, 120_000], ids=["nothing", "a part"])
+def test_memory_that_cannot_be_locked_is_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (
+        r"locking 0\.0 GB of host memory failed after 0\.0 GB \(out of memory\): "
+        r"lower --lsa-host-memory-gb, or raise the limit on locked memory \(ulimit -l\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        lock(limit, monkeypatch)
+    runtime = torch.cuda.cudart()
+    assert runtime.locked == {}
+    assert len(runtime.released) == limit // 50_000
+    for call in kept:
+        call()
+    assert len(runtime.released) == limit // 50_000, "unlocked twice"
+
+
+def test_a_mirror_that_is_not_pinned_needs_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: pytest.fail("CUDA was asked"))
+    mirror = HostMirror(5, layers=1, page=4, kv_heads=2, head_dim=8, dtype=torch.float32)
+    mirror.unlock()
+
+
 # --- how much memory there is ----------------------------------------------------------------------------------------
 
 

@@ -1,18 +1,28 @@
-"""Kernels against naive loops in float64, over shapes and types; and that Quest's bound is one."""
+"""Kernels against naive loops in float64, over shapes and types; and that Quest's bound is one.
+
+What a GPU runs instead is compared with these in ``test_triton_kernels.py``.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_lsa.kernels import page_score
 from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score
-from sglang_lsa.kernels.page_table import physical_slots, resident_slots
+from sglang_lsa.kernels.page_table import decode_indices, physical_slots, resident_slots
+from sglang_lsa.kernels.record import record
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Absolute, for values of about one. Scores are computed in float32 whatever the type, so inputs decide."""
@@ -126,6 +136,15 @@ def naive_bound_score(queries: torch.Tensor, bounds: torch.Tensor, scale: float)
     return best
 
 
+def scattered(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table of more pages with these bounds at random places, NaN elsewhere; and the places."""
+    pages = len(bounds)
+    places = 1 + torch.randperm(2 * pages, generator=torch.Generator().manual_seed(3))[:pages]
+    table = torch.full((2 * pages + 1, *bounds.shape[1:]), NAN, dtype=bounds.dtype)
+    table[places] = bounds
+    return table, places
+
+
 SCORES = [
     # positions, layers, pages, kv_heads, group, head_dim
     pytest.param(2, 2, 0, 2, 1, 8, id="0 pages"),
@@ -147,11 +166,23 @@ def test_bound_score(
     queries = random(positions, layers, kv_heads * group, dim, dtype=dtype, seed=1)
     keys = random(pages, layers, 6, kv_heads, dim, dtype=dtype, seed=2)
     bounds = torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2)
-    scores = bound_score(queries, bounds, dim**-0.5)
+    table, ids = scattered(bounds)
+    scores = bound_score(queries, table, ids, dim**-0.5)
     assert scores.shape == (pages,)
     assert scores.dtype == torch.float32
     expected = torch.tensor(naive_bound_score(queries, bounds, dim**-0.5), dtype=torch.float64)
     torch.testing.assert_close(scores.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_many_pages_are_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the pages are cut, and if a piece has but one."""
+    queries = random(3, 2, 4, 8, seed=1)
+    keys = random(17, 2, 6, 2, 8, seed=2)
+    table, ids = scattered(torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2))
+    whole = bound_score(queries, table, ids, 0.5)
+    for at_once in (1, 4, 16, 17):
+        monkeypatch.setattr(page_score, "PAGES_AT_ONCE", at_once)
+        torch.testing.assert_close(bound_score(queries, table, ids, 0.5), whole, rtol=0, atol=1e-6)
 
 
 def test_one_vote_is_enough() -> None:
@@ -160,7 +191,7 @@ def test_one_vote_is_enough() -> None:
     bounds[5, 1, 1, 1, 3] = 1.0
     queries = torch.zeros(6, 2, 4, 4)
     queries[2, 1, 3, 3] = 50.0
-    scores = bound_score(queries, bounds, 1.0)
+    scores = bound_score(queries, bounds, torch.arange(8), 1.0)
     assert int(scores.argmax()) == 5
     assert scores[5] > 0.99
     assert scores[[0, 1, 2, 3, 4, 6, 7]].max() == pytest.approx(1 / 8)
@@ -168,7 +199,7 @@ def test_one_vote_is_enough() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     queries, bounds = torch.full((1, 1, 1, 4), 3e4), torch.full((3, 1, 2, 1, 4), 3e4)
-    assert bound_score(queries, bounds, 1.0).tolist() == pytest.approx([1 / 3] * 3)
+    assert bound_score(queries, bounds, torch.arange(3), 1.0).tolist() == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +207,12 @@ def test_large_logits_do_not_overflow() -> None:
     [
         pytest.param((2, 2, 4, 8), (3, 2, 2, 3, 8), id="4 query heads over 3"),
         pytest.param((2, 2, 4, 8), (3, 1, 2, 2, 8), id="other layers"),
+        pytest.param((2, 2, 4, 8), (3, 2, 2, 2, 16), id="other head_dim"),
     ],
 )
 def test_bound_score_refuses_what_does_not_fit(queries: tuple[int, ...], bounds: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"queries \(2, 2, 4, 8\) do not fit key bounds \(3, "):
-        bound_score(torch.zeros(queries), torch.zeros(bounds), 1.0)
+        bound_score(torch.zeros(queries), torch.zeros(bounds), torch.arange(3), 1.0)
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
@@ -197,7 +229,7 @@ def test_the_bound_is_an_upper_bound_of_every_logit(dim: int, tokens: int, seed:
     scale = 1.0 / (dim * spread)  # keeps the softmax away from 0 and 1
     pages = torch.stack((keys, torch.zeros_like(keys)))[:, :, None]
     bounds = key_bounds(pages)[:, None]
-    page, zeros = bound_score(query.view(1, 1, 1, dim), bounds, scale).double().tolist()
+    page, zeros = bound_score(query.view(1, 1, 1, dim), bounds, torch.arange(2), scale).double().tolist()
     bound = math.log(page / zeros) / scale
     logits = keys.double() @ query.double()
     slack = 1e-5 * (1 / scale + abs(bound))
@@ -269,3 +301,54 @@ def test_resident_slots_of_an_empty_batch() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     table = torch.zeros((2, 3), dtype=torch.int64)
     assert resident_slots(table, table[:, 0], table[:, 0], table, none, none, none, PAGE) == []
+
+
+@pytest.mark.parametrize("table_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_decode_indices(table_dtype: torch.dtype) -> None:
+    """The slots of :func:`resident_slots`, one request after the other, and nothing behind them."""
+    req_to_token = torch.arange(3 * 20, dtype=torch.int32).view(3, 20) + 4
+    v2p = torch.randperm(16, generator=torch.Generator().manual_seed(0)).int()
+    table = torch.tensor([[0, 0, -1, -1], [2, 4, 9, 3], [0, 0, -1, -1]], dtype=table_dtype)
+    rows, lengths = torch.tensor([2, 1, 0]), torch.tensor([7, 18, 1])
+    indptr, indices = torch.full((6,), -1, dtype=torch.int32), torch.full((30,), -1, dtype=torch.int32)
+    decode_indices(table, req_to_token, v2p, rows, lengths, PAGE, indptr, indices)
+    assert indptr.tolist() == [0, 7, 7 + 8 + 2, 18, -1, -1]
+    slots = resident_slots(table[:, 2:], table[:, 0], table[:, 1], req_to_token, v2p, rows, lengths, PAGE)
+    assert indices.tolist() == [*torch.cat(slots).tolist(), *[-1] * 12]
+    assert indices[7:15].tolist() == [36, 37, 38, 39, 12, 13, 14, 15]
+
+
+def test_decode_indices_of_an_empty_batch() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    table, indptr = torch.zeros((2, 3), dtype=torch.int32), torch.full((1,), -1, dtype=torch.int32)
+    decode_indices(table, table, none, none, none, PAGE, indptr, torch.zeros(0, dtype=torch.int32))
+    assert indptr.tolist() == [0]
+
+
+# --- record ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_record(dtype: torch.dtype) -> None:
+    ring, source = torch.full((4, 3, 2, 5), NAN), random(4, 5)
+    expected = ring.clone()
+    rows, positions = [1, 3, 1, 1], [3, 8, 4, 5]
+    for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        expected[row, position % 3, 1] = source[index]
+    record(source, torch.tensor(rows, dtype=dtype), torch.tensor(positions, dtype=dtype), ring, 1)
+    assert torch.equal(ring.nan_to_num(-77), expected.nan_to_num(-77))
+
+
+# --- what a GPU runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton_kernels.py runs on this GPU itself")
+def test_triton_kernels_under_the_interpreter() -> None:
+    file = pathlib.Path(__file__).with_name("test_triton_kernels.py")
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", run.stdout)}
+    assert counts["passed"] >= 170
+    assert counts.pop("skipped") == run.stdout.count("CUDA graphs need a GPU") == 2
+    assert counts.keys() == {"passed"}

@@ -403,6 +403,155 @@ def test_a_page_shared_with_a_running_request_waits_for_the_last_reader() -> Non
     assert ledger.obtainable_pages == 1
 
 
+# --- copies in flight ------------------------------------------------------------------------------------------------
+
+
+def places(ledger: Ledger, *pages: int) -> np.ndarray:
+    return ledger.v2p[list(pages)]
+
+
+@pytest.mark.parametrize("arriving", [True, False])
+def test_a_page_that_is_being_copied_is_not_evicted(arriving: bool) -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2, 3, 4)
+    copied = places(ledger, 1, 2, 3)
+    ledger.copy_started(copied, arriving)
+    ledger.check()
+    assert ledger.obtainable_pages == 1
+    held(ledger, "a", 5)
+    assert on_device(ledger) == {1, 2, 3, 5}
+    ledger.copy_finished(copied, arriving)
+    assert ledger.obtainable_pages == 3
+
+
+def test_a_page_that_is_being_copied_twice_waits_for_both_copies() -> None:
+    ledger = ledger_with(1)
+    cached(ledger, 1)
+    place = places(ledger, 1)
+    ledger.copy_started(place, arriving=True)
+    ledger.copy_started(place, arriving=False)
+    ledger.copy_finished(place, arriving=True)
+    assert ledger.obtainable_pages == 3
+    ledger.copy_finished(place, arriving=False)
+    assert ledger.obtainable_pages == 4
+
+
+@pytest.mark.parametrize("last", ["copy", "forward"])
+@pytest.mark.parametrize("arriving", [True, False])
+def test_a_released_place_is_free_when_copies_and_forward_passes_are_done(arriving: bool, last: str) -> None:
+    ledger = full_of_held_pages()
+    place = places(ledger, 2)
+    number = ledger.forward_started()
+    ledger.copy_started(place, arriving)
+    ledger.drop("a", [2])
+    ledger.release([2])
+    ledger.check()
+    assert ledger.hold("b", [5]) is None
+    if last == "copy":
+        ledger.forward_finished(number)
+        assert ledger.hold("b", [5]) is None
+        ledger.copy_finished(place, arriving)
+    else:
+        ledger.copy_finished(place, arriving)
+        assert ledger.hold("b", [5]) is None
+        ledger.forward_finished(number)
+    ledger.check()
+    assert pairs(held(ledger, "b", 5).fresh) == {5: int(place[0])}
+    assert ledger.arrived(np.array([5]))
+
+
+def test_a_place_released_without_a_pass_in_flight_waits_for_its_copy() -> None:
+    ledger = full_of_held_pages()
+    place = places(ledger, 2)
+    ledger.copy_started(place, arriving=False)
+    ledger.drop("a", [2])
+    ledger.release([2])
+    assert ledger.hold("b", [5]) is None
+    ledger.copy_finished(place, arriving=False)
+    assert ledger.hold("b", [5]) is not None
+
+
+def test_a_page_has_arrived_when_its_content_is_there() -> None:
+    ledger = ledger_with(1, 2, 3)
+    cached(ledger, 1, 2)
+    pages = np.array([2, 1])
+    assert ledger.arrived(pages)
+    ledger.copy_started(places(ledger, 2), arriving=True)
+    ledger.copy_started(places(ledger, 1), arriving=False)
+    assert ledger.arriving(pages).tolist() == [True, False]
+    assert not ledger.arrived(pages)
+    assert ledger.arrived(pages[1:])
+    ledger.copy_finished(places(ledger, 2), arriving=True)
+    assert ledger.arrived(pages)
+    assert not ledger.arrived(np.array([1, 3])), "page 3 has no place"
+    assert not ledger.arriving(np.array([3])).any()
+    assert ledger.arrived(pages[:0])
+
+
+def test_content_on_its_way_moves_along_when_pages_are_substituted() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 5)  # both are in the mirror
+    held(ledger, "b", 2, 3, 4)  # evicts 1
+    place = places(ledger, 5)
+    held(ledger, "a", 5)
+    ledger.copy_started(place, arriving=True)
+    ledger.substitute("a", [5], [1])
+    ledger.check()
+    assert places(ledger, 1) == place
+    assert not ledger.arrived(np.array([1]))
+    ledger.copy_finished(place, arriving=True)
+    assert ledger.arrived(np.array([1]))
+
+
+def test_a_copy_that_never_began_cannot_end() -> None:
+    ledger = ledger_with(1)
+    cached(ledger, 1)
+    place = places(ledger, 1)
+    with pytest.raises(LedgerError, match=rf"a copy of \[{place[0]}\] ended that never began"):
+        ledger.copy_finished(place, arriving=False)
+    ledger.copy_started(place, arriving=False)
+    ledger.copy_finished(place, arriving=False)
+    with pytest.raises(LedgerError, match="ended that never began"):
+        ledger.copy_finished(place, arriving=False)
+
+
+def test_a_page_handed_out_again_is_another_page() -> None:
+    ledger = ledger_with(1, 2)
+    before = ledger.generation(np.array([1, 2])).copy()
+    cached(ledger, 1)
+    assert ledger.generation(np.array([1, 2])).tolist() == before.tolist()
+    ledger.release([1])
+    ledger.allocate([1])
+    assert (ledger.generation(np.array([1, 2])) == before).tolist() == [False, True]
+
+
+def test_moved_pages_are_told_once() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    assert ledger.take_moved().tolist() == list(range(9)), "whoever keeps a copy of the map has none yet"
+    assert ledger.take_moved().tolist() == []
+    held(ledger, "a", 2, 4)
+    assert ledger.take_moved().tolist() == [2, 4]
+    assert ledger.take_moved().tolist() == []
+    held(ledger, "a", 4)
+    ledger.drop("a")
+    assert ledger.take_moved().tolist() == []
+    cached(ledger, 1, 3)
+    ledger.take_moved()
+    ledger.mirrored([2])
+    held(ledger, "b", 5)  # evicts the least recently used page, which is 2
+    assert ledger.take_moved().tolist() == [2, 5]
+    ledger.release([3])
+    held(ledger, "b", 6)
+    assert ledger.take_moved().tolist() == [3, 6]
+    held(ledger, "a", 4)
+    ledger.substitute("a", [4], [1])
+    ledger.drop("a")
+    ledger.drop("b")
+    ledger.take_moved()
+    ledger.reset()
+    assert ledger.take_moved().tolist() == list(range(9))
+
+
 # --- substitution ----------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +689,20 @@ def test_reset_during_a_forward_pass_is_an_error() -> None:
     ledger.reset()
 
 
+def test_reset_while_pages_are_copied_is_an_error() -> None:
+    ledger = ledger_with(1, 2)
+    cached(ledger, 1, 2)
+    copied = places(ledger, 1, 2)
+    ledger.copy_started(copied, arriving=True)
+    before = state(ledger)
+    with pytest.raises(LedgerError, match="reset while 2 pages are being copied"):
+        ledger.reset()
+    assert state(ledger) == before
+    ledger.copy_finished(copied, arriving=True)
+    ledger.reset()
+    ledger.check()
+
+
 def padding_mapped(ledger: Ledger) -> None:
     ledger.v2p[0] = 1
 
@@ -565,17 +728,21 @@ def mirrored_but_not_allocated(ledger: Ledger) -> None:
     ledger._mirrored[7] = True
 
 
+def free_place_copied(ledger: Ledger) -> None:
+    ledger.copy_started(np.array(ledger._free[:1]), arriving=False)
+
+
 def wrong_count(ledger: Ledger) -> None:
     ledger._pins[1] += 1
 
 
 def held_but_absent(ledger: Ledger) -> None:
-    ledger._free.append(ledger._detach(2))
+    ledger._free += ledger._detach(np.array([2])).tolist()
     ledger._mirrored[2] = True
 
 
 def nowhere(ledger: Ledger) -> None:
-    ledger._free.append(ledger._detach(1))
+    ledger._free += ledger._detach(np.array([1])).tolist()
     ledger._mirrored[1] = False
 
 
@@ -600,6 +767,7 @@ def empty_holder(ledger: Ledger) -> None:
         (stale_place, "a physical page maps to a page that is not on the device"),
         (mapped_but_not_allocated, "a page on the device is not allocated"),
         (mirrored_but_not_allocated, "a page that is not allocated has a mirror copy"),
+        (free_place_copied, "a free physical page is being copied"),
         (wrong_count, "the hold counts are wrong"),
         (held_but_absent, "a held page is not on the device"),
         (nowhere, "a page is nowhere"),
@@ -648,6 +816,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.started = self.finished = self.clock = self.written = 0
         self.device_bytes: dict[int, int | None] = {}
         self.host_bytes: dict[int, int] = {}
+        self.recalls: list[dict[int, int]] = []  # copies in flight: physical page -> content on its way
+        self.stores: list[list[tuple[int, int, int, int]]] = []  # page, its generation, physical page, content
+        self.generations: dict[int, int] = {}
+        self.map = np.zeros(VIRTUAL + 1, dtype=np.int64)  # a copy of the page map, as a GPU has one
 
     # -- the model's own answers
 
@@ -658,7 +830,30 @@ class LedgerMachine(RuleBasedStateMachine):
         return {
             page
             for page in self.device
-            if page in self.mirrored and page not in self.held() and self.busy.get(page, 0) <= self.finished
+            if page in self.mirrored
+            and page not in self.held()
+            and self.busy.get(page, 0) <= self.finished
+            and self.device[page] not in self.copied()
+        }
+
+    def arriving(self) -> set[int]:
+        """Physical pages whose content is on its way."""
+        return {place for recall in self.recalls for place in recall}
+
+    def copied(self) -> set[int]:
+        """Physical pages that a copy in flight reads or writes."""
+        return self.arriving() | {place for store in self.stores for _, _, place, _ in store}
+
+    def readable(self) -> set[int]:
+        """Pages with content on the device."""
+        arriving = self.arriving()
+        return {page for page, place in self.device.items() if self.content[page] is not None and place not in arriving}
+
+    def take_back(self) -> None:
+        """Physical pages that nothing in flight touches are free."""
+        copied = self.copied()
+        self.given_up = {
+            place: reader for place, reader in self.given_up.items() if reader > self.finished or place in copied
         }
 
     def free(self) -> int:
@@ -677,6 +872,8 @@ class LedgerMachine(RuleBasedStateMachine):
         new = sorted(pages - set(self.content))
         self.ledger.allocate(new)
         self.content |= dict.fromkeys(new)
+        for page in new:
+            self.generations[page] = self.generations.get(page, 0) + 1
 
     @rule(pages=FEW)
     def release(self, pages: set[int]) -> None:
@@ -687,14 +884,15 @@ class LedgerMachine(RuleBasedStateMachine):
             self.mirrored.discard(page)
             self.used.pop(page, None)
             self.busy.pop(page, None)
-            if page in self.device and self.started > self.finished:
+            if page in self.device and (self.started > self.finished or self.device[page] in self.copied()):
                 self.given_up[self.device.pop(page)] = self.started
             self.device.pop(page, None)
 
     # -- requests
 
-    @rule(holder=HOLDERS, pages=FEW)
-    def hold(self, holder: str, pages: set[int]) -> None:
+    @rule(holder=HOLDERS, pages=FEW, late=st.booleans())
+    def hold(self, holder: str, pages: set[int], late: bool = False) -> None:
+        """``late``: what must be recalled arrives later."""
         self.allocate(pages)
         absent = pages - set(self.device)
         short = len(absent) - self.free()
@@ -719,9 +917,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for page, place in (recall | fresh).items():
             assert place not in self.device.values(), "two virtual pages share a physical page"
             assert place not in self.given_up, "reused while a forward pass reads it"
+            assert place not in self.copied(), "reused while it is being copied"
             assert 1 <= place <= PHYSICAL
             self.device[page] = place
-            self.device_bytes[place] = self.host_bytes[page] if page in recall else None
+            self.device_bytes[place] = self.host_bytes[page] if page in recall and not late else None
+        if recall and late:
+            self.recalls.append({place: self.host_bytes[page] for page, place in recall.items()})
+            self.ledger.copy_started(plan.recall[1], arriving=True)
         self.holders.setdefault(holder, set()).update(pages)
         self.clock += 1
         self.used |= dict.fromkeys(pages, self.clock)
@@ -796,8 +998,9 @@ class LedgerMachine(RuleBasedStateMachine):
             self.written += 1
             self.content[page] = known[choice] if choice < len(known) else self.written
             self.device_bytes[self.device[page]] = self.content[page]
+        readable = self.held() & self.readable()
         self.reads[number] = {
-            self.device[page]: content for page in self.held() if (content := self.content[page]) is not None
+            self.device[page]: content for page in readable if (content := self.content[page]) is not None
         }
 
     @rule(choice=st.integers(0, 99), pages=ANY)
@@ -808,14 +1011,57 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.forward_finished(number)
             self.finished = number
             self.reads = {other: reads for other, reads in self.reads.items() if other > number}
-            self.given_up = {place: reader for place, reader in self.given_up.items() if reader > number}
-        done = sorted(page for page in pages & set(self.device) if self.content[page] is not None)
+            self.take_back()
+        done = sorted(pages & self.readable())
         self.ledger.mirrored(done)
         self.mirrored.update(done)
         for page in done:
             content = self.device_bytes[self.device[page]]
             assert content is not None
             self.host_bytes[page] = content
+
+    @rule(pages=ANY)
+    def start_store(self, pages: set[int]) -> None:
+        """Some pages with content are copied to the mirror, while everything else goes on."""
+        done = sorted(pages & self.readable())
+        if not done:
+            return
+        self.ledger.copy_started(self.ledger.v2p[done], arriving=False)
+        self.stores.append([])
+        for page in done:
+            content = self.device_bytes[self.device[page]]
+            assert content is not None
+            self.stores[-1].append((page, self.generations[page], self.device[page], content))
+
+    @precondition(lambda self: self.stores)
+    @rule()
+    def finish_store(self) -> None:
+        """The oldest store is done; it counts for pages that are still the same, in the same place."""
+        store = self.stores.pop(0)
+        pages, generations, at = (np.array(column) for column in list(zip(*store, strict=True))[:3])
+        self.ledger.copy_finished(at, arriving=False)
+        same = (self.ledger.generation(pages) == generations) & (self.ledger.v2p[pages] == at)
+        self.ledger.mirrored(pages[same])
+        for (page, generation, place, content), still in zip(store, same.tolist(), strict=True):
+            assert still == (self.generations[page] == generation and self.device.get(page) == place)
+            if still:
+                self.mirrored.add(page)
+                self.host_bytes[page] = content
+        self.take_back()
+
+    @precondition(lambda self: self.recalls)
+    @rule()
+    def finish_recall(self) -> None:
+        recall = self.recalls.pop(0)
+        self.device_bytes |= recall
+        self.ledger.copy_finished(np.array(list(recall)), arriving=True)
+        self.take_back()
+
+    @rule()
+    def bring_the_map_up_to_date(self) -> None:
+        moved = self.ledger.take_moved()
+        self.map[moved] = self.ledger.v2p[moved]
+        assert (self.map == self.ledger.v2p).all()
 
     @rule(holder=HOLDERS, pages=FEW, tokens=TOKENS)
     def serve(self, holder: str, pages: set[int], tokens: list[int]) -> None:
@@ -832,8 +1078,15 @@ class LedgerMachine(RuleBasedStateMachine):
             with pytest.raises(LedgerError, match="hold pages"):
                 self.ledger.reset()
             self.drop(holder)
+        if self.copied():
+            with pytest.raises(LedgerError, match="being copied"):
+                self.ledger.reset()
+            while self.stores:
+                self.finish_store()
+            while self.recalls:
+                self.finish_recall()
         self.ledger.reset()
-        for record in (self.content, self.device, self.mirrored, self.used, self.busy, self.given_up):
+        for record in (self.content, self.device, self.mirrored, self.used, self.busy, self.given_up, self.generations):
             record.clear()
 
     # -- what holds after every step
@@ -850,6 +1103,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.host_pages == len(self.mirrored)
         assert ledger.allocated_pages == len(self.content)
         assert ledger.obtainable_pages == self.free() + len(self.evictable())
+        arriving = self.arriving()
+        for page in range(1, VIRTUAL + 1):
+            assert ledger.arriving(np.array([page]))[0] == (self.device.get(page) in arriving)
+            assert ledger.arrived(np.array([page])) == (page in self.device and self.device[page] not in arriving)
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -857,7 +1114,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if content is None:
                 continue
             assert page in self.device or page in self.mirrored
-            if page in self.device:
+            if page in self.device and self.device[page] not in self.arriving():
                 assert self.device_bytes[self.device[page]] == content
             if page in self.mirrored:
                 assert self.host_bytes[page] == content

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.observe import PageKeys, QueryObserver, default_layers
+from sglang_lsa.kernels.page_table import resident_slots
+from sglang_lsa.observe import PageKeys, QueryObserver, default_layers, recent_tokens
 from sglang_lsa.resident_table import ResidentTable
 
 HEADS, DIM = 2, 3
@@ -34,12 +35,12 @@ def show(ring: QueryObserver, row: int, first: int, last: int, layers: tuple[int
 
 
 def seen(ring: QueryObserver, row: int, first: int, length: int) -> list[int]:
-    """Positions whose queries come back, after checking that they are complete and in order."""
+    """Positions whose queries come back, sorted, after checking that they are complete."""
     queries = ring.queries(row, first, length)
     positions = [int(value) - row * 10_000 - LAYERS[0] * 1_000 for value in queries[:, 0, 0, 0]]
     for got, position in zip(queries, positions, strict=True):
         assert torch.equal(got, torch.stack([query(row, layer, position) for layer in LAYERS]))
-    return positions
+    return sorted(positions)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,18 @@ def test_bytes_of_the_ring() -> None:
     assert observer(positions=8, rows=4).nbytes == 4 * 8 * len(LAYERS) * HEADS * DIM * 4
 
 
+@pytest.mark.parametrize("lengths", [[1], [8], [20], [3, 1, 9, 8, 7, 30], [1, 1, 1], [0, 5, 0, 12]], ids=str)
+@pytest.mark.parametrize("count", [1, 8])
+def test_recent_tokens(lengths: list[int], count: int) -> None:
+    tokens, owners = recent_tokens(lengths, count)
+    expected, start = [], 0
+    for owner, length in enumerate(lengths):
+        expected += [(start + token, owner) for token in range(max(0, length - count), length)]
+        start += length
+    assert list(zip(tokens.tolist(), owners.tolist(), strict=True)) == expected
+    assert tokens.dtype == owners.dtype == np.int64
+
+
 # --- page keys -------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +129,7 @@ def test_page_keys_are_found_by_virtual_page() -> None:
     keys = pool(4)
     remembered = PageKeys(9, keys, LAYERS)
     remembered.complete(np.array([7, 2]), np.array([1, 4]))
-    found = remembered.of(np.array([2, 7]))
+    found = remembered.table[[2, 7]]
     assert found.shape == (2, len(LAYERS), 2, HEADS, DIM)
     for virtual, physical in ((7, 1), (2, 4)):
         for slot, layer in enumerate(LAYERS):
@@ -124,15 +137,17 @@ def test_page_keys_are_found_by_virtual_page() -> None:
             bounds = found[[2, 7].index(virtual), slot]
             assert torch.equal(bounds[0], page.min(dim=0).values)
             assert torch.equal(bounds[1], page.max(dim=0).values)
+    assert not remembered.table[[0, 1, 3, 4, 5, 6, 8, 9]].any()
 
 
 def test_page_keys_outlive_the_device_copy() -> None:
     keys = pool(4)
     remembered = PageKeys(9, keys, LAYERS)
     remembered.complete(np.array([7]), np.array([1]))
-    before = remembered.of(np.array([7]))
+    before = remembered.table[7].clone()
+    assert before.any()
     keys[1].zero_()
-    assert torch.equal(remembered.of(np.array([7])), before)
+    assert torch.equal(remembered.table[7], before)
 
 
 def test_a_page_that_is_filled_again_is_remembered_anew() -> None:
@@ -142,14 +157,13 @@ def test_a_page_that_is_filled_again_is_remembered_anew() -> None:
     remembered.complete(np.array([7]), np.array([2]))
     fresh = PageKeys(9, keys, LAYERS)
     fresh.complete(np.array([7]), np.array([2]))
-    assert torch.equal(remembered.of(np.array([7])), fresh.of(np.array([7])))
+    assert torch.equal(remembered.table, fresh.table)
 
 
 def test_no_page_completed() -> None:
     remembered = PageKeys(9, pool(4), LAYERS)
     remembered.complete(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
     assert not remembered.table.any()
-    assert remembered.of(np.array([], dtype=np.int64)).shape[0] == 0
     assert remembered.nbytes == 10 * len(LAYERS) * 2 * HEADS * DIM * 4
 
 
@@ -172,7 +186,8 @@ def test_remap_changes_one_row() -> None:
     assert table.pages[2, : int(table.count[2])].tolist() == [8]
     assert table.count.tolist() == [0, 1, 1, 0]
     assert table.tail_start.tolist() == [0, 2, 9, 0]
-    assert table.nbytes == (4 * 6 + 4 + 4) * 8
+    assert table.table.dtype == torch.int32
+    assert table.nbytes == 4 * (2 + 6) * 4
 
 
 def test_remap_to_dense() -> None:
@@ -180,3 +195,39 @@ def test_remap_to_dense() -> None:
     table.remap(2, np.array([5, 3, 9]), 7)
     table.remap(2, np.zeros(0, dtype=np.int64), 0)
     assert (int(table.count[2]), int(table.tail_start[2])) == (0, 0)
+
+
+def test_what_the_host_knows_agrees_with_the_table() -> None:
+    """Whatever rows are remapped to: as many tokens as the device finds in the table."""
+    rng = np.random.default_rng(0)
+    table = ResidentTable(6, 12)
+    req_to_token, v2p = torch.zeros((6, 13 * PAGE_SIZE), dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    assert table.lengths(np.arange(6), np.full(6, 70)).tolist() == [70] * 6
+    for _ in range(50):
+        tail = int(rng.integers(0, 13))
+        physical = rng.integers(1, 100, rng.integers(0, tail + 1))
+        table.remap(int(rng.integers(1, 6)), physical, tail)
+        rows = rng.permutation(6)[:4]
+        lengths = table.tail_start.numpy()[rows] * PAGE_SIZE + rng.integers(0, PAGE_SIZE, 4)
+        slots = resident_slots(
+            table.pages,
+            table.count,
+            table.tail_start,
+            req_to_token,
+            v2p,
+            torch.from_numpy(rows),
+            torch.from_numpy(lengths),
+            PAGE_SIZE,
+        )
+        assert table.lengths(rows, lengths).tolist() == [len(read) for read in slots]
+        expected = (table.tail_start - table.count).numpy() * PAGE_SIZE
+        assert table.shortening.tolist() == expected.tolist()
+        assert table.shortening[0] == 0
+
+
+def test_a_full_row() -> None:
+    table = ResidentTable(3, 6)
+    table.remap(1, np.arange(1, 7), 9)
+    assert table.max_pages == 6
+    assert table.pages[1].tolist() == [1, 2, 3, 4, 5, 6]
+    assert not table.table[2].any()

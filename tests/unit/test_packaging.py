@@ -143,6 +143,7 @@ def test_python_range_is_the_same_everywhere() -> None:
 MAY_IMPORT_SGLANG = {
     "sglang_lsa/plugin.py",
     "sglang_lsa/attention.py",
+    "sglang_lsa/attention_flashinfer.py",
     "sglang_lsa/launch_server.py",
     "sglang_lsa/stock_server.py",
     "radix_ext/allocator.py",

@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach
+from sglang_lsa import compatibility
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
 from sglang_lsa.patches.table import INTAKE, SERVING
@@ -300,7 +301,7 @@ def flags_child(pipe: Any, server_args: Any) -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.mem_cache import registry
 
-    backends = [ATTENTION_BACKENDS["torch_native"].__module__]
+    backends = [ATTENTION_BACKENDS[name].__module__ for name in ("torch_native", "flashinfer")]
     backends += [name for values in vars(registry).values() if isinstance(values, dict) for name in values]
     pipe.send(
         {
@@ -406,7 +407,7 @@ def test_pickled_arguments_install_the_hooks_in_a_child(flags: dict[str, Any]) -
     assert child["before"] == []
     assert child["wrapped"] == TARGETS
     assert child["lsa_config"] == flags["plain"]["lsa_config"]
-    assert child["backends"][0] == "sglang_lsa.plugin"
+    assert child["backends"][:2] == ["sglang_lsa.plugin"] * 2
     assert "lsa" in child["backends"]
 
 
@@ -512,7 +513,7 @@ def test_record(hook: Hook) -> None:
 
     # the test that proves it: in this repository, and if its file is written already, in that file
     file, name = hook.test.split("::")
-    assert re.fullmatch(r"tests/(unit|server)/test_\w+\.py", file)
+    assert re.fullmatch(r"tests/(unit|server|gpu)/test_\w+\.py", file)
     if (ROOT / file).exists():
         assert f"def {name}(" in (ROOT / file).read_text()
 
@@ -633,16 +634,103 @@ def test_defaults_leave_what_was_given() -> None:
     assert values["radix_cache_backend"] == "lsa"
 
 
-def test_defaults_of_a_gpu_are_sglangs() -> None:
+def test_defaults_of_a_gpu() -> None:
+    """What is not listed here stays SGLang's."""
     values: dict[str, Any] = {"device": "cuda", "attention_backend": None}
     apply_defaults(values, LSAConfig())
     assert values == {
         "device": "cuda",
-        "attention_backend": None,
+        "attention_backend": "flashinfer",
+        "cuda_graph_backend_prefill": "disabled",
         "page_size": 64,
         "radix_cache_backend": "lsa",
         "max_running_requests": 256,
     }
+
+
+def test_defaults_of_a_gpu_leave_what_was_given() -> None:
+    given = {"device": "cuda", "attention_backend": "triton", "cuda_graph_backend_prefill": "full"}
+    values: dict[str, Any] = dict(given)
+    apply_defaults(values, LSAConfig())
+    assert values.items() >= given.items()
+    values = {"device": "cuda", "cuda_graph_config": {"prefill": {"backend": "full"}}}
+    apply_defaults(values, LSAConfig())
+    assert "cuda_graph_backend_prefill" not in values
+
+
+# devices, attention backends and CUDA graphs
+
+
+def graphs(prefill: str = "disabled", decode: str = "full") -> SimpleNamespace:
+    return SimpleNamespace(prefill=SimpleNamespace(backend=prefill), decode=SimpleNamespace(backend=decode))
+
+
+GPU: dict[str, Any] = {"device": "cuda", "attention_backend": "flashinfer", "cuda_graph_config": graphs()}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({}, id="cpu"),
+        pytest.param({"attention_backend": None}, id="cpu, backend not chosen yet"),
+        pytest.param({"cuda_graph_config": graphs(prefill="full")}, id="cpu, graphs do not matter"),
+        pytest.param(GPU, id="cuda"),
+        pytest.param(GPU | {"decode_attention_backend": "flashinfer"}, id="cuda, backend of decode"),
+        pytest.param(GPU | {"cuda_graph_config": graphs(decode="disabled")}, id="cuda, no graphs"),
+        pytest.param(GPU | {"cuda_graph_config": None}, id="cuda, graphs not chosen yet"),
+    ],
+)
+def test_devices_that_work(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    assert device_problems(arguments(**changed)) == []
+    assert hasattr(attach(arguments(**changed), LSAConfig()), "lsa_config")
+
+
+@pytest.mark.parametrize(
+    ("changed", "cuda", "words"),
+    [
+        ({"device": "xpu"}, True, "--device xpu: not supported with LSA yet: use cpu or cuda"),
+        (GPU, False, "--device cuda: torch sees no NVIDIA GPU here: use --device cpu"),
+        (
+            GPU | {"attention_backend": "torch_native"},
+            True,
+            "--attention-backend torch_native: not supported with LSA on this device (cuda): "
+            "use flashinfer, or leave it out",
+        ),
+        (
+            GPU | {"prefill_attention_backend": "fa3"},
+            True,
+            "--prefill-attention-backend fa3: not supported with LSA on this device (cuda): "
+            "use flashinfer, or leave it out",
+        ),
+        (
+            {"decode_attention_backend": "flashinfer"},
+            True,
+            "--decode-attention-backend flashinfer: not supported with LSA on this device (cpu): "
+            "use torch_native, or leave it out",
+        ),
+        (
+            GPU | {"cuda_graph_config": graphs(prefill="full")},
+            True,
+            "--cuda-graph-backend-prefill full: not supported with LSA yet: use disabled",
+        ),
+        (
+            GPU | {"cuda_graph_config": graphs(decode="breakable")},
+            True,
+            "--cuda-graph-backend-decode breakable: not supported with LSA yet: use full",
+        ),
+    ],
+)
+def test_devices_that_cannot_work_are_refused(
+    changed: dict[str, Any], cuda: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compatibility, "_cuda", lambda: cuda)
+    server_args = arguments(**changed)
+    assert device_problems(server_args) == [words]
+    with pytest.raises(Unsupported) as caught:
+        attach(server_args, LSAConfig())
+    assert str(caught.value) == f"LSA cannot start:\n  {words}"
+    assert not hasattr(server_args, "lsa_config")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_lsa import sizing
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
-from sglang_lsa.sizing import HOST_SHARE, MemoryPlan, plan_memory
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.sizing import (
+    HOST_SHARE,
+    MemoryPlan,
+    Needs,
+    graph_tokens,
+    max_resident_pages,
+    plan_memory,
+    selector_needs,
+)
+from sglang_lsa.status import overhead_bytes
 
 TOKEN_BYTES = 16384  # 65,536 tokens in a GB
 PLENTY = 1 << 40
@@ -135,3 +148,128 @@ def test_the_advice_of_a_refusal_is_enough() -> None:
 def test_no_host_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="the host mirror would hold"):
         plan(host_memory_gb=0.0, device_tokens=1024)
+
+
+# --- what LSA's own buffers take on a GPU ----------------------------------------------------------------------------
+
+
+MODEL: dict[str, int] = {
+    "layers": 32,
+    "q_heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "itemsize": 2,
+}
+NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page_key_bytes=1000, row_bytes=3000)
+
+
+def test_needs_of_the_observers() -> None:
+    config = LSAConfig(query_tokens=10, observe_layers=(1, 2, 3))
+    needs = selector_needs(config, rows=5, graph_batch=4, context_tokens=8192, **MODEL)
+    assert needs == Needs(5, 4, 8192, page_key_bytes=3 * 2 * 8 * 128 * 2, row_bytes=10 * 3 * 32 * 128 * 2)
+
+
+@pytest.mark.parametrize(("query_tokens", "ring"), [(10, 64), (100, 100)])
+def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys are bfloat16, its ring at least a page long."""
+    shape = SimpleNamespace(layers=(3, 7), sub_keys=4, head_dim=64)
+    monkeypatch.setattr(sizing, "read_checkpoint_config", {"folder": shape}.__getitem__)
+    config = LSAConfig(indexer="folder", query_tokens=query_tokens, observe_layers=(1,))
+    needs = selector_needs(config, rows=5, graph_batch=4, context_tokens=8192, **MODEL)
+    assert needs.page_key_bytes == 2 * 8 * 128 * 2 + 2 * 4 * 64 * 2
+    assert needs.row_bytes == query_tokens * 32 * 128 * 2 + ring * 2 * 4096 * 2
+
+
+def test_overhead_is_what_the_buffers_will_take() -> None:
+    """Against the buffers themselves."""
+    config = LSAConfig(query_tokens=10, observe_layers=(1, 2), min_context=256)
+    rows, context, physical, virtual = 5, 1024, 12, 40
+    needs = selector_needs(
+        config,
+        rows=rows,
+        graph_batch=4,
+        context_tokens=context,
+        layers=3,
+        q_heads=4,
+        kv_heads=2,
+        head_dim=8,
+        hidden_size=32,
+        itemsize=4,
+    )
+    overhead = needs.overhead(config, physical * 64, virtual * 64)
+    keys, values = ([torch.zeros((physical + 1) * 64, 2, 8) for _ in range(3)] for _ in range(2))
+    request_table = torch.zeros((rows, context), dtype=torch.int32)
+    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, torch.nn.Module())
+    runtime.reserve_graph_tokens(4)
+    seen = overhead_bytes(runtime)
+    seen["tables"] -= (virtual + 1) * 4  # on a GPU the page map is int32
+    assert seen == overhead
+
+
+@pytest.mark.parametrize(
+    ("context", "physical", "pages"), [(1024, 1000, 16), (1025, 1000, 17), (8192, 20, 11), (8192, 21, 11)]
+)
+def test_columns_of_the_resident_table(context: int, physical: int, pages: int) -> None:
+    assert max_resident_pages(context, physical) == pages
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "physical", "tokens"),
+    [
+        pytest.param({}, 0, 4096, 0, id="no graphs"),
+        pytest.param({"min_context": 1024}, 4, 4096, 4 * (13107 + 3 * 64), id="budget"),
+        pytest.param({"min_context": 20_000}, 4, 4096, 4 * (20_000 + 3 * 64), id="dense requests"),
+        pytest.param({"min_context": 0, "min_pages": 300}, 4, 4096, 4 * (19_200 + 3 * 64), id="least pages"),
+        pytest.param({"min_context": 0, "window": 128}, 4, 4096, 4 * (13107 + 4 * 64), id="long windows"),
+        pytest.param({"budget": 1.0}, 4, 4096, 4 * 131_072, id="whole contexts"),
+        pytest.param({"min_context": 1024}, 2, 40_000, 40_000 + 2, id="device pool"),
+    ],
+)
+def test_tokens_of_a_cuda_graph(options: dict[str, Any], batch: int, physical: int, tokens: int) -> None:
+    config = LSAConfig(**{"budget": 0.1, **options})
+    assert graph_tokens(config, batch, 131_072, physical) == tokens
+
+
+def planned(needs: Needs | None, budgeted: int, **options: Any) -> MemoryPlan:
+    return plan_memory(
+        LSAConfig(host_memory_gb=0.25, **options),
+        token_bytes=TOKEN_BYTES,
+        budgeted_tokens=budgeted,
+        context_tokens=8192,
+        device="cuda",
+        needs=needs,
+    )
+
+
+def test_the_buffers_are_taken_from_the_budget() -> None:
+    without, made = planned(None, 10_000), planned(NEEDS, 10_000)
+    assert without.overhead == {}
+    assert made.virtual_tokens == without.virtual_tokens
+    assert set(made.overhead) == {"page_keys", "queries", "tables", "graph_indices"}
+    total = sum(made.overhead.values())
+    assert made.physical_tokens % 64 == 0
+    assert made.physical_tokens * TOKEN_BYTES + total <= 10_000 * TOKEN_BYTES
+    assert without.physical_tokens - made.physical_tokens <= -(-total // TOKEN_BYTES) + 2 * 64
+
+
+def test_a_small_device_pool_leaves_room_for_the_buffers_anyway() -> None:
+    assert planned(NEEDS, 10_000, device_tokens=4096).physical_tokens == 4096
+
+
+def test_overhead_is_that_of_the_pool_that_was_asked_for() -> None:
+    made = planned(NEEDS, 10_000, device_tokens=4096)
+    assert made.overhead == NEEDS.overhead(LSAConfig(), 4096, made.virtual_tokens)
+
+
+def test_a_budget_that_the_buffers_use_up_is_refused() -> None:
+    huge = Needs(rows=17, graph_batch=0, context_tokens=8192, page_key_bytes=1000, row_bytes=10_000_000)
+    with pytest.raises(ValueError, match=r"the device pool would hold 0 tokens \(0\.000 GB\): give it at least 256"):
+        planned(huge, 10_000)
+
+
+def test_the_buffers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sglang_lsa"):
+        made = planned(NEEDS, 10_000)
+    for name, size in made.overhead.items():
+        assert f"{name.replace('_', ' ')} {size / GB:.3f} GB" in caplog.text

@@ -1,0 +1,288 @@
+"""``sglang-lsa bench serving``: stock SGLang against LSA; see ``--help`` for what is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from sglang_lsa.bench.client import run_together
+from sglang_lsa.bench.plateau import Plateau, plateau
+from sglang_lsa.bench.shapes import SHAPES, Shape
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
+from sglang_lsa.server_process import LSA, ServerProcess
+
+STOCK = "sglang.launch_server"
+SYSTEMS = {"stock": STOCK, "lsa": LSA}
+CONTEXT = 270_000
+READY_SECONDS = 600
+HOST_SPARE_GB = 12
+"""Host memory that is left for the server itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One measurement: ``batch`` prompts of ``context`` tokens sent at once, each asked for ``tokens``."""
+
+    workload: str
+    context: int
+    batch: int
+    tokens: int
+    shared: int = 0
+    """Tokens at the start that all prompts have in common."""
+
+    def prompts(self, vocabulary: int) -> list[list[int]]:
+        """Random token ids; the same in every run."""
+        common = np.random.default_rng((0, self.shared)).integers(10, vocabulary, self.shared)
+        draw = np.random.default_rng((1, self.context, self.batch))
+        own = draw.integers(10, vocabulary, (self.batch, self.context - self.shared))
+        return [np.concatenate((common, part)).tolist() for part in own]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one server measures: a model with a KV pool of ``pool_gb``."""
+
+    model: str
+    pool_gb: float
+    arms: tuple[Arm, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.model]
+
+    @property
+    def pool_tokens(self) -> int:
+        return int(self.pool_gb * GB) // self.shape.token_bytes // PAGE_SIZE * PAGE_SIZE
+
+    def host_gb(self) -> float:
+        """Mirror for the largest arm, as far as this machine has memory."""
+        tokens = max(arm.shared + arm.batch * (arm.context - arm.shared + arm.tokens + PAGE_SIZE) for arm in self.arms)
+        wanted = max(tokens + CONTEXT // 8, self.pool_tokens + 2 * PAGE_SIZE) * self.shape.token_bytes / GB
+        return round(min(wanted, available_host_memory() / GB - HOST_SPARE_GB), 2)
+
+
+def tpot(*sizes: tuple[int, int]) -> tuple[Arm, ...]:
+    return tuple(Arm("tpot", context, batch, 400) for batch, context in sizes)
+
+
+SHARED = Arm("shared", 131_072 + 1024, 32, 400, shared=131_072)
+GROUPS = (
+    Group("8b", 48, (*tpot((1, 1024), (1, 32_768), (1, 131_072), (1, 256_000), (8, 40_000), (16, 16_000)), SHARED)),
+    Group("8b", 32, (Arm("iso", 60_000, 13, 640),)),
+    Group("1b", 8, (*tpot((1, 1024), (1, 32_768), (1, 131_072), (1, 256_000)), Arm("iso", 60_000, 26, 800))),
+)
+"""Pools are in GB of KV; iso arms send more prompts than either system runs at once."""
+
+
+def run(
+    output: pathlib.Path,
+    console: Console,
+    *,
+    models: Sequence[str],
+    workloads: Sequence[str],
+    systems: Sequence[str],
+    policies: Sequence[str],
+    server_args: str,
+    command: str,
+) -> list[dict[str, Any]]:
+    """Measure everything that was asked for; rows are written after every server, so that nothing is lost.
+
+    Returns:
+        The new rows.
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
+    from sglang_lsa.bench import report
+
+    facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
+    output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for group in GROUPS:
+        arms = tuple(arm for arm in group.arms if arm.workload in workloads)
+        if group.model not in models or not arms:
+            continue
+        group = dataclasses.replace(group, arms=arms)
+        for system in systems:
+            for row in measure(group, system, policies, server_args, output, console):
+                rows.append(row | facts)
+            report.write(output, rows)
+    console.print(report.table(report.read(output)))
+    return rows
+
+
+def measure(
+    group: Group, system: str, policies: Sequence[str], server_args: str, output: pathlib.Path, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Start one server and run the group's arms on it, with LSA once per policy."""
+    largest = max(arm.batch for arm in group.arms)
+    with tempfile.TemporaryDirectory() as folder:
+        model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
+        flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
+        flags += ["--attention-backend", "flashinfer", "--page-size", str(PAGE_SIZE)]
+        flags += ["--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", str(largest)]
+        flags += ["--max-running-requests", str(largest), "--context-length", str(CONTEXT)]
+        flags += ["--stream-interval", "1" if largest == 1 else "4", "--skip-server-warmup"]
+        if system == "stock":
+            flags += ["--max-total-tokens", str(group.pool_tokens)]
+        else:
+            flags += ["--lsa-device-tokens", str(group.pool_tokens), "--lsa-host-memory-gb", str(group.host_gb())]
+        log = output / f"{system}-{group.model}-{group.pool_gb:g}.log"
+        began = time.perf_counter()
+        with ServerProcess(SYSTEMS[system], [*flags, *shlex.split(server_args)], log) as server:
+            server.wait_until_ready(READY_SECONDS)
+            console.print(f"{system} {group.model}: up after {time.perf_counter() - began:.0f} s")
+            warm_up(server, group)
+            for arm in group.arms:
+                for policy in policies if system == "lsa" else [""]:
+                    row = run_arm(server, group, arm, system, policy)
+                    console.print(
+                        f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
+                        f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
+                        f"TTFT {row['ttft_s']:.1f} s"
+                    )
+                    yield row
+
+
+def warm_up(server: ServerProcess, group: Group) -> None:
+    """Compile what is compiled at first use."""
+    for length in (100, 9000):
+        prompt = np.random.default_rng(2).integers(10, group.shape.vocabulary, length).tolist()
+        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True, "temperature": 0}}
+        server.post("/generate", body)
+
+
+def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: str) -> dict[str, Any]:
+    """One row of the results."""
+    parameters = {"lsa": {"policy": policy}} if policy else None
+    prompts = arm.prompts(group.shape.vocabulary)
+    if arm.shared:  # the agents' common memory is there before they come
+        run = run_together(server.url, [prompts[0][: arm.shared]], 2, parameters)
+        asyncio.run(run)
+    before = server.get("/lsa/status") if system == "lsa" else {}
+    sampler = Sampler(server) if system == "lsa" else None
+    streams = asyncio.run(_with(sampler, run_together(server.url, prompts, arm.tokens, parameters)))
+    figures = plateau(streams, skip_tokens=16)
+    after = server.get("/lsa/status") if system == "lsa" else {}
+    decode = max(len(stream.tokens) and stream.tokens[-1] for stream in streams)
+    row = {
+        "workload": arm.workload,
+        "model": group.model,
+        "system": system,
+        "policy": policy or None,
+        "context": arm.context,
+        "batch": arm.batch,
+        "running_requests": figures.running,
+        "decode_tokens_per_s": figures.tokens_per_s,
+        "tpot_ms_p50": figures.percentile(50),
+        "tpot_ms_p99": figures.percentile(99),
+        "ttft_s": figures.ttft_s,
+        "kv_pool_bytes": group.pool_tokens * group.shape.token_bytes,
+        "kv_gpu_bytes": stock_kv_bytes(group, arm, figures.running, decode),
+        "lsa_overhead_gpu_bytes": 0,
+        "host_bytes": 0,
+    }
+    return row | (lsa_figures(before, after, figures, sampler) if sampler is not None else {})
+
+
+def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int) -> int:
+    """KV bytes of all pages of the running requests, a shared prefix counted once."""
+    own = pages_spanned(arm.context - arm.shared + decoded) * running
+    return (own + pages_spanned(arm.shared)) * PAGE_SIZE * group.shape.token_bytes
+
+
+def lsa_figures(before: dict, after: dict, figures: Plateau, sampler: Sampler) -> dict[str, Any]:
+    """What the server's status says about one arm."""
+    pages = after["recalls"]["pages"] - before["recalls"]["pages"]
+    seconds = after["recalls"]["seconds"] - before["recalls"]["seconds"]
+    awaited = after["recalls"]["awaited_pages"] - before["recalls"]["awaited_pages"]
+    busy = {name: after[name] - before[name] for name in ("refresh_host_seconds", "refresh_device_seconds")}
+    refreshes = after["refreshes"] - before["refreshes"]
+    each = {name: seconds / max(1, refreshes) for name, seconds in busy.items()}
+    windows = figures.tokens / after["window"]  # every request is refreshed once a window
+    return {
+        "kv_gpu_bytes": sampler.held_bytes(),
+        "lsa_overhead_gpu_bytes": sum(after["physical"]["overhead_bytes"].values()),
+        "host_bytes": after["host"]["mirror_bytes"],
+        "recalled_bytes": pages * after["page_bytes"],
+        "recall_gbps": pages * after["page_bytes"] / seconds / 1e9 if seconds else None,
+        "recall_hidden_fraction": 1 - awaited / pages if pages else None,
+        "refreshes": refreshes,
+        "refresh_fraction": sum(each.values()) * windows / figures.seconds,
+        "refresh_host_ms": 1000 * each["refresh_host_seconds"],
+        "refresh_device_ms": 1000 * each["refresh_device_seconds"],
+        "stalls": after["stalls"] - before["stalls"],
+    }
+
+
+async def _with(sampler: Any, work: Any) -> Any:
+    """Run ``work`` while ``sampler`` watches."""
+    if sampler is None:
+        return await work
+    watching = asyncio.create_task(sampler.watch())
+    try:
+        return await work
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+class Sampler:
+    """Looks at an LSA server's status twice a second while it works."""
+
+    def __init__(self, server: ServerProcess):
+        self.server = server
+        self.seen: list[dict[str, Any]] = []
+
+    async def watch(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self.seen.append(await asyncio.to_thread(self.server.get, "/lsa/status"))
+
+    def _decoding(self) -> list[dict[str, Any]]:
+        """Samples in which nothing waited for prefill and as many requests as ever were running."""
+        most = max((len(status["requests"]) for status in self.seen), default=0)
+        return [s for s in self.seen if len(s["requests"]) == most and not s["physical"]["promised"]]
+
+    def held_bytes(self) -> int | None:
+        """Device KV that the requests needed while all of them decoded: the median of the samples."""
+        held = [status["physical"]["held"] * status["page_bytes"] for status in self._decoding()]
+        return int(np.median(held)) if held else None
+
+
+def gpu_name() -> str:
+    """The GPU that is measured.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("sglang-lsa bench serving needs an NVIDIA GPU: torch sees none on this machine")
+    return torch.cuda.get_device_name()
+
+
+def commit() -> str:
+    """The commit of the working tree this package lies in; empty when it is not in one."""
+    folder = pathlib.Path(__file__).resolve().parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def command_line() -> str:
+    return shlex.join(["sglang-lsa", *sys.argv[1:]])

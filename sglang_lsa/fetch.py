@@ -1,0 +1,50 @@
+"""Fetch: numbers that the device computes now and the host reads later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+class Fetch:
+    """Scores of one refresh, on their way from the device; or already here."""
+
+    def __init__(self) -> None:
+        self.scores: np.ndarray | torch.Tensor = np.zeros(0)
+        self.device_seconds = 0.0
+        self._began: torch.cuda.Event | None = None
+        self._ended: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, scores: np.ndarray | torch.Tensor) -> Fetch:
+        """Scores that are here."""
+        fetch = cls()
+        fetch.scores = scores
+        return fetch
+
+    @classmethod
+    @contextmanager
+    def timed(cls, device: torch.device) -> Iterator[Fetch]:
+        """The body queues the computation and sets ``scores``; their copy to the host is queued behind it."""
+        fetch = cls()
+        if device.type == "cuda":
+            fetch._began, fetch._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            fetch._began.record()
+        yield fetch
+        if isinstance(fetch.scores, torch.Tensor) and fetch.scores.is_cuda:
+            host = torch.empty(fetch.scores.shape, dtype=fetch.scores.dtype, pin_memory=True)
+            host.copy_(fetch.scores, non_blocking=True)
+            fetch.scores = host
+        if fetch._ended is not None:
+            fetch._ended.record()
+
+    def values(self) -> np.ndarray:
+        """The scores, float ``[n]``; waits for them if they are not here yet."""
+        if self._began is not None and self._ended is not None:
+            self._ended.synchronize()
+            self.device_seconds = self._began.elapsed_time(self._ended) / 1000
+            self._began = self._ended = None
+        return self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores

@@ -1,0 +1,79 @@
+"""Real servers on a real GPU: stock SGLang, LSA with CUDA graphs, and LSA without. All three start at the same time."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.server_process import LSA, ServerProcess
+
+STOCK = "sglang.launch_server"
+CHUNK = 2048
+POOL_TOKENS = 24_000
+SERVED = ["--served-model-name", "smollm2", "--attention-backend", "flashinfer", "--page-size", "64"]
+SERVED += ["--cuda-graph-backend-prefill", "disabled", "--skip-server-warmup", "--chunked-prefill-size", str(CHUNK)]
+SERVED += ["--mem-fraction-static", "0.25"]
+WITH_LSA = ["--lsa-device-tokens", str(POOL_TOKENS), "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024"]
+WITH_LSA += ["--lsa-debug", "--enable-metrics"]
+READY_SECONDS = 400
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = pathlib.Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def extra() -> list[str]:
+    """More arguments for every server (``SGLANG_LSA_TEST_SERVER_ARGS``), for machines that lack a part of SGLang."""
+    return shlex.split(os.environ.get("SGLANG_LSA_TEST_SERVER_ARGS", ""))
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, extra: list[str]) -> Iterator[dict[str, ServerProcess]]:
+    """``stock``, ``lsa`` (CUDA graphs up to batch 256) and ``eager``."""
+    folder = pathlib.Path(os.environ.get("SGLANG_LSA_TEST_LOGS", "") or tmp_path_factory.mktemp("logs"))
+    model = ["--model-path", str(embedded_model_path())]
+    many = ["--cuda-graph-max-bs-decode", "256", "--max-running-requests", "256"]
+    few = ["--max-running-requests", "32"]
+    kinds = {
+        "stock": (STOCK, [*few, "--cuda-graph-max-bs-decode", "8", "--max-total-tokens", "48000"]),
+        "lsa": (LSA, [*many, *WITH_LSA]),
+        "eager": (LSA, [*few, "--disable-cuda-graph", *WITH_LSA]),
+    }
+    started = {
+        name: ServerProcess(module, [*model, *SERVED, *flags, *extra], folder / f"{name}.log")
+        for name, (module, flags) in kinds.items()
+    }
+    try:
+        for server in started.values():
+            server.wait_until_ready(READY_SECONDS)
+        yield started
+    finally:
+        for server in started.values():
+            server.stop()
+
+
+@pytest.fixture
+def stock(servers: dict[str, ServerProcess]) -> ServerProcess:
+    return servers["stock"]
+
+
+@pytest.fixture
+def lsa(servers: dict[str, ServerProcess]) -> ServerProcess:
+    return servers["lsa"]
+
+
+@pytest.fixture
+def eager(servers: dict[str, ServerProcess]) -> ServerProcess:
+    return servers["eager"]

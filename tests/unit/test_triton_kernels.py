@@ -1,0 +1,479 @@
+"""Every Triton kernel against its torch reference: on a GPU, or else under Triton's interpreter.
+
+The interpreter must be chosen before kernels are decorated (``TRITON_INTERPRET=1``), so on a machine without a GPU
+these tests are skipped, and ``test_kernels.py`` runs this file once more in a process of its own. Outputs hold NaN, -1
+or numbers of their own before a kernel runs, so that places that it should not touch, or should have, are seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
+from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
+from sglang_lsa.kernels.page_score import _bound_score_triton, bound_score, bound_score_reference
+from sglang_lsa.kernels.page_table import (
+    _decode_indices_triton,
+    _physical_slots_triton,
+    decode_indices_reference,
+    physical_slots_reference,
+)
+from sglang_lsa.kernels.record import _record_triton, record_reference
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+NAN = float("nan")
+
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU; test_kernels.py runs these interpreted", allow_module_level=True)
+
+FLOATS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Absolute tolerance of scores, which lie between 0 and 1."""
+
+
+def named(dtypes: Sequence[torch.dtype]) -> list:
+    return [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in dtypes]
+
+
+DTYPES = named(list(FLOATS))
+SCORE_DTYPES = DTYPES if ON_GPU else named([torch.float32, torch.float16])
+"""The interpreter multiplies matrices of bfloat16 wrongly."""
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def ids(values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=dtype, device=DEVICE)
+
+
+def some(count: int, limit: int, seed: int = 0) -> list[int]:
+    """``count`` different numbers from 1 to ``limit``, in no order."""
+    return (1 + torch.randperm(limit, generator=torch.Generator().manual_seed(seed))[:count]).tolist()
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def assert_same(seen: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to the bit, NaN included."""
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# --- page_copy -------------------------------------------------------------------------------------------------------
+
+
+COPIES = [
+    # layers, page, kv_heads, head_dim, physical -> virtual
+    pytest.param(2, 4, 2, 8, [], [], id="0 pages"),
+    pytest.param(2, 4, 2, 8, [3], [7], id="1 page"),
+    pytest.param(1, 64, 1, 16, [1, 4], [2, 1], id="page of 64, 1 layer, 1 head"),
+    pytest.param(2, 63, 1, 4, [1, 4], [2, 1], id="page of 63"),
+    pytest.param(3, 4, 3, 80, [5, 1, 3], [1, 9, 2], id="head_dim 80"),
+    pytest.param(2, 64, 3, 80, [5, 1, 3], [1, 9, 2], id="a block is not full"),
+    pytest.param(1, 64, 8, 128, [2, 5], [9, 1], id="several blocks"),
+    pytest.param(5, 4, 8, 4, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages, more work than programs"),
+]
+
+
+@pytest.mark.parametrize("to_host", [True, False], ids=["to host", "from host"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "page", "heads", "dim", "physical", "virtual"), COPIES)
+def test_copy_pages(
+    layers: int,
+    page: int,
+    heads: int,
+    dim: int,
+    physical: list[int],
+    virtual: list[int],
+    dtype: torch.dtype,
+    to_host: bool,
+) -> None:
+    def pool(seed: int) -> list[torch.Tensor]:
+        return [random(6 * page, heads, dim, dtype=dtype, seed=seed + layer) for layer in range(layers)]
+
+    keys, values = pool(1), pool(100)
+    mirror = torch.empty((10, layers, 2, page, heads, dim), dtype=dtype, pin_memory=ON_GPU)
+    mirror.copy_(random(*mirror.shape, dtype=dtype, seed=200))
+    expected_keys, expected_values = ([buffer.cpu() for buffer in buffers] for buffers in (pool(1), pool(100)))
+    expected_mirror = mirror.clone()
+    p, v = torch.tensor(physical, dtype=torch.int64), torch.tensor(virtual, dtype=torch.int64)
+    if to_host:
+        pages_to_host(expected_keys, expected_values, p, expected_mirror, v)
+    else:
+        pages_from_host(expected_keys, expected_values, p, expected_mirror, v)
+
+    copy_pages_triton(pool_addresses(keys, values), ids(physical), mirror, ids(virtual), to_host=to_host)
+    synchronize()
+    assert_same(mirror, expected_mirror)
+    for seen, expected in zip([*keys, *values], [*expected_keys, *expected_values], strict=True):
+        assert_same(seen.cpu(), expected)
+
+
+def test_pages_of_odd_size_are_refused() -> None:
+    pool = [random(8, 1, 3, dtype=torch.float16)]
+    mirror = torch.zeros((3, 1, 2, 1, 1, 3), dtype=torch.float16)
+    with pytest.raises(ValueError, match="a page has 6 bytes in a layer, which is not a multiple of 8"):
+        copy_pages_triton(pool_addresses(pool, pool), ids([1]), mirror, ids([1]), to_host=True)
+
+
+# --- page_keys -------------------------------------------------------------------------------------------------------
+
+
+BOUNDS = [
+    # pages, page, layers, kv_heads, head_dim
+    pytest.param(0, 4, 2, 2, 8, id="0 pages"),
+    pytest.param(1, 64, 2, 2, 8, id="1 page"),
+    pytest.param(1, 1, 1, 1, 1, id="1 page of 1 token"),
+    pytest.param(3, 63, 2, 3, 80, id="63 tokens, head_dim 80"),
+    pytest.param(5, 64, 1, 8, 16, id="8 heads"),
+    pytest.param(2, 4, 4, 2, 128, id="4 layers"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pages", "page", "layers", "heads", "dim"), BOUNDS)
+def test_key_bounds(pages: int, page: int, layers: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    pools = [random(7 * page, heads, dim, dtype=dtype, seed=layer) for layer in range(layers)]
+    for pool in pools:
+        pool[:page] = NAN  # the padding page
+    physical, virtual = ids(some(pages, 6)), ids(some(pages, 9, seed=1))
+    table = torch.full((10, layers, 2, heads, dim), NAN, dtype=dtype, device=DEVICE)
+    expected = table.clone()
+    store_key_bounds_reference(pools, physical, virtual, expected, page)
+    _store_key_bounds_triton(pools, physical, virtual, table, page)
+    assert_same(table, expected)
+    assert int(table[:, 0, 0, 0, 0].isnan().sum()) == 10 - pages
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
+def test_key_bounds_of_one_sign(sign: float) -> None:
+    """What fills up a block must be no key: neither 0 nor what lies behind the page."""
+    pool = sign * (1 + random(4 * 63, 1, 80).abs())
+    table = torch.full((3, 1, 2, 1, 80), NAN, device=DEVICE)
+    _store_key_bounds_triton([pool], ids([3]), ids([2]), table, 63)
+    assert_same(table[2, 0, :, 0], torch.stack((pool[189:].amin(dim=0), pool[189:].amax(dim=0)))[:, 0])
+
+
+def test_key_buffers_must_be_contiguous() -> None:
+    pool = random(8, 2, 8).transpose(0, 1)
+    with pytest.raises(ValueError, match=r"key buffer with strides \(8, 16, 1\) is not contiguous"):
+        _store_key_bounds_triton([pool], ids([1]), ids([1]), torch.zeros(3, 1, 2, 8, 8, device=DEVICE), 1)
+
+
+# --- page_score ------------------------------------------------------------------------------------------------------
+
+
+SCORES = [
+    # positions, layers, pages, kv_heads, group, head_dim
+    pytest.param(2, 2, 1, 2, 1, 8, id="1 page"),
+    pytest.param(1, 1, 2, 1, 1, 1, id="smallest"),
+    pytest.param(2, 2, 9, 2, 1, 80, id="head_dim 80"),
+    pytest.param(2, 1, 9, 3, 3, 16, id="groups of 3"),
+    pytest.param(2, 2, 9, 1, 8, 16, id="groups of 8"),
+    pytest.param(5, 4, 17, 2, 2, 8, id="5 positions, 4 layers"),
+    pytest.param(2, 1, 63, 1, 1, 16, id="63 pages"),
+    pytest.param(2, 1, 64, 1, 1, 16, id="64 pages"),
+    pytest.param(2, 2, 200, 2, 3, 16, id="4 blocks of pages"),
+    pytest.param(45, 1, 70, 1, 3, 16, id="2 blocks of voters and of pages"),
+    pytest.param(32, 2, 130, 2, 3, 64, id="as in use"),
+]
+
+
+def scoring(
+    positions: int, layers: int, pages: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, a table of bounds that is NaN but for the pages asked for, and those pages."""
+    queries = random(positions, layers, kv_heads * group, dim, dtype=dtype, seed=1) * 2
+    keys = random(pages, layers, 6, kv_heads, dim, dtype=dtype, seed=2)
+    where = ids(some(pages, 2 * pages))
+    table = torch.full((2 * pages + 1, layers, 2, kv_heads, dim), NAN, dtype=dtype, device=DEVICE)
+    table[where] = torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2)
+    return queries, table, where
+
+
+@pytest.mark.parametrize("dtype", SCORE_DTYPES)
+@pytest.mark.parametrize(("positions", "layers", "pages", "kv_heads", "group", "dim"), SCORES)
+def test_bound_score(
+    positions: int, layers: int, pages: int, kv_heads: int, group: int, dim: int, dtype: torch.dtype
+) -> None:
+    queries, table, where = scoring(positions, layers, pages, kv_heads, group, dim, dtype)
+    expected = bound_score_reference(queries, table, where, dim**-0.5)
+    scores = _bound_score_triton(queries, table, where, dim**-0.5)
+    assert scores.shape == (pages,)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=FLOATS[dtype])
+
+
+@pytest.mark.parametrize(("positions", "pages"), [(0, 3), (2, 0)], ids=["0 positions", "0 pages"])
+def test_nothing_to_score(positions: int, pages: int) -> None:
+    queries, table = random(positions, 1, 2, 8), random(4, 1, 2, 1, 8)
+    assert bound_score(queries, table, ids(range(1, pages + 1)), 1.0).tolist() == [0.0] * pages
+
+
+def test_a_slice_of_queries() -> None:
+    queries, table, where = scoring(6, 2, 9, 2, 2, 16, torch.float32)
+    part = queries[::2]
+    assert not part.is_contiguous()
+    expected = bound_score_reference(part.contiguous(), table, where, 0.25)
+    torch.testing.assert_close(_bound_score_triton(part, table, where, 0.25), expected, rtol=0, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    queries = torch.full((1, 1, 1, 4), 3e4, device=DEVICE)
+    table = torch.full((100, 1, 2, 1, 4), 3e4, device=DEVICE)
+    scores = _bound_score_triton(queries, table, ids(range(100)), 1.0)
+    torch.testing.assert_close(scores, torch.full_like(scores, 1 / 100), rtol=1e-5, atol=0)
+
+
+def test_votes_against_every_page_but_one() -> None:
+    """Logits far below zero: places behind the last page, and voters that are none, must not count as zero logits."""
+    queries = torch.full((1, 1, 3, 16), -10.0, device=DEVICE)
+    table = torch.full((71, 1, 2, 1, 16), 10.0, device=DEVICE)
+    table[70] = 9.0
+    scores = _bound_score_triton(queries, table, ids(range(1, 71)), 1.0)
+    assert scores[69] == pytest.approx(1.0)
+    assert float(scores[:69].max()) < 1e-6
+
+
+# --- page_table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7, 3), (1024,), (2500,)], ids=str)
+def test_physical_slots(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    v2p = ids([0, *some(29, 29)], torch.int32)
+    virtual = torch.randint(0, 30 * 63, shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    slots = _physical_slots_triton(virtual, v2p, 63)
+    assert slots.dtype == torch.int64
+    assert_same(slots, physical_slots_reference(virtual, v2p, 63))
+
+
+def test_physical_slots_of_a_slice() -> None:
+    v2p, virtual = ids([0, 3, 1, 2], torch.int32), ids(range(16)).view(4, 4)
+    assert_same(_physical_slots_triton(virtual[:, 1], v2p, 4), physical_slots_reference(virtual[:, 1], v2p, 4))
+
+
+def test_physical_slots_beyond_int32() -> None:
+    v2p = ids([0, 2**31 - 1], torch.int32)
+    assert _physical_slots_triton(ids([70], torch.int32), v2p, 64).tolist() == [(2**31 - 1) * 64 + 6]
+
+
+Row = tuple[int, int, int]
+"""Resident pages, page where the tail starts, tokens."""
+
+BATCHES = [
+    pytest.param(64, [(0, 0, 1)], id="1 token"),
+    pytest.param(64, [(0, 0, 64 * 9 + 3)], id="dense"),
+    pytest.param(64, [(3, 9, 64 * 9 + 3)], id="resident and tail"),
+    pytest.param(64, [(3, 9, 64 * 9)], id="no tail"),
+    pytest.param(63, [(2, 5, 63 * 7 + 1), (0, 0, 63)], id="page of 63"),
+    pytest.param(4, [(4, 7, 30), (0, 0, 5), (1, 2, 9), (0, 0, 1), (7, 7, 28)], id="5 requests"),
+    pytest.param(64, [(20, 38, 64 * 40), (0, 0, 64 * 40), (39, 39, 64 * 39 + 1)], id="many pages"),
+    pytest.param(4, [(index % 3, 3, 12 + index % 5) for index in range(33)], id="33 requests"),
+]
+
+
+class Batch:
+    """A random table of resident pages, request table and page map, and the requests of one batch in them."""
+
+    def __init__(self, page: int, batch: Sequence[Row], dtype: torch.dtype, padding: int) -> None:
+        generator = torch.Generator().manual_seed(len(batch))
+        longest = max(tokens for _, _, tokens in batch)
+        spanned = -(-longest // page)
+        count = len(batch)
+        virtual = 1 + torch.randperm(count * spanned, generator=generator)
+        tokens = torch.arange(spanned * page)
+        self.page = page
+        self.req_to_token = torch.full((count + 2, spanned * page), -1, dtype=torch.int32)
+        self.req_to_token[0] = 0
+        self.table = torch.full((count + 2, 2 + spanned), -1, dtype=torch.int32)
+        self.table[0, :2] = 0
+        self.v2p = torch.zeros(count * spanned + 1, dtype=torch.int32)
+        self.v2p[1:] = 1 + torch.randperm(count * spanned, generator=generator).int()
+        rows = (1 + torch.randperm(count + 1, generator=generator))[:count].tolist()
+        for index, (row, (resident, tail, length)) in enumerate(zip(rows, batch, strict=True)):
+            pages = virtual[index * spanned : (index + 1) * spanned]
+            self.req_to_token[row, :length] = (pages[tokens // page] * page + tokens % page)[:length].int()
+            kept = pages[torch.randperm(max(tail, 1), generator=generator)[:resident]]
+            self.table[row, 0], self.table[row, 1] = resident, tail
+            self.table[row, 2 : 2 + resident] = self.v2p[kept]
+        self.rows = torch.tensor(rows + [0] * padding, dtype=dtype)
+        self.seq_lens = torch.tensor([length for _, _, length in batch] + [1] * padding, dtype=dtype)
+        reads = [(resident - tail) * page + length for resident, tail, length in batch] + [1] * padding
+        self.total = sum(reads)
+        self.lengths = reads
+        for name in ("req_to_token", "table", "v2p", "rows", "seq_lens"):
+            setattr(self, name, getattr(self, name).to(DEVICE))
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        indptr = torch.full((len(self.rows) + 3,), -1, dtype=torch.int32, device=DEVICE)
+        return indptr, torch.full((self.total + 9,), -1, dtype=torch.int32, device=DEVICE)
+
+    def run(self, function, indptr: torch.Tensor, indices: torch.Tensor) -> None:
+        function(self.table, self.req_to_token, self.v2p, self.rows, self.seq_lens, self.page, indptr, indices)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding"), [(torch.int32, 0), (torch.int64, 3)], ids=["int32", "int64 and padding rows"]
+)
+@pytest.mark.parametrize(("page", "rows"), BATCHES)
+def test_decode_indices(page: int, rows: Sequence[Row], padding: int, dtype: torch.dtype) -> None:
+    batch = Batch(page, rows, dtype, padding)
+    indptr, indices = batch.outputs()
+    expected_indptr, expected = batch.outputs()
+    batch.run(decode_indices_reference, expected_indptr, expected)
+    batch.run(_decode_indices_triton, indptr, indices)
+    assert_same(indptr, expected_indptr)
+    assert_same(indices, expected)
+    assert indptr[: len(batch.rows) + 1].diff().tolist() == batch.lengths
+    assert indptr[len(batch.rows) + 1 :].tolist() == [-1, -1]
+    assert indices[batch.total :].tolist() == [-1] * 9
+    assert bool((indices[: batch.total] >= 0).all())
+
+
+def test_decode_indices_of_an_empty_batch() -> None:
+    batch = Batch(4, [(0, 0, 5)], torch.int64, 0)
+    batch.rows, batch.seq_lens = batch.rows[:0], batch.seq_lens[:0]
+    indptr, indices = batch.outputs()
+    batch.run(_decode_indices_triton, indptr, indices)
+    assert indices.tolist() == [-1] * len(indices)
+
+
+# --- record ----------------------------------------------------------------------------------------------------------
+
+
+RECORDS = [
+    # tokens, width, ring length, slots
+    pytest.param(0, 8, 4, 2, id="0 tokens"),
+    pytest.param(1, 1, 1, 1, id="smallest"),
+    pytest.param(1, 8, 4, 2, id="1 token"),
+    pytest.param(5, 80, 8, 3, id="width 80"),
+    pytest.param(8, 64, 63, 2, id="ring of 63"),
+    pytest.param(9, 3 * 80, 32, 4, id="3 heads of 80"),
+    pytest.param(3, 5000, 4, 2, id="wider than a block"),
+]
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "length", "slots"), RECORDS)
+def test_record(tokens: int, width: int, length: int, slots: int, dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
+    source = random(tokens, width, dtype=dtype)
+    rows, positions = places(tokens, length, ids_dtype)
+    ring = torch.full((6, length, slots, width), NAN, dtype=dtype, device=DEVICE)
+    expected = ring.clone()
+    record_reference(source, rows, positions, expected, slots - 1)
+    _record_triton(source, rows, positions, ring, slots - 1)
+    assert_same(ring, expected)
+    assert int((~ring[..., 0].isnan()).sum()) == tokens
+
+
+def places(tokens: int, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and positions of tokens of several requests; every position is beyond the first round of the ring."""
+    rows = [1 + index % 5 for index in range(tokens)]
+    return ids(rows, dtype), ids([3 * length + index // 5 for index in range(tokens)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_record_rows_of_a_wider_tensor(dtype: torch.dtype) -> None:
+    """The queries are a part of what the projection of queries, keys and values gives."""
+    whole = random(7, 3 * 16, dtype=dtype)
+    source = whole[:, 16:32]
+    assert not source.is_contiguous()
+    rows, positions = places(7, 8, torch.int64)
+    ring = torch.full((6, 8, 2, 16), NAN, dtype=dtype, device=DEVICE)
+    expected = ring.clone()
+    record_reference(source, rows, positions, expected, 0)
+    _record_triton(source, rows, positions, ring, 0)
+    assert_same(ring, expected)
+
+
+def test_record_every_second_row() -> None:
+    source = random(8, 16)[::2]
+    rows, positions = places(4, 8, torch.int64)
+    ring = torch.full((6, 8, 1, 16), NAN, device=DEVICE)
+    expected = ring.clone()
+    record_reference(source, rows, positions, expected, 0)
+    _record_triton(source, rows, positions, ring, 0)
+    assert_same(ring, expected)
+
+
+def test_record_converts_to_the_type_of_the_ring() -> None:
+    source = random(4, 16)
+    rows, positions = places(4, 8, torch.int64)
+    ring = torch.full((6, 8, 1, 16), NAN, dtype=torch.float16, device=DEVICE)
+    expected = ring.clone()
+    record_reference(source, rows, positions, expected, 0)
+    _record_triton(source, rows, positions, ring, 0)
+    assert_same(ring, expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "ring"),
+    [
+        pytest.param(torch.zeros(4, 2).T, torch.zeros(3, 2, 1, 4), id="source"),
+        pytest.param(torch.zeros(2, 4), torch.zeros(2, 3, 1, 4).transpose(0, 1), id="ring"),
+    ],
+)
+def test_record_refuses_what_is_not_contiguous(source: torch.Tensor, ring: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"source strides \(.*\) or ring strides \(.*\) are not contiguous"):
+        _record_triton(source, ids([1, 2]), ids([0, 0]), ring, 0)
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+needs_graphs = pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+
+
+@needs_graphs
+def test_record_in_a_cuda_graph() -> None:
+    """Replayed with other rows, positions and content, it records those."""
+    source = random(5, 80)
+    rows, positions = places(5, 8, torch.int64)
+    ring = torch.full((6, 8, 2, 80), NAN, device=DEVICE)
+    _record_triton(source, rows, positions, ring.clone(), 1)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _record_triton(source, rows, positions, ring, 1)
+    for step in range(3):
+        source.copy_(random(5, 80, seed=step))
+        positions.add_(1)
+        rows.copy_(rows.roll(1))
+        ring.fill_(NAN)
+        expected = ring.clone()
+        record_reference(source, rows, positions, expected, 1)
+        graph.replay()
+        assert_same(ring, expected)
+
+
+@needs_graphs
+def test_decode_indices_in_a_cuda_graph() -> None:
+    """Replayed with another table and other lengths, it writes what they say."""
+    batch = Batch(64, [(3, 9, 64 * 9 + 3), (0, 0, 64 * 4), (2, 5, 64 * 9 + 3)], torch.int64, 2)
+    indptr, _ = batch.outputs()
+    indices = torch.full((1000,), -1, dtype=torch.int32, device=DEVICE)
+    batch.run(_decode_indices_triton, indptr, indices)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch.run(_decode_indices_triton, indptr, indices)
+    first = int(batch.rows[0])
+    for shorter, resident in ((0, 3), (5, 2), (67, 1)):
+        batch.seq_lens[0] = 64 * 9 + 3 - shorter
+        batch.table[first, 0] = resident
+        batch.table[first, 1] = 8
+        expected_indptr, expected = torch.full_like(indptr, -1), torch.full_like(indices, -1)
+        batch.run(decode_indices_reference, expected_indptr, expected)
+        indptr.fill_(-1)
+        indices.fill_(-1)
+        graph.replay()
+        assert_same(indptr, expected_indptr)
+        assert_same(indices, expected)
