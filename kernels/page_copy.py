@@ -106,7 +106,7 @@ def copy_pages_triton(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["physical", "virtual"])
 def _copy_pages_kernel(
     addresses,  # int64 [BUFFERS]
     mirror,  # address of the host mirror

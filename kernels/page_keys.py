@@ -65,7 +65,7 @@ def _store_key_bounds_triton(pools, physical, virtual, table, page) -> None:
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["physical", "virtual"])
 def _key_bounds_kernel(
     pool,  # [slots, HEADS, DIM]
     physical,  # int64 [n]

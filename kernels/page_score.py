@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+MANY_PAGES = 8192
+"""Above this, the kernel takes pages in larger blocks."""
 PAGES_AT_ONCE = 4096
 """Pages whose logits the torch reference holds in memory at a time."""
 
@@ -65,7 +67,7 @@ def _bound_score_triton(queries, table, pages, scale) -> torch.Tensor:
     kv_heads, n = table.shape[3], len(pages)
     queries = queries.contiguous()
     group = q_heads // kv_heads
-    block_pages = 64 if n <= 8192 else 128
+    block_pages = 64 if n <= MANY_PAGES else 128
     blocks = triton.cdiv(n, block_pages)
     voters = positions * group
     block_voters = max(16, min(128, triton.next_power_of_2(voters)))
@@ -100,7 +102,8 @@ def _bound_score_triton(queries, table, pages, scale) -> torch.Tensor:
     return scores
 
 
-@triton.jit
+# One compilation serves every context length, so that none happens while serving.
+@triton.jit(do_not_specialize=["scale", "n", "blocks", "voters"], do_not_specialize_on_alignment=["pages"])
 def _bound_score_kernel(
     queries,  # [positions, LAYERS, KV_HEADS * GROUP, DIM]
     table,  # [virtual_pages + 1, LAYERS, 2, KV_HEADS, DIM]

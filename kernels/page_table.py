@@ -110,7 +110,7 @@ def _decode_indices_triton(table, req_to_token, v2p, rows, seq_lens, page, indpt
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "table_stride", "req_stride"])
 def _decode_indices_kernel(
     table,  # int32 [requests + 1, 2 + max_resident]
     req_to_token,  # int32 [requests + 1, max_context]
@@ -165,7 +165,7 @@ def _physical_slots_triton(virtual: torch.Tensor, v2p: torch.Tensor, page: int) 
     return slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["virtual"])
 def _physical_slots_kernel(virtual, v2p, slots, n, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n

@@ -44,7 +44,7 @@ def _record_triton(source, rows, positions, ring, slot) -> None:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"], do_not_specialize_on_alignment=["rows", "positions"])
 def _record_kernel(
     source,  # [tokens, WIDTH]
     rows,  # [tokens]

@@ -132,6 +132,11 @@ class Ledger:
         """How often each page has been handed out; tells whether it is still the same page."""
         return self._generation[pages]
 
+    @property
+    def any_moved(self) -> bool:
+        """Whether :meth:`take_moved` has something to tell."""
+        return self._any_moved
+
     def take_moved(self) -> Pages:
         """Virtual pages that moved, came to or left the device since the last call."""
         if not self._any_moved:
@@ -203,12 +208,13 @@ class Ledger:
         held = self._holders.get(holder)
         if held is None:
             return
-        gone = list(held if pages is None else held.intersection(_ids(pages).tolist()))
-        held.difference_update(gone)
-        self._pins[gone] -= 1
-        self._last_reader[gone] = self._started
-        if not held:
-            del self._holders[holder]
+        self._unpin(holder, held, list(held if pages is None else held.intersection(_ids(pages).tolist())))
+
+    def retain(self, holder: str, pages: Iterable[int]) -> None:
+        """``holder`` needs none of its pages but these."""
+        held = self._holders.get(holder)
+        if held is not None:
+            self._unpin(holder, held, list(held.difference(_ids(pages).tolist())))
 
     def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> None:
         """The same tokens now live in other virtual pages (the radix tree already had them): move holds across.
@@ -327,6 +333,13 @@ class Ledger:
         candidates = self._evictable()
         candidates = candidates[~kept[candidates]]
         return candidates[np.lexsort((candidates, self._last_use[candidates]))][:count]
+
+    def _unpin(self, holder: str, held: set[int], gone: list[int]) -> None:
+        held.difference_update(gone)
+        self._pins[gone] -= 1
+        self._last_reader[gone] = self._started
+        if not held:
+            del self._holders[holder]
 
     def _map(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p

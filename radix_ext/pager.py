@@ -41,9 +41,12 @@ class Pager:
         self.reserved: dict[str, int] = {}
         """Device pages promised to prompts that are still being prefilled, by request."""
         self.stored_pages = 0
-        self.awaited_pages = 0
-        """Recalled pages that came too late to be hidden behind decode."""
+        self.prefetched_pages = 0
+        """Pages recalled for a coming window; other recalls are prefixes, which prefill waits for."""
+        self.late_pages = 0
+        """Of these, pages that were not there when their window began."""
         self._passes: list[tuple[int, torch.cuda.Event]] = []
+        self._idle_events: list[torch.cuda.Event] = []
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -55,19 +58,21 @@ class Pager:
             self.v2p[pairs[0]] = pairs[1].int()
 
     def forward_queued(self, number: int) -> None:
-        """Forward pass ``number`` of the ledger is done, or (GPU) is the last thing queued on the current stream."""
+        """Forward pass ``number`` of the ledger is done, or (GPU) is the last thing queued on the compute stream."""
         if self.device.type != "cuda":
             self.ledger.forward_finished(number)
             return
-        event = torch.cuda.Event()
-        event.record()
+        event = self._idle_events.pop() if self._idle_events else torch.cuda.Event()
+        event.record(self.compute())
         self._passes.append((number, event))
 
     def poll(self) -> None:
         """Take notice of forward passes and copies that are done. Never waits."""
         self.transfer.poll()
         while self._passes and self._passes[0][1].query():
-            self.ledger.forward_finished(self._passes.pop(0)[0])
+            number, event = self._passes.pop(0)
+            self._idle_events.append(event)
+            self.ledger.forward_finished(number)
 
     def settle(self) -> None:
         """Wait until nothing is in flight. For the rare cases where pages in flight are all that is left."""
@@ -78,17 +83,18 @@ class Pager:
 
     # -- residency -----------------------------------------------------------------------------------------------
 
-    def hold(self, holder: str, pages: Iterable[int]) -> bool:
+    def hold(self, holder: str, pages: Iterable[int], for_later: bool = False) -> bool:
         """Make ``pages`` resident for ``holder`` and bring in the content of those that were not.
 
         The content may arrive later: see :meth:`arrived` and :meth:`require`. Returns False, with nothing changed,
-        when the device pool cannot take the pages now.
+        when the device pool cannot take the pages now. ``for_later``: they are for a window that has not begun.
         """
         plan = self.ledger.hold(holder, pages)
         if plan is None:
             return False
         virtual, physical = plan.recall
         if len(virtual):
+            self.prefetched_pages += for_later * len(virtual)
             self.ledger.copy_started(physical, arriving=True)
             self.transfer.recall(physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True))
         return True
@@ -101,7 +107,7 @@ class Pager:
         wanted = int((~self.ledger.is_held(pages)).sum())
         if wanted and wanted + spare > self.unpromised_pages:
             return False
-        return self.hold(holder, pages)
+        return self.hold(holder, pages, for_later=True)
 
     def arrived(self, pages: np.ndarray) -> bool:
         """Whether the content of all of these pages is on the device."""
@@ -110,12 +116,11 @@ class Pager:
     def require(self, pages: np.ndarray) -> None:
         """What is queued for the device from now on may read these held pages."""
         if not self.arrived(pages):
-            self.count_awaited(pages)
             self.transfer.before_next_kernel()
 
-    def count_awaited(self, pages: np.ndarray) -> None:
-        """Something waits, or is put off, until these pages are there."""
-        self.awaited_pages += int(self.ledger.arriving(pages).sum())
+    def count_late(self, pages: np.ndarray) -> None:
+        """A window began before these pages were there."""
+        self.late_pages += int(self.ledger.arriving(pages).sum())
 
     def store(self, pages: np.ndarray) -> None:
         """Copy complete pages to the host mirror; once that is done their device copies may be given up."""

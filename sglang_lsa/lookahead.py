@@ -66,17 +66,21 @@ class Lookahead:
         with self._timed():
             self._start(request)
 
-    def end_step(self, requests: Sequence[Request]) -> None:
-        """A decode step is done, or (GPU) queued: refresh the requests whose window ends soon."""
+    def end_step(self, requests: Sequence[Request]) -> list[Request]:
+        """A decode step is done, or (GPU) queued: returns the requests whose window ends soon, for :meth:`refresh`."""
         self.running = len(requests)
         ending = []
         for request in requests:
             request.steps_left -= 1
             if request.steps_left <= self.lead and request.next is None:
                 ending.append(request)
-        if ending:
+        return ending
+
+    def refresh(self, requests: Sequence[Request]) -> None:
+        """Predict the next resident set of each of these."""
+        if requests:
             with self._timed():
-                for request in ending:
+                for request in requests:
                     self._start(request)
 
     def begin_step(self) -> None:
@@ -126,7 +130,7 @@ class Lookahead:
             self._end(request)
         elif not new.late:
             new.late = True
-            self.pager.count_awaited(needed)
+            self.pager.count_late(needed)
             self._stall(request)  # the old set stays until the pages are there
 
     def _score(self, request: Request, complete: int) -> Fetch:
@@ -174,7 +178,7 @@ class Lookahead:
         """Let go of the old set and let decode attention read the new one."""
         assert new.positions is not None
         if new.scores is not None:
-            self.pager.ledger.drop(request.rid, self.pager.ledger.held_by(request.rid) - set(needed.tolist()))
+            self.pager.ledger.retain(request.rid, needed)
         self.remap(request, new.positions, new.tail_start)
 
     def remap(self, request: Request, positions: np.ndarray, tail_start: int) -> None:

@@ -37,6 +37,10 @@ class ResidentTable:
         return self.table[:, TAIL_START]
 
     @property
+    def rows(self) -> int:
+        return len(self.shortening)
+
+    @property
     def max_pages(self) -> int:
         return self.table.shape[1] - PAGES
 

@@ -19,6 +19,8 @@ import torch
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.policy import HiddenObserver, Indexer
+from sglang_lsa.kernels.page_score import MANY_PAGES
+from sglang_lsa.kernels.page_table import physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
 from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers
@@ -80,6 +82,8 @@ class LSARuntime:
         self.graph_tokens = 0
         self.fits_graph = True
         """Whether the CUDA graphs' buffers can hold what the batch that is being queued reads."""
+        self.graphless_steps = 0
+        """Decode steps that ran without a graph because they did not fit."""
         policies: dict[str, Policy] = {
             "recency": Recency(),
             "random": Random(),
@@ -99,6 +103,8 @@ class LSARuntime:
             config = dataclasses.replace(config, min_context=longest_dense)
         lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag)
+        if self.on_gpu:
+            self._compile_kernels()
         self.requests: dict[str, Request] = {}
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
         self._promised_prefixes: set[int] = set()
@@ -160,8 +166,9 @@ class LSARuntime:
 
     def run_on(self, stream: torch.cuda.Stream) -> None:
         """The model runs on this stream (GPU)."""
-        self._stream = stream
-        self.pager.compute = lambda: stream
+        if self._stream is None:
+            self._stream = stream
+            self.pager.compute = lambda: stream
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """Kernels are queued behind the forward passes (GPU)."""
@@ -175,17 +182,22 @@ class LSARuntime:
         """
         self.pager.poll()
         lengths = batch.seq_lens_cpu.tolist()
-        with self.on_stream():
-            if batch.forward_mode.is_extend():
+        if batch.forward_mode.is_extend():
+            with self.on_stream():
                 self._before_extend(batch, lengths, new_pages)
-            elif batch.forward_mode.is_decode():
-                self._before_decode(batch, lengths, new_pages)
-            self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
+        elif batch.forward_mode.is_decode():
+            self._before_decode(batch, lengths, new_pages)
+        self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
+        if self.lookahead.on_their_way or self.pager.ledger.any_moved:  # most decode steps queue nothing
+            with self.on_stream():
+                self.lookahead.begin_step()
+                self.pager.flush()
+        else:
             self.lookahead.begin_step()
-            self.pager.flush()
         if self.graph_tokens and batch.forward_mode.is_decode():
-            read = int(self.table.lengths(self.rows, np.array(lengths)).sum())
-            self.fits_graph = read + self.table.table.shape[0] <= self.graph_tokens  # padding reads one slot a row
+            read = sum(lengths) - int(self.table.shortening[self.rows].sum())
+            self.fits_graph = read + self.table.rows <= self.graph_tokens  # padding reads one slot a row
+            self.graphless_steps += not self.fits_graph
         return self.pager.ledger.forward_started()
 
     def _before_extend(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
@@ -232,19 +244,23 @@ class LSARuntime:
         On a GPU the pass is only queued; what is done here is queued behind it.
         """
         self.rows = self.rows[:0]
-        with self.on_stream():
-            self.pager.forward_queued(number)
-            requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
-            if batch.forward_mode.is_extend():
-                start = 0
+        self.pager.forward_queued(number)
+        requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
+        if batch.forward_mode.is_extend():
+            start = 0
+            with self.on_stream():
                 for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
                     self._complete(request, pages_complete(prefix), start, prefix)
                     start += request.tokens - prefix
                     if req is not batch.chunked_req:
                         self.lookahead.begin(request)
-            elif batch.forward_mode.is_decode():
-                self._complete_decoded(requests)
-                self.lookahead.end_step(requests)
+        elif batch.forward_mode.is_decode():
+            filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
+            ending = self.lookahead.end_step(requests)
+            if filled or ending:
+                with self.on_stream():
+                    self._complete_decoded(filled)
+                    self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
         if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
@@ -327,6 +343,24 @@ class LSARuntime:
             if not np.array_equal(self._pages(slots), request.pages):
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
 
+    def _compile_kernels(self) -> None:
+        """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
+        padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=self.pager.device)
+        self.page_keys.complete(padding, padding)
+        queries = self.observer.buffer[0, :, 0]
+        for layer in self.observer.slot_of_layer:
+            self.observer.observe(layer, queries[:1], rows, rows)
+        quest = Quest(self.observer, self.page_keys, 1.0)
+        request = Request("", 0, 0, "quest", 1.0, False, tokens=self.observer.positions)
+        for pages in (1, MANY_PAGES + 1):
+            quest.score(request, np.zeros(pages, dtype=np.int64))
+        physical_slots(rows, self.pager.v2p, PAGE_SIZE)
+        self.pager.transfer.store(padding, padding, lambda: None)
+        self.pager.transfer.wait()
+        self.pager.transfer.recall(padding, padding, lambda: None)
+        self.pager.transfer.wait()
+        self.pager.transfer.recalled_pages, self.pager.transfer.recall_seconds = 0, 0.0
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _hold(self, req: Any, pages: np.ndarray) -> None:
@@ -365,9 +399,8 @@ class LSARuntime:
             self.indexer.complete(request, pages, first, chunk_start, prefix)
         self.pager.store(pages)
 
-    def _complete_decoded(self, requests: list[Request]) -> None:
+    def _complete_decoded(self, filled: list[Request]) -> None:
         """The same for the requests whose last page a decode step has filled, in one go."""
-        filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
         if not filled:
             return
         pages = np.array([request.pages[-1] for request in filled])

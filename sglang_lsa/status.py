@@ -40,7 +40,8 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "pages": ledger.recalls,
             "bytes": ledger.recalls * pager.page_bytes,
             "seconds": pager.transfer.recall_seconds,
-            "awaited_pages": pager.awaited_pages,
+            "prefetched_pages": pager.prefetched_pages,
+            "late_pages": pager.late_pages,
         },
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
@@ -48,6 +49,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "refresh_host_seconds": lookahead.host_seconds,
         "refresh_device_seconds": lookahead.device_seconds,
         "stalls": lookahead.stalls,
+        "graphless_steps": runtime.graphless_steps,
         "fallbacks": lookahead.fallbacks,
         "radix": {"hit_tokens": runtime.radix_hit_tokens, "prompt_tokens": runtime.prompt_tokens},
         "requests": [

@@ -21,6 +21,8 @@ class Stream:
     """Seconds, of every chunk."""
     tokens: list[int] = field(default_factory=list)
     """Tokens received up to and including that chunk."""
+    cached: int = 0
+    """Prompt tokens that the server's radix tree already had."""
     done: bool = False
 
 
@@ -69,6 +71,7 @@ async def _read(session, url, prompt, tokens, custom_params, stream: Stream) -> 
                 raise RequestFailed(str(chunk["error"]))
             stream.times.append(now)
             stream.tokens.append(chunk["meta_info"]["completion_tokens"])
+            stream.cached = chunk["meta_info"].get("cached_tokens", 0)
     if not stream.tokens or stream.tokens[-1] < tokens:
         raise RequestFailed(f"ended after {stream.tokens[-1] if stream.tokens else 0} of {tokens} tokens")
     stream.done = True

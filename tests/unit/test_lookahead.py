@@ -121,7 +121,7 @@ class Server:
     def after_decode(self, request: Request) -> None:
         if request.tokens % PAGE_SIZE == 0:
             self.pager.store(request.pages[-1:])
-        self.lookahead.end_step([request])
+        self.lookahead.refresh(self.lookahead.end_step([request]))
 
     def read(self, request: Request) -> list[int]:
         """Positions of the complete pages that attention reads before the tail, found by their content."""
@@ -234,7 +234,7 @@ def test_only_requests_whose_window_ends_are_refreshed() -> None:
     first = server.prefill("a", 6 * PAGE_SIZE, seed=0)
     second = server.prefill("b", 6 * PAGE_SIZE, seed=2)
     for _ in range(2):
-        server.lookahead.end_step([first, second])
+        server.lookahead.refresh(server.lookahead.end_step([first, second]))
     assert (first.window, second.window) == (0, 1)
 
 
@@ -484,7 +484,7 @@ def test_pages_arrive_while_the_old_set_is_read() -> None:
     assert server.read(a) == a.positions.tolist() == NEW
     assert server.held_positions(a) == [*NEW, 12]
     assert list(a.history) == [OLD, NEW]
-    assert (a.stalls, server.lookahead.stalls, server.pager.awaited_pages) == (0, 0, 0)
+    assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (0, 0, 0)
     assert server.transfer.recalled_pages == 3
     server.pager.ledger.check()
 
@@ -496,7 +496,7 @@ def test_late_pages_leave_the_old_set_until_they_are_there(late: int) -> None:
     for step in range(LONG + 1, LONG + 1 + late):
         server.begin(step)
         assert server.read(a) == a.positions.tolist() == OLD
-        assert (a.stalls, server.lookahead.stalls, server.pager.awaited_pages) == (1, 1, 3)
+        assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (1, 1, 3)
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
     server.transfer.arrive()
     assert server.read(a) == OLD
@@ -606,7 +606,7 @@ def test_a_set_without_room_costs_its_window_and_no_more() -> None:
     assert server.wanted.calls == 3
     server.begin(2 * LONG + 1)
     assert server.read(a) == NEW
-    assert (a.stalls, list(a.history), server.pager.awaited_pages) == (1, [OLD, NEW], 0)
+    assert (a.stalls, list(a.history), server.pager.late_pages) == (1, [OLD, NEW], 0)
 
 
 def test_pages_replaced_during_a_refresh_are_replaced_in_the_new_set() -> None:

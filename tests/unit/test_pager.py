@@ -318,20 +318,35 @@ def test_a_recalled_page_arrives_when_its_copy_is_done() -> None:
     finish(pager, 1)
     assert pager.arrived(pages)
     assert transfer.recalled_pages == 1
-    assert pager.awaited_pages == 0
+    assert pager.late_pages == 0
     assert_content(pager, 1)
 
 
 def test_required_pages_are_there_before_the_next_kernel() -> None:
     pager, transfer = recalled_late()
     pager.require(np.array([5]))
-    assert (pager.awaited_pages, transfer.waited) == (0, 0)
+    assert transfer.waited == 0
     pager.require(np.array([1, 5]))
-    assert (pager.awaited_pages, transfer.waited) == (1, 1)
+    assert transfer.waited == 1
     assert_content(pager, 1)
     finish(pager, 1)
     pager.require(np.array([1, 5]))
-    assert (pager.awaited_pages, transfer.waited) == (1, 1)
+    assert transfer.waited == 1
+
+
+def test_pages_for_a_coming_window_are_counted_and_late_ones_too() -> None:
+    pager, _ = recalled_late()
+    assert pager.prefetched_pages == 0  # page 1 was wanted at once
+    pager.forget("c")
+    finish(pager, 1)
+    assert pager.hold_if_spare("c", np.array([1, 5]), 0)
+    assert pager.prefetched_pages == 0  # both are there
+    pager.count_late(np.array([1, 5]))
+    assert pager.late_pages == 0
+    assert pager.hold_if_spare("c", np.array([2]), 0)
+    assert pager.prefetched_pages == 1
+    pager.count_late(np.array([1, 2]))
+    assert pager.late_pages == 1
 
 
 def test_a_page_that_is_on_its_way_is_recalled_once() -> None:
