@@ -174,7 +174,7 @@ def page_score(queries: torch.Tensor, weights: torch.Tensor, page_keys: torch.Te
     Args:
         queries: ``[positions, heads, dim]`` from the query tower.
         weights: ``[positions, heads]`` per-head weights from the same tower.
-        page_keys: ``[pages, sub_keys, dim]`` from the key tower.
+        page_keys: ``[pages, sub_keys, dim]`` from the key tower; on a GPU, queries are multiplied in its type.
 
     Returns:
         ``[pages]`` float32; all -inf when there are no positions.
@@ -186,5 +186,61 @@ def page_score(queries: torch.Tensor, weights: torch.Tensor, page_keys: torch.Te
         raise ValueError(f"queries {tuple(queries.shape)} do not fit page keys {tuple(page_keys.shape)}")
     if not pages or not len(queries):
         return torch.full((pages,), float("-inf"), device=page_keys.device)
+    return (_page_score_triton if page_keys.is_cuda else page_score_reference)(queries, weights, page_keys)
+
+
+def page_score_reference(queries, weights, page_keys) -> torch.Tensor:
+    """See :func:`page_score`."""
     products = torch.einsum("thd,psd->tpsh", queries.float(), page_keys.float()).relu_()
     return torch.einsum("tpsh,th->tps", products, weights.float()).amax(dim=(0, 2))
+
+
+def _page_score_triton(queries, weights, page_keys) -> torch.Tensor:
+    pages, sub_keys, dim = page_keys.shape
+    positions, heads, _ = queries.shape
+    keys = page_keys.reshape(pages * sub_keys, dim)
+    logits = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
+    _page_score_kernel[(triton.cdiv(len(keys), 64),)](
+        queries.to(keys.dtype).contiguous(),
+        weights.float().contiguous(),
+        keys.contiguous(),
+        logits,
+        len(keys),
+        positions,
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_KEYS=64,
+        BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
+        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+    )
+    return logits.view(pages, sub_keys).amax(dim=1)
+
+
+@triton.jit(do_not_specialize=["n", "positions"], do_not_specialize_on_alignment=["keys"])
+def _page_score_kernel(
+    queries,  # [positions, HEADS, DIM]
+    weights,  # float32 [positions, HEADS]
+    keys,  # [n, DIM]
+    logits,  # float32 [n]
+    n,
+    positions,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    h = tl.arange(0, BLOCK_HEADS)
+    d = tl.arange(0, BLOCK_DIM)
+    key = tl.load(
+        keys + index.to(tl.int64)[:, None] * DIM + d[None, :], mask=(index < n)[:, None] & (d < DIM)[None, :], other=0.0
+    )
+    best = tl.full((BLOCK_KEYS,), float("-inf"), dtype=tl.float32)
+    for t in range(positions):
+        query_at = queries + (t * HEADS + h)[None, :] * DIM + d[:, None]
+        query = tl.load(query_at, mask=(h < HEADS)[None, :] & (d < DIM)[:, None], other=0.0)
+        products = tl.dot(key, query, input_precision="ieee")  # [BLOCK_KEYS, BLOCK_HEADS]
+        weight = tl.load(weights + t * HEADS + h, mask=h < HEADS, other=0.0)
+        best = tl.maximum(best, tl.sum(tl.where(products > 0, products, 0.0) * weight[None, :], axis=1))
+    tl.store(logits + index, best, mask=index < n)

@@ -344,16 +344,18 @@ class Ledger:
     def _map(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p
         self.p2v[p] = v
-        self._moved[v] = True
-        self._any_moved = True
+        self._note_moved(v)
 
     def _detach(self, v: Pages) -> Pages:
         p = self.v2p[v]
         self.v2p[v] = 0
         self.p2v[p] = 0
-        self._moved[v] = True
-        self._any_moved = True
+        self._note_moved(v)
         return p
+
+    def _note_moved(self, v: Pages) -> None:
+        self._moved[v] = True
+        self._any_moved |= len(v) > 0
 
     def _give_back(self, p: int) -> None:
         """The content of device page ``p`` is gone."""

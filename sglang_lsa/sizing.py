@@ -144,7 +144,14 @@ def plan_memory(
     elif device == "cpu":  # SGLang would take nearly all memory; a quarter of the mirror, but one whole context
         physical = min(virtual, max(virtual // 4, context_tokens + 2 * PAGE_SIZE))
     else:
-        physical = budgeted_tokens
+        physical = min(budgeted_tokens, virtual)
+        if physical < budgeted_tokens:
+            logger.warning(
+                "LSA: the device has room for %d tokens of KV, the host mirror for %d: raise --lsa-host-memory-gb to "
+                "use the device fully",
+                budgeted_tokens,
+                virtual,
+            )
     overhead = needs.overhead(config, min(physical, budgeted_tokens), virtual) if needs else {}
     left = budgeted_tokens - pages_spanned(-(-sum(overhead.values()) // token_bytes)) * PAGE_SIZE
     physical = min(physical, left) // PAGE_SIZE * PAGE_SIZE

@@ -59,6 +59,16 @@ async def _read(session, url, prompt, tokens, custom_params, stream: Stream) -> 
     if custom_params:
         parameters["custom_params"] = custom_params
     body = {"input_ids": list(prompt), "sampling_params": parameters, "stream": True}
+    try:
+        await _follow(session, url, body, stream)
+    except aiohttp.ClientError as error:
+        raise RequestFailed(f"the server dropped a request: {error!r}") from error
+    if not stream.tokens or stream.tokens[-1] < tokens:
+        raise RequestFailed(f"ended after {stream.tokens[-1] if stream.tokens else 0} of {tokens} tokens")
+    stream.done = True
+
+
+async def _follow(session, url, body: dict[str, Any], stream: Stream) -> None:
     async with session.post(url + "/generate", json=body) as answer:
         if answer.status != 200:
             raise RequestFailed(f"HTTP {answer.status}: {(await answer.text())[:500]}")
@@ -72,6 +82,3 @@ async def _read(session, url, prompt, tokens, custom_params, stream: Stream) -> 
             stream.times.append(now)
             stream.tokens.append(chunk["meta_info"]["completion_tokens"])
             stream.cached = chunk["meta_info"].get("cached_tokens", 0)
-    if not stream.tokens or stream.tokens[-1] < tokens:
-        raise RequestFailed(f"ended after {stream.tokens[-1] if stream.tokens else 0} of {tokens} tokens")
-    stream.done = True

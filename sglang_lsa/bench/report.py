@@ -71,7 +71,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{stock['tpot_ms_p50']:.2f} → {lsa['tpot_ms_p50']:.2f}",
             f"{stock['tpot_ms_p99']:.2f} → {lsa['tpot_ms_p99']:.2f}",
             f"{gain(stock, lsa):.2f}x",
-            f"{stock['kv_gpu_bytes'] / 1e9:.1f} → {(lsa['kv_gpu_bytes'] or 0) / 1e9:.1f}",
+            f"{stock['kv_gpu_bytes'] / 1e9:.1f} → " + _number(lsa["kv_gpu_bytes"] and lsa["kv_gpu_bytes"] / 1e9, ".1f"),
             _number(lsa.get("recall_gbps"), ".1f"),
             _number(lsa.get("recall_hidden_fraction"), ".1%"),
             _number(lsa.get("refresh_fraction"), ".2%"),
@@ -109,7 +109,8 @@ def plot(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
                     label=f"{system} {model}",
                 )
     axes[0].set(xscale="log", xlabel="context (tokens)", ylabel="ms per token, batch 1", title="time per output token")
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     bars = [(s, lsa) for s, lsa in pairs(rows) if lsa["workload"] != "tpot" and lsa["policy"] == "quest"]
     names = [f"{lsa['workload']} {lsa['model']}\n{lsa['context']:,}" for _, lsa in bars]
     places = range(len(bars))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,10 +77,22 @@ class Group:
         return int(self.pool_gb * GB) // self.shape.token_bytes // PAGE_SIZE * PAGE_SIZE
 
     def host_gb(self) -> float:
-        """Mirror for the largest arm, as far as this machine has memory."""
+        """Mirror for the largest arm, as far as this machine has memory.
+
+        Raises:
+            ValueError: it has too little for a mirror of the pool.
+        """
         tokens = max(arm.shared + arm.batch * (arm.context - arm.shared + arm.tokens + PAGE_SIZE) for arm in self.arms)
-        wanted = max(tokens + CONTEXT // 8, self.pool_tokens + 2 * PAGE_SIZE) * self.shape.token_bytes / GB
-        return round(min(wanted, available_host_memory() / GB - HOST_SPARE_GB), 2)
+        least = (self.pool_tokens + 2 * PAGE_SIZE) * self.shape.token_bytes / GB
+        wanted = max((tokens + CONTEXT // 8) * self.shape.token_bytes / GB, least)
+        free = available_host_memory() / GB - HOST_SPARE_GB
+        if free < least:
+            raise ValueError(
+                f"the {self.model} benchmark with {self.pool_gb:g} GB of KV needs {least + HOST_SPARE_GB:.0f} GB "
+                f"of host memory, {free + HOST_SPARE_GB:.0f} GB are free: free some, or choose other --models or "
+                "--workloads"
+            )
+        return math.ceil(min(wanted, free) * 100) / 100
 
 
 def tpot(*sizes: tuple[int, int]) -> tuple[Arm, ...]:
@@ -106,13 +120,14 @@ def run(
     server_args: str,
     command: str,
 ) -> list[dict[str, Any]]:
-    """Measure everything that was asked for; rows are written after every server, so that nothing is lost.
+    """Measure everything that was asked for; every row is written at once, so that nothing is lost.
 
     Returns:
         The new rows.
 
     Raises:
-        RuntimeError: there is no GPU.
+        RuntimeError: there is no GPU, or a server or a request failed.
+        ValueError: the machine has too little memory, or nothing could be measured.
     """
     from sglang_lsa.bench import report
 
@@ -127,7 +142,7 @@ def run(
         for system in systems:
             for row in measure(group, system, policies, server_args, output, console):
                 rows.append(row | facts)
-            report.write(output, rows)
+                report.write(output, rows)
     console.print(report.table(report.read(output)))
     return rows
 
@@ -288,7 +303,9 @@ def gpu_name() -> str:
 
 def commit() -> str:
     """The commit of the working tree this package lies in; empty when it is not in one."""
-    folder = pathlib.Path(__file__).resolve().parent
+    folder = pathlib.Path(__file__).resolve().parents[2]
+    if shutil.which("git") is None or not (folder / ".git").exists():
+        return ""
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return found.stdout.strip()
 

@@ -202,6 +202,45 @@ def test_dropping_what_is_not_held_is_ignored() -> None:
     assert state(ledger) == before
 
 
+def test_retain_keeps_exactly_the_given_pages() -> None:
+    ledger = ledger_with(1, 2, 3, 4)
+    held(ledger, "a", 1, 2, 3, 4)
+    ledger.retain("a", {2, 4})
+    assert ledger.held_by("a") == {2, 4}
+    assert on_device(ledger) == {1, 2, 3, 4}, "the others stay until their place is wanted"
+    ledger.check()
+
+
+def test_retain_leaves_the_holds_of_others_alone() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    held(ledger, "b", 2, 3)
+    ledger.retain("a", [1])
+    assert ledger.held_by("b") == {2, 3}
+    assert ledger.is_held([1, 2, 3]).all()
+    ledger.check()
+
+
+def test_retaining_what_is_not_held_is_ignored() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    before = state(ledger)
+    ledger.retain("nobody", [1])
+    ledger.retain("a", [1, 2])
+    ledger.retain("a", (page for page in (3, 2, 1, 1, 7)))
+    assert state(ledger) == before
+
+
+@pytest.mark.parametrize("pages", [[], [3, 4], np.zeros(0, dtype=np.int64)], ids=["none", "others", "no ids"])
+def test_a_holder_that_retains_nothing_is_forgotten(pages: Any) -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2)
+    ledger.retain("a", pages)
+    assert ledger.holders() == []
+    assert not ledger.is_held([1, 2]).any()
+    ledger.check()
+
+
 def test_recall_names_the_pages_whose_only_copy_is_in_the_mirror() -> None:
     ledger = ledger_with(1, 2, 3, 4, 5)
     cached(ledger, 1, 2, 3, 4)
@@ -325,6 +364,18 @@ def test_a_page_dropped_during_a_forward_pass_is_not_evicted_before_that_is_done
     ledger = full_of_held_pages()
     number = ledger.forward_started()
     ledger.drop("a", [2])
+    assert ledger.obtainable_pages == 0
+    assert ledger.hold("b", [5]) is None
+    ledger.forward_finished(number)
+    assert ledger.obtainable_pages == 1
+    held(ledger, "b", 5)
+    assert on_device(ledger) == {1, 3, 4, 5}
+
+
+def test_a_page_not_retained_during_a_forward_pass_is_not_evicted_before_that_is_done() -> None:
+    ledger = full_of_held_pages()
+    number = ledger.forward_started()
+    ledger.retain("a", [1, 3, 4])
     assert ledger.obtainable_pages == 0
     assert ledger.hold("b", [5]) is None
     ledger.forward_finished(number)
@@ -550,6 +601,48 @@ def test_moved_pages_are_told_once() -> None:
     ledger.take_moved()
     ledger.reset()
     assert ledger.take_moved().tolist() == list(range(9))
+
+
+def test_any_moved_until_it_was_told() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    assert ledger.any_moved
+    ledger.take_moved()
+    assert not ledger.any_moved
+    for move in (
+        lambda: held(ledger, "a", 1, 2),
+        lambda: cached(ledger, 3, 4),
+        lambda: held(ledger, "a", 5),  # evicts 3
+        lambda: ledger.release([4]),
+        lambda: ledger.substitute("a", [5], [3]),
+    ):
+        move()
+        assert ledger.any_moved
+        assert len(ledger.take_moved())
+        assert not ledger.any_moved
+    ledger.drop("a")
+    assert not ledger.any_moved
+    ledger.reset()
+    assert ledger.any_moved
+
+
+@pytest.mark.parametrize(
+    "still",
+    [
+        lambda ledger: held(ledger, "b", 1),
+        lambda ledger: ledger.release([3]),
+        lambda ledger: ledger.retain("a", [1]),
+        lambda ledger: ledger.mirrored([1]),
+        lambda ledger: ledger.hold("b", [3, 4, 5, 6, 7]),
+    ],
+    ids=["hold", "release", "retain", "mirror", "no room"],
+)
+def test_any_moved_is_false_when_nothing_moved(still: Any) -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6, 7)
+    held(ledger, "a", 1, 2)
+    ledger.take_moved()
+    still(ledger)
+    assert not ledger.any_moved
+    assert ledger.take_moved().tolist() == []
 
 
 # --- substitution ----------------------------------------------------------------------------------------------------
@@ -932,6 +1025,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def drop(self, holder: str, pages: set[int] | None = None) -> None:
         self.ledger.drop(holder, pages)
         self.model_drop(holder, set(self.content) if pages is None else pages)
+
+    @rule(holder=HOLDERS, pages=ANY)
+    def retain(self, holder: str, pages: set[int]) -> None:
+        self.ledger.retain(holder, pages)
+        self.model_drop(holder, self.holders.get(holder, set()) - pages)
 
     @precondition(lambda self: self.copies())
     @rule(choice=st.integers(0, 99), more=st.booleans())

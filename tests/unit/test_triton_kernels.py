@@ -15,7 +15,13 @@ import torch
 
 from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
-from sglang_lsa.kernels.page_score import _bound_score_triton, bound_score, bound_score_reference
+from sglang_lsa.kernels.page_score import (
+    _bound_score_triton,
+    _page_score_triton,
+    bound_score,
+    bound_score_reference,
+    page_score_reference,
+)
 from sglang_lsa.kernels.page_table import (
     _decode_indices_triton,
     _physical_slots_triton,
@@ -239,7 +245,7 @@ def test_votes_against_every_page_but_one() -> None:
     table = torch.full((71, 1, 2, 1, 16), 10.0, device=DEVICE)
     table[70] = 9.0
     scores = _bound_score_triton(queries, table, ids(range(1, 71)), 1.0)
-    assert scores[69] == pytest.approx(1.0)
+    assert float(scores[69]) == pytest.approx(1.0)
     assert float(scores[:69].max()) < 1e-6
 
 
@@ -279,6 +285,22 @@ BATCHES = [
     pytest.param(64, [(20, 38, 64 * 40), (0, 0, 64 * 40), (39, 39, 64 * 39 + 1)], id="many pages"),
     pytest.param(4, [(index % 3, 3, 12 + index % 5) for index in range(33)], id="33 requests"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("positions", "heads", "dim", "pages", "sub_keys"),
+    [
+        pytest.param(1, 1, 1, 1, 1, id="smallest"),
+        pytest.param(5, 8, 128, 17, 8, id="several blocks of keys"),
+        pytest.param(32, 16, 64, 70, 4, id="32 positions"),
+        pytest.param(3, 24, 80, 9, 3, id="24 heads, dim 80, 3 sub-keys"),
+    ],
+)
+def test_page_score(positions: int, heads: int, dim: int, pages: int, sub_keys: int) -> None:
+    queries, weights = random(positions, heads, dim, seed=1), random(positions, heads, seed=2)
+    keys = random(pages, sub_keys, dim, seed=3)
+    logits = _page_score_triton(queries, weights, keys)
+    torch.testing.assert_close(logits, page_score_reference(queries, weights, keys), rtol=1e-5, atol=1e-4)
 
 
 class Batch:

@@ -1,0 +1,549 @@
+"""The serving benchmark without GPUs: what counts, what is sent, what is read out of a status, results, client, CLI."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import pathlib
+import signal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from rich.console import Console
+
+from sglang_lsa import cli
+from sglang_lsa.bench import report, serving
+from sglang_lsa.bench.client import RequestFailed, Stream, run_together
+from sglang_lsa.bench.plateau import Plateau, plateau
+from sglang_lsa.bench.serving import GROUPS, Arm, Group, Sampler, lsa_figures, stock_kv_bytes
+from sglang_lsa.bench.shapes import SHAPES
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.server_process import ServerFailed, ServerProcess
+
+GB = 1 << 30
+VOCABULARY = 128256
+
+# --- the plateau -----------------------------------------------------------------------------------------------------
+
+
+def first_done() -> Stream:
+    return Stream(0.5, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], done=True)
+
+
+def last_started() -> Stream:
+    """Two tokens a chunk."""
+    return Stream(0.5, [3, 4, 5, 6, 7], [1, 3, 5, 7, 9])
+
+
+@pytest.mark.parametrize(("skip", "seconds", "tokens"), [(0, 3, 9), (1, 2, 6), (2, 2, 6), (3, 1, 3)])
+def test_a_plateau_begins_after_the_skipped_tokens_of_the_last_request(skip: int, seconds: float, tokens: int) -> None:
+    found = plateau([first_done(), last_started()], skip)
+    assert (found.running, found.seconds, found.tokens) == (2, seconds, tokens)
+    assert found.tokens_per_s == 3
+
+
+def test_pace_and_time_to_first_token() -> None:
+    found = plateau([first_done(), last_started()], 1)
+    assert sorted(found.itl_ms.tolist()) == [500, 500, 1000, 1000]
+    assert [found.percentile(q) for q in (0, 50, 100)] == [500, 750, 1000]
+    assert found.ttft_s == 1.5, "the median of 0.5 and 2.5"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Stream(0.0), Stream(0.0, [6.5, 7], [1, 2]), Stream(0.0, [6, 7], [1, 2])],
+    ids=["never started", "started after the end", "started at the end"],
+)
+def test_requests_that_did_not_run_at_the_same_time_do_not_count(other: Stream) -> None:
+    alone, together = (plateau([first_done(), *more, last_started()]) for more in ([], [other]))
+    assert (together.running, together.seconds, together.tokens) == (alone.running, alone.seconds, alone.tokens)
+    assert together.ttft_s == alone.ttft_s
+
+
+def test_the_first_that_finished_is_the_end() -> None:
+    early = Stream(0, [1, 2, 5], [1, 2, 6], done=True)
+    assert plateau([first_done(), early, last_started()]).seconds == 2
+
+
+def test_one_request_is_a_plateau_of_its_own() -> None:
+    found = plateau([first_done()], 2)
+    assert (found.running, found.seconds, found.tokens, found.percentile(50)) == (1, 3, 3, 1000)
+
+
+@pytest.mark.parametrize("streams", [[], [Stream(0)], [last_started()]], ids=["none", "no token", "running"])
+def test_no_plateau_when_nothing_finished(streams: list[Stream]) -> None:
+    with pytest.raises(ValueError, match="no request finished"):
+        plateau(streams)
+
+
+@pytest.mark.parametrize(
+    ("streams", "skip"),
+    [
+        ([first_done(), Stream(0, [5.5, 6.5], [1, 2])], 0),
+        ([first_done(), last_started()], 100),
+        ([first_done()], 6),
+    ],
+    ids=["a moment", "all skipped", "one, all skipped"],
+)
+def test_no_plateau_when_nothing_is_left_to_measure(streams: list[Stream], skip: int) -> None:
+    with pytest.raises(ValueError, match="did not overlap: ask for more tokens"):
+        plateau(streams, skip)
+
+
+# --- model shapes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "q_heads", "kv_heads", "head_dim", "token_bytes"),
+    [("1b", 16, 32, 8, 64, 32768), ("8b", 32, 32, 8, 128, 131072)],
+    ids=["1b", "8b"],
+)
+def test_a_shape_is_a_configuration_of_transformers(
+    name: str, layers: int, q_heads: int, kv_heads: int, head_dim: int, token_bytes: int, tmp_path: pathlib.Path
+) -> None:
+    from transformers import AutoConfig
+
+    folder = SHAPES[name].write(tmp_path / "new" / name, 4096)
+    assert folder == tmp_path / "new" / name
+    assert SHAPES[name].write(folder, 8192) == folder, "writing again replaces it"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert (config.num_hidden_layers, config.num_attention_heads) == (layers, q_heads)
+    assert (config.num_key_value_heads, config.head_dim) == (kv_heads, head_dim)
+    assert config.hidden_size == q_heads * head_dim
+    assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 8192)
+    assert config.tie_word_embeddings == (name == "1b")
+    assert SHAPES[name].token_bytes == token_bytes
+
+
+# --- what is sent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [Arm("tpot", 1000, 1, 8), Arm("iso", 700, 3, 8), Arm("shared", 900, 4, 8, shared=640)],
+    ids=["single", "batch", "shared"],
+)
+def test_prompts_are_the_same_every_time(arm: Arm) -> None:
+    prompts = arm.prompts(VOCABULARY)
+    assert prompts == arm.prompts(VOCABULARY)
+    assert [len(prompt) for prompt in prompts] == [arm.context] * arm.batch
+    assert len({tuple(prompt) for prompt in prompts}) == arm.batch
+    flat = np.array(prompts)
+    assert flat.min() >= 10 and flat.max() < VOCABULARY
+    assert all(type(token) is int for token in prompts[0]), "they go into JSON"
+
+
+def test_single_prompts_are_beginnings_of_one_text() -> None:
+    short, long = (Arm("tpot", context, 1, 8).prompts(VOCABULARY)[0] for context in (1024, 4096))
+    assert long[:1024] == short
+
+
+def test_agents_share_the_beginning_of_that_text_and_nothing_else() -> None:
+    text = Arm("tpot", 4096, 1, 8).prompts(VOCABULARY)[0]
+    prompts = Arm("shared", 2048 + 256, 4, 8, shared=2048).prompts(VOCABULARY)
+    assert all(prompt[:2048] == text[:2048] for prompt in prompts)
+    assert len({tuple(prompt[2048 : 2048 + 8]) for prompt in [*prompts, text]}) == 5
+
+
+def test_prompts_of_a_batch_differ_from_those_of_other_batches() -> None:
+    arms = (Arm("tpot", 500, 1, 8), Arm("iso", 500, 2, 8), Arm("iso", 500, 3, 8), Arm("iso", 501, 3, 8))
+    beginnings = [tuple(prompt[:8]) for arm in arms for prompt in arm.prompts(VOCABULARY)]
+    assert len(set(beginnings)) == len(beginnings) == 9
+
+
+def test_no_two_arms_of_the_benchmark_are_the_same_row() -> None:
+    keys = [(group.model, arm.workload, arm.context, arm.batch) for group in GROUPS for arm in group.arms]
+    assert len(set(keys)) == len(keys)
+    assert all(arm.context + arm.tokens < serving.CONTEXT for group in GROUPS for arm in group.arms)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "pool_gb", "tokens"),
+    [("1b", 8, 8 * GB // 32768), ("8b", 48, 48 * GB // 131072), ("1b", 0.1, 3264), ("8b", 0.0078125, 64)],
+)
+def test_a_pool_is_whole_pages(model: str, pool_gb: float, tokens: int) -> None:
+    group = Group(model, pool_gb, ())
+    assert group.pool_tokens == tokens
+    assert group.pool_tokens % PAGE_SIZE == 0
+    assert group.shape is SHAPES[model]
+
+
+HOST_ARMS = {
+    "one": ((Arm("tpot", 1000, 1, 24),), 1000 + 24 + 64),
+    "largest": ((Arm("tpot", 1000, 1, 24), Arm("iso", 60_000, 10, 400)), 10 * (60_000 + 400 + 64)),
+    "shared prefix once": ((Arm("shared", 101_000, 32, 240, shared=100_000),), 100_000 + 32 * (1000 + 240 + 64)),
+}
+
+
+@pytest.mark.parametrize(("arms", "tokens"), HOST_ARMS.values(), ids=HOST_ARMS)
+def test_the_mirror_holds_the_largest_arm(arms: tuple[Arm, ...], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "available_host_memory", lambda: 1 << 50)
+    wanted = (tokens + serving.CONTEXT // 8) * 131072 / GB
+    assert Group("8b", 1, arms).host_gb() == pytest.approx(wanted + 0.005, abs=0.006)
+
+
+def test_the_mirror_holds_at_least_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "available_host_memory", lambda: 1 << 50)
+    group = Group("8b", 48, HOST_ARMS["one"][0])
+    assert group.host_gb() * GB > group.pool_tokens * 131072
+
+
+def test_the_mirror_leaves_memory_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "available_host_memory", lambda: 40 * GB)
+    assert Group("8b", 20, HOST_ARMS["largest"][0]).host_gb() == 40 - serving.HOST_SPARE_GB
+
+
+def test_too_little_memory_for_a_mirror_of_the_pool_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "available_host_memory", lambda: 40 * GB)
+    with pytest.raises(ValueError, match="8b benchmark with 32 GB of KV needs 44 GB of host memory, 40 GB are free"):
+        Group("8b", 32, HOST_ARMS["largest"][0]).host_gb()
+
+
+def test_stock_holds_every_page_of_every_request() -> None:
+    group, arm = Group("1b", 8, ()), Arm("iso", 1000, 4, 100)
+    page = PAGE_SIZE * 32768
+    assert stock_kv_bytes(group, arm, 3, 24) == 3 * 16 * page
+    assert stock_kv_bytes(group, arm, 3, 25) == 3 * 17 * page, "a page that is begun is a page"
+
+
+def test_stock_holds_a_shared_prefix_once() -> None:
+    arm = Arm("shared", 6400 + 128, 32, 100, shared=6400)
+    assert stock_kv_bytes(Group("1b", 8, ()), arm, 32, 64) == (100 + 32 * 3) * PAGE_SIZE * 32768
+
+
+# --- figures of the server's status ----------------------------------------------------------------------------------
+
+
+def status(recalled: int, prefetched: int, late: int, refreshes: int, stalls: int) -> dict[str, Any]:
+    return {
+        "page_bytes": 1000,
+        "window": 64,
+        "recalls": {
+            "pages": recalled,
+            "seconds": recalled * 1e-6,
+            "prefetched_pages": prefetched,
+            "late_pages": late,
+        },
+        "refreshes": refreshes,
+        "refresh_host_seconds": refreshes * 0.001,
+        "refresh_device_seconds": refreshes * 0.003,
+        "stalls": stalls,
+        "physical": {"overhead_bytes": {"summaries": 300, "tables": 40}},
+        "host": {"mirror_bytes": 7000},
+    }
+
+
+def sampler_that_saw(*samples: tuple[int, int, int]) -> Sampler:
+    """Samples of (requests, promised pages, held pages)."""
+    sampler = Sampler(cast(ServerProcess, None))
+    for requests, promised, held in samples:
+        physical = {"promised": promised, "held": held}
+        sampler.seen.append({"requests": [{}] * requests, "physical": physical, "page_bytes": 1000})
+    return sampler
+
+
+FIGURES = Plateau(running=2, seconds=2.0, tokens=6400, itl_ms=np.array([1.0]), ttft_s=0.5)
+
+
+def test_lsa_figures_are_what_the_arm_added() -> None:
+    sampler = sampler_that_saw((2, 0, 10))
+    found = lsa_figures(status(100, 50, 9, 30, 5), status(600, 250, 59, 130, 8), FIGURES, sampler)
+    assert found == {
+        "kv_gpu_bytes": 10_000,
+        "lsa_overhead_gpu_bytes": 340,
+        "host_bytes": 7000,
+        "recalled_bytes": 500_000,
+        "recall_gbps": pytest.approx(1.0),
+        "prefetched_bytes": 200_000,
+        "recall_hidden_fraction": pytest.approx(0.75),
+        "refreshes": 100,
+        "refresh_fraction": pytest.approx(0.004 * 100 / 2),
+        "refresh_device_fraction": pytest.approx(0.003 * 100 / 2),
+        "refresh_host_ms": pytest.approx(1.0),
+        "refresh_device_ms": pytest.approx(3.0),
+        "stalls": 3,
+    }
+
+
+def test_lsa_figures_of_an_arm_that_recalled_nothing() -> None:
+    same = status(100, 50, 9, 30, 5)
+    found = lsa_figures(same, same, FIGURES, sampler_that_saw())
+    assert [found[name] for name in ("kv_gpu_bytes", "recall_gbps", "recall_hidden_fraction")] == [None] * 3
+    zero = ("recalled_bytes", "prefetched_bytes", "refreshes", "refresh_fraction", "refresh_host_ms", "stalls")
+    assert [found[name] for name in zero] == [0] * 6
+
+
+def test_held_bytes_are_those_while_all_requests_decoded() -> None:
+    sampler = sampler_that_saw((1, 0, 1), (3, 4, 90), (3, 0, 20), (3, 0, 30), (3, 0, 70), (2, 0, 2))
+    assert sampler.held_bytes() == 30_000
+    assert sampler_that_saw((3, 1, 90), (2, 0, 20)).held_bytes() is None
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def row(system: str, policy: str | None = None, **other: Any) -> dict[str, Any]:
+    found = {
+        "workload": "iso",
+        "model": "8b",
+        "system": system,
+        "policy": policy,
+        "context": 60_000,
+        "batch": 13,
+        "running_requests": 4,
+        "decode_tokens_per_s": 200.0,
+        "tpot_ms_p50": 20.0,
+        "tpot_ms_p99": 30.0,
+        "kv_gpu_bytes": 32_000_000_000,
+        "gpu": "GPU of a test",
+    }
+    return found | ({"stalls": 2} if system == "lsa" else {}) | other
+
+
+STOCK = row("stock")
+LSA = row("lsa", "quest", running_requests=13, decode_tokens_per_s=650.0, tpot_ms_p50=16.0, recall_gbps=12.34)
+
+
+def test_there_are_no_results_before_the_first_run(tmp_path: pathlib.Path) -> None:
+    assert report.read(tmp_path) == []
+
+
+def test_a_later_row_replaces_an_earlier_one(tmp_path: pathlib.Path) -> None:
+    report.write(tmp_path, [STOCK, LSA, row("lsa", "random")])
+    report.write(tmp_path, [row("stock", decode_tokens_per_s=210.0), row("stock", batch=14)])
+    rows = {(r["system"], r["policy"], r["batch"]): r["decode_tokens_per_s"] for r in report.read(tmp_path)}
+    assert rows == {
+        ("stock", None, 13): 210.0,
+        ("stock", None, 14): 200.0,
+        ("lsa", "quest", 13): 650.0,
+        ("lsa", "random", 13): 200.0,
+    }
+    assert len(report.read(tmp_path)) == 4
+
+
+def test_the_order_of_the_rows_does_not_depend_on_the_order_of_the_runs(tmp_path: pathlib.Path) -> None:
+    rows = [STOCK, LSA, row("stock", workload="tpot", batch=1), row("stock", model="1b")]
+    for folder, order in (("a", rows), ("b", rows[::-1])):
+        (tmp_path / folder).mkdir()
+        report.write(tmp_path / folder, order)
+    assert report.read(tmp_path / "a") == report.read(tmp_path / "b")
+
+
+def test_results_are_written_as_csv_and_picture_too(tmp_path: pathlib.Path) -> None:
+    single = [row(system, policy, workload="tpot", batch=1) for system, policy in (("stock", None), ("lsa", "quest"))]
+    report.write(tmp_path, [STOCK, LSA, *single])
+    with (tmp_path / "serving.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {*STOCK, *LSA}
+    assert [r["system"] for r in rows] == ["lsa", "stock", "lsa", "stock"]
+    assert [r["recall_gbps"] for r in rows] == ["12.34", "", "", ""]
+    assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert json.loads((tmp_path / "serving.json").read_text()) == report.read(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[], [STOCK], [LSA]], ids=["none", "stock", "lsa"])
+def test_results_of_one_system_are_written(rows: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    report.write(tmp_path, rows)
+    assert report.read(tmp_path) == rows
+    assert (tmp_path / "serving.png").exists()
+    assert report.pairs(rows) == []
+
+
+def test_pairs_are_of_the_same_arm() -> None:
+    random, elsewhere = row("lsa", "random"), row("lsa", "quest", context=1024)
+    alone = row("stock", model="1b")
+    assert report.pairs([LSA, STOCK, elsewhere, alone, random]) == [(STOCK, LSA), (STOCK, random)]
+
+
+@pytest.mark.parametrize(("workload", "ratio"), [("tpot", 1.25), ("iso", 3.25), ("shared", 3.25)])
+def test_gain_is_time_for_tpot_and_throughput_otherwise(workload: str, ratio: float) -> None:
+    assert report.gain(STOCK | {"workload": workload}, LSA | {"workload": workload}) == ratio
+
+
+def test_the_table_holds_both_systems_and_the_gain() -> None:
+    text = io.StringIO()
+    unmeasured = row("lsa", "random", kv_gpu_bytes=None)
+    Console(file=text, width=200).print(report.table([STOCK, LSA, unmeasured]))
+    quest, random = (line for line in text.getvalue().splitlines() if "13 x 60,000" in line)
+    for part in ("8b", "iso", "quest", "4 → 13", "200 → 650", "20.00 → 16.00", "3.25x", "32.0 → 32.0", "12.3"):
+        assert part in quest
+    assert "1.00x" in random and " - " in random
+
+
+# --- the client ------------------------------------------------------------------------------------------------------
+
+Answer = Callable[[dict[str, Any], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+
+
+def ask(answer: Answer, prompts: Sequence[Sequence[int]], tokens: int, **more: Any) -> list[Stream]:
+    """Send ``prompts`` to a server that answers with ``answer(body, send)``."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(chunk: Any) -> None:
+            await response.write(
+                b"data: " + (chunk if isinstance(chunk, str) else json.dumps(chunk)).encode() + b"\n\n"
+            )
+
+        await answer(body, send)
+        await send("[DONE]")
+        return response
+
+    return serve(handle, prompts, tokens, **more)
+
+
+def serve(handle: Any, prompts: Sequence[Sequence[int]], tokens: int, **more: Any) -> list[Stream]:
+    async def both() -> list[Stream]:
+        app = web.Application()
+        app.router.add_post("/generate", handle)
+        async with TestServer(app) as server:
+            return await asyncio.wait_for(
+                run_together(str(server.make_url("")).rstrip("/"), prompts, tokens, **more), 20
+            )
+
+    return asyncio.run(both())
+
+
+def chunk(tokens: int) -> dict[str, Any]:
+    return {"meta_info": {"completion_tokens": tokens, "cached_tokens": 5}}
+
+
+@pytest.mark.parametrize("custom", [None, {"lsa": {"policy": "random"}}], ids=["stock", "lsa"])
+def test_a_request_is_sent_and_its_tokens_are_timed(custom: dict[str, Any] | None) -> None:
+    bodies = []
+
+    async def answer(body: dict[str, Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        bodies.append(body)
+        for tokens in (1, 4, 8):
+            await send(chunk(tokens))
+            await asyncio.sleep(0.002)
+
+    (stream,) = ask(answer, [[11, 12, 13]], 8, custom_params=custom)
+    assert stream.tokens == [1, 4, 8]
+    assert stream.sent < stream.times[0] <= stream.times[1] <= stream.times[2]
+    assert stream.cached == 5 and stream.done
+    parameters: dict[str, Any] = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    parameters |= {"custom_params": custom} if custom else {}
+    assert bodies == [{"input_ids": [11, 12, 13], "sampling_params": parameters, "stream": True}]
+
+
+def test_the_others_are_abandoned_when_the_first_has_all_its_tokens() -> None:
+    begun: list[int] = []
+    left: list[int] = []
+
+    async def answer(body: dict[str, Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        (prompt,) = body["input_ids"]
+        await send(chunk(1))
+        begun.append(prompt)
+        if prompt == 11:
+            while len(begun) < 3:  # all are there at once
+                await asyncio.sleep(0.001)
+            await send(chunk(4))
+        else:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                left.append(prompt)
+
+    streams = ask(answer, [[10], [11], [12]], 4)
+    assert [stream.done for stream in streams] == [False, True, False]
+    assert streams[1].tokens == [1, 4]
+    assert all(stream.tokens in ([], [1]) for stream in (streams[0], streams[2]))
+    assert sorted(left) == [10, 12]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        ([], "ended after 0 of 4 tokens"),
+        ([chunk(1), chunk(3)], "ended after 3 of 4 tokens"),
+        ([chunk(1), {"error": {"message": "no room"}}], "no room"),
+    ],
+    ids=["nothing", "early end", "error in the stream"],
+)
+def test_a_request_that_got_too_little_failed(chunks: list[dict[str, Any]], words: str) -> None:
+    async def answer(body: dict[str, Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        for each in chunks:
+            await send(each)
+
+    with pytest.raises(RequestFailed, match=words):
+        ask(answer, [[10]], 4)
+
+
+def test_a_request_that_was_refused_failed() -> None:
+    async def handle(request: web.Request) -> web.Response:
+        if (await request.json())["input_ids"] == [10]:
+            return web.Response(status=400, text="prompt too long" + 600 * "!")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(RequestFailed, match=r"HTTP 400: prompt too long!+$") as failure:
+        serve(handle, [[9], [10]], 4)
+    assert len(str(failure.value)) == len("HTTP 400: ") + 500
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep_signal_handlers() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("keep_signal_handlers")
+def test_no_gpu_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "serving", "--output", str(tmp_path / "out")]) == 1
+    message = "sglang-lsa bench: sglang-lsa bench serving needs an NVIDIA GPU: torch sees none on this machine\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["nonsense"], ["serving", "--models", "70b"], ["serving", "--policies", "lru"], ["serving", "--models"]],
+    ids=["none", "unknown", "unknown model", "unknown policy", "no model"],
+)
+def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", *argv])
+    assert exit_.value.code == 2
+    assert "usage: sglang-lsa bench" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("keep_signal_handlers")
+@pytest.mark.parametrize(
+    "failure", [ServerFailed("the log: x.log"), RequestFailed("HTTP 400: x.log")], ids=["server", "request"]
+)
+def test_a_failed_benchmark_is_status_1(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(output: pathlib.Path, console: Console, **asked: Any) -> None:
+        assert output == tmp_path
+        assert (asked["models"], asked["workloads"], asked["systems"]) == (["1b"], ["iso"], ["stock", "lsa"])
+        assert (asked["policies"], asked["server_args"]) == (["quest", "random"], "--tp 2")
+        raise failure
+
+    monkeypatch.setattr(serving, "run", run)
+    argv = ["--models", "1b", "--workloads", "iso", "--server-args=--tp 2", "--output", str(tmp_path)]
+    assert cli.main(["bench", "serving", *argv]) == 1
+    assert "x.log" in capsys.readouterr().err
