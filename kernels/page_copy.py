@@ -11,7 +11,7 @@ import triton.language as tl
 BLOCK = 4096
 """Words of 8 bytes that one program moves at a time."""
 PROGRAMS = 24
-"""Programs of a copy. PCIe is full with 16 or so; more would only keep multiprocessors from decode."""
+"""Programs of a copy: enough to fill PCIe 5; more would only keep multiprocessors from decode."""
 
 
 def pages_to_host(
