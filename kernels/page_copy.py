@@ -73,12 +73,19 @@ def pool_addresses(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor])
 
 
 def copy_pages_triton(
-    addresses: torch.Tensor, physical: torch.Tensor, mirror: torch.Tensor, virtual: torch.Tensor, *, to_host: bool
+    addresses: torch.Tensor,
+    physical: torch.Tensor,
+    mirror: torch.Tensor,
+    virtual: torch.Tensor,
+    *,
+    to_host: bool,
+    layer: int | None = None,
 ) -> None:
-    """One launch for all layers: :func:`pages_to_host` or :func:`pages_from_host` with addresses looked up before.
+    """One launch: :func:`pages_to_host` or :func:`pages_from_host` with addresses looked up before.
 
     Args:
         addresses: from :func:`pool_addresses`.
+        layer: copy this one only; otherwise all.
 
     Raises:
         ValueError: a layer's part of a page is not a multiple of 8 bytes.
@@ -90,13 +97,16 @@ def copy_pages_triton(
         return
     layers, words = mirror.shape[1], piece // 8
     blocks = triton.cdiv(words, BLOCK)
-    programs = min(PROGRAMS, len(physical) * layers * 2 * blocks)
+    buffers = layers * 2 if layer is None else 2
+    programs = min(PROGRAMS, len(physical) * buffers * blocks)
     _copy_pages_kernel[(programs,)](
         addresses,
         mirror.data_ptr(),
         physical,
         virtual,
         len(physical),
+        0 if layer is None else layer * 2,
+        buffers,
         BUFFERS=layers * 2,
         WORDS=words,
         BLOCKS=blocks,
@@ -106,13 +116,15 @@ def copy_pages_triton(
     )
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["physical", "virtual"])
+@triton.jit(do_not_specialize=["n", "first", "count"], do_not_specialize_on_alignment=["physical", "virtual"])
 def _copy_pages_kernel(
     addresses,  # int64 [BUFFERS]
     mirror,  # address of the host mirror
     physical,  # int64 [n]
     virtual,  # int64 [n]
     n,
+    first,  # buffer to begin with
+    count,  # buffers to copy
     BUFFERS: tl.constexpr,  # layers * 2
     WORDS: tl.constexpr,  # 8-byte words of a page in one buffer
     BLOCKS: tl.constexpr,
@@ -120,9 +132,9 @@ def _copy_pages_kernel(
     TO_HOST: tl.constexpr,
 ):
     # Few programs walk over all (page, buffer, block): the bus is the limit, and the rest of the chip is decoding.
-    for work in range(tl.program_id(0), n * BUFFERS * BLOCKS, tl.num_programs(0)):
-        index = work // (BUFFERS * BLOCKS)
-        buffer = work // BLOCKS % BUFFERS
+    for work in range(tl.program_id(0), n * count * BLOCKS, tl.num_programs(0)):
+        index = work // (count * BLOCKS)
+        buffer = first + work // BLOCKS % count
         word = work % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         inside = word < WORDS
         p = tl.load(physical + index)

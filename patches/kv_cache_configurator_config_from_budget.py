@@ -30,6 +30,7 @@ def needs(configurator) -> Needs:
     return selector_needs(
         args.lsa_config,
         rows=args.max_running_requests + 1,
+        chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else args.max_prefill_tokens,
         graph_batch=0 if graphs.backend == "disabled" else graphs.max_bs or max(graphs.bs),
         context_tokens=model.context_len,
         layers=configurator.layer_info.num_effective_layers,

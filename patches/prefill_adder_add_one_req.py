@@ -1,4 +1,4 @@
-"""A prompt is admitted when the device pool can take it, too."""
+"""A prompt is admitted when the device pool can take it, too: whole, chunk by chunk, or over a resident prefix."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from sglang_lsa.patches.hook import Hook
 def add_one_req(original, self, req, *args, **kwargs):
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    lsa = self.tree_cache.lsa
+    admission = self.tree_cache.lsa.admission
+    batch = prefills_of(self)
     running = len(self.running_batch.reqs) if self.running_batch is not None else 0
-    if not lsa.can_prefill(req, running + len(self.can_run_list)):
+    how = admission.choose(req, running + len(self.can_run_list), batch, self.rem_chunk_tokens)
+    if how is None:
         # Not NO_TOKEN: that would close admission until a running request ends, but device pages come back as soon
         # as a prompt is prefilled.
         return AddReqResult.OTHER
+    limit_chunk(self, how)
     admitted = len(self.can_run_list)
     result = original(self, req, *args, **kwargs)
     if len(self.can_run_list) > admitted:
-        lsa.promise(req)
+        admission.promise(req, how)
+        batch.append(how.how)
     return result
+
+
+def prefills_of(adder) -> list[str]:
+    """How the prompts of the pass that ``adder`` puts together are prefilled."""
+    return adder.__dict__.setdefault("lsa_prefills", [])
+
+
+def limit_chunk(adder, how) -> None:
+    """No more of this prompt at once than device pages were promised for."""
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, how.chunk_tokens)
 
 
 HOOK = Hook(

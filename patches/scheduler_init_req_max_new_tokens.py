@@ -6,7 +6,7 @@ from sglang_lsa.patches.hook import Hook
 
 
 def refuse_impossible(result, self, req):
-    if req.to_finish is None and (reason := self.tp_worker.model_runner.lsa.validate(req)):
+    if req.to_finish is None and (reason := self.tp_worker.model_runner.lsa.admission.refusal(req)):
         req.set_finish_with_abort(reason)
 
 
@@ -15,7 +15,7 @@ HOOK = Hook(
     kind="after",
     function=refuse_impossible,
     parameters=("self", "req"),
-    why="SGLang checks prompts against virtual tokens; prefill still needs the prompt on the device.",
-    until="Prefill streams its prefix from the host mirror.",
-    test="tests/server/test_requests.py::test_prompt_beyond_the_device_pool_is_refused",
+    why="SGLang checks prompts against virtual tokens; a request that reads all of them needs them on the device.",
+    until="Decode streams pages from the host mirror.",
+    test="tests/server/test_bad_input.py::test_refused_and_harmless",
 )

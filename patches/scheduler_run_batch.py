@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import logging
+from http import HTTPStatus
+
+import torch
+
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.prefill import DevicePoolFull
+
+logger = logging.getLogger(__name__)
 
 
 def run_batch(original, self, batch, *args, **kwargs):
     lsa = self.tp_worker.model_runner.lsa
     if self.enable_overlap and self.device == "cuda":
         lsa.run_on(self.forward_stream)
-    number = lsa.before_forward(batch, self.token_to_kv_pool_allocator.take_new_pages())
-    result = original(self, batch, *args, **kwargs)
-    lsa.after_forward(batch, number)
-    return result
+    try:
+        number = lsa.before_forward(batch, self.token_to_kv_pool_allocator.take_new_pages())
+        result = original(self, batch, *args, **kwargs)
+        lsa.after_forward(batch, number)
+        return result
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        lsa.forward_failed()
+        return give_up(self, batch, error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on the device, or on the host, of which torch speaks in words only."""
+    known = (torch.OutOfMemoryError, MemoryError, DevicePoolFull)
+    return isinstance(error, known) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def give_up(scheduler, batch, error):
+    """Fail the requests of this batch and go on; returns a result without tokens for them."""
+    from sglang.srt.disaggregation.utils import prepare_abort
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    names = [req.rid for req in batch.reqs]
+    logger.error("LSA: memory ran out in a batch of %d requests, which fail: %s (%s)", len(names), names, error)
+    for req in batch.reqs:
+        if req.finished() or req.is_retracted:
+            continue
+        prepare_abort(req, f"Memory ran out: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
+        req.to_finish, req.finished_output = None, True
+        release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+        if req is scheduler.chunked_req:
+            scheduler.chunked_req = None
+        abort = AbortReq(finished_reason=req.finished_reason.to_json(), rid=req.rid)
+        scheduler.ipc_channels.send_to_tokenizer.send_output(abort, req)
+    batch.input_ids, batch.return_logprob, batch.return_hidden_states = None, False, False
+    return GenerationBatchResult(next_token_ids=torch.zeros(len(batch.reqs), dtype=torch.int64))
 
 
 HOOK = Hook(

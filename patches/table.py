@@ -10,7 +10,9 @@ from sglang_lsa.patches import (
     kv_cache_configurator_build_allocator,
     kv_cache_configurator_build_mha_kv_pool,
     kv_cache_configurator_config_from_budget,
+    model_runner_forward,
     model_runner_init_post_memory_pool_components,
+    prefill_adder_add_chunked_req,
     prefill_adder_add_one_req,
     schedule_batch_check_decode_mem,
     scheduler_get_internal_state,
@@ -37,6 +39,8 @@ SERVING: tuple[Hook, ...] = (
     scheduler_init_req_max_new_tokens.HOOK,
     scheduler_get_internal_state.HOOK,
     prefill_adder_add_one_req.HOOK,
+    prefill_adder_add_chunked_req.HOOK,
+    model_runner_forward.HOOK,
     schedule_batch_check_decode_mem.HOOK,
     tokenizer_manager_validate_one_request.HOOK,
 )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sglang_lsa.radix_ext.heat import Heat
+
 Pages = np.ndarray
 """Virtual or physical page ids, int64 ``[n]``."""
 
@@ -86,6 +88,7 @@ class Ledger:
         self._free = list(range(self.physical_pages, 0, -1))
         self._limbo: list[tuple[int, int]] = []
         self._clock = 0
+        self.heat = Heat(self.virtual_pages + 1)
         self._moved = np.ones(self.virtual_pages + 1, dtype=bool)
         self._any_moved = True
 
@@ -94,6 +97,11 @@ class Ledger:
     def forward_started(self) -> int:
         """A forward pass that may read any page now on the device begins; returns its number."""
         self._started += 1
+        return self._started
+
+    @property
+    def passes(self) -> int:
+        """Number of the last forward pass that started; 0 before the first."""
         return self._started
 
     def forward_finished(self, number: int) -> None:
@@ -158,6 +166,7 @@ class Ledger:
         self._mirrored[v] = False
         self._last_use[v] = 0
         self._last_reader[v] = 0
+        self.heat.forget(v)
 
     def release(self, pages: Iterable[int]) -> None:
         """SGLang's allocator took these virtual pages back; their content is gone."""
@@ -225,6 +234,7 @@ class Ledger:
         for before, after in zip(_ids(old).tolist(), _ids(new).tolist(), strict=True):
             if before == after:
                 continue
+            self.heat.move(before, after)
             if self.v2p[before] and not self.v2p[after] and self._pins[before] == (before in held):
                 self._map(np.array([after]), self._detach(np.array([before])))
                 self._last_use[after], self._last_use[before] = self._last_use[before], 0
@@ -256,6 +266,19 @@ class Ledger:
 
     def is_mirrored(self, pages: Iterable[int]) -> np.ndarray:
         return self._mirrored[_ids(pages)]
+
+    def on_device(self, pages: Iterable[int]) -> np.ndarray:
+        """Which of these pages have a place on the device; see :meth:`arriving` for whether they have come."""
+        return self.v2p[_ids(pages)] > 0
+
+    def worth_fetching(self, pages: Pages) -> Pages:
+        """Those of ``pages``, given hottest first, that can come to the device without giving up a hotter page."""
+        absent = pages[(self.v2p[pages] == 0) & self._mirrored[pages]]
+        taken = absent[: len(self._free)]
+        more = absent[len(taken) :]
+        coldest = np.sort(self.heat.values[self._evictable()])[: len(more)]
+        gain = self.heat.values[more[: len(coldest)]] > coldest
+        return np.concatenate((taken, more[: int(np.argmin(gain)) if not gain.all() else len(gain)]))
 
     @property
     def held_pages(self) -> int:
@@ -327,12 +350,13 @@ class Ledger:
         return v[(self._pins[v] == 0) & self._mirrored[v] & (self._last_reader[v] <= self._finished)]
 
     def _victims(self, count: int, keep: Pages) -> Pages:
-        """At most ``count`` evictable pages outside ``keep``, least recently used first."""
+        """At most ``count`` evictable pages outside ``keep``, the coldest first, of those the least recently used."""
         kept = np.zeros(self.virtual_pages + 1, dtype=bool)
         kept[keep] = True
         candidates = self._evictable()
         candidates = candidates[~kept[candidates]]
-        return candidates[np.lexsort((candidates, self._last_use[candidates]))][:count]
+        order = np.lexsort((candidates, self._last_use[candidates], self.heat.values[candidates]))
+        return candidates[order][:count]
 
     def _unpin(self, holder: str, held: set[int], gone: list[int]) -> None:
         held.difference_update(gone)

@@ -12,6 +12,9 @@ from sglang_lsa.radix_ext.host_mirror import HostMirror
 from sglang_lsa.radix_ext.ledger import Ledger
 from sglang_lsa.radix_ext.transfer import HostTransfer, StreamTransfer, Transfer, upload
 
+PREFETCHER = "(prefetch)"
+"""Holder of pages while they are being sent for ahead of any request."""
+
 
 class Pager:
     """Device pool, host mirror and the ledger between them.
@@ -43,6 +46,8 @@ class Pager:
         self.stored_pages = 0
         self.prefetched_pages = 0
         """Pages recalled for a coming window; other recalls are prefixes, which prefill waits for."""
+        self.warmed_pages = 0
+        """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
         """Of these, pages that were not there when their window began."""
         self._passes: list[tuple[int, torch.cuda.Event]] = []
@@ -66,6 +71,10 @@ class Pager:
         event.record(self.compute())
         self._passes.append((number, event))
 
+    def all_queued(self) -> None:
+        """Whatever the ledger calls started is done, or is all that will ever be queued: its pass was given up."""
+        self.forward_queued(self.ledger.passes)
+
     def poll(self) -> None:
         """Take notice of forward passes and copies that are done. Never waits."""
         self.transfer.poll()
@@ -83,11 +92,15 @@ class Pager:
 
     # -- residency -----------------------------------------------------------------------------------------------
 
-    def hold(self, holder: str, pages: Iterable[int], for_later: bool = False) -> bool:
+    def hold(self, holder: str, pages: Iterable[int], for_later: bool = False, layer_by_layer: bool = False) -> bool:
         """Make ``pages`` resident for ``holder`` and bring in the content of those that were not.
 
         The content may arrive later: see :meth:`arrived` and :meth:`require`. Returns False, with nothing changed,
-        when the device pool cannot take the pages now. ``for_later``: they are for a window that has not begun.
+        when the device pool cannot take the pages now.
+
+        Args:
+            for_later: they are for a window that has not begun.
+            layer_by_layer: the next forward pass can begin before all layers are there, see :meth:`require`.
         """
         plan = self.ledger.hold(holder, pages)
         if plan is None:
@@ -96,7 +109,9 @@ class Pager:
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
             self.ledger.copy_started(physical, arriving=True)
-            self.transfer.recall(physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True))
+            self.transfer.recall(
+                physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
+            )
         return True
 
     def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
@@ -113,10 +128,23 @@ class Pager:
         """Whether the content of all of these pages is on the device."""
         return self.ledger.arrived(pages)
 
-    def require(self, pages: np.ndarray) -> None:
-        """What is queued for the device from now on may read these held pages."""
+    def require(self, pages: np.ndarray, layer_by_layer: bool = False) -> None:
+        """What is queued for the device from now on may read these held pages.
+
+        ``layer_by_layer``: that is one forward pass, which calls ``transfer.before_layer`` before each layer.
+        """
         if not self.arrived(pages):
-            self.transfer.before_next_kernel()
+            (self.transfer.gate_layers if layer_by_layer else self.transfer.before_next_kernel)()
+
+    def prefetch(self, pages: np.ndarray) -> None:
+        """Bring in those of ``pages``, given hottest first, that are worth more than what they displace.
+
+        Nobody holds them: they are a cache, and give way like any other.
+        """
+        wanted = self.ledger.worth_fetching(pages)
+        if len(wanted) and self.hold(PREFETCHER, wanted):
+            self.ledger.drop(PREFETCHER)
+            self.warmed_pages += len(wanted)
 
     def count_late(self, pages: np.ndarray) -> None:
         """A window began before these pages were there."""
@@ -148,6 +176,11 @@ class Pager:
         self.settle()
         self.ledger.reset()
         self.reserved.clear()
+
+    def release(self) -> None:
+        """Wait for what is in flight and unlock the mirror; nothing is copied any more."""
+        self.settle()
+        self.mirror.unlock()
 
     @property
     def unpromised_pages(self) -> int:

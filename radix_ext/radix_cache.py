@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
@@ -26,6 +27,10 @@ class LSAChunkCache(ChunkCache):
         self.lsa = runtime
         super().__init__(params)
 
+    def release_host_resources(self):
+        """SGLang is going down in good order."""
+        self.lsa.release()
+
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         self.lsa.request_gone(req)
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
@@ -38,6 +43,15 @@ class LSARadixCache(RadixCache):
         self.lsa = runtime
         super().__init__(params)
 
+    def release_host_resources(self):
+        """SGLang is going down in good order."""
+        self.lsa.release()
+
+    def evict(self, params):
+        result = super().evict(params)
+        self.lsa.host_evicted_pages += result.num_tokens_evicted // self.page_size
+        return result
+
     def swa_reprefill_tail_tokens(self):
         """How many of a prompt's last tokens SGLang prefills even on a full hit: their queries vote for pages.
 
@@ -48,8 +62,13 @@ class LSARadixCache(RadixCache):
     def cache_unfinished_req(self, req, chunked=False):
         """Insert what has been prefilled; pages that the tree already has replace the request's own.
 
-        Holds move to the tree's pages first: SGLang frees the request's while it inserts.
+        Holds move to the tree's pages first: SGLang frees the request's while it inserts. What was computed over a
+        resident prefix stays out of the tree, as if there were none.
         """
+        if not self._may_insert(req):
+            slots = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(req.get_fill_ids())]
+            req.prefix_indices = slots.to(dtype=torch.int64, copy=True)
+            return
         tokens = req.get_fill_ids()
         key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
         known = self.match_prefix(MatchPrefixParams(key=key)).device_indices
@@ -58,6 +77,7 @@ class LSARadixCache(RadixCache):
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
+        is_insert = is_insert and self._may_insert(req)
         self.lsa.request_gone(req)
         keep = kv_len_to_handle
         if is_insert and not self.lsa.config.cache_outputs:
@@ -69,3 +89,6 @@ class LSARadixCache(RadixCache):
                 row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
                 self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
         super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)
+
+    def _may_insert(self, req) -> bool:
+        return self.lsa.config.cache_outputs or self.lsa.is_exact(req)

@@ -24,8 +24,13 @@ class Transfer(Protocol):
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         """Copy device pages to the mirror, after everything that is queued for the device now."""
 
-    def recall(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
-        """Copy mirror pages to the device; nothing queued for the device may touch these device pages."""
+    def recall(
+        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
+    ) -> None:
+        """Copy mirror pages to the device; nothing queued for the device may touch these device pages.
+
+        ``layer_by_layer``: first layers first, so that :meth:`before_layer` has something to wait for.
+        """
 
     def poll(self) -> None:
         """Call ``finished`` of every copy that is done. Never waits."""
@@ -35,6 +40,13 @@ class Transfer(Protocol):
 
     def before_next_kernel(self) -> None:
         """What is queued for the device from now on sees every recall issued so far."""
+
+    def gate_layers(self) -> None:
+        """The same for a forward pass that calls :meth:`before_layer` before each layer: it need not wait for all
+        layers of what comes layer by layer."""
+
+    def before_layer(self, layer: int) -> None:
+        """A pass that was gated is about to read this layer."""
 
 
 class HostTransfer:
@@ -50,7 +62,9 @@ class HostTransfer:
         pages_to_host(self.keys, self.values, p, self.mirror, v)
         finished()
 
-    def recall(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
+    def recall(
+        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
+    ) -> None:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
         pages_from_host(self.keys, self.values, p, self.mirror, v)
         self.recalled_pages += len(physical)
@@ -65,6 +79,12 @@ class HostTransfer:
     def before_next_kernel(self) -> None:
         pass
 
+    def gate_layers(self) -> None:
+        pass
+
+    def before_layer(self, layer: int) -> None:
+        pass
+
 
 @dataclass
 class _Copy:
@@ -74,6 +94,8 @@ class _Copy:
     recalled: int
     ids: tuple[torch.Tensor, torch.Tensor]
     """Page ids on the device, alive as long as the copy reads them."""
+    layers: list[torch.cuda.Event]
+    """One for each layer, when they come one after the other."""
 
 
 class StreamTransfer:
@@ -96,24 +118,34 @@ class StreamTransfer:
         self.recalls = torch.cuda.Stream()
         self.storing: deque[_Copy] = deque()
         self.recalling: deque[_Copy] = deque()
+        self._gates: list[list[torch.cuda.Event]] = []
         self.recall_seconds = 0.0
         self.recalled_pages = 0
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         self.stores.wait_stream(self.compute())
-        self.storing.append(self._copy(self.stores, physical, virtual, finished, to_host=True))
+        self.storing.append(self._copy(self.stores, physical, virtual, finished, True))
 
-    def recall(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
-        self.recalling.append(self._copy(self.recalls, physical, virtual, finished, to_host=False))
+    def recall(
+        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
+    ) -> None:
+        self.recalling.append(self._copy(self.recalls, physical, virtual, finished, False, layer_by_layer))
 
-    def _copy(self, stream, physical, virtual, finished, *, to_host: bool) -> _Copy:
+    def _copy(self, stream, physical, virtual, finished, to_host: bool, layer_by_layer: bool = False) -> _Copy:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        layers: list[torch.cuda.Event] = []
         with torch.cuda.stream(stream):
             p, v = upload(np.stack((physical, virtual)), self.addresses.device)
             began.record()
-            copy_pages_triton(self.addresses, p, self.mirror, v, to_host=to_host)
+            if layer_by_layer:
+                for layer in range(len(self.addresses)):
+                    copy_pages_triton(self.addresses, p, self.mirror, v, to_host=to_host, layer=layer)
+                    layers.append(torch.cuda.Event())
+                    layers[-1].record()
+            else:
+                copy_pages_triton(self.addresses, p, self.mirror, v, to_host=to_host)
             ended.record()
-        return _Copy(began, ended, finished, 0 if to_host else len(physical), (p, v))
+        return _Copy(began, ended, finished, 0 if to_host else len(physical), (p, v), layers)
 
     def poll(self) -> None:
         for copies in (self.storing, self.recalling):
@@ -127,6 +159,18 @@ class StreamTransfer:
 
     def before_next_kernel(self) -> None:
         self.compute().wait_stream(self.recalls)
+
+    def gate_layers(self) -> None:
+        self._gates = [copy.layers for copy in self.recalling if copy.layers]
+        whole = [copy.ended for copy in self.recalling if not copy.layers]
+        if whole:  # copies of one stream end in their order
+            self.compute().wait_event(whole[-1])
+
+    def before_layer(self, layer: int) -> None:
+        for layers in self._gates:
+            self.compute().wait_event(layers[layer])
+        if layer == len(self.addresses) - 1:
+            self._gates = []
 
     def _finish(self, copy: _Copy) -> None:
         if copy.recalled:

@@ -8,6 +8,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.kernels.merge_states import LOG2_E, merge_states
 from sglang_lsa.kernels.page_table import physical_slots, resident_slots
 from sglang_lsa.observe import recent_tokens
 
@@ -35,10 +36,16 @@ class LSATorchBackend(TorchNativeAttnBackend):
             self.slots = resident_slots(
                 table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, PAGE_SIZE
             )
-        else:
+        elif self.lsa.prefill.readings is None:
             self.slots = [
                 physical_slots(req_to_token[row, :length], v2p, PAGE_SIZE)
                 for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+            ]
+        else:
+            own = forward_batch.out_cache_loc.split(forward_batch.extend_seq_lens.tolist())
+            self.slots = [
+                torch.cat((reading.slots(self.lsa.pager.ledger.v2p, new.device), new))
+                for reading, new in zip(self.lsa.prefill.readings, own, strict=True)
             ]
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
@@ -56,6 +63,8 @@ class LSATorchBackend(TorchNativeAttnBackend):
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         self._observe(q, layer.layer_id, forward_batch, lengths)
+        if self.lsa.prefill.staged is not None and forward_batch.forward_mode.is_extend():
+            return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
         out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))
         start = 0
         for slots, count in zip(self.slots, lengths, strict=True):
@@ -67,6 +76,22 @@ class LSATorchBackend(TorchNativeAttnBackend):
             )
             start += count
         return out.flatten(1)
+
+    def _attend_streamed(self, q, keys, values, layer) -> torch.Tensor:
+        """Attention of one request's chunk, part by part: its own tokens, the pages in place, then those from the host.
+
+        Returns:
+            float32 ``[tokens, q_heads, head_dim]``.
+        """
+        (slots,) = self.slots
+        here, own = slots[: -len(q)], slots[-len(q) :]
+        out, lse = attend_part(q, keys[own], values[own], layer.scaling, causal=True)
+        out = out.float()
+        if len(here):
+            merge_states(out, lse, *attend_part(q, keys[here], values[here], layer.scaling))
+        for staged_keys, staged_values in self.lsa.prefill.staged.layer(layer.layer_id):
+            merge_states(out, lse, *attend_part(q, staged_keys, staged_values, layer.scaling))
+        return out
 
     def _observe(self, q, layer_id: int, forward_batch, lengths: list[int]) -> None:
         observer = self.lsa.observer
@@ -117,3 +142,20 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: flo
             )
         )
     return torch.cat(blocks, dim=2).squeeze(0).transpose(0, 1)
+
+
+def attend_part(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to some of the keys, in a form that can be merged with attention to the others.
+
+    Args:
+        q: ``[n, q_heads, head_dim]``.
+        keys, values: ``[m, kv_heads, head_dim]``, contiguous or not; with ``causal``, ``m`` is ``n``.
+
+    Returns:
+        ``[n, q_heads, head_dim]`` in the type of ``q``, and base-2 log-sum-exps, float32 ``[n, q_heads]``.
+    """
+    q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys.to(q.dtype), values.to(q.dtype)))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, causal, scale=scale)
+    return out.squeeze(0).transpose(0, 1), (lse.squeeze(0).transpose(0, 1) * LOG2_E).contiguous()

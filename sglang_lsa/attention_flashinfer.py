@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 from sglang.srt.layers.attention import flashinfer_backend as stock
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_table import decode_indices
 from sglang_lsa.observe import recent_tokens
 from sglang_lsa.radix_ext.transfer import upload
@@ -25,6 +28,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.indices_updater_decode = _DecodeUpdater(model_runner, self)
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
         self.recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.streamed = StreamedPrefill(self)
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""
@@ -44,6 +48,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             ids = upload(np.stack((tokens, owners)), self.lsa.pager.device)
             rows = forward_batch.req_pool_indices[ids[1]]
             self.recent = ids[0], rows, forward_batch.positions[ids[0]]
+            if self.lsa.prefill.readings is not None:
+                self.streamed.plan(sum(forward_batch.extend_seq_lens_cpu))
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         observer = self.lsa.observer
@@ -51,7 +57,13 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             tokens, rows, positions = self.recent
             queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)[tokens]
             observer.observe(layer.layer_id, queries, rows, positions)
-        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        self.lsa.before_layer(layer.layer_id)
+        if self.recent is None or self.lsa.prefill.readings is None:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        out = self.streamed.attend(q, k, v, layer)
+        if save_kv_cache:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         observer = self.lsa.observer
@@ -59,6 +71,54 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
             observer.observe(layer.layer_id, queries, forward_batch.req_pool_indices, forward_batch.positions)
         return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+
+
+class StreamedPrefill:
+    """Prefill attention that reads only some of the prefix in place: part by part, merged by log-sum-exps.
+
+    The plans of a pass serve all layers: one for its own tokens and one for the pages in place, both made by the stock
+    backend, and two for blocks of staged pages, of which all but the last are of the same size.
+    """
+
+    def __init__(self, backend: LSAFlashInferBackend):
+        self.backend, self.lsa = backend, backend.lsa
+        self.whole_blocks, self.last_block = (
+            BatchPrefillWithRaggedKVCacheWrapper(backend.workspace_buffer, "NHD") for _ in range(2)
+        )
+
+    def plan(self, tokens: int) -> None:
+        """Plan the blocks that a pass of ``tokens`` new tokens reads from the host."""
+        staged = self.lsa.prefill.staged
+        if staged is None:
+            return
+        sizes = staged.sizes
+        for wrapper, size in ((self.whole_blocks, sizes[0]), (self.last_block, sizes[-1])):
+            updater = self.backend.indices_updater_prefill
+            wrapper.plan(
+                torch.tensor([0, tokens], dtype=torch.int32),
+                torch.tensor([0, size], dtype=torch.int32),
+                updater.num_qo_heads,
+                updater.num_kv_heads,
+                updater.head_dim,
+                q_data_type=updater.q_data_type,
+            )
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> torch.Tensor:
+        """One layer of the pass: ``[tokens, q_heads * head_dim]`` in the type of ``q``."""
+        q, options = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim), {"sm_scale": layer.scaling}
+        k, v = (t.view(-1, layer.tp_k_head_num, layer.head_dim) for t in (k, v))
+        options["logits_soft_cap"] = layer.logit_cap
+        backend, staged = self.backend, self.lsa.prefill.staged
+        out, lse = backend.prefill_wrapper_ragged.forward_return_lse(q, k, v, causal=True, **options)
+        out, lse = out.float(), lse.contiguous()
+        if any(reading.tokens_here for reading in self.lsa.prefill.readings):
+            (paged,) = backend.forward_metadata.prefill_wrappers
+            pool = backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            merge_states(out, lse, *paged.forward_return_lse(q, pool, causal=False, **options))
+        for block, (keys, values) in enumerate(staged.layer(layer.layer_id) if staged is not None else ()):
+            wrapper = self.whole_blocks if block + 1 < len(staged.sizes) else self.last_block
+            merge_states(out, lse, *wrapper.forward_return_lse(q, keys, values, causal=False, **options))
+        return out.to(q.dtype).view(len(q), -1)
 
 
 class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
@@ -129,21 +189,30 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
         custom_kv_indices=None,
         **options,
     ):
-        """Plan a prefill pass over the physical slots of all tokens; arguments as in the stock method."""
+        """Plan a prefill pass over the physical slots of what it reads in place; arguments as in the stock method."""
         lsa = self.attn_backend.lsa
-        # FlashInfer reads up to 256 indices past the end.
-        indices = torch.zeros(paged_kernel_lens_sum + 256, dtype=torch.int32, device=req_pool_indices.device)
-        indptr = torch.empty(len(req_pool_indices) + 1, dtype=torch.int32, device=req_pool_indices.device)
-        decode_indices(
-            lsa.everything,
-            self.req_to_token,
-            lsa.pager.v2p,
-            req_pool_indices,
-            paged_kernel_lens,
-            PAGE_SIZE,
-            indptr,
-            indices,
-        )
+        readings = lsa.prefill.readings
+        device = req_pool_indices.device
+        if readings is None:
+            # FlashInfer reads up to 256 indices past the end.
+            indices = torch.zeros(paged_kernel_lens_sum + 256, dtype=torch.int32, device=device)
+            indptr = torch.empty(len(req_pool_indices) + 1, dtype=torch.int32, device=device)
+            decode_indices(
+                lsa.everything,
+                self.req_to_token,
+                lsa.pager.v2p,
+                req_pool_indices,
+                paged_kernel_lens,
+                PAGE_SIZE,
+                indptr,
+                indices,
+            )
+        else:
+            lengths = [reading.tokens_here for reading in readings]
+            paged_kernel_lens_sum = sum(lengths)
+            paged_kernel_lens = upload(np.array(lengths, dtype=np.int64), device)
+            slots = [reading.slots(lsa.pager.ledger.v2p, device) for reading in readings]
+            indices = torch.cat((*slots, slots[0].new_zeros(256))).int()
         super().call_begin_forward(
             wrapper_ragged,
             wrapper_paged,

@@ -168,6 +168,8 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
         problems.append(
             f"{name} has state-space or linear-attention layers: not supported with LSA yet: use a dense model"
         )
+    if getattr(model, "is_multimodal", False):
+        problems.append(f"{name} takes more than text: not supported with LSA yet: use a text model")
     if not model.is_generation:
         problems.append(f"{name} does not generate text: serve it without LSA")
     try:

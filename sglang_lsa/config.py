@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 POLICIES = ("indexer", "quest", "recency", "random", "full")
+PREFILLS = ("exact", "resident")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 
@@ -47,6 +48,16 @@ class LSAConfig:
     observe_layers: tuple[int, ...] | None = _option(
         None, "Decoder layers whose queries and keys are observed, comma separated. Default: four, evenly spread."
     )
+    prefill: str = _option(
+        "exact",
+        "How a prompt reads the prefix that the radix tree has: all of it, or (resident) only the pages of it that are "
+        "predicted to matter. What was computed over a resident prefix does not enter the tree.",
+        choices=PREFILLS,
+    )
+    staging_pages: int = _option(
+        256,
+        "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device.",
+    )
     indexer: str | None = _option(None, "Folder of a trained memory indexer.", metavar="PATH")
     device_tokens: int | None = _option(None, "Tokens of KV in the device pool.")
     device_memory_gb: float | None = _option(None, "Device KV pool in GB, instead of --lsa-device-tokens.")
@@ -62,6 +73,7 @@ class LSAConfig:
         if self.policy is None:
             object.__setattr__(self, "policy", "indexer" if self.indexer else "quest")
         _require_choice("policy", self.policy, POLICIES)
+        _require_choice("prefill", self.prefill, PREFILLS)
         _require_fraction("budget", self.budget)
         if math.isnan(self.threshold):
             raise ValueError("--lsa-threshold nan is no number: use one")
@@ -119,17 +131,42 @@ def _arrive(values: dict[str, Any]) -> LSAConfig:
 
 
 @dataclass(frozen=True)
+class GivenSet:
+    """A resident set that a request names itself, for evaluation and replay.
+
+    Attributes:
+        tokens: context, in tokens, of the first decode step that reads it; the new token counts.
+        tail_start: page from which on everything is read.
+        positions: pages before that, ascending.
+    """
+
+    tokens: int
+    tail_start: int
+    positions: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.tokens}:{self.tail_start}:{','.join(map(str, self.positions))}"
+
+
+@dataclass(frozen=True)
 class RequestOptions:
-    """What one request asked for: ``custom_params={"lsa": {...}}``. Everything absent comes from the server."""
+    """What one request asked for: ``custom_params={"lsa": {...}}``. Everything absent comes from the server.
+
+    Attributes:
+        sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
+            with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
+    """
 
     policy: str
     budget: float
     enabled: bool = True
+    prefill: str = "exact"
+    sets: tuple[GivenSet, ...] = ()
 
     @property
     def dense(self) -> bool:
         """Whether this request reads all of its pages, whatever its length."""
-        return not self.enabled or self.policy == "full" or self.budget >= 1.0
+        return not self.sets and (not self.enabled or self.policy == "full" or self.budget >= 1.0)
 
     @classmethod
     def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
@@ -140,12 +177,13 @@ class RequestOptions:
         """
         asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
         if asked is None:
-            return cls(str(config.policy), config.budget)
+            return cls(str(config.policy), config.budget, prefill=config.prefill)
+        known = ("enabled", "budget", "policy", "prefill", "sets")
         if not isinstance(asked, dict):
-            raise ValueError(f"custom_params.lsa is {asked!r}: use an object with enabled, budget or policy")
-        unknown = sorted(set(asked) - {"enabled", "budget", "policy"})
+            raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
+        unknown = sorted(set(asked) - set(known))
         if unknown:
-            raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use enabled, budget or policy")
+            raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use {', '.join(known)}")
         enabled = asked.get("enabled", True)
         if not isinstance(enabled, bool):
             raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
@@ -156,7 +194,33 @@ class RequestOptions:
         policy = asked.get("policy", config.policy)
         allowed = POLICIES if config.indexer else tuple(name for name in POLICIES if name != "indexer")
         _require_choice("custom_params.lsa.policy", policy, allowed)
-        return cls(str(policy), float(budget), enabled)
+        prefill = asked.get("prefill", config.prefill)
+        _require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
+        sets = _parse_sets(asked.get("sets", ""))
+        if sets and (not enabled or policy == "full"):
+            raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
+        return cls(str(policy), float(budget), enabled, prefill, sets)
+
+
+def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
+    """Resident sets in their written form; see :class:`RequestOptions`."""
+    problem = f"custom_params.lsa.sets is {text!r:.80}: write tokens:tail_start:p,p,p with ; between sets"
+    if not isinstance(text, str):
+        raise ValueError(problem)
+    sets: list[GivenSet] = []
+    for part in filter(None, text.split(";")):
+        try:
+            tokens, tail_start, positions = part.split(":")
+            given = GivenSet(int(tokens), int(tail_start), tuple(int(p) for p in positions.split(",") if p))
+        except ValueError:
+            raise ValueError(problem) from None
+        ordered = all(a < b for a, b in zip((-1, *given.positions), (*given.positions, given.tail_start), strict=True))
+        if not ordered or given.tail_start * PAGE_SIZE >= given.tokens:
+            raise ValueError(f"{problem}; positions ascend and lie before tail_start, and that before tokens")
+        if sets and sets[-1].tokens >= given.tokens:
+            raise ValueError(f"{problem}; each set begins at more tokens than the one before")
+        sets.append(given)
+    return tuple(sets)
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +301,7 @@ _LEAST: dict[str, float] = {
     "recent_pages": 0,
     "min_context": 0,
     "query_tokens": 1,
+    "staging_pages": 1,
     "device_tokens": PAGE_SIZE * 4,
     "device_memory_gb": 0,
     "host_memory_gb": 0,

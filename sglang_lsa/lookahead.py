@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,10 +12,10 @@ import numpy as np
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.fetch import Fetch
 from sglang_lsa.pages import pages_complete, pages_spanned
-from sglang_lsa.policies import Policy, Refresh, Request
+from sglang_lsa.policies import Policy, Refresh, Request, Window
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.selection import select
+from sglang_lsa.selection import affordable, always_kept, budget_pages, select
 from sglang_lsa.sizing import LARGEST_SHARE
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 SCORE_LAG = 2
 """Forward passes between the one whose queries are scored and the one before which the scores are read, on a GPU. By
 then the overlap scheduler has waited for the first anyway, so that reading them does not."""
+NEVER = 1 << 62
+"""Steps left of a window that is not followed by another."""
 
 
 class Lookahead:
@@ -31,6 +33,8 @@ class Lookahead:
     On a CPU a refresh happens at once, between two windows. On a GPU it starts ``lead`` steps before its window begins:
     its scores are queued behind a forward pass, its pages arrive while decode goes on, and the table changes where the
     window begins, or later if the pages are late. Which pages are chosen depends on step numbers, never on timing.
+
+    A refresh that fails costs its request a new set, not its life: the old one stays.
 
     Args:
         policies: by name; ``full`` needs none.
@@ -52,9 +56,15 @@ class Lookahead:
         self.step = 0
         self.running = 0
         self.on_their_way: dict[str, Request] = {}
+        self.incomplete: dict[str, Request] = {}
+        """Requests that cannot decode before they have a resident set."""
         self.refreshes = 0
         self.stalls = 0
         self.fallbacks = 0
+        self.failures = 0
+        """Refreshes that ended with an exception; the set before them stayed."""
+        self.shrunk = 0
+        """Sets made smaller than their budget because the device pool was full."""
         self.host_seconds = 0.0
         """Time that this process spent on refreshes."""
         self.device_seconds = 0.0
@@ -62,7 +72,11 @@ class Lookahead:
 
     def begin(self, request: Request) -> None:
         """The prompt is prefilled: the first decode window is predicted from it, as soon as possible."""
-        request.steps_left = 0
+        request.steps_left, request.computed = 0, request.tokens
+        if request.given is not None:
+            self._await_given(request)
+            if request.steps_left > self.lead:
+                return
         with self._timed():
             self._start(request)
 
@@ -71,6 +85,9 @@ class Lookahead:
         self.running = len(requests)
         ending = []
         for request in requests:
+            if request.windows and not request.windows[-1].tokens:
+                request.windows[-1].tokens = request.tokens
+            request.computed = request.tokens
             request.steps_left -= 1
             if request.steps_left <= self.lead and request.next is None:
                 ending.append(request)
@@ -91,9 +108,41 @@ class Lookahead:
                 for request in list(self.on_their_way.values()):
                     self._advance(request)
 
+    def await_first(self, request: Request) -> None:
+        """Some pages of this request have left the device: it cannot decode before it has a resident set."""
+        request.incomplete = True
+        self.incomplete[request.rid] = request
+
+    def complete_first(self, decoding: Iterable[str]) -> None:
+        """These requests are about to decode: those that cannot be read whole get their first set now.
+
+        That may wait for the scores, for device pages and, on the device, for the pages' content.
+        """
+        if self.incomplete:
+            with self._timed():
+                for rid in decoding:
+                    if rid in self.incomplete:
+                        self._complete_first(self.incomplete[rid])
+
+    def _complete_first(self, request: Request) -> None:
+        if request.next is None:
+            self._start(request)
+        for last in (False, True):
+            if (new := request.next) is not None and not new.held:
+                new.due, new.urgent = self.step, last
+                self._advance(request)
+                if not new.held and not last:
+                    self.pager.settle()
+        if request.next is not None:  # sent for, but not here yet
+            self.pager.require(request.next.needed(request.pages))
+            self._attempt(request, self._switch)
+        if request.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
+            self._keep_tail(request)
+
     def forget(self, request: Request) -> None:
         """The request is gone."""
         self.on_their_way.pop(request.rid, None)
+        self.incomplete.pop(request.rid, None)
 
     # -- a refresh, stage by stage -------------------------------------------------------------------------------
 
@@ -101,40 +150,52 @@ class Lookahead:
         """Queue what predicts the next resident set."""
         request.window += 1
         self.refreshes += 1
-        complete, context = pages_complete(request.tokens), pages_spanned(request.tokens)
-        if request.dense or request.tokens < self.config.min_context:
-            request.next = Refresh(complete, context, due=self.step, scores=None)
-        else:
-            scores = self._score(request, complete)
-            request.next = Refresh(complete, context, due=self.step + self.lag, scores=scores)
+        complete, context = pages_complete(request.computed), pages_spanned(request.computed)
+        new = Refresh(complete, context, due=self.step, scores=None)
+        if request.given:
+            given = request.given.popleft()
+            new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
+        elif not request.dense and (request.incomplete or request.tokens >= self.config.min_context):
+            new.scores = self.score(request, complete)
+            new.due += self.lag
+        request.next = new
         self.on_their_way[request.rid] = request
-        if request.next.due <= self.step:
+        if new.due <= self.step:
             self._advance(request)
 
     def _advance(self, request: Request) -> None:
-        new = request.next
-        assert new is not None
-        if new.positions is None:
-            if self.step < new.due:
-                return
-            new.positions, new.tail_start = self._choose(request, new)
-            if not self._recall(request, new):
-                self._stall(request)
-                self._end(request)  # the old set stays for one more window
-                return
-        if request.steps_left > 0:
+        """Take the refresh of ``request`` as far as it can go now."""
+        self._attempt(request, self._choose_and_recall)
+        if request.next is not None and request.next.held and request.steps_left <= 0:
+            self._attempt(request, self._switch_when_here)
+
+    def _choose_and_recall(self, request: Request, new: Refresh) -> None:
+        if new.held or self.step < new.due:
             return
-        needed = new.needed(request.pages)
-        if self.pager.arrived(needed):
-            self._switch(request, new, needed)
-            self._end(request)
-        elif not new.late:
+        if new.positions is None:
+            self._choose(request, new)
+        new.held = self._recall(request, new)
+        if new.held or self._can_wait(request, new):
+            return
+        new.held = self._recall_less(request, new)
+        if not new.held:
+            self._stall(request)
+            self._end(request)  # the old set stays for one more window
+
+    def _can_wait(self, request: Request, new: Refresh) -> bool:
+        """Whether there is time to try again before the next step; what is in flight now can be had then (GPU)."""
+        return self.lag > 0 and not new.urgent and (request.incomplete or request.steps_left > self.lead // 2)
+
+    def _switch_when_here(self, request: Request, new: Refresh) -> None:
+        if self.pager.arrived(needed := new.needed(request.pages)):
+            self._switch(request, new)
+        elif not new.late and not request.incomplete:
             new.late = True
             self.pager.count_late(needed)
             self._stall(request)  # the old set stays until the pages are there
 
-    def _score(self, request: Request, complete: int) -> Fetch:
-        """Scores of the complete pages. A policy that fails costs this window its prediction, not the request."""
+    def score(self, request: Request, complete: int) -> Fetch:
+        """Scores of the first ``complete`` pages. A policy that fails costs the window its prediction, no more."""
         pages = request.pages[:complete]
         try:
             with Fetch.timed(self.pager.device) as fetch:
@@ -147,47 +208,105 @@ class Lookahead:
             logger.exception("LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.policy)
             return Fetch.of(self.policies["recency"].score(request, pages))
 
-    def _choose(self, request: Request, new: Refresh) -> tuple[np.ndarray, int]:
-        """Positions of the pages to keep among the complete ones, and the position where the tail starts."""
+    def _choose(self, request: Request, new: Refresh) -> None:
+        """Which of the complete pages to keep, and where the tail starts."""
+        new.positions = np.zeros(0, dtype=np.int64)
         if new.scores is None:
-            return np.zeros(0, dtype=np.int64), 0
+            return
         scores = new.scores.values()
         self.device_seconds += new.scores.device_seconds
-        positions = select(
-            scores,
-            new.context,
-            budget=min(request.budget, self.largest_set / new.context),
-            min_pages=min(self.config.min_pages, int(self.largest_set)),
-            sink_pages=self.config.sink_pages,
-            recent_pages=self.config.recent_pages,
-            threshold=self.config.threshold,
-        )
-        return positions, new.complete
+        new.values = np.where(np.isnan(scores), -np.inf, scores)
+        new.positions, new.ranks = self.choose(new.values, new.context, request.budget)
+        new.tail_start = new.complete
+
+    def choose(self, scores: np.ndarray, context: int, budget: float) -> tuple[np.ndarray, np.ndarray]:
+        """The best pages within the budget, and within what the device pool is meant for.
+
+        Args:
+            scores: ``[complete]``.
+            context: pages of the request, a partly filled last one included.
+            budget: fraction of them.
+
+        Returns:
+            Positions, ascending, and their ranks: scores, but infinite where a page stays whatever its score.
+        """
+        scores = np.where(np.isnan(scores), -np.inf, scores)
+        budget, least = self._bounds(context, budget)
+        sizes = {"sink_pages": self.config.sink_pages, "recent_pages": self.config.recent_pages}
+        positions = select(scores, context, budget=budget, min_pages=least, threshold=self.config.threshold, **sizes)
+        stay = always_kept(context, budget_pages(context, budget, least), **sizes)
+        return positions, np.where(stay[positions], np.inf, scores[positions])
+
+    def set_pages(self, context: int, budget: float) -> int:
+        """Pages of the largest set that is predicted for a request of ``context`` pages, its last one included."""
+        return budget_pages(context, *self._bounds(context, budget))
+
+    def _bounds(self, context: int, budget: float) -> tuple[float, int]:
+        return min(budget, self.largest_set / context), min(self.config.min_pages, int(self.largest_set))
 
     def _recall(self, request: Request, new: Refresh) -> bool:
         """Hold the new set beside the old one, and send for what is not on the device.
 
-        A device page per running request is left for it to grow into.
+        A device page per running request is left for it to grow into. Nothing is held when the set does not fit.
         """
-        if new.scores is None:
+        if new.tail_start == request.tail_start == 0 and not request.incomplete:
             return True  # it holds all of its pages
-        needed = new.needed(request.pages)
-        return self.pager.hold_if_spare(request.rid, needed, spare=0 if request.window == 0 else self.running)
+        promised = self.pager.reserved.pop(request.rid, 0)  # for its first set, by admission
+        if self.pager.hold_if_spare(request.rid, new.needed(request.pages), self._spare(request)):
+            return True
+        if promised:
+            self.pager.reserved[request.rid] = promised
+        return False
 
-    def _switch(self, request: Request, new: Refresh, needed: np.ndarray) -> None:
+    def _recall_less(self, request: Request, new: Refresh) -> bool:
+        """The same with what fits: the best of the new pages and, in place of the others, the best of the old set.
+
+        Nothing is held when no new page fits, or fewer than ``min_pages`` in all.
+        """
+        if new.positions is None or new.ranks is None:
+            return False
+        self.pager.reserved.pop(request.rid, None)
+        wanted = len(new.positions)
+        old = np.setdiff1d(request.positions[request.positions < new.complete], new.positions)
+        positions, ranks = np.append(new.positions, old), np.append(new.ranks, new.values[old])
+        costs = ~self.pager.ledger.is_held(request.pages[positions])
+        tail = request.pages[new.tail_start :]
+        room = self.pager.unpromised_pages - self._spare(request) - int((~self.pager.ledger.is_held(tail)).sum())
+        kept = affordable(ranks, costs, max(0, room))[:wanted]
+        least = 0 if request.incomplete else min(self.config.min_pages - len(tail), wanted)
+        fresh = np.isin(positions[kept], request.positions, invert=True).any()
+        if room < 0 or len(kept) < least or not (fresh or request.incomplete):
+            return False
+        order = np.argsort(positions[kept])
+        new.positions, new.ranks = positions[kept][order], ranks[kept][order]
+        request.shrunk += 1
+        self.shrunk += 1
+        return self.pager.hold_if_spare(request.rid, new.needed(request.pages), self._spare(request))
+
+    def _spare(self, request: Request) -> int:
+        return 0 if request.window == 0 else self.running
+
+    def _switch(self, request: Request, new: Refresh) -> None:
         """Let go of the old set and let decode attention read the new one."""
         assert new.positions is not None
-        if new.scores is not None:
-            self.pager.ledger.retain(request.rid, needed)
-        self.remap(request, new.positions, new.tail_start)
+        self.remap(request, new.positions, new.tail_start, new.ranks)
+        if new.tail_start:
+            self.pager.ledger.retain(request.rid, new.needed(request.pages))
+            self.pager.ledger.heat.select(request.pages[new.positions])
+        self._end(request)
 
-    def remap(self, request: Request, positions: np.ndarray, tail_start: int) -> None:
+    def remap(self, request: Request, positions: np.ndarray, tail_start: int, ranks: np.ndarray | None = None) -> None:
         """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
         still_dense = request.tail_start == tail_start == 0
-        request.positions, request.tail_start = positions, tail_start
-        request.history.append(positions.tolist())
         if not still_dense:
             self.table.remap(request.row, self.pager.ledger.v2p[request.pages[positions]], tail_start)
+        request.positions, request.tail_start, request.ranks = positions, tail_start, ranks
+        if request.incomplete:
+            request.incomplete = False
+            del self.incomplete[request.rid]
+        if request.windows and not request.windows[-1].tokens:
+            request.windows.pop()  # no step has read it
+        request.windows.append(Window(tail_start, positions))
 
     def _stall(self, request: Request) -> None:
         request.stalls += 1
@@ -202,6 +321,65 @@ class Lookahead:
         request.steps_left += self.config.window - spread
         request.next = None
         self.on_their_way.pop(request.rid, None)
+        if request.given is not None:
+            self._await_given(request)
+
+    def _await_given(self, request: Request) -> None:
+        assert request.given is not None
+        request.steps_left = request.given[0].tokens - 1 - request.computed if request.given else NEVER
+
+    # -- trouble -------------------------------------------------------------------------------------------------
+
+    def _attempt(self, request: Request, stage: Callable[[Request, Refresh], None]) -> None:
+        """Run one stage. If it fails, the set that the request reads stays for one more window."""
+        new = request.next
+        if new is None:
+            return
+        try:
+            stage(request, new)
+        except Exception:
+            self.failures += 1
+            request.failures += 1
+            logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
+            self.pager.ledger.retain(request.rid, request.read_pages())
+            self._end(request)
+
+    def _keep_tail(self, request: Request) -> None:
+        tail_start = pages_complete(request.computed)
+        self.remap(request, np.zeros(0, dtype=np.int64), tail_start)
+        self.pager.ledger.retain(request.rid, request.pages[tail_start:])
+        self._stall(request)
+
+    def shrink(self, requests: Sequence[Request], wanted: int) -> None:
+        """Make resident sets smaller, the largest first and each by half, until ``wanted`` device pages are let go.
+
+        None becomes smaller than ``min_pages``. What was let go can be had once no forward pass reads it.
+        """
+        freed = 0
+        candidates = [request for request in requests if request.ranks is not None and request.tail_start]
+        for request in sorted(candidates, key=lambda request: -len(request.positions)):
+            if freed >= wanted:
+                return
+            freed += self._halve(request)
+
+    def _halve(self, request: Request) -> int:
+        """Returns how many device pages nobody holds any more."""
+        assert request.ranks is not None
+        tail = pages_spanned(request.tokens) - request.tail_start
+        stay = int(np.isinf(request.ranks).sum())
+        size = max(len(request.positions) // 2, self.config.min_pages - tail, stay)
+        if size >= len(request.positions):
+            return 0
+        kept = np.sort(np.argsort(-request.ranks, kind="stable")[:size])
+        held = self.pager.ledger.held_pages
+        self.remap(request, request.positions[kept], request.tail_start, request.ranks[kept])
+        needed = [request.read_pages()]
+        if request.next is not None and request.next.held:
+            needed.append(request.next.needed(request.pages))
+        self.pager.ledger.retain(request.rid, np.concatenate(needed))
+        request.shrunk += 1
+        self.shrunk += 1
+        return held - self.pager.ledger.held_pages
 
     @property
     def largest_set(self) -> float:

@@ -14,6 +14,8 @@ GAUGES: dict[str, str] = {
     "lsa_host_pages": "Pages with a copy in the host mirror",
     "lsa_host_bytes": "Bytes of those copies",
     "lsa_context_pages": "Pages of all running requests, shared ones counted for each",
+    "lsa_promised_pages": "Device pages kept for prompts that are being prefilled",
+    "lsa_staging_bytes": "Device bytes through which prompts read pages from the host",
     "lsa_resident_pages": "Pages that the running requests read in decode, shared ones counted for each",
 }
 COUNTERS: dict[str, str] = {
@@ -26,6 +28,16 @@ COUNTERS: dict[str, str] = {
     "lsa_refreshes": "Resident sets predicted",
     "lsa_stalls": "Resident sets that could not be brought in; the old ones stayed",
     "lsa_fallbacks": "Predictions that failed; the most recent pages stayed",
+    "lsa_warmed_pages": "Pages recalled because past requests over the same prefix selected them",
+    "lsa_streamed_passes": "Prefill passes that read pages from the host",
+    "lsa_streamed_pages": "Pages that they read so",
+    "lsa_resident_prompts": "Prompts that read only a resident set of their cached prefix",
+    "lsa_admission_waits": "Scheduling passes in which a prompt waited for device pages",
+    "lsa_shrunk_sets": "Resident sets made smaller than their budget because the device pool was full",
+    "lsa_retractions": "Times SGLang was asked to retract a request because the device pool was full",
+    "lsa_host_evicted_pages": "Pages that left the radix tree because host memory was full",
+    "lsa_refresh_failures": "Refreshes that ended with an exception; the resident set before them stayed",
+    "lsa_failed_batches": "Batches whose requests were failed because memory ran out while they were computed",
     "lsa_prefix_hit_tokens": "Prompt tokens found in the radix tree",
 }
 PREFIX = "sglang:"
@@ -80,7 +92,19 @@ def measure(runtime: LSARuntime) -> dict[str, Any]:
         "lsa_refreshes": lookahead.refreshes,
         "lsa_stalls": lookahead.stalls,
         "lsa_fallbacks": lookahead.fallbacks,
-        "lsa_prefix_hit_tokens": runtime.radix_hit_tokens,
+        "lsa_promised_pages": sum(pager.reserved.values()),
+        "lsa_staging_bytes": runtime.staging_bytes,
+        "lsa_warmed_pages": pager.warmed_pages,
+        "lsa_streamed_passes": runtime.prefill.streamed_passes,
+        "lsa_streamed_pages": runtime.staging.staged_pages,
+        "lsa_resident_prompts": runtime.prefill.resident_prompts,
+        "lsa_admission_waits": runtime.admission.waits,
+        "lsa_shrunk_sets": lookahead.shrunk,
+        "lsa_retractions": runtime.admission.pressed,
+        "lsa_host_evicted_pages": runtime.host_evicted_pages,
+        "lsa_refresh_failures": lookahead.failures,
+        "lsa_failed_batches": runtime.failed_batches,
+        "lsa_prefix_hit_tokens": runtime.prefill.radix_hit_tokens,
     }
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from sglang_lsa.config import GivenSet
 from sglang_lsa.fetch import Fetch
 from sglang_lsa.kernels.page_score import bound_score
 from sglang_lsa.observe import PageKeys, QueryObserver
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.radix_ext.transfer import ids_on
+from sglang_lsa.reading import IN_PLACE
 
 HISTORY_WINDOWS = 32
 """Windows whose resident positions are remembered per request."""
@@ -30,9 +33,17 @@ class Refresh:
     due: int
     """Number of the step before which its scores are read."""
     scores: Fetch | None
-    """None for a dense request."""
+    """None for a set that is not predicted: everything, or what the request names itself."""
     positions: np.ndarray | None = None
     tail_start: int = 0
+    values: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Scores of all complete pages."""
+    ranks: np.ndarray | None = None
+    """Scores of ``positions``; pages that must stay have infinite ones."""
+    held: bool = False
+    """Its pages are held beside those of the set before it, and sent for."""
+    urgent: bool = False
+    """The request cannot decode without it."""
     late: bool = False
     """Its window has begun without it."""
 
@@ -40,6 +51,19 @@ class Refresh:
         """Those of the request's ``pages`` that decode would read."""
         assert self.positions is not None
         return np.concatenate((pages[self.positions], pages[self.tail_start :]))
+
+
+@dataclass
+class Window:
+    """A resident set that a request read, or reads."""
+
+    tail_start: int
+    positions: np.ndarray
+    tokens: int = 0
+    """Context of the first decode step that read it, in tokens; 0 before that step."""
+
+    def as_given(self) -> GivenSet:
+        return GivenSet(self.tokens, self.tail_start, tuple(self.positions.tolist()))
 
 
 @dataclass
@@ -55,6 +79,9 @@ class Request:
     budget: float
     dense: bool
     tokens: int = 0
+    """Context, the tokens included that the forward pass being queued computes."""
+    computed: int = 0
+    """Tokens whose KV the passes queued before have computed."""
     pages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Virtual ids of its pages, int64 ``[pages_spanned(tokens)]``."""
     next: Refresh | None = None
@@ -63,8 +90,38 @@ class Request:
     steps_left: int = 0
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tail_start: int = 0
-    history: deque[list[int]] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
+    ranks: np.ndarray | None = None
+    """Scores of ``positions``, by which the worst are given up under pressure; pages that must stay are infinite."""
+    windows: deque[Window] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
+    prompt_tokens: int = 0
+    """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
+    prefill: str = IN_PLACE
+    cached_pages: int = 0
+    """Pages that the radix tree had when it was admitted."""
+    prefix_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Those of them that its prompt reads, when it does not read all."""
+    prefix_ranks: np.ndarray | None = None
+    incomplete: bool = False
+    """Some of its pages are only in host memory and it has no resident set yet: it cannot decode without one."""
+    given: deque[GivenSet] | None = None
+    """Resident sets that it named itself and has not read yet."""
     stalls: int = 0
+    shrunk: int = 0
+    """How often its set was made smaller than its budget because the device pool was full."""
+    failures: int = 0
+
+    def name_sets(self, sets: Sequence[GivenSet]) -> None:
+        """The request says itself what its windows read."""
+        self.given = deque(sets) if sets else None
+
+    def read_pages(self) -> np.ndarray:
+        """Virtual pages that its decode steps read now."""
+        return np.concatenate((self.pages[self.positions], self.pages[self.tail_start :]))
+
+    @property
+    def history(self) -> list[list[int]]:
+        """Positions of each window's set below its tail."""
+        return [window.positions.tolist() for window in self.windows]
 
     def residency(self) -> tuple[int, int]:
         """Pages of the request, and how many of them its decode steps read."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import zlib
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,20 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
-from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.policy import HiddenObserver, Indexer
+from sglang_lsa.admission import Admission
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.indexer.policy import Indexer, load_indexer
+from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
 from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers
-from sglang_lsa.pages import pages_complete, pages_spanned
+from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
 from sglang_lsa.policies import Policy, Quest, Random, Recency, Request
+from sglang_lsa.prefill import Prefill
 from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.reading import RESIDENT
 from sglang_lsa.resident_table import PAGES, ResidentTable
 from sglang_lsa.sizing import graph_tokens, max_resident_pages
-from sglang_lsa.status import describe
+from sglang_lsa.staging import Staging, sums_bytes
+from sglang_lsa.status import describe_finished
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class LSARuntime:
         req_to_token: ``[requests + 1, max_context]`` SGLang's table of virtual slots.
         q_heads, softmax_scale: of the model, for scoring.
         model: SGLang's model, whose decoder layers an indexer observes.
+        chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
         metrics: Prometheus metrics to keep up to date.
     """
 
@@ -61,6 +65,7 @@ class LSARuntime:
         q_heads: int,
         softmax_scale: float,
         model: torch.nn.Module,
+        chunk_tokens: int | None = None,
         metrics: Metrics | None = None,
     ):
         self.config, self.pager, self.req_to_token = config, pager, req_to_token
@@ -103,64 +108,29 @@ class LSARuntime:
             config = dataclasses.replace(config, min_context=longest_dense)
         lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag)
+        self.requests: dict[str, Request] = {}
+        self.admission = Admission(config, pager, self.lookahead, chunk_tokens)
+        self.staging = Staging(pager.mirror.pages, config.staging_pages, pager.device, lambda: pager.compute())
+        self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
+        """Device bytes that prompts need to read the host mirror; no context enters."""
+        self.prefill = Prefill(config, pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
         if self.on_gpu:
             self._compile_kernels()
-        self.requests: dict[str, Request] = {}
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
-        self._promised_prefixes: set[int] = set()
-        self._prefix_pages: dict[str, np.ndarray] = {}
+        self.failed_batches = 0
+        """Batches whose requests were failed because memory ran out while they were computed."""
+        self.host_evicted_pages = 0
+        """Pages that the radix tree gave up because host memory was full."""
         self._stream: torch.cuda.Stream | None = None
-        self.radix_hit_tokens = 0
-        self.prompt_tokens = 0
-
-    # -- admission -----------------------------------------------------------------------------------------------
-
-    def validate(self, req: Any) -> str | None:
-        """Why this request can never run, or None. ``req`` has just arrived."""
-        try:
-            RequestOptions.parse(req.sampling_params.custom_params, self.config)
-        except ValueError as error:
-            return str(error)
-        tokens, room = len(req.origin_input_ids), (self.pager.ledger.physical_pages - 1) * PAGE_SIZE
-        if tokens >= room:
-            return (
-                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); the device pool takes prompts "
-                f"of fewer than {room}. Shorten the prompt, or start the server with a larger --lsa-device-tokens."
-            )
-        # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
-        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room - tokens)
-        return None
-
-    def can_prefill(self, req: Any, running: int) -> bool:
-        """Whether the device pool can take this prompt now, next to one growing page per running request."""
-        self.pager.poll()
-        return self._new_pages(req) + 1 + running <= self.pager.unpromised_pages
-
-    def promise(self, req: Any) -> None:
-        """This prompt was admitted: keep device pages for all of it until it is prefilled."""
-        self.pager.reserved[req.rid] = self._new_pages(req)
-        prefix = self._pages(req.prefix_indices[::PAGE_SIZE])
-        self._promised_prefixes.update(prefix.tolist())
-        self._prefix_pages[req.rid] = prefix
-
-    def _new_pages(self, req: Any) -> int:
-        """Device pages that this prompt takes from those that can be had.
-
-        Prefix pages that another request holds, or was promised in this pass, cost nothing; all others do, even those
-        on the device, which are then no longer there to give up.
-        """
-        prefix = self._pages(req.prefix_indices[::PAGE_SIZE])
-        promised = np.fromiter((page in self._promised_prefixes for page in prefix.tolist()), bool, len(prefix))
-        free_of_charge = int((self.pager.ledger.is_held(prefix) | promised).sum())
-        return pages_spanned(len(req.full_untruncated_fill_ids)) - free_of_charge
 
     def can_decode(self, reqs: Iterable[Any]) -> bool:
-        """Whether every one of ``reqs`` that is about to open a page gets one."""
-        opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
-        if opening == 0 or opening <= self.pager.unpromised_pages:
-            return True
-        self.pager.settle()  # before a request loses its KV, count what is only on its way
-        return opening <= self.pager.unpromised_pages
+        """Whether every one of ``reqs`` that is about to open a page gets one; see ``Admission.can_decode``."""
+
+        def shrink(pages: int) -> None:
+            with self.on_stream():
+                self.lookahead.shrink(list(self.requests.values()), pages)
+
+        return self.admission.can_decode(reqs, shrink)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -184,13 +154,16 @@ class LSARuntime:
         lengths = batch.seq_lens_cpu.tolist()
         if batch.forward_mode.is_extend():
             with self.on_stream():
-                self._before_extend(batch, lengths, new_pages)
+                self.prefill.begin_pass(batch, lengths, new_pages)
         elif batch.forward_mode.is_decode():
             self._before_decode(batch, lengths, new_pages)
         self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
-        if self.lookahead.on_their_way or self.pager.ledger.any_moved:  # most decode steps queue nothing
+        # Most decode steps queue nothing.
+        if self.lookahead.on_their_way or self.lookahead.incomplete or self.pager.ledger.any_moved:
             with self.on_stream():
                 self.lookahead.begin_step()
+                if batch.forward_mode.is_decode():
+                    self.lookahead.complete_first(req.rid for req in batch.reqs)
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
@@ -199,31 +172,6 @@ class LSARuntime:
             self.fits_graph = read + self.table.rows <= self.graph_tokens  # padding reads one slot a row
             self.graphless_steps += not self.fits_graph
         return self.pager.ledger.forward_started()
-
-    def _before_extend(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
-        self._promised_prefixes.clear()
-        taken = 0
-        for req, tokens, prefix in zip(batch.reqs, lengths, batch.prefix_lens, strict=True):
-            request = self.requests.get(req.rid)
-            if request is None:
-                known = self._prefix_pages.pop(req.rid, None)
-                if known is None or len(known) != pages_spanned(prefix):
-                    known = self.virtual_pages(req, prefix)
-            else:
-                known = request.pages[: pages_spanned(prefix)]
-            wanted = pages_spanned(tokens) - len(known)
-            pages = np.concatenate((known, new_pages[taken : taken + wanted]))
-            taken += wanted
-            self._hold(req, pages)
-            self.pager.require(pages)
-            self._admitted(req, tokens, prefix, pages)
-            remaining = pages_spanned(len(req.full_untruncated_fill_ids)) - pages_spanned(tokens)
-            if req is batch.chunked_req:
-                self.pager.reserved[req.rid] = remaining
-            else:
-                self.pager.reserved.pop(req.rid, None)
-        if taken != len(new_pages):
-            raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that needs {taken}")
 
     def _before_decode(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
         taken = 0
@@ -234,7 +182,7 @@ class LSARuntime:
                 opened = new_pages[taken : taken + 1]
                 taken += 1
                 request.pages = np.concatenate((request.pages, opened))
-                self._hold(req, opened)
+                self.prefill.hold(req.rid, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
 
@@ -252,7 +200,9 @@ class LSARuntime:
                 for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
                     self._complete(request, pages_complete(prefix), start, prefix)
                     start += request.tokens - prefix
-                    if req is not batch.chunked_req:
+                    middle = req is batch.chunked_req
+                    self.prefill.end_pass(req, middle)
+                    if not middle:
                         self.lookahead.begin(request)
         elif batch.forward_mode.is_decode():
             filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
@@ -266,7 +216,29 @@ class LSARuntime:
         if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
             self._update_metrics()
 
+    def forward_failed(self) -> None:
+        """A pass was given up, before or while it was queued, and its requests are about to be failed."""
+        self.rows = self.rows[:0]
+        self.failed_batches += 1
+        self.pager.all_queued()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
     # -- attention -----------------------------------------------------------------------------------------------
+
+    def before_layer(self, layer: int) -> None:
+        """A prefill pass is about to read this layer."""
+        self.pager.transfer.before_layer(layer)
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether the prefill pass being queued is to be run once more, after :meth:`choose_resident`."""
+        return bool(self.prefill.looking)
+
+    def choose_resident(self) -> None:
+        """Requests over a resident prefix have had a first look at it: choose what they read."""
+        with self.on_stream():
+            self.prefill.choose_resident()
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
@@ -291,7 +263,7 @@ class LSARuntime:
 
     def virtual_pages(self, req: Any, tokens: int) -> np.ndarray:
         """Virtual pages of a request's first ``tokens`` tokens, int64 ``[pages]``, read from SGLang's table."""
-        return self._pages(self.req_to_token[req.req_pool_idx, :tokens:PAGE_SIZE])
+        return pages_of(self.req_to_token[req.req_pool_idx, :tokens:PAGE_SIZE])
 
     def pages_replaced(self, req: Any, tokens: int, known: torch.Tensor) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
@@ -305,7 +277,7 @@ class LSARuntime:
         own = request.pages if request is not None else self.virtual_pages(req, tokens)
         before = own[: pages_spanned(tokens)]
         after = before.copy()
-        shared = self._pages(known[::PAGE_SIZE])
+        shared = pages_of(known[::PAGE_SIZE])
         after[: len(shared)] = shared
         if (before == after).all():
             return
@@ -314,23 +286,31 @@ class LSARuntime:
             return
         request.pages = np.concatenate((after, own[len(before) :]))
         with self.on_stream():
-            self.pager.require(after)
-        if request.tail_start:
-            with self.on_stream():
+            self.pager.require(after[self.pager.ledger.on_device(after)])
+            if request.tail_start:
                 self.table.remap(
                     request.row, self.pager.ledger.v2p[request.pages[request.positions]], request.tail_start
                 )
 
+    def is_exact(self, req: Any) -> bool:
+        """Whether the request's prompt was computed over all of its tokens, so that others may use its KV."""
+        admitted = self.admission.admitted.get(req.rid)
+        return admitted is None or admitted.how != RESIDENT
+
     def request_gone(self, req: Any) -> None:
         """The request finished, was aborted or retracted; its KV is about to be released."""
         self.pager.forget(req.rid)
-        self._prefix_pages.pop(req.rid, None)
+        self.admission.forget(req.rid)
         request = self.requests.pop(req.rid, None)
         if request is not None:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
-            self.finished.append(describe(self, request) | {"history": list(request.history)})
+            self.finished.append(describe_finished(self, request))
         self._update_metrics()
+
+    def release(self) -> None:
+        """The server is going down: nothing is copied any more, and host memory is no longer locked."""
+        self.pager.release()
 
     def check(self) -> None:
         """Raise LedgerError if a page was lost, or if a request that is gone still holds one."""
@@ -340,8 +320,10 @@ class LSARuntime:
             raise RuntimeError(f"LSA: requests {sorted(strangers)} are gone but hold pages")
         for request in self.requests.values():
             slots = self.req_to_token[request.row, : request.tokens : PAGE_SIZE]
-            if not np.array_equal(self._pages(slots), request.pages):
+            if not np.array_equal(pages_of(slots), request.pages):
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
+            if request.windows and not self.pager.ledger.held_by(request.rid).issuperset(request.read_pages()):
+                raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
 
     def _compile_kernels(self) -> None:
         """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
@@ -357,35 +339,16 @@ class LSARuntime:
         physical_slots(rows, self.pager.v2p, PAGE_SIZE)
         self.pager.transfer.store(padding, padding, lambda: None)
         self.pager.transfer.wait()
-        self.pager.transfer.recall(padding, padding, lambda: None)
+        for layer_by_layer in (False, True):
+            self.pager.transfer.recall(padding, padding, lambda: None, layer_by_layer)
         self.pager.transfer.wait()
+        for keys, _ in self.staging.read(padding).layer(0):
+            states = torch.zeros((1, *queries.shape[1:]), device=keys.device)
+            merge_states(states, states[..., 0].contiguous(), queries[:1], states[..., 0].contiguous())
+        self.staging.staged_pages = 0
         self.pager.transfer.recalled_pages, self.pager.transfer.recall_seconds = 0, 0.0
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _hold(self, req: Any, pages: np.ndarray) -> None:
-        if self.pager.hold(req.rid, pages):
-            return
-        self.pager.settle()
-        if not self.pager.hold(req.rid, pages):
-            raise RuntimeError(
-                f"LSA: the device pool ({self.pager.ledger.physical_pages} pages, {self.pager.ledger.held_pages} held) "
-                f"cannot take {len(pages)} pages of {req.rid}; admission should have prevented this, please report it"
-            )
-
-    def _admitted(self, req: Any, tokens: int, prefix: int, pages: np.ndarray) -> None:
-        request = self.requests.get(req.rid)
-        if request is None:
-            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
-            seed = zlib.crc32(np.asarray(req.origin_input_ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
-            request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)
-            request.first_observed = prefix
-            self.requests[req.rid] = request
-            self.radix_hit_tokens += prefix
-            self.prompt_tokens += len(req.full_untruncated_fill_ids)
-            # Until its first window is predicted a request reads all of its pages.
-            self.table.remap(request.row, np.zeros(0, dtype=np.int64), 0)
-        request.tokens, request.pages = tokens, pages
 
     def _complete(self, request: Request, first: int, chunk_start: int | None, prefix: int) -> None:
         """Pages from position ``first`` on that are full now: mirror them and remember their keys.
@@ -410,24 +373,6 @@ class LSARuntime:
                 self.indexer.complete(request, request.pages[-1:], len(request.pages) - 1, None, 0)
         self.pager.store(pages)
 
-    @staticmethod
-    def _pages(slots: torch.Tensor) -> np.ndarray:
-        return (slots.cpu().numpy() // PAGE_SIZE).astype(np.int64)
-
     def _update_metrics(self) -> None:
         if self.metrics is not None:
             self.metrics.update(self)
-
-
-def load_indexer(config: LSAConfig, pager: Pager, rows: int, model: torch.nn.Module) -> Indexer:
-    """Load ``config.indexer`` and let it observe ``model``.
-
-    Raises:
-        ValueError: the checkpoint is broken, or the model's layers cannot be found.
-    """
-    keys = pager.keys[0]
-    towers = MemoryIndexer.load(str(config.indexer)).to(keys.device)
-    shape = towers.config
-    observer = HiddenObserver(rows, config.query_tokens, shape.layers, shape.hidden_size, keys.dtype, keys.device)
-    observer.watch(model)
-    return Indexer(towers, observer, pager.ledger.virtual_pages)

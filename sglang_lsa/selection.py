@@ -10,6 +10,35 @@ def budget_pages(context_pages: int, budget: float, min_pages: int) -> int:
     return min(context_pages, max(min_pages, int(context_pages * budget)))
 
 
+def always_kept(context_pages: int, bound: int, sink_pages: int, recent_pages: int) -> np.ndarray:
+    """Which pages stay whatever their score: sink and recent ones, as many as a set of ``bound`` pages has room for.
+
+    Returns:
+        bool ``[context_pages]``.
+    """
+    recent = max(1, min(recent_pages, bound // 4))
+    sink = min(sink_pages, bound // 2)
+    keep = np.zeros(context_pages, dtype=bool)
+    keep[:sink] = True
+    keep[context_pages - recent :] = True
+    return keep
+
+
+def affordable(ranks: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
+    """The best pages that together cost no more than ``room``.
+
+    Args:
+        ranks: ``[n]``, higher is better; infinite for pages that must stay.
+        costs: bool ``[n]``, whether each takes a device page from those that can be had.
+
+    Returns:
+        Indices into ``ranks``, best first, int64. One that is too dear is passed over, not the end.
+    """
+    best_first = np.argsort(-ranks, kind="stable")
+    spent = np.cumsum(costs[best_first])
+    return best_first[~costs[best_first] | (spent <= room)]
+
+
 def select(
     scores: np.ndarray,
     context_pages: int,
@@ -45,11 +74,7 @@ def select(
     bound = budget_pages(context_pages, budget, min_pages)
     if bound >= context_pages:
         return np.arange(complete, dtype=np.int64)
-    recent = max(1, min(recent_pages, bound // 4))
-    sink = min(sink_pages, bound // 2)
-    keep = np.zeros(context_pages, dtype=bool)
-    keep[:sink] = True
-    keep[context_pages - recent :] = True
+    keep = always_kept(context_pages, bound, sink_pages, recent_pages)
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])

@@ -12,6 +12,7 @@ from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.observe import observed_layers
 from sglang_lsa.pages import align_up, pages_spanned
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory, require_host_memory
+from sglang_lsa.staging import staging_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Needs:
         context_tokens: longest context of the model.
         page_key_bytes: selector's bytes for one page.
         row_bytes: selector's bytes for one request.
+        staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Needs:
     context_tokens: int
     page_key_bytes: int
     row_bytes: int
+    staging_bytes: int = 0
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
         """Device bytes beside KV, by purpose."""
@@ -56,6 +59,7 @@ class Needs:
             "queries": self.rows * self.row_bytes,
             "tables": self.rows * (columns + 2) * 4 + pages * 4,
             "graph_indices": graph * 4,
+            "staging": self.staging_bytes,
         }
 
 
@@ -63,6 +67,7 @@ def selector_needs(
     config: LSAConfig,
     *,
     rows: int,
+    chunk_tokens: int,
     graph_batch: int,
     context_tokens: int,
     layers: int,
@@ -72,7 +77,7 @@ def selector_needs(
     hidden_size: int,
     itemsize: int,
 ) -> Needs:
-    """What the observers and page keys take, for a model of this shape."""
+    """What the observers, page keys and staging take, for a model of this shape."""
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
     row_bytes = config.query_tokens * observed * q_heads * head_dim * itemsize
@@ -80,7 +85,9 @@ def selector_needs(
         shape = read_checkpoint_config(config.indexer)
         page_key_bytes += len(shape.layers) * shape.sub_keys * shape.head_dim * 2
         row_bytes += max(config.query_tokens, PAGE_SIZE) * len(shape.layers) * hidden_size * itemsize
-    return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes)
+    staging = staging_bytes(config.staging_pages, PAGE_SIZE, kv_heads, head_dim, itemsize)
+    sums = sums_bytes(chunk_tokens, q_heads, head_dim)
+    return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes, staging + sums)
 
 
 def max_resident_pages(context_tokens: int, physical_pages: int) -> int:

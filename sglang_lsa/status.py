@@ -42,7 +42,21 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "seconds": pager.transfer.recall_seconds,
             "prefetched_pages": pager.prefetched_pages,
             "late_pages": pager.late_pages,
+            "warmed_pages": pager.warmed_pages,
         },
+        "prefill": {
+            "streamed_passes": runtime.prefill.streamed_passes,
+            "streamed_pages": runtime.staging.staged_pages,
+            "streamed_bytes": runtime.staging.staged_pages * pager.page_bytes,
+            "resident_prompts": runtime.prefill.resident_prompts,
+        },
+        "pressure": {
+            "admission_waits": runtime.admission.waits,
+            "shrunk_sets": lookahead.shrunk,
+            "retractions": runtime.admission.pressed,
+            "host_evicted_pages": runtime.host_evicted_pages,
+        },
+        "failures": {"refreshes": lookahead.failures, "batches": runtime.failed_batches},
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
         "refreshes": lookahead.refreshes,
@@ -51,7 +65,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "stalls": lookahead.stalls,
         "graphless_steps": runtime.graphless_steps,
         "fallbacks": lookahead.fallbacks,
-        "radix": {"hit_tokens": runtime.radix_hit_tokens, "prompt_tokens": runtime.prompt_tokens},
+        "radix": {"hit_tokens": runtime.prefill.radix_hit_tokens, "prompt_tokens": runtime.prefill.prompt_tokens},
         "requests": [
             describe(runtime, request) | {"resident": resident_pages(runtime, request)}
             for request in runtime.requests.values()
@@ -68,6 +82,7 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "queries": runtime.observer.nbytes,
         "tables": runtime.table.nbytes + runtime.everything.nbytes + v2p.numel() * v2p.element_size(),
         "graph_indices": runtime.graph_tokens * 4,
+        "staging": runtime.staging_bytes,
     }
     if runtime.indexer is not None:
         overhead["indexer"] = runtime.indexer.nbytes + runtime.indexer.observer.nbytes
@@ -87,6 +102,19 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
         "window": request.window,
         "policy": "full" if dense else request.policy,
         "stalls": request.stalls,
+        "shrunk": request.shrunk,
+        "failures": request.failures,
+        "prefill": request.prefill,
+    }
+
+
+def describe_finished(runtime: LSARuntime, request: Request) -> dict[str, Any]:
+    """A request whose KV is released. ``sets`` can be given to another request with the same prompt, see
+    ``RequestOptions.sets``; a retracted request is here once for every time it was admitted."""
+    return describe(runtime, request) | {
+        "prompt_tokens": request.prompt_tokens,
+        "history": request.history,
+        "sets": ";".join(str(window.as_given()) for window in request.windows if window.tokens),
     }
 
 

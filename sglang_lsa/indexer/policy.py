@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.record import record
 from sglang_lsa.observe import recent_tokens
 from sglang_lsa.policies import Request
+from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import ids_on
 
 
@@ -101,3 +102,17 @@ class Indexer:
     @property
     def nbytes(self) -> int:
         return self.keys.numel() * self.keys.element_size()
+
+
+def load_indexer(config: LSAConfig, pager: Pager, rows: int, model: torch.nn.Module) -> Indexer:
+    """Load ``config.indexer`` and let it observe ``model``.
+
+    Raises:
+        ValueError: the checkpoint is broken, or the model's layers cannot be found.
+    """
+    keys = pager.keys[0]
+    towers = MemoryIndexer.load(str(config.indexer)).to(keys.device)
+    shape = towers.config
+    observer = HiddenObserver(rows, config.query_tokens, shape.layers, shape.hidden_size, keys.dtype, keys.device)
+    observer.watch(model)
+    return Indexer(towers, observer, pager.ledger.virtual_pages)

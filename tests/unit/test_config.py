@@ -54,6 +54,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "min_context": (["0"], 0),
     "query_tokens": (["7"], 7),
     "observe_layers": (["3,5,8"], (3, 5, 8)),
+    "prefill": (["resident"], "resident"),
+    "staging_pages": (["16"], 16),
     "indexer": (["/models/indexer"], "/models/indexer"),
     "device_tokens": (["4096"], 4096),
     "device_memory_gb": (["1.5"], 1.5),
@@ -307,10 +309,10 @@ def test_request_options(custom_params: Any, expected: RequestOptions) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (True, r"custom_params\.lsa is True: use an object with enabled, budget or policy"),
+        (True, r"custom_params\.lsa is True: use an object with enabled, budget, policy, prefill, sets"),
         ("off", r"custom_params\.lsa is 'off': use an object"),
         ([], r"custom_params\.lsa is \[\]: use an object"),
-        ({"budgets": 1}, r"custom_params\.lsa has unknown key 'budgets': use enabled, budget or policy"),
+        ({"budgets": 1}, r"custom_params\.lsa has unknown key 'budgets': use enabled, budget, policy, prefill, sets"),
         ({"window": 8}, "unknown key 'window'"),
         ({"enabled": 1}, r"custom_params\.lsa\.enabled is 1: use true or false"),
         ({"enabled": None}, r"custom_params\.lsa\.enabled is None: use true or false"),

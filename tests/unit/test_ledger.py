@@ -42,6 +42,7 @@ def on_device(ledger: Ledger) -> set[int]:
 def state(ledger: Ledger) -> dict[str, Any]:
     """Everything the ledger knows, comparable."""
     values = copy.deepcopy(vars(ledger))
+    values["heat"] = vars(values["heat"])["values"]
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 

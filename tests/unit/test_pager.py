@@ -207,7 +207,9 @@ class LateTransfer(HostTransfer):
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         self.storing.append((physical, virtual, finished))
 
-    def recall(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
+    def recall(
+        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
+    ) -> None:
         self.recalling.append((physical, virtual, finished))
 
     def poll(self) -> None:

@@ -165,9 +165,11 @@ NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page_key_bytes=1000,
 
 
 def test_needs_of_the_observers() -> None:
-    config = LSAConfig(query_tokens=10, observe_layers=(1, 2, 3))
-    needs = selector_needs(config, rows=5, graph_batch=4, context_tokens=8192, **MODEL)
-    assert needs == Needs(5, 4, 8192, page_key_bytes=3 * 2 * 8 * 128 * 2, row_bytes=10 * 3 * 32 * 128 * 2)
+    config = LSAConfig(query_tokens=10, observe_layers=(1, 2, 3), staging_pages=7)
+    needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
+    staging = 2 * 2 * 7 * 64 * 8 * 128 * 2 + 1000 * 32 * 129 * 4
+    page_keys, rows = 3 * 2 * 8 * 128 * 2, 10 * 3 * 32 * 128 * 2
+    assert needs == Needs(5, 4, 8192, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
 
 
 @pytest.mark.parametrize(("query_tokens", "ring"), [(10, 64), (100, 100)])
@@ -176,7 +178,7 @@ def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.M
     shape = SimpleNamespace(layers=(3, 7), sub_keys=4, head_dim=64)
     monkeypatch.setattr(sizing, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens, observe_layers=(1,))
-    needs = selector_needs(config, rows=5, graph_batch=4, context_tokens=8192, **MODEL)
+    needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
     assert needs.page_key_bytes == 2 * 8 * 128 * 2 + 2 * 4 * 64 * 2
     assert needs.row_bytes == query_tokens * 32 * 128 * 2 + ring * 2 * 4096 * 2
 
@@ -188,6 +190,7 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
     needs = selector_needs(
         config,
         rows=rows,
+        chunk_tokens=128,
         graph_batch=4,
         context_tokens=context,
         layers=3,
@@ -200,7 +203,7 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
     overhead = needs.overhead(config, physical * 64, virtual * 64)
     keys, values = ([torch.zeros((physical + 1) * 64, 2, 8) for _ in range(3)] for _ in range(2))
     request_table = torch.zeros((rows, context), dtype=torch.int32)
-    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, torch.nn.Module())
+    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, torch.nn.Module(), 128)
     runtime.reserve_graph_tokens(4)
     seen = overhead_bytes(runtime)
     seen["tables"] -= (virtual + 1) * 4  # on a GPU the page map is int32
@@ -246,7 +249,7 @@ def test_the_buffers_are_taken_from_the_budget() -> None:
     without, made = planned(None, 10_000), planned(NEEDS, 10_000)
     assert without.overhead == {}
     assert made.virtual_tokens == without.virtual_tokens
-    assert set(made.overhead) == {"page_keys", "queries", "tables", "graph_indices"}
+    assert set(made.overhead) == {"page_keys", "queries", "tables", "graph_indices", "staging"}
     total = sum(made.overhead.values())
     assert made.physical_tokens % 64 == 0
     assert made.physical_tokens * TOKEN_BYTES + total <= 10_000 * TOKEN_BYTES

@@ -1,0 +1,189 @@
+"""Admission: which prompts the device pool takes, when, and how each of them will be prefilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.pages import pages_of, pages_spanned
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """How a prompt is prefilled.
+
+    Attributes:
+        how: one of the three ways of ``sglang_lsa.reading``.
+        prefix: virtual pages that the radix tree has of it.
+        demand: device pages promised to it until it decodes.
+        chunk_tokens: the most that one pass may compute of it.
+    """
+
+    how: str
+    prefix: np.ndarray
+    demand: int
+    chunk_tokens: int
+
+
+class Admission:
+    """Counts device pages: SGLang counts tokens of the host mirror, of which there are more.
+
+    A prompt that fits beside everything else is prefilled in place. One that does not is streamed: it needs device
+    pages for one chunk, and then for its resident set. Either has what it needs promised to it before it starts, so
+    that nothing can overtake it, and an idle server takes any prompt that SGLang takes.
+
+    Args:
+        config: with ``min_context`` as it applies.
+        chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
+    """
+
+    def __init__(self, config: LSAConfig, pager: Pager, lookahead: Lookahead, chunk_tokens: int | None):
+        self.config, self.pager, self.lookahead = config, pager, lookahead
+        self.pages = pager.ledger.physical_pages
+        self.chunk_tokens = chunk_tokens
+        self.admitted: dict[str, Admitted] = {}
+        """By request, from admission until its KV is released."""
+        self.waits = 0
+        """Scheduling passes in which a prompt had to wait for device pages."""
+        self.pressed = 0
+        """Decode steps for which SGLang was asked to retract a request, because there was no page to grow into."""
+        self._promised_prefixes: set[int] = set()
+        self._warmed: dict[str, None] = {}
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def refusal(self, req: Any) -> str | None:
+        """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
+        try:
+            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        except ValueError as error:
+            return str(error)
+        tokens, room = len(req.origin_input_ids), (self.pages - 1) * PAGE_SIZE
+        if options.dense and tokens >= room:
+            return (
+                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in "
+                f"decode; the device pool takes fewer than {room}. Ask for a budget below 1 and a policy other than "
+                "full, shorten the prompt, or start the server with a larger --lsa-device-tokens."
+            )
+        if self.chunk_tokens is None and tokens >= room:
+            return (
+                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); without chunked prefill the "
+                f"device pool takes prompts of fewer than {room}. Start the server with --chunked-prefill-size "
+                f"{room // 2} or so, or with a larger --lsa-device-tokens, or shorten the prompt."
+            )
+        if options.dense:
+            # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
+            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room - tokens)
+        return None
+
+    def choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+        """How this prompt can be prefilled now, next to one growing page per running request; None if it must wait.
+
+        Args:
+            running: requests that decode, or were admitted in this pass.
+            batch: how the prompts admitted in this pass are prefilled. A streamed one is computed alone, and so are
+                prompts over a resident prefix, apart from others of their kind.
+            chunk_tokens: what SGLang would compute of it at most; None without chunks.
+        """
+        self.pager.poll()
+        found = self._choose(req, running, batch, chunk_tokens)
+        if found is None and not batch:
+            self.waits += 1
+            self._warm(req.rid, pages_of(req.prefix_indices[::PAGE_SIZE]))
+        return found
+
+    def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        prefix = pages_of(req.prefix_indices[::PAGE_SIZE])
+        tokens = len(req.full_untruncated_fill_ids)
+        pages, room = pages_spanned(tokens), self.pager.unpromised_pages - running - 1
+        prunable = not options.dense and tokens >= self.config.min_context
+        least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
+        chunk = min(least, self.pages // 2)
+        resident = self.lookahead.set_pages(pages, options.budget)
+
+        def admit(how: str, demand: int, chunk_pages: int, company: bool) -> Admitted | None:
+            if demand > room or not company:
+                return None
+            return Admitted(how, prefix, demand, chunk_pages * PAGE_SIZE)
+
+        if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
+            own = pages - len(prefix)
+            if (demand := resident + own + 1) < self.pages:
+                return admit(RESIDENT, demand, chunk, all(other == RESIDENT for other in batch))
+        if (in_place := self._new_pages(prefix, pages)) <= room or not prunable:
+            return admit(IN_PLACE, in_place, least, all(other == IN_PLACE for other in batch))
+        if chunk_tokens is None and least > chunk:
+            return admit(IN_PLACE, in_place, least, all(other == IN_PLACE for other in batch))
+        return admit(STREAMED, max(chunk + 1, resident), chunk, not batch)
+
+    def _worth_it(self, prefix: int, resident: int) -> bool:
+        """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""
+        return prefix * PAGE_SIZE >= self.config.min_context and resident < prefix
+
+    def promise(self, req: Any, admitted: Admitted) -> None:
+        """This prompt was admitted: keep device pages for it until it decodes."""
+        self.admitted[req.rid] = admitted
+        self.pager.reserved[req.rid] = admitted.demand
+        self._promised_prefixes.update(admitted.prefix.tolist() if admitted.how == IN_PLACE else ())
+        if admitted.how != IN_PLACE:
+            self._warm(req.rid, admitted.prefix)
+
+    def next_chunk(self, req: Any) -> Admitted:
+        """How the prompt goes on that SGLang is in the middle of."""
+        return self.admitted[req.rid]
+
+    def batch_formed(self) -> None:
+        """The prompts admitted in this pass are about to be computed."""
+        self._promised_prefixes.clear()
+
+    def forget(self, rid: str) -> None:
+        """The request is gone."""
+        self.admitted.pop(rid, None)
+        self._warmed.pop(rid, None)
+
+    def _warm(self, rid: str, prefix: np.ndarray) -> None:
+        """Bring in what past requests over this prefix selected, once for each request."""
+        if rid not in self._warmed:
+            self._warmed[rid] = None
+            hot = self.pager.ledger.heat.hottest(prefix, int(self.lookahead.largest_set))
+            spare = max(0, self.pager.unpromised_pages)
+            self.pager.prefetch(hot[:spare])
+
+    def _new_pages(self, prefix: np.ndarray, pages: int) -> int:
+        """Device pages that a prompt of ``pages`` pages takes in place from those that can be had.
+
+        Prefix pages that another request holds, or was promised in this pass, cost nothing; all others do, even those
+        on the device, which are then no longer there to give up.
+        """
+        promised = np.fromiter((page in self._promised_prefixes for page in prefix.tolist()), bool, len(prefix))
+        return pages - int((self.pager.ledger.is_held(prefix) | promised).sum())
+
+    # -- decode --------------------------------------------------------------------------------------------------
+
+    def can_decode(self, reqs: Iterable[Any], shrink: Callable[[int], None]) -> bool:
+        """Whether every one of ``reqs`` that is about to open a page gets one.
+
+        Unheld pages are given up first, coldest first; then resident sets are made smaller, and only then is SGLang
+        asked to retract a request.
+
+        Args:
+            shrink: makes resident sets of running requests smaller until so many device pages are let go.
+        """
+        opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
+        if opening == 0 or opening <= self.pager.unpromised_pages:
+            return True
+        self.pager.settle()  # before a request loses anything, count what is only on its way
+        if opening <= self.pager.unpromised_pages:
+            return True
+        shrink(opening - self.pager.unpromised_pages)
+        self.pager.settle()
+        self.pressed += opening > self.pager.unpromised_pages
+        return opening <= self.pager.unpromised_pages
