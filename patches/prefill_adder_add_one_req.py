@@ -32,7 +32,7 @@ def prefills_of(adder) -> list[str]:
 
 def limit_chunk(adder, how) -> None:
     """No more of this prompt at once than device pages were promised for."""
-    if adder.rem_chunk_tokens is not None:
+    if adder.rem_chunk_tokens is not None and how.chunk_tokens is not None:
         adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, how.chunk_tokens)
 
 

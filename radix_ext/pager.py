@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from sglang_lsa.radix_ext.host_mirror import HostMirror
 from sglang_lsa.radix_ext.ledger import Ledger
 from sglang_lsa.radix_ext.transfer import HostTransfer, StreamTransfer, Transfer, upload
+
+logger = logging.getLogger(__name__)
 
 PREFETCHER = "(prefetch)"
 """Holder of pages while they are being sent for ahead of any request."""
@@ -181,6 +184,7 @@ class Pager:
         """Wait for what is in flight and unlock the mirror; nothing is copied any more."""
         self.settle()
         self.mirror.unlock()
+        logger.info("LSA: host mirror released")
 
     @property
     def unpromised_pages(self) -> int:

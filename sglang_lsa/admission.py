@@ -23,13 +23,13 @@ class Admitted:
         how: one of the three ways of ``sglang_lsa.reading``.
         prefix: virtual pages that the radix tree has of it.
         demand: device pages promised to it until it decodes.
-        chunk_tokens: the most that one pass may compute of it.
+        chunk_tokens: the most that one pass may compute of it; None when that is up to SGLang.
     """
 
     how: str
     prefix: np.ndarray
     demand: int
-    chunk_tokens: int
+    chunk_tokens: int | None = None
 
 
 class Admission:
@@ -109,20 +109,19 @@ class Admission:
         chunk = min(least, self.pages // 2)
         resident = self.lookahead.set_pages(pages, options.budget)
 
-        def admit(how: str, demand: int, chunk_pages: int, company: bool) -> Admitted | None:
+        def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
             if demand > room or not company:
                 return None
-            return Admitted(how, prefix, demand, chunk_pages * PAGE_SIZE)
+            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * PAGE_SIZE)
 
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
             if (demand := resident + own + 1) < self.pages:
-                return admit(RESIDENT, demand, chunk, all(other == RESIDENT for other in batch))
-        if (in_place := self._new_pages(prefix, pages)) <= room or not prunable:
-            return admit(IN_PLACE, in_place, least, all(other == IN_PLACE for other in batch))
-        if chunk_tokens is None and least > chunk:
-            return admit(IN_PLACE, in_place, least, all(other == IN_PLACE for other in batch))
-        return admit(STREAMED, max(chunk + 1, resident), chunk, not batch)
+                return admit(RESIDENT, demand, all(other == RESIDENT for other in batch), chunk)
+        in_place, one_pass = self._new_pages(prefix, pages), chunk_tokens is None and least > chunk
+        if in_place <= room or one_pass or not prunable:
+            return admit(IN_PLACE, in_place, all(other == IN_PLACE for other in batch))
+        return admit(STREAMED, max(chunk + 1, resident), not batch, chunk)
 
     def _worth_it(self, prefix: int, resident: int) -> bool:
         """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""

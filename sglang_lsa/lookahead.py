@@ -360,7 +360,11 @@ class Lookahead:
         for request in sorted(candidates, key=lambda request: -len(request.positions)):
             if freed >= wanted:
                 return
-            freed += self._halve(request)
+            try:
+                freed += self._halve(request)
+            except Exception:
+                self.failures += 1
+                logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
 
     def _halve(self, request: Request) -> int:
         """Returns how many device pages nobody holds any more."""

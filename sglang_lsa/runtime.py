@@ -117,6 +117,7 @@ class LSARuntime:
         if self.on_gpu:
             self._compile_kernels()
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
+        self.finished_requests = 0
         self.failed_batches = 0
         """Batches whose requests were failed because memory ran out while they were computed."""
         self.host_evicted_pages = 0
@@ -305,6 +306,7 @@ class LSARuntime:
         if request is not None:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
+            self.finished_requests += 1
             self.finished.append(describe_finished(self, request))
         self._update_metrics()
 

@@ -110,8 +110,9 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
 
 def describe_finished(runtime: LSARuntime, request: Request) -> dict[str, Any]:
     """A request whose KV is released. ``sets`` can be given to another request with the same prompt, see
-    ``RequestOptions.sets``; a retracted request is here once for every time it was admitted."""
+    ``RequestOptions.sets``. A retracted request is here once for every time it was admitted; ``number`` tells which."""
     return describe(runtime, request) | {
+        "number": runtime.finished_requests,
         "prompt_tokens": request.prompt_tokens,
         "history": request.history,
         "sets": ";".join(str(window.as_given()) for window in request.windows if window.tokens),

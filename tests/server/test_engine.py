@@ -69,7 +69,8 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: pathlib.Path) -> None:
-    """A pool of 40 pages over 200: it refuses what it can never take, and evicts from the radix tree when full."""
+    """A pool of 40 pages over 200: it streams what it does not hold, refuses what it can never read, and evicts from
+    the radix tree when full."""
     config = tmp_path / "lsa.json"
     config.write_text(json.dumps({"device_tokens": 2560, "host_memory_gb": 0.3, "debug": True, "min_context": 512}))
     flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-config", str(config), "--lsa-budget", "0.25"]
@@ -77,10 +78,12 @@ def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: path
         server.wait_until_ready()
         status = server.get("/lsa/status")
         assert (status["budget"], status["physical"]["pages"]) == (0.25, 40)
-        answer = generate(server, prose(2200, 1), tokens=70)
-        assert answer["meta_info"]["completion_tokens"] == 70
+        for length, how in ((2200, "in place"), (2700, "streamed")):
+            answer = generate(server, prose(length, 1), tokens=70)
+            assert answer["meta_info"]["completion_tokens"] == 70
+            assert server.get("/lsa/status")["finished"][-1]["prefill"] == how
         with pytest.raises(urllib.error.HTTPError) as refused:
-            generate(server, prose(2600, 2), tokens=4)
+            generate(server, prose(2700, 2), tokens=4, enabled=False)
         assert refused.value.code == 400
         message = refused.value.read().decode()
         assert "fewer than 2496" in message and "--lsa-device-tokens" in message

@@ -122,5 +122,5 @@ def differs_at_a_tie(expected: Answer, seen: Answer, tie: float = TIE) -> bool:
         AssertionError: they part where the first answer's own log-probabilities leave no doubt.
     """
     gap = gap_at_first_difference(expected, seen)
-    assert gap is None or gap < tie, f"the answers part at a token that is {gap:.4f} more likely"
+    assert gap is None or gap <= tie, f"the answers part at a token that is {gap:.4f} more likely"
     return gap is not None

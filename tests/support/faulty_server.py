@@ -1,0 +1,74 @@
+"""LSA's server, in which things go wrong for requests of certain names: ``python -m faulty_server [flags]``.
+
+SGLang spawns its scheduler, which imports this module as ``__mp_main__`` before it starts; so both processes have the
+faults.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_lsa import launch_server
+from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.policies import Quest, Refresh, Request
+from sglang_lsa.prefill import Prefill
+from sglang_lsa.resident_table import ResidentTable
+from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.staging import StagedPages, Staging
+
+DOOMED: set[str] = set()
+"""Kinds of fault that the batch being queued asks for: what the names of its requests begin with."""
+
+
+def install_faults() -> None:
+    before_forward, switch, score = LSARuntime.before_forward, Lookahead._switch, Quest.score
+    read, layer, chosen, remap = Staging.read, StagedPages.layer, Prefill._chosen, ResidentTable.remap
+
+    def doomed_batch(self: LSARuntime, batch: Any, new_pages: Any) -> int:
+        DOOMED.clear()
+        DOOMED.update(req.rid.split("-")[0] for req in batch.reqs)
+        if "oomdecode" in DOOMED and batch.forward_mode.is_decode() and any(len(r.output_ids) > 5 for r in batch.reqs):
+            raise torch.OutOfMemoryError("injected: no memory for a decode step")
+        return before_forward(self, batch, new_pages)
+
+    def doomed_switch(self: Lookahead, request: Request, new: Refresh) -> None:
+        if request.rid.startswith("badswitch") and request.window > 0:
+            raise RuntimeError("injected: the table cannot be written")
+        switch(self, request, new)
+
+    def doomed_score(self: Quest, request: Request, pages: Any) -> torch.Tensor:
+        if request.rid.startswith("badscore"):
+            raise RuntimeError("injected: no scores")
+        return score(self, request, pages)
+
+    def doomed_read(self: Staging, virtual: Any) -> StagedPages:
+        if "oomplan" in DOOMED:
+            raise torch.OutOfMemoryError("injected: no memory to plan a streamed pass")
+        return read(self, virtual)
+
+    def doomed_layer(self: StagedPages, number: int) -> Any:
+        if "oomlayer" in DOOMED and number == 3:
+            raise RuntimeError("injected: DefaultCPUAllocator: can't allocate memory")
+        return layer(self, number)
+
+    def doomed_choice(self: Prefill, request: Request) -> Any:
+        if request.rid.startswith("badchoice"):
+            raise RuntimeError("injected: no choice")
+        return chosen(self, request)
+
+    def doomed_remap(self: ResidentTable, row: int, physical: Any, tail_start: int) -> None:
+        if "badtable" in DOOMED and tail_start:
+            raise RuntimeError("injected: the table is gone")
+        remap(self, row, physical, tail_start)
+
+    LSARuntime.before_forward, Lookahead._switch, Quest.score = doomed_batch, doomed_switch, doomed_score  # type: ignore
+    Staging.read, StagedPages.layer, Prefill._chosen = doomed_read, doomed_layer, doomed_choice  # type: ignore
+    ResidentTable.remap = doomed_remap  # type: ignore
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    install_faults()
+if __name__ == "__main__":
+    launch_server.main()
