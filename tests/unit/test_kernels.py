@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_lsa.kernels import page_score
+from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score
 from sglang_lsa.kernels.page_table import decode_indices, physical_slots, resident_slots
 from sglang_lsa.kernels.record import record
+from sglang_lsa.kernels.stage_pages import stage_pages
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Absolute, for values of about one. Scores are computed in float32 whatever the type, so inputs decide."""
@@ -86,6 +88,67 @@ def test_page_copy_refuses_a_mirror_of_another_shape(copy, keys: int, values: in
     words = rf"mirror \(3, .*\) does not fit {keys} layers of keys and {values} of values: shape it \[pages, layers, 2"
     with pytest.raises(ValueError, match=words):
         copy(pool[:keys], pool[:values], page, mirror, page)
+
+
+# --- stage_pages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [[], [3], [5, 1, 3]], ids=["0 pages", "1 page", "3 pages"])
+def test_stage_pages(pages: list[int]) -> None:
+    mirror = random(6, 3, 2, 4, 3, 5)
+    keys, values = (torch.full((16, 3, 5), NAN) for _ in range(2))
+    stage_pages(mirror, torch.tensor(pages, dtype=torch.int64), 1, keys, values)
+    for place, page in enumerate(pages):
+        for token in range(4):
+            assert torch.equal(keys[place * 4 + token], mirror[page, 1, 0, token])
+            assert torch.equal(values[place * 4 + token], mirror[page, 1, 1, token])
+    assert keys[len(pages) * 4 :].isnan().all() and values[len(pages) * 4 :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.zeros(7, 1, 2), torch.zeros(8, 2, 2)[:, :1]], ids=["too small", "not contiguous"]
+)
+def test_staging_buffers_that_do_not_fit_are_refused(buffer: torch.Tensor) -> None:
+    mirror, pages = torch.zeros(3, 1, 2, 4, 1, 2), torch.tensor([1, 2])
+    words = rf"a staging buffer of {len(buffer)} rows with strides .* cannot take 2 pages of 4 tokens: give it 8 contig"
+    for buffers in ((buffer, torch.zeros(8, 1, 2)), (torch.zeros(8, 1, 2), buffer)):
+        with pytest.raises(ValueError, match=words):
+            stage_pages(mirror, pages, 0, *buffers)
+
+
+# --- merge_states ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [(7,), (3, 4), (1, 1, 1, 4), (0, 7), (7, 0), (0, 3, 0, 4)], ids=str)
+def test_merged_parts_are_attention_over_all_keys(parts: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against a softmax over all keys in float64."""
+    tokens, heads, dim, keys = 5, 3, 16, 7
+    logits, values = random(tokens, heads, keys).double() * 9, random(keys, heads, dim, seed=1).double()
+    expected = torch.einsum("thk,khd->thd", logits.softmax(-1), values)
+    out, lse = torch.zeros(tokens, heads, dim), torch.full((tokens, heads), float("-inf"))
+    start = 0
+    for count in parts:
+        some = logits[..., start : start + count]
+        part = torch.einsum("thk,khd->thd", some.softmax(-1), values[start : start + count])
+        merge_states(out, lse, part.to(dtype), (some.logsumexp(-1) / math.log(2)).float())
+        start += count
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 2)
+    torch.testing.assert_close(lse.double() * math.log(2), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "words"),
+    [
+        (((2, 3, 4), (2, 3), (2, 3, 5), (2, 3)), torch.float32, "cannot be merged"),
+        (((2, 3, 4), (2, 3), (2, 3, 4), (2, 4)), torch.float32, "cannot be merged"),
+        (((2, 3, 4), (3, 2), (2, 3, 4), (3, 2)), torch.float32, "cannot be merged"),
+        (((2, 3, 4), (2, 3), (2, 3, 4), (2, 3)), torch.bfloat16, "keep it in float32"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(shapes: tuple, dtype: torch.dtype, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        merge_states(*(torch.zeros(shape, dtype=dtype) for shape in shapes))
 
 
 # --- page_keys -------------------------------------------------------------------------------------------------------

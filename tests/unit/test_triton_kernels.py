@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from sglang_lsa.kernels.merge_states import _merge_states_triton, merge_states_reference
 from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
 from sglang_lsa.kernels.page_score import (
@@ -29,6 +30,7 @@ from sglang_lsa.kernels.page_table import (
     physical_slots_reference,
 )
 from sglang_lsa.kernels.record import _record_triton, record_reference
+from sglang_lsa.kernels.stage_pages import _stage_pages_triton, stage_pages_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -123,11 +125,82 @@ def test_copy_pages(
         assert_same(seen.cpu(), expected)
 
 
+@pytest.mark.parametrize("to_host", [True, False], ids=["to host", "from host"])
+def test_copying_one_layer_leaves_the_others(to_host: bool) -> None:
+    """Layer after layer, the copy is that of all layers."""
+    layers, page, physical, virtual = 3, 4, [5, 1, 3], [1, 9, 2]
+    keys, values = ([random(6 * page, 2, 80, seed=10 * which + i) for i in range(layers)] for which in (0, 1))
+    mirror = torch.empty((10, layers, 2, page, 2, 80), pin_memory=ON_GPU)
+    mirror.copy_(random(*mirror.shape, seed=200))
+    old_keys, old_values = ([buffer.cpu().clone() for buffer in buffers] for buffers in (keys, values))
+    expected_mirror, p, v = mirror.clone(), torch.tensor(physical), torch.tensor(virtual)
+    for layer in range(layers):
+        mirror_layer, keys_layer, values_layer = (
+            expected_mirror[:, layer : layer + 1],
+            [old_keys[layer]],
+            [old_values[layer]],
+        )
+        (pages_to_host if to_host else pages_from_host)(keys_layer, values_layer, p, mirror_layer, v)
+        copy_pages_triton(
+            pool_addresses(keys, values), ids(physical), mirror, ids(virtual), to_host=to_host, layer=layer
+        )
+        synchronize()
+        assert_same(mirror, expected_mirror)
+        for seen, expected in zip([*keys, *values], [*old_keys, *old_values], strict=True):
+            assert_same(seen.cpu(), expected)
+
+
 def test_pages_of_odd_size_are_refused() -> None:
     pool = [random(8, 1, 3, dtype=torch.float16)]
     mirror = torch.zeros((3, 1, 2, 1, 1, 3), dtype=torch.float16)
     with pytest.raises(ValueError, match="a page has 6 bytes in a layer, which is not a multiple of 8"):
         copy_pages_triton(pool_addresses(pool, pool), ids([1]), mirror, ids([1]), to_host=True)
+
+
+# --- stage_pages -----------------------------------------------------------------------------------------------------
+
+
+STAGED = [
+    # layers, page, kv_heads, head_dim, pages
+    pytest.param(2, 4, 2, 8, [], id="0 pages"),
+    pytest.param(2, 4, 2, 8, [7], id="1 page"),
+    pytest.param(2, 63, 1, 4, [1, 4], id="page of 63"),
+    pytest.param(3, 64, 3, 80, [5, 1, 3], id="a block is not full, head_dim 80"),
+    pytest.param(2, 64, 8, 128, [2, 5, 2], id="several blocks, a page twice"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "page", "heads", "dim", "pages"), STAGED)
+def test_stage_pages(layers: int, page: int, heads: int, dim: int, pages: list[int], dtype: torch.dtype) -> None:
+    mirror = torch.empty((8, layers, 2, page, heads, dim), dtype=dtype, pin_memory=ON_GPU)
+    mirror.copy_(random(*mirror.shape, dtype=dtype))
+    seen, expected = (torch.full((2, 4 * page, heads, dim), NAN, dtype=dtype, device=d) for d in (DEVICE, "cpu"))
+    for layer in range(layers):
+        _stage_pages_triton(mirror, ids(pages), layer, *seen)
+        stage_pages_reference(mirror, torch.tensor(pages, dtype=torch.int64), layer, *expected)
+        synchronize()
+        assert_same(seen.cpu(), expected)
+
+
+# --- merge_states ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(0, 2, 8), (1, 1, 1), (63, 9, 64), (5, 32, 128), (17, 3, 80)])
+def test_merge_states(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Some rows have no keys yet, some parts none at all, some neither."""
+    out, part = random(tokens, heads, dim), random(tokens, heads, dim, dtype=dtype, seed=1)
+    lse, part_lse = 20 * random(tokens, heads, seed=2), 20 * random(tokens, heads, seed=3)
+    for gone, state in ((lse, out), (part_lse, part)):
+        nothing = random(tokens, heads, seed=4 if gone is lse else 5) > 1
+        gone[nothing] = float("-inf")
+        state[nothing] = 0
+    expected_out, expected_lse = out.cpu().clone(), lse.cpu().clone()
+    merge_states_reference(expected_out, expected_lse, part.cpu(), part_lse.cpu())
+    _merge_states_triton(out, lse, part, part_lse)
+    torch.testing.assert_close(out.cpu(), expected_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-5, atol=1e-4)
 
 
 # --- page_keys -------------------------------------------------------------------------------------------------------
