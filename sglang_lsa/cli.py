@@ -93,6 +93,16 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serving.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
     serving.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
     serving.set_defaults(run=_bench_serving)
+    text = (
+        "time to the first token of an 8B shape with dummy weights: a 128K prompt with a pool that holds it and with a "
+        "quarter of that, a 400K prompt with 16 GB, and questions about a cached memory of 256K tokens"
+    )
+    prefill = kinds.add_parser("prefill", help=text, description=text[0].upper() + text[1:])
+    prefill.add_argument("--pools", nargs="+", choices=("full", "quarter", "16gb"), default=["full", "quarter", "16gb"])
+    prefill.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3; the median counts")
+    prefill.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
+    prefill.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    prefill.set_defaults(run=_bench_prefill)
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
@@ -111,6 +121,21 @@ def _bench_serving(args: argparse.Namespace) -> int:
             server_args=args.server_args,
             command=command_line(),
         )
+    except (RuntimeError, ValueError) as error:  # no GPU, too little memory, a server or a request that failed
+        print(f"sglang-lsa bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bench_prefill(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.prefill import run
+    from sglang_lsa.bench.serving import command_line
+
+    options = {"pools": args.pools, "repeats": args.repeats, "server_args": args.server_args}
+    try:
+        run(args.output, Console(width=160), command=command_line(), **options)
     except (RuntimeError, ValueError) as error:  # no GPU, too little memory, a server or a request that failed
         print(f"sglang-lsa bench: {error}", file=sys.stderr)
         return 1

@@ -73,13 +73,13 @@ class ServerProcess:
         with urllib.request.urlopen(self.url + path, timeout=600) as answer:
             return json.load(answer)
 
-    def post(self, path: str, body: dict[str, Any], timeout: float = 600) -> Any:
-        """JSON answer of a POST request."""
+    def post(self, path: str, body: dict[str, Any], timeout: float = 600, parse: bool = True) -> Any:
+        """JSON answer of a POST request; None if it is not to be parsed."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.load(answer)
+            return json.load(answer) if parse else None
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

@@ -40,10 +40,11 @@ async def run_together(
     """
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout, read_bufsize=1 << 20) as session:
+        bodies = [request_body(prompt, tokens, custom_params) for prompt in prompts]
         streams = [Stream(time.perf_counter()) for _ in prompts]
         tasks = [
-            asyncio.create_task(_read(session, url, prompt, tokens, custom_params, stream))
-            for prompt, stream in zip(prompts, streams, strict=True)
+            asyncio.create_task(_read(session, url, body, tokens, stream))
+            for body, stream in zip(bodies, streams, strict=True)
         ]
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
@@ -54,11 +55,15 @@ async def run_together(
         return streams
 
 
-async def _read(session, url, prompt, tokens, custom_params, stream: Stream) -> None:
+def request_body(prompt: Sequence[int], tokens: int, custom_params: dict[str, Any] | None) -> bytes:
+    """What is sent; made before the clock starts, for a prompt of 256K numbers takes tens of milliseconds to write."""
     parameters: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     if custom_params:
         parameters["custom_params"] = custom_params
-    body = {"input_ids": list(prompt), "sampling_params": parameters, "stream": True}
+    return json.dumps({"input_ids": list(prompt), "sampling_params": parameters, "stream": True}).encode()
+
+
+async def _read(session, url, body: bytes, tokens, stream: Stream) -> None:
     try:
         await _follow(session, url, body, stream)
     except aiohttp.ClientError as error:
@@ -68,8 +73,9 @@ async def _read(session, url, prompt, tokens, custom_params, stream: Stream) -> 
     stream.done = True
 
 
-async def _follow(session, url, body: dict[str, Any], stream: Stream) -> None:
-    async with session.post(url + "/generate", json=body) as answer:
+async def _follow(session, url, body: bytes, stream: Stream) -> None:
+    headers = {"Content-Type": "application/json"}
+    async with session.post(url + "/generate", data=body, headers=headers) as answer:
         if answer.status != 200:
             raise RequestFailed(f"HTTP {answer.status}: {(await answer.text())[:500]}")
         async for line in answer.content:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -15,25 +15,34 @@ KEY = ("model", "workload", "context", "batch", "system", "policy")
 """What identifies a row: a later measurement of the same replaces it."""
 
 
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read(folder: pathlib.Path, name: str = NAME) -> list[dict[str, Any]]:
     """Rows of earlier runs; none when there is no file."""
-    path = folder / f"{NAME}.json"
+    path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def write(folder: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Merge ``rows`` into ``serving.json``, and write ``serving.csv`` and ``serving.png`` from all of them."""
-    merged = {tuple(str(row[name]) for name in KEY): row for row in (*read(folder), *rows)}
-    everything = sorted(
-        merged.values(), key=lambda row: tuple((row[k] is None, row[k]) if k != "policy" else str(row[k]) for k in KEY)
-    )
-    (folder / f"{NAME}.json").write_text(json.dumps(everything, indent=1) + "\n")
-    columns = list(dict.fromkeys(name for row in everything for name in row))
-    with (folder / f"{NAME}.csv").open("w", newline="") as file:
+def write(
+    folder: pathlib.Path,
+    rows: Sequence[dict[str, Any]],
+    name: str = NAME,
+    key: Sequence[str] = KEY,
+    draw: Callable[[pathlib.Path, Sequence[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Merge ``rows`` into ``<name>.json``, and write ``<name>.csv`` and ``<name>.png`` from all of them.
+
+    Args:
+        key: columns that identify a row: one with the same values replaces it.
+        draw: makes the picture; the serving benchmark's unless given.
+    """
+    merged = {tuple(str(row[column]) for column in key): row for row in (*read(folder, name), *rows)}
+    everything = sorted(merged.values(), key=lambda row: tuple((row[k] is None, row[k] or 0) for k in key))
+    (folder / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in everything for column in row))
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(everything)
-    plot(folder / f"{NAME}.png", everything)
+    (draw or plot)(folder / f"{name}.png", everything)
 
 
 def pairs(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
