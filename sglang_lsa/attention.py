@@ -44,7 +44,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
         else:
             own = forward_batch.out_cache_loc.split(forward_batch.extend_seq_lens.tolist())
             self.slots = [
-                torch.cat((reading.slots(self.lsa.pager.ledger.v2p, new.device), new))
+                torch.cat((reading.slots(self.lsa.pager.ledger.v2p), new))
                 for reading, new in zip(self.lsa.prefill.readings, own, strict=True)
             ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -28,7 +30,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.indices_updater_decode = _DecodeUpdater(model_runner, self)
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
         self.recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.streamed = StreamedPrefill(self)
+        self.partial = PartialPrefill(self)
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""
@@ -49,7 +51,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             rows = forward_batch.req_pool_indices[ids[1]]
             self.recent = ids[0], rows, forward_batch.positions[ids[0]]
             if self.lsa.prefill.readings is not None:
-                self.streamed.plan(sum(forward_batch.extend_seq_lens_cpu))
+                self.partial.plan(list(forward_batch.extend_seq_lens_cpu))
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         observer = self.lsa.observer
@@ -60,7 +62,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.lsa.before_layer(layer.layer_id)
         if self.recent is None or self.lsa.prefill.readings is None:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        out = self.streamed.attend(q, k, v, layer)
+        out = self.partial.attend(q, k, v, layer)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         return out
@@ -73,52 +75,68 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 
 
-class StreamedPrefill:
+class PartialPrefill:
     """Prefill attention that reads only some of the prefix in place: part by part, merged by log-sum-exps.
 
-    The plans of a pass serve all layers: one for its own tokens and one for the pages in place, both made by the stock
-    backend, and two for blocks of staged pages, of which all but the last are of the same size.
+    The parts of a pass are its own tokens, the pages in place, and blocks of pages from the host. Each is planned once
+    for all layers, with lengths that the host knows; blocks need two plans, for all but the last are of one size.
+    FlashInfer chooses its fastest kernels for each of them, which on Hopper the stock backend does for new tokens only.
     """
 
     def __init__(self, backend: LSAFlashInferBackend):
         self.backend, self.lsa = backend, backend.lsa
+        workspace = backend.workspace_buffer
+        self.here = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto")
         self.whole_blocks, self.last_block = (
-            BatchPrefillWithRaggedKVCacheWrapper(backend.workspace_buffer, "NHD") for _ in range(2)
+            BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="auto") for _ in range(2)
         )
+        self.reads_here = False
 
-    def plan(self, tokens: int) -> None:
-        """Plan the blocks that a pass of ``tokens`` new tokens reads from the host."""
-        staged = self.lsa.prefill.staged
-        if staged is None:
-            return
-        sizes = staged.sizes
-        for wrapper, size in ((self.whole_blocks, sizes[0]), (self.last_block, sizes[-1])):
-            updater = self.backend.indices_updater_prefill
-            wrapper.plan(
-                torch.tensor([0, tokens], dtype=torch.int32),
-                torch.tensor([0, size], dtype=torch.int32),
-                updater.num_qo_heads,
-                updater.num_kv_heads,
-                updater.head_dim,
+    def plan(self, lengths: Sequence[int]) -> None:
+        """Plan a pass that computes so many tokens of each of its requests."""
+        updater, prefill = self.backend.indices_updater_prefill, self.lsa.prefill
+        heads = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
+        own = _offsets(lengths)
+        self.backend.prefill_wrapper_ragged.plan(own, own, *heads, q_data_type=updater.q_data_type)
+        here = [self.lsa.pager.ledger.v2p[reading.here] for reading in prefill.readings]
+        self.reads_here = any(map(len, here))
+        if self.reads_here:
+            last = [reading.tokens_here - (len(reading.here) - 1) * PAGE_SIZE for reading in prefill.readings]
+            self.here.plan(
+                own,
+                _offsets([len(pages) for pages in here]),
+                upload(np.concatenate(here).astype(np.int32), self.lsa.pager.device),
+                torch.tensor(last, dtype=torch.int32),
+                *heads,
+                PAGE_SIZE,
                 q_data_type=updater.q_data_type,
             )
+        if prefill.staged is not None:
+            sizes = prefill.staged.sizes
+            for wrapper, size in ((self.whole_blocks, sizes[0]), (self.last_block, sizes[-1])):
+                wrapper.plan(own, _offsets([size]), *heads, q_data_type=updater.q_data_type)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> torch.Tensor:
         """One layer of the pass: ``[tokens, q_heads * head_dim]`` in the type of ``q``."""
-        q, options = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim), {"sm_scale": layer.scaling}
+        q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
         k, v = (t.view(-1, layer.tp_k_head_num, layer.head_dim) for t in (k, v))
-        options["logits_soft_cap"] = layer.logit_cap
-        backend, staged = self.backend, self.lsa.prefill.staged
-        out, lse = backend.prefill_wrapper_ragged.forward_return_lse(q, k, v, causal=True, **options)
+        options = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
+        ragged, staged = self.backend.prefill_wrapper_ragged, self.lsa.prefill.staged
+        out, lse = ragged.forward_return_lse(q, k, v, causal=True, **options)
         out, lse = out.float(), lse.contiguous()
-        if any(reading.tokens_here for reading in self.lsa.prefill.readings):
-            (paged,) = backend.forward_metadata.prefill_wrappers
-            pool = backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-            merge_states(out, lse, *paged.forward_return_lse(q, pool, causal=False, **options))
+        if self.reads_here:
+            pool = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+            paged = tuple(buffer.view(-1, PAGE_SIZE, *buffer.shape[1:]) for buffer in pool)
+            merge_states(out, lse, *self.here.forward_return_lse(q, paged, causal=False, **options))
         for block, (keys, values) in enumerate(staged.layer(layer.layer_id) if staged is not None else ()):
             wrapper = self.whole_blocks if block + 1 < len(staged.sizes) else self.last_block
             merge_states(out, lse, *wrapper.forward_return_lse(q, keys, values, causal=False, **options))
         return out.to(q.dtype).view(len(q), -1)
+
+
+def _offsets(lengths: Sequence[int]) -> torch.Tensor:
+    """Where each of several runs begins, and the last ends: int32 ``[n + 1]`` on the host."""
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
 
 
 class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
@@ -189,30 +207,23 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
         custom_kv_indices=None,
         **options,
     ):
-        """Plan a prefill pass over the physical slots of what it reads in place; arguments as in the stock method."""
+        """Plan a prefill pass over the physical slots of all tokens; arguments as in the stock method."""
         lsa = self.attn_backend.lsa
-        readings = lsa.prefill.readings
-        device = req_pool_indices.device
-        if readings is None:
-            # FlashInfer reads up to 256 indices past the end.
-            indices = torch.zeros(paged_kernel_lens_sum + 256, dtype=torch.int32, device=device)
-            indptr = torch.empty(len(req_pool_indices) + 1, dtype=torch.int32, device=device)
-            decode_indices(
-                lsa.everything,
-                self.req_to_token,
-                lsa.pager.v2p,
-                req_pool_indices,
-                paged_kernel_lens,
-                PAGE_SIZE,
-                indptr,
-                indices,
-            )
-        else:
-            lengths = [reading.tokens_here for reading in readings]
-            paged_kernel_lens_sum = sum(lengths)
-            paged_kernel_lens = upload(np.array(lengths, dtype=np.int64), device)
-            slots = [reading.slots(lsa.pager.ledger.v2p, device) for reading in readings]
-            indices = torch.cat((*slots, slots[0].new_zeros(256))).int()
+        if lsa.prefill.readings is not None:
+            return  # planned part by part
+        # FlashInfer reads up to 256 indices past the end.
+        indices = torch.zeros(paged_kernel_lens_sum + 256, dtype=torch.int32, device=req_pool_indices.device)
+        indptr = torch.empty(len(req_pool_indices) + 1, dtype=torch.int32, device=req_pool_indices.device)
+        decode_indices(
+            lsa.everything,
+            self.req_to_token,
+            lsa.pager.v2p,
+            req_pool_indices,
+            paged_kernel_lens,
+            PAGE_SIZE,
+            indptr,
+            indices,
+        )
         super().call_begin_forward(
             wrapper_ragged,
             wrapper_paged,

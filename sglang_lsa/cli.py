@@ -99,6 +99,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     prefill = kinds.add_parser("prefill", help=text, description=text[0].upper() + text[1:])
     prefill.add_argument("--pools", nargs="+", choices=("full", "quarter", "16gb"), default=["full", "quarter", "16gb"])
+    kinds_of_prompt = ("ttft", "question")
+    prefill.add_argument("--workloads", nargs="+", choices=kinds_of_prompt, default=list(kinds_of_prompt))
     prefill.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3; the median counts")
     prefill.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
     prefill.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
@@ -133,7 +135,7 @@ def _bench_prefill(args: argparse.Namespace) -> int:
     from sglang_lsa.bench.prefill import run
     from sglang_lsa.bench.serving import command_line
 
-    options = {"pools": args.pools, "repeats": args.repeats, "server_args": args.server_args}
+    options = {name: getattr(args, name) for name in ("pools", "workloads", "repeats", "server_args")}
     try:
         run(args.output, Console(width=160), command=command_line(), **options)
     except (RuntimeError, ValueError) as error:  # no GPU, too little memory, a server or a request that failed

@@ -58,12 +58,11 @@ class Reading:
         """Whether everything is read, and in place."""
         return self.tokens_here == self.prefix
 
-    def slots(self, v2p: np.ndarray, device: torch.device) -> torch.Tensor:
+    def slots(self, v2p: np.ndarray) -> torch.Tensor:
         """Physical slots of what is read in place, int64 ``[tokens_here]``.
 
         Args:
             v2p: the ledger's map.
         """
         first = torch.from_numpy(v2p[self.here] * PAGE_SIZE)
-        slots = (first[:, None] + torch.arange(PAGE_SIZE)).flatten()[: self.tokens_here]
-        return slots.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else slots
+        return (first[:, None] + torch.arange(PAGE_SIZE)).flatten()[: self.tokens_here]

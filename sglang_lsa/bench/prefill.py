@@ -71,7 +71,14 @@ GROUPS = (
 
 
 def run(
-    output: pathlib.Path, console: Console, *, pools: Sequence[str], repeats: int, server_args: str, command: str
+    output: pathlib.Path,
+    console: Console,
+    *,
+    pools: Sequence[str],
+    workloads: Sequence[str],
+    repeats: int,
+    server_args: str,
+    command: str,
 ) -> list[dict[str, Any]]:
     """Measure; every row is written at once, so that nothing is lost.
 
@@ -84,7 +91,7 @@ def run(
     """
     shape = SHAPES["8b"]
     facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
-    groups = [group for group in GROUPS if group.name in pools]
+    groups = [group for group in GROUPS if group.name in pools and (group.questions or "ttft" in workloads)]
     for group in groups:
         if "lsa" in group.systems:
             require_host_memory(group.host_tokens * shape.token_bytes, f"the pool {group.name}", "choose other --pools")
@@ -92,7 +99,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for group in groups:
         for system in group.systems:
-            for row in measure(group, shape, system, repeats, server_args, output, console):
+            for row in measure(group, shape, system, workloads, repeats, server_args, output, console):
                 rows.append(row | facts)
                 report.write(output, rows, "prefill", KEY, plot)
     console.print(table(report.read(output, "prefill")))
@@ -103,6 +110,7 @@ def measure(
     group: Group,
     shape: Shape,
     system: str,
+    workloads: Sequence[str],
     repeats: int,
     server_args: str,
     output: pathlib.Path,
@@ -128,10 +136,10 @@ def measure(
             console.print(f"{system} {group.name}: up after {time.perf_counter() - began:.0f} s")
             bench = Measurement(server, group, shape, system, console)
             bench.first_token(bench.text(2 * CHUNK, 0))  # compiles what is compiled at first use
-            for tokens in group.prompts:
+            for tokens in group.prompts if "ttft" in workloads else ():
                 count = repeats if tokens <= PROMPT else 1
                 yield bench.row("ttft", tokens, [partial(bench.new_prompt, tokens, number) for number in range(count)])
-            if group.questions:
+            if group.questions and "question" in workloads:
                 yield from bench.questions(repeats)
 
 

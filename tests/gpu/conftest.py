@@ -9,19 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu_servers import READY_SECONDS, SERVED, STOCK
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
 
-STOCK = "sglang.launch_server"
-CHUNK = 2048
 POOL_TOKENS = 24_000
-SERVED = ["--served-model-name", "smollm2", "--attention-backend", "flashinfer", "--page-size", "64"]
-SERVED += ["--cuda-graph-backend-prefill", "disabled", "--skip-server-warmup", "--chunked-prefill-size", str(CHUNK)]
-SERVED += ["--mem-fraction-static", "0.25"]
 WITH_LSA = ["--lsa-device-tokens", str(POOL_TOKENS), "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024"]
 WITH_LSA += ["--lsa-debug", "--enable-metrics"]
-READY_SECONDS = 400
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
