@@ -18,6 +18,7 @@ def create_runtime(result, self):
         softmax_scale=self.model_config.head_dim**-0.5,
         model=self.model,
         chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else None,
+        vocabulary=self.model_config.vocab_size,
         metrics=Metrics({"model_name": args.served_model_name}) if args.enable_metrics else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from http import HTTPStatus
 
 import torch
@@ -55,6 +56,7 @@ def give_up(scheduler, batch, error):
         abort = AbortReq(finished_reason=req.finished_reason.to_json(), rid=req.rid)
         scheduler.ipc_channels.send_to_tokenizer.send_output(abort, req)
     batch.input_ids, batch.return_logprob, batch.return_hidden_states = None, False, False
+    batch.launch_ts = batch.launch_ts or time.monotonic()  # SGLang's counters want one, though nothing was launched
     return GenerationBatchResult(next_token_ids=torch.zeros(len(batch.reqs), dtype=torch.int64))
 
 

@@ -303,6 +303,13 @@ class Ledger:
         """Device pages that are free, or would be after giving up pages that nobody holds."""
         return len(self._free) + len(self._evictable())
 
+    @property
+    def obtainable_later(self) -> int:
+        """Device pages that are free or can be given up once everything in flight is done."""
+        v = self.p2v[self.p2v > 0]
+        copied = self._mirrored[v] | (self._copies[self.v2p[v]] > 0)
+        return len(self._free) + len(self._limbo) + int(((self._pins[v] == 0) & copied).sum())
+
     def check(self) -> None:
         """Restate every invariant.
 

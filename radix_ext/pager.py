@@ -192,6 +192,11 @@ class Pager:
         return self.ledger.obtainable_pages - sum(self.reserved.values())
 
     @property
+    def unpromised_later(self) -> int:
+        """The same once everything in flight is done; does not depend on how fast that is."""
+        return self.ledger.obtainable_later - sum(self.reserved.values())
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page of KV, all layers."""
         return self.mirror.page_bytes

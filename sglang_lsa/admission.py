@@ -42,10 +42,18 @@ class Admission:
     Args:
         config: with ``min_context`` as it applies.
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
+        vocabulary: token ids from this on do not exist; None if that is not known.
     """
 
-    def __init__(self, config: LSAConfig, pager: Pager, lookahead: Lookahead, chunk_tokens: int | None):
-        self.config, self.pager, self.lookahead = config, pager, lookahead
+    def __init__(
+        self,
+        config: LSAConfig,
+        pager: Pager,
+        lookahead: Lookahead,
+        chunk_tokens: int | None,
+        vocabulary: int | None = None,
+    ):
+        self.config, self.pager, self.lookahead, self.vocabulary = config, pager, lookahead, vocabulary
         self.pages = pager.ledger.physical_pages
         self.chunk_tokens = chunk_tokens
         self.admitted: dict[str, Admitted] = {}
@@ -65,7 +73,11 @@ class Admission:
             options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
         except ValueError as error:
             return str(error)
-        tokens, room = len(req.origin_input_ids), (self.pages - 1) * PAGE_SIZE
+        ids = np.asarray(req.origin_input_ids, dtype=np.int64)
+        if self.vocabulary is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings
+            return f"The prompt has the token id {wrong}: use ids from 0 to {self.vocabulary - 1}."
+        tokens, room = len(ids), (self.pages - 1) * PAGE_SIZE
         if options.dense and tokens >= room:
             return (
                 f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in "
@@ -103,7 +115,7 @@ class Admission:
         options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
         prefix = pages_of(req.prefix_indices[::PAGE_SIZE])
         tokens = len(req.full_untruncated_fill_ids)
-        pages, room = pages_spanned(tokens), self.pager.unpromised_pages - running - 1
+        pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1
         prunable = not options.dense and tokens >= self.config.min_context
         least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
         chunk = min(least, self.pages // 2)
@@ -153,8 +165,7 @@ class Admission:
         if rid not in self._warmed:
             self._warmed[rid] = None
             hot = self.pager.ledger.heat.hottest(prefix, int(self.lookahead.largest_set))
-            spare = max(0, self.pager.unpromised_pages)
-            self.pager.prefetch(hot[:spare])
+            self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
 
     def _new_pages(self, prefix: np.ndarray, pages: int) -> int:
         """Device pages that a prompt of ``pages`` pages takes in place from those that can be had.

@@ -54,6 +54,7 @@ class LSARuntime:
         q_heads, softmax_scale: of the model, for scoring.
         model: SGLang's model, whose decoder layers an indexer observes.
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
+        vocabulary: of the model; token ids beyond it are refused.
         metrics: Prometheus metrics to keep up to date.
     """
 
@@ -66,6 +67,7 @@ class LSARuntime:
         softmax_scale: float,
         model: torch.nn.Module,
         chunk_tokens: int | None = None,
+        vocabulary: int | None = None,
         metrics: Metrics | None = None,
     ):
         self.config, self.pager, self.req_to_token = config, pager, req_to_token
@@ -109,7 +111,7 @@ class LSARuntime:
         lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag)
         self.requests: dict[str, Request] = {}
-        self.admission = Admission(config, pager, self.lookahead, chunk_tokens)
+        self.admission = Admission(config, pager, self.lookahead, chunk_tokens, vocabulary)
         self.staging = Staging(pager.mirror.pages, config.staging_pages, pager.device, lambda: pager.compute())
         self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
         """Device bytes that prompts need to read the host mirror; no context enters."""

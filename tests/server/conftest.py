@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Iterator
 
 import pytest
 from serving import assert_idle
+from soak import FLAGS, LSA_CONFIG
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
@@ -34,6 +36,16 @@ def lsa(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
         yield server.wait_until_ready()
 
 
+@pytest.fixture(scope="session")
+def small(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """32 pages on the device, seven times that on the host, float32, from SGLang's own launcher; see ``soak``."""
+    config = logs / "lsa.json"
+    config.write_text(json.dumps({**LSA_CONFIG, "debug": True}))
+    flags = ["--model-path", model_path, "--served-model-name", "smollm2", *FLAGS, "--lsa-config", str(config)]
+    with ServerProcess("sglang.launch_server", flags, logs / "small.log") as server:
+        yield server.wait_until_ready()
+
+
 @pytest.fixture(scope="module")
 def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
     """SGLang as released, without any LSA flag, on the same model."""
@@ -44,7 +56,7 @@ def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test the idle LSA server holds no page for anybody."""
+    """After every test the idle LSA servers hold no page for anybody."""
     yield
-    if "lsa" in request.fixturenames:
-        assert_idle(request.getfixturevalue("lsa"))
+    for name in {"lsa", "small"}.intersection(request.fixturenames):
+        assert_idle(request.getfixturevalue(name))

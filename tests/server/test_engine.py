@@ -1,4 +1,4 @@
-"""The other two ways in: ``sgl.Engine(lsa_config=...)``, and SGLang's own launcher with an LSA configuration file."""
+"""``sgl.Engine(lsa_config=...)``, and refusals at start. SGLang's own launcher serves the fixture ``small``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-import urllib.error
 
 import pytest
 import torch
-from prompts import needle, prose
+from prompts import needle
 from safetensors.torch import save_file
-from serving import generate, wait_until_idle
 
 from sglang_lsa.server_process import ServerFailed, ServerProcess
 
@@ -66,36 +64,6 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
     assert result["state"]["fallbacks"] == 0
     assert needle(1800, 0.5, 6).answer in result["answers"]["full"]
     assert finished[0]["history"] != finished[2]["history"]
-
-
-def test_sglangs_own_launcher_with_a_config_file(model_path: str, tmp_path: pathlib.Path) -> None:
-    """A pool of 40 pages over 200: it streams what it does not hold, refuses what it can never read, and evicts from
-    the radix tree when full."""
-    config = tmp_path / "lsa.json"
-    config.write_text(json.dumps({"device_tokens": 2560, "host_memory_gb": 0.3, "debug": True, "min_context": 512}))
-    flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-config", str(config), "--lsa-budget", "0.25"]
-    with ServerProcess("sglang.launch_server", flags, tmp_path / "server.log") as server:
-        server.wait_until_ready()
-        status = server.get("/lsa/status")
-        assert (status["budget"], status["physical"]["pages"]) == (0.25, 40)
-        for length, how in ((2200, "in place"), (2700, "streamed")):
-            answer = generate(server, prose(length, 1), tokens=70)
-            assert answer["meta_info"]["completion_tokens"] == 70
-            assert server.get("/lsa/status")["finished"][-1]["prefill"] == how
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            generate(server, prose(2700, 2), tokens=4, enabled=False)
-        assert refused.value.code == 400
-        message = refused.value.read().decode()
-        assert "fewer than 2496" in message and "--lsa-device-tokens" in message
-        for seed in range(3, 11):  # eight prompts of 31 pages: more than the host mirror holds
-            generate(server, prose(1950, seed), tokens=4)
-        status = wait_until_idle(server)
-        assert status["virtual"]["allocated"] <= status["virtual"]["pages"] < 8 * 30
-        assert status["host"]["pages"] > status["virtual"]["pages"] // 2
-        assert status["physical"]["held"] == 0
-        again = generate(server, prose(1950, 10), tokens=4)
-        assert again["meta_info"]["cached_tokens"] > 1800, "the latest prompt is still in the tree"
-        assert generate(server, prose(1950, 3), tokens=4)["meta_info"]["cached_tokens"] == 0, "the oldest is not"
 
 
 def test_refused_at_start(model_path: str, tmp_path: pathlib.Path) -> None:

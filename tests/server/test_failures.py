@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prompts import needle, prose
 from serving import assert_idle, flush, generate, wait_until_idle
+from soak import FLAGS, Question, body, tokens_of
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-SMALL = ["--skip-server-warmup", "--chunked-prefill-size", "512", "--lsa-device-tokens", "2560", "--lsa-debug"]
-SMALL += ["--lsa-host-memory-gb", "0.5", "--lsa-min-context", "512", "--lsa-window", "16", "--lsa-staging-pages", "4"]
+SMALL = [*FLAGS, "--lsa-device-tokens", "2560", "--lsa-debug", "--lsa-host-memory-gb", "0.2"]
+SMALL += ["--lsa-min-context", "512", "--lsa-window", "16", "--lsa-staging-pages", "4"]
 SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"
 
 
@@ -34,7 +35,7 @@ def faulty(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 def goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every fault the server answers, holds nothing for anybody, and can be flushed."""
     yield
-    if "faulty" in request.fixturenames:
+    if "faulty" in request.fixturenames and "sigterm" not in request.node.name:
         server = request.getfixturevalue("faulty")
         assert_idle(server)
         assert generate(server, prose(100, 1), tokens=4)["meta_info"]["completion_tokens"] == 4
@@ -54,6 +55,7 @@ def failure(server: ServerProcess, prompt: str, rid: str, tokens: int = 24, **ls
 @pytest.mark.parametrize("fault", ["oomplan", "oomlayer"], ids=["before the pass", "in its fourth layer"])
 def test_out_of_memory_in_a_streamed_prompt(faulty: ServerProcess, fault: str) -> None:
     """Only this prompt fails, in the middle of its chunks; what ran before it says what it says alone."""
+    generate(faulty, prose(700, 2), 1)
     alone = generate(faulty, prose(700, 2), 60)["text"]
     before = faulty.get("/lsa/status")["failures"]["batches"]
     with ThreadPoolExecutor(1) as pool:
@@ -108,23 +110,10 @@ def test_a_choice_of_prefix_that_fails_leaves_what_was_looked_at(faulty: ServerP
 
 def test_cache_outputs_keeps_what_was_generated(faulty: ServerProcess) -> None:
     """With ``--lsa-cache-outputs`` a second turn finds the first answer in the tree."""
-    first = generate(faulty, prose(600, 9), 200)
-    prompt = first["meta_info"]["prompt_tokens"]
-    second = generate(faulty, prose(600, 9) + first["text"], 4)
-    assert second["meta_info"]["cached_tokens"] > prompt + 64
-
-
-def test_sigterm_lets_answers_finish_and_unlocks_memory(model_path: str, tmp_path: pathlib.Path) -> None:
-    with ServerProcess(LSA, ["--model-path", model_path, *SMALL], tmp_path / "server.log") as server:
-        server.wait_until_ready()
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(generate, server, needle(1500, 0.5, 1).prompt, 250)
-            while not server.get("/lsa/status")["requests"]:
-                assert not running.done()
-            os.kill(server.process.pid, signal.SIGTERM)
-            assert running.result()["meta_info"]["completion_tokens"] == 250
-        assert server.process.wait(60) is not None
-        assert "LSA: host mirror released" in server.log.read_text()
+    first = Question(tuple(range(1000, 1600)), (), 200)
+    answer = [token for token, _ in tokens_of(faulty.post("/generate", body(first)))]
+    second = faulty.post("/generate", body(Question((*first.prompt, *answer, *range(2000, 2050)), (), 4)))
+    assert second["meta_info"]["cached_tokens"] > 600 + 128
 
 
 def test_sigterm_while_it_loads_ends_it(model_path: str, tmp_path: pathlib.Path) -> None:
@@ -137,3 +126,15 @@ def test_sigterm_while_it_loads_ends_it(model_path: str, tmp_path: pathlib.Path)
             server.wait_until_ready(5)
         with pytest.raises(ProcessLookupError):
             os.killpg(server.process.pid, 0)
+
+
+def test_sigterm_lets_answers_finish_and_unlocks_memory(faulty: ServerProcess) -> None:
+    """The last test of this server."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate, faulty, needle(1500, 0.5, 1).prompt, 400)
+        while not faulty.get("/lsa/status")["requests"]:
+            assert not running.done()
+        os.kill(faulty.process.pid, signal.SIGTERM)
+        assert running.result()["meta_info"]["completion_tokens"] == 400
+    assert faulty.process.wait(60) is not None
+    assert "LSA: host mirror released" in faulty.log.read_text()

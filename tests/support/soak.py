@@ -34,9 +34,9 @@ TOLERANCE = 2e-3
 """Of a token's logarithmic probability, in float32."""
 FLAGS = ["--dtype", "float32", "--skip-server-warmup", "--enable-metrics", "--chunked-prefill-size", "512"]
 FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}']
-FLAGS += ["--lsa-device-tokens", "2048", "--lsa-host-memory-gb", "0.12", "--lsa-min-context", "512"]
-FLAGS += ["--lsa-window", "16", "--lsa-staging-pages", "4", "--lsa-debug"]
-"""The first six layers of the embedded model. 32 pages on the device, about 217 on the host; a chunk takes 8."""
+"""The first six layers of the embedded model."""
+LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "staging_pages": 4}
+"""32 pages on the device, 221 on the host; a chunk takes 8."""
 
 Tokens = list[tuple[int, float]]
 """An answer: tokens and their logarithmic probabilities."""
@@ -108,7 +108,7 @@ class Soak:
     """Sends requests, gathers what became of them, and checks them.
 
     Args:
-        server: started with :data:`FLAGS`.
+        server: started with :data:`FLAGS` and :data:`LSA_CONFIG`.
         seed: everything random comes from it, but for the order in which clients are served.
     """
 
@@ -257,8 +257,10 @@ def main() -> None:
     from sglang_lsa.embedded_model import embedded_model_path
 
     with tempfile.TemporaryDirectory() as folder:
-        log = pathlib.Path(folder) / "server.log"
-        with ServerProcess(LSA, ["--model-path", str(embedded_model_path()), *FLAGS], log) as server:
+        log, config = pathlib.Path(folder) / "server.log", pathlib.Path(folder) / "lsa.json"
+        config.write_text(json.dumps({**LSA_CONFIG, "debug": True}))
+        flags = ["--model-path", str(embedded_model_path()), *FLAGS, "--lsa-config", str(config)]
+        with ServerProcess(LSA, flags, log) as server:
             server.wait_until_ready()
             soak = Soak(server, args.seed)
             try:

@@ -1,13 +1,19 @@
-"""attend: causal attention of a chunk's queries against naive loops in float64."""
+"""attend: causal attention of a chunk's queries against naive loops in float64; whole, and part by part."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.attention import QUERY_BLOCK, attend
+from sglang_lsa.attention import QUERY_BLOCK, LSATorchBackend, attend, attend_part
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.kernels.merge_states import merge_states
+from sglang_lsa.reading import Reading
+from sglang_lsa.staging import Staging
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
@@ -115,3 +121,147 @@ def test_chunks_give_what_the_whole_prompt_gives(n: int, length: int) -> None:
     first = attend(q[: length - n], keys[: length - n], values[: length - n], 0.25)
     second = attend(q[length - n :], keys, values, 0.25)
     torch.testing.assert_close(torch.cat((first, second)), whole, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+# --- parts that can be merged ----------------------------------------------------------------------------------------
+
+
+def naive_part(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and base-2 log-sum-exps, float64."""
+    group = q.shape[1] // keys.shape[1]
+    k, v = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
+    logits = torch.einsum("nhd,mhd->nhm", q.double(), k) * scale
+    if causal:
+        future = torch.ones(len(q), len(keys), dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(future[:, None], -math.inf)
+    return torch.einsum("nhm,mhd->nhd", torch.softmax(logits, dim=-1), v), torch.logsumexp(logits, -1) / math.log(2)
+
+
+PARTS = [
+    # queries, keys, causal
+    pytest.param(1, 1, False, id="1 key"),
+    pytest.param(1, 200, False, id="1 query"),
+    pytest.param(7, 64, False, id="a page"),
+    pytest.param(70, 33, False, id="more queries than keys"),
+    pytest.param(1, 1, True, id="causal, 1 token"),
+    pytest.param(7, 7, True, id="causal, 7 tokens"),
+    pytest.param(700, 700, True, id="causal, blocks"),
+]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bf16")])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), HEADS)
+@pytest.mark.parametrize(("n", "m", "causal"), PARTS)
+def test_attend_part(n: int, m: int, causal: bool, kv_heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    q = random(n, kv_heads * group, dim, dtype=dtype, seed=1)
+    keys, values = (random(m, kv_heads, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    out, lse = attend_part(q, keys, values, dim**-0.5, causal)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:2], torch.float32)
+    assert lse.is_contiguous()
+    expected, expected_lse = naive_part(q, keys, values, dim**-0.5, causal)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_log_sum_exps_are_base_2() -> None:
+    """Of eight keys that the query does not care for, the sum is eight: three bits."""
+    q, keys = torch.zeros(2, 4, 16), torch.ones(8, 2, 16)
+    out, lse = attend_part(q, keys, torch.full_like(keys, 2.5), 0.25)
+    torch.testing.assert_close(lse, torch.full((2, 4), 3.0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, torch.full((2, 4, 16), 2.5), rtol=0, atol=1e-6)
+
+
+def test_a_part_need_not_be_contiguous() -> None:
+    """Staged keys and values are halves of one buffer; pages in place are gathered."""
+    q, both = random(5, 4, 16, dtype=torch.float32, seed=1), random(12, 2, 2, 16, dtype=torch.float32, seed=2)
+    keys, values = both[:, 0], both[:, 1]
+    assert not keys.is_contiguous()
+    strided = attend_part(q, keys, values, 0.25)
+    plain = attend_part(q, keys.contiguous(), values.contiguous(), 0.25)
+    assert torch.equal(strided[0], plain[0]) and torch.equal(strided[1], plain[1])
+
+
+def test_a_part_of_another_type_is_read_in_the_type_of_the_queries() -> None:
+    q = random(5, 2, 16, dtype=torch.float32, seed=1)
+    keys, values = (random(12, 2, 16, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    out, lse = attend_part(q, keys, values, 0.25)
+    expected = naive_part(q, keys, values, 0.25, False)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=TOLERANCE[torch.float32])
+    torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=TOLERANCE[torch.float32])
+
+
+CUTS = [
+    # tokens of each part before the chunk
+    pytest.param([], id="no prefix"),
+    pytest.param([64], id="one part"),
+    pytest.param([64, 64, 10], id="blocks and a rest"),
+    pytest.param([1] * 9, id="single tokens"),
+]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bf16")])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), HEADS)
+@pytest.mark.parametrize("cuts", CUTS)
+def test_merged_parts_are_attention_over_all_keys(
+    cuts: list[int], kv_heads: int, group: int, dim: int, dtype: torch.dtype
+) -> None:
+    n, prefix = 9, sum(cuts)
+    q = random(n, kv_heads * group, dim, dtype=dtype, seed=1)
+    keys, values = (random(prefix + n, kv_heads, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    out, lse = attend_part(q, keys[prefix:], values[prefix:], dim**-0.5, causal=True)
+    out = out.float()
+    start = 0
+    for tokens in cuts:
+        part = slice(start, start + tokens)
+        merge_states(out, lse, *attend_part(q, keys[part], values[part], dim**-0.5))
+        start += tokens
+    for whole in (attend(q, keys, values, dim**-0.5), naive(q, keys, values, dim**-0.5)):
+        torch.testing.assert_close(out.double(), whole.double(), rtol=0, atol=TOLERANCE[dtype])
+
+
+# --- a streamed chunk ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("here", "streamed"),
+    [
+        pytest.param([], [0, 1, 2, 3, 4], id="all streamed"),
+        pytest.param([0, 1, 2, 3, 4], [], id="all in place"),
+        pytest.param([1, 4], [0, 2, 3], id="some of both"),
+        pytest.param([], [], id="no prefix"),
+    ],
+)
+def test_a_streamed_chunk_reads_all_tokens_before_it(here: list[int], streamed: list[int]) -> None:
+    """As the backend computes it: its own tokens, then pages in place, then pages of the mirror, two at a time."""
+    kv_heads, heads, dim, layers, count = 2, 4, 16, 3, len(here) + len(streamed)
+    before = count * PAGE_SIZE
+    tokens = before + 40
+    q = random(40, heads, dim, dtype=torch.float32, seed=1)
+    content = random(layers, 2, tokens, kv_heads, dim, dtype=torch.float32, seed=2)
+
+    # Page i of the prefix is virtual page i + 1; in place, at physical page i + 2, or in the mirror. The rest is NaN.
+    pool = torch.full((layers, 2, 10 * PAGE_SIZE, kv_heads, dim), math.nan)
+    mirror = torch.full((count + 1, layers, 2, PAGE_SIZE, kv_heads, dim), math.nan)
+    v2p = np.zeros(count + 1, dtype=np.int64)
+    for page in here:
+        v2p[page + 1] = page + 2
+        pool[:, :, (page + 2) * PAGE_SIZE :][:, :, :PAGE_SIZE] = content[:, :, page * PAGE_SIZE :][:, :, :PAGE_SIZE]
+    for page in streamed:
+        mirror[page + 1] = content[:, :, page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+    pool[:, :, PAGE_SIZE : PAGE_SIZE + 40] = content[:, :, before:]
+    masks = [np.isin(np.arange(count), part) for part in (here, streamed)]
+    reading = Reading.of(np.arange(1, count + 1), before, *masks)
+
+    backend = object.__new__(LSATorchBackend)  # SGLang's part of it needs a model runner
+    staging = Staging(mirror, 2, torch.device("cpu"), lambda: pytest.fail("no stream on a CPU"))
+    backend.lsa = SimpleNamespace(prefill=SimpleNamespace(staged=staging.read(reading.streamed)))
+    backend.slots = [torch.cat((reading.slots(v2p), torch.arange(PAGE_SIZE, PAGE_SIZE + 40)))]
+    for layer in range(layers):
+        out = backend._attend_streamed(q, *pool[layer], SimpleNamespace(layer_id=layer, scaling=dim**-0.5))
+        assert out.dtype == torch.float32
+        whole = attend(q, *content[layer], dim**-0.5)
+        torch.testing.assert_close(out, whole, rtol=0, atol=TOLERANCE[torch.float32])

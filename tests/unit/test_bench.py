@@ -1,4 +1,4 @@
-"""The serving benchmark without GPUs: what counts, what is sent, what is read out of a status, results, client, CLI."""
+"""The benchmarks without GPUs: what counts, what is sent, what is read out of a status, results, client, CLI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from sglang_lsa import cli
-from sglang_lsa.bench import report, serving
+from sglang_lsa.bench import prefill, report, serving
 from sglang_lsa.bench.client import RequestFailed, Stream, run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.serving import GROUPS, Arm, Group, Sampler, lsa_figures, stock_kv_bytes
@@ -381,6 +381,152 @@ def test_the_table_holds_both_systems_and_the_gain() -> None:
     assert "1.00x" in random and " - " in random
 
 
+# --- the benchmark of prefill ----------------------------------------------------------------------------------------
+
+
+def prefill_row(system: str, seconds: float, context: int = 131_072, **other: Any) -> dict[str, Any]:
+    """Of a new prompt; of a question, when told how it reads its prefix."""
+    found = {
+        "model": "8b",
+        "system": system,
+        "pool_tokens": 140_032,
+        "kv_pool_bytes": 140_032 * 131_072,
+        "workload": "question" if "prefill" in other else "ttft",
+        "context": context,
+        "prefill": None,
+        "device": None,
+        "ttft_s": seconds,
+        "ttft_all_s": [seconds],
+        "gpu": "GPU of a test",
+    }
+    lsa = {"streamed_bytes": 0, "recalled_bytes": 3 << 30, "staging_bytes": 300 << 20} if system == "lsa" else {}
+    return found | lsa | other
+
+
+QUARTER = {"pool_tokens": 32_768, "kv_pool_bytes": 4 << 30, "streamed_bytes": 60 << 30}
+NEW_PROMPTS = [
+    prefill_row("stock", 10.0),
+    prefill_row("lsa", 10.5),
+    prefill_row("lsa", 12.0, **QUARTER),
+    prefill_row("lsa", 60.0, 400_000),
+]
+QUESTIONS = [
+    prefill_row("lsa", 9.0, 263_168, prefill="exact", device="cold"),
+    prefill_row("lsa", 1.5, 263_168, prefill="resident", device="cold"),
+    prefill_row("lsa", 8.0, 263_168, prefill="exact", device="warm"),
+    prefill_row("lsa", 0.5, 263_168, prefill="resident", device="warm"),
+]
+
+
+def test_prompts_are_compared_with_stock_and_questions_with_exact_answers() -> None:
+    rows = [*QUESTIONS, *NEW_PROMPTS]
+    found = prefill.compared(rows)
+    assert [row for row, _ in found] == rows
+    assert [ratio for _, ratio in found] == [None, 6.0, None, 16.0, None, 1.05, 1.2, None]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([], id="none"),
+        pytest.param(NEW_PROMPTS[1:], id="no stock"),
+        pytest.param([NEW_PROMPTS[0], NEW_PROMPTS[3]], id="stock of another prompt"),
+        pytest.param([QUESTIONS[1], QUESTIONS[3]], id="no exact answer"),
+        pytest.param([QUESTIONS[0], QUESTIONS[3]], id="exact on a cold device, resident on a warm one"),
+        pytest.param([QUESTIONS[0] | {"pool_tokens": 64}, QUESTIONS[1]], id="exact with another pool"),
+    ],
+)
+def test_what_cannot_be_compared_has_no_ratio(rows: list[dict[str, Any]]) -> None:
+    assert [ratio for _, ratio in prefill.compared(rows)] == [None] * len(rows)
+
+
+def test_the_table_of_prefill() -> None:
+    text = io.StringIO()
+    Console(file=text, width=200).print(prefill.table([*NEW_PROMPTS, *QUESTIONS]))
+    lines = [line for line in text.getvalue().splitlines() if "8b" in line]
+    assert len(lines) == 8
+    for line, parts in (
+        (lines[0], ("stock", "17.1 GB", "131,072", "10.000", " - ")),
+        (lines[1], ("lsa", "17.1 GB", "10.500", "1.05x stock", " 0.0 ", " 3.0 ", " 300.0 ")),
+        (lines[2], ("lsa", "4.0 GB", "12.000", "1.20x stock", " 60.0 ")),
+        (lines[5], ("question", "263,168", "resident", "cold", "1.500", "6.00x faster")),
+    ):
+        for part in parts:
+            assert part in line
+    assert "x stock" not in lines[3] and "x faster" not in lines[4]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], NEW_PROMPTS[:1], QUESTIONS[:1], [*NEW_PROMPTS, *QUESTIONS]],
+    ids=["none", "a prompt", "a question", "all"],
+)
+def test_the_picture_of_prefill(rows: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
+    prefill.plot(tmp_path / "prefill.png", rows)
+    picture = (tmp_path / "prefill.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
+
+
+def test_results_of_prefill_lie_beside_those_of_serving(tmp_path: pathlib.Path) -> None:
+    """In files of their own, with a picture of their own; a later row of the same replaces an earlier one."""
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        report.write(tmp_path, rows, "prefill", prefill.KEY, prefill.plot)
+
+    report.write(tmp_path, [STOCK, LSA])
+    serving_files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write([*NEW_PROMPTS, *QUESTIONS])
+    write([prefill_row("lsa", 11.0), QUESTIONS[0] | {"device": "hot"}])
+    rows = report.read(tmp_path, "prefill")
+    times = {tuple(row[name] for name in prefill.KEY): row["ttft_s"] for row in rows}
+    assert len(rows) == len(times) == 9
+    assert times["8b", "lsa", 140_032, "ttft", 131_072, None, None] == 11.0
+    assert times["8b", "lsa", 140_032, "question", 263_168, "exact", "cold"] == 9.0
+    assert times["8b", "lsa", 32_768, "ttft", 131_072, None, None] == 12.0
+
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *serving_files,
+        *(f"prefill.{ending}" for ending in ("json", "csv", "png")),
+    }
+    assert all((tmp_path / name).read_bytes() == content for name, content in serving_files.items())
+    with (tmp_path / "prefill.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["ttft_s"] for row in written] == [str(row["ttft_s"]) for row in rows]
+    assert {row["streamed_bytes"] for row in written} == {"", "0", str(60 << 30)}
+
+
+def test_the_rows_of_prefill_are_in_an_order_of_their_own(tmp_path: pathlib.Path) -> None:
+    for folder, order in (("a", [*NEW_PROMPTS, *QUESTIONS]), ("b", [*QUESTIONS[::-1], *NEW_PROMPTS[::-1]])):
+        (tmp_path / folder).mkdir()
+        report.write(tmp_path / folder, order, "prefill", prefill.KEY, prefill.plot)
+    assert report.read(tmp_path / "a", "prefill") == report.read(tmp_path / "b", "prefill")
+
+
+@pytest.mark.parametrize("group", prefill.GROUPS, ids=[group.name for group in prefill.GROUPS])
+def test_the_mirror_holds_what_a_group_asks(group: prefill.Group) -> None:
+    """Pages that begin with a prompt end with it; the answers are a page each; resident questions leave nothing."""
+    repeats = 3
+    assert group.pool_tokens % PAGE_SIZE == 0
+    assert group.host_tokens >= max(*group.prompts, 2 * prefill.CHUNK) + PAGE_SIZE
+    assert group.host_tokens >= group.pool_tokens + PAGE_SIZE
+    if group.questions:
+        fillers = -(-group.pool_tokens // prefill.FILLER) * (prefill.FILLER + PAGE_SIZE)
+        asked = (2 * repeats + 1) * (prefill.QUESTION + PAGE_SIZE)
+        assert group.host_tokens >= prefill.MEMORY + PAGE_SIZE + fillers + asked
+
+
+def test_groups_of_prefill_are_what_their_names_say() -> None:
+    full, quarter, sixteen = prefill.GROUPS
+    assert full.pool_tokens >= prefill.PROMPT + 2 * PAGE_SIZE
+    assert quarter.pool_tokens * 4 == prefill.PROMPT
+    assert sixteen.pool_tokens * SHAPES["8b"].token_bytes == 16 * GB
+    assert [group.questions for group in prefill.GROUPS] == [False, False, True]
+    keys = [
+        (s, group.pool_tokens, tokens) for group in prefill.GROUPS for s in group.systems for tokens in group.prompts
+    ]
+    assert len(set(keys)) == len(keys)
+
+
 # --- the client ------------------------------------------------------------------------------------------------------
 
 Answer = Callable[[dict[str, Any], Callable[[Any], Awaitable[None]]], Awaitable[None]]
@@ -547,3 +693,26 @@ def test_a_failed_benchmark_is_status_1(
     argv = ["--models", "1b", "--workloads", "iso", "--server-args=--tp 2", "--output", str(tmp_path)]
     assert cli.main(["bench", "serving", *argv]) == 1
     assert "x.log" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("keep_signal_handlers")
+def test_prefill_without_a_gpu_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "prefill", "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("sglang-lsa bench: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("keep_signal_handlers")
+def test_what_prefill_is_asked_to_measure(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(prefill, "run", lambda output, console, **asked: seen.append(asked | {"output": output}))
+    assert cli.main(["bench", "prefill", "--output", str(tmp_path)]) == 0
+    assert cli.main(["bench", "prefill", "--pools", "16gb", "--workloads", "question", "--repeats", "5"]) == 0
+    names = [group.name for group in prefill.GROUPS]
+    assert [asked["pools"] for asked in seen] == [names, ["16gb"]]
+    assert [asked["workloads"] for asked in seen] == [["ttft", "question"], ["question"]]
+    assert [asked["repeats"] for asked in seen] == [3, 5]
+    assert seen[0]["output"] == tmp_path

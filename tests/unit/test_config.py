@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 
 from sglang_lsa.config import (
     POLICIES,
+    PREFILLS,
+    GivenSet,
     LSAConfig,
     RequestOptions,
     add_cli_args,
@@ -202,6 +205,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"recent_pages": -1}, "--lsa-recent-pages -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),
     ({"query_tokens": 0}, "--lsa-query-tokens 0 is too small: use 1 or more"),
+    ({"prefill": "streamed"}, "prefill is 'streamed': use one of exact, resident"),
+    ({"staging_pages": 0}, "--lsa-staging-pages 0 is too small: use 1 or more"),
     ({"device_tokens": 255}, "--lsa-device-tokens 255 is too small: use 256 or more"),
     ({"device_memory_gb": -1}, r"--lsa-device-memory-gb -1\.0 is too small: use 0"),
     ({"host_memory_gb": -1}, r"--lsa-host-memory-gb -1\.0 is too small: use 0"),
@@ -347,10 +352,116 @@ def test_a_request_may_ask_for_the_indexer_where_there_is_one() -> None:
         (RequestOptions("quest", 0.25, enabled=False), True),
         (RequestOptions("full", 0.25), True),
         (RequestOptions("quest", 1.0), True),
+        (RequestOptions("quest", 0.25, prefill="resident"), False),
+        (RequestOptions("quest", 1.0, prefill="resident"), True),
+        (RequestOptions("quest", 1.0, sets=(GivenSet(65, 1, (0,)),)), False),
     ],
 )
 def test_dense(options: RequestOptions, dense: bool) -> None:
     assert options.dense is dense
+
+
+@pytest.mark.parametrize("server", PREFILLS)
+@pytest.mark.parametrize("asked", [None, *PREFILLS])
+def test_how_a_prompt_reads_its_prefix(asked: str | None, server: str) -> None:
+    """What the request asks for, or else the server's default."""
+    config = LSAConfig(prefill=server)
+    lsa = {"budget": 0.5} | ({"prefill": asked} if asked else {})
+    assert RequestOptions.parse({"lsa": lsa}, config).prefill == (asked or server)
+    assert RequestOptions.parse(None, config).prefill == server
+    assert RequestOptions.parse({}, config).prefill == server
+
+
+@pytest.mark.parametrize("asked", ["streamed", "Exact", "", None, True, ["exact"]], ids=repr)
+def test_other_ways_of_prefill_are_refused(asked: Any) -> None:
+    words = rf"custom_params\.lsa\.prefill is {re.escape(repr(asked))}: use one of exact, resident"
+    with pytest.raises(ValueError, match=words):
+        RequestOptions.parse({"lsa": {"prefill": asked}}, SERVER)
+
+
+# --- sets that a request names itself --------------------------------------------------------------------------------
+
+
+SETS: list[tuple[str, tuple[GivenSet, ...]]] = [
+    ("", ()),
+    (";", ()),
+    ("65:1:0", (GivenSet(65, 1, (0,)),)),
+    ("1:0:", (GivenSet(1, 0, ()),)),
+    ("100:1:", (GivenSet(100, 1, ()),)),
+    ("641:10:0,3,9", (GivenSet(641, 10, (0, 3, 9)),)),
+    ("641:10:0,3,9;705:11:0,10", (GivenSet(641, 10, (0, 3, 9)), GivenSet(705, 11, (0, 10)))),
+    ("641:10:3;700:0:;900:4:1,2;", (GivenSet(641, 10, (3,)), GivenSet(700, 0, ()), GivenSet(900, 4, (1, 2)))),
+]
+
+
+@pytest.mark.parametrize(("text", "sets"), SETS, ids=[repr(text) for text, _ in SETS])
+def test_sets(text: str, sets: tuple[GivenSet, ...]) -> None:
+    options = RequestOptions.parse({"lsa": {"sets": text}}, SERVER)
+    assert options == RequestOptions("quest", 0.25, sets=sets)
+    assert ";".join(map(str, sets)) == text.strip(";")
+    assert options.dense is False
+
+
+def test_sets_round_trip() -> None:
+    """Of what the status of a finished request shows, through the text that another request is sent with."""
+    sets = tuple(GivenSet(640 + 64 * number, number, tuple(range(0, number, 2))) for number in range(1, 12))
+    text = ";".join(map(str, sets))
+    assert RequestOptions.parse({"lsa": {"sets": text}}, SERVER).sets == sets
+
+
+FORM = r"custom_params\.lsa\.sets is {}: write tokens:tail_start:p,p,p with ; between sets"
+BAD_SETS: list[tuple[Any, str]] = [
+    # (what is asked for, words after those of the form)
+    (None, "$"),
+    (7, "$"),
+    ([[65, 1, [0]]], "$"),
+    ({"65": [0]}, "$"),
+    ("all", "$"),
+    ("65:1", "$"),
+    ("65:1:0:2", "$"),
+    ("many:1:0", "$"),
+    ("65:one:0", "$"),
+    ("65:1:zero", "$"),
+    ("65.0:1:0", "$"),
+    ("65:1:0;;66:1:0;x", "$"),
+    ("65:1:0 66:1:0", "$"),
+    ("321:5:2,1", "; positions ascend and lie before tail_start, and that before tokens$"),
+    ("321:5:1,1", "; positions ascend and lie before tail_start"),
+    ("321:5:-1,1", "; positions ascend and lie before tail_start"),
+    ("321:5:5", "; positions ascend and lie before tail_start"),
+    ("321:5:0,9", "; positions ascend and lie before tail_start"),
+    ("321:-1:", "; positions ascend and lie before tail_start"),
+    ("320:5:0", "; positions ascend and lie before tail_start, and that before tokens"),
+    ("100:2:0", "; positions ascend and lie before tail_start, and that before tokens"),
+    ("0:0:", "; positions ascend and lie before tail_start, and that before tokens"),
+    ("-64:-2:", "; positions ascend and lie before tail_start"),
+    ("321:5:0;321:5:1", "; each set begins at more tokens than the one before$"),
+    ("321:5:0;65:1:0", "; each set begins at more tokens than the one before$"),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), BAD_SETS, ids=[repr(asked) for asked, _ in BAD_SETS])
+def test_bad_sets_are_refused(asked: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=FORM.format(re.escape(repr(asked))) + words):
+        RequestOptions.parse({"lsa": {"sets": asked}}, SERVER)
+
+
+def test_a_long_bad_set_is_shown_by_its_beginning() -> None:
+    with pytest.raises(ValueError, match="^.{1,160}$"):
+        RequestOptions.parse({"lsa": {"sets": "65:1:" + "0," * 10_000 + "x"}}, SERVER)
+
+
+@pytest.mark.parametrize("other", [{"enabled": False}, {"policy": "full"}], ids=["disabled", "full"])
+def test_sets_without_pruning_are_refused(other: dict[str, Any]) -> None:
+    words = r"custom_params\.lsa names sets and switches pruning off: leave one of the two out"
+    with pytest.raises(ValueError, match=words):
+        RequestOptions.parse({"lsa": {"sets": "65:1:0", **other}}, SERVER)
+    assert RequestOptions.parse({"lsa": {"sets": "", **other}}, SERVER).dense
+
+
+def test_sets_win_over_a_budget_of_everything() -> None:
+    options = RequestOptions.parse({"lsa": {"sets": "65:1:0", "budget": 1.0}}, SERVER)
+    assert (options.budget, options.dense) == (1.0, False)
 
 
 # --- from process to process -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sglang_lsa.radix_ext.heat import HALF_LIFE
 from sglang_lsa.radix_ext.ledger import Ledger, LedgerError, Plan
 
 
@@ -279,6 +280,71 @@ def test_pages_asked_for_are_not_evicted_to_make_room_for_each_other() -> None:
     assert on_device(ledger) == {1, 3, 4, 5}
 
 
+def warm(ledger: Ledger, *pages: int) -> None:
+    """Resident sets name these pages, one set after the other: the last is the hottest."""
+    for page in pages:
+        ledger.heat.select(np.array([page]))
+
+
+@pytest.mark.parametrize(
+    ("selected", "order"),
+    [
+        pytest.param([], [3, 1, 4, 2], id="cold: the least recently used first"),
+        pytest.param([3], [1, 4, 2, 3], id="one is hot"),
+        pytest.param([3, 1, 4, 2], [3, 1, 4, 2], id="the coldest first"),
+        pytest.param([2, 4, 1, 3], [2, 4, 1, 3], id="whatever was used last"),
+        pytest.param([1, 1, 4], [3, 2, 4, 1], id="cold ones first"),
+    ],
+)
+def test_the_coldest_pages_are_evicted_first(selected: list[int], order: list[int]) -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6, 7, 8)
+    cached(ledger, 3, 1, 4, 2)
+    warm(ledger, *selected)
+    for page, evicted in zip((5, 6, 7, 8), order, strict=True):
+        before = on_device(ledger)
+        held(ledger, "a", page)
+        assert before - on_device(ledger) == {evicted}
+
+
+def test_several_victims_are_the_coldest_together() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    cached(ledger, 3, 1, 4, 2)
+    warm(ledger, 1, 3)
+    held(ledger, "a", 5, 6)
+    assert on_device(ledger) == {1, 3, 5, 6}
+
+
+def test_of_equally_hot_and_recent_pages_the_first_goes() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    held(ledger, "a", 4, 2, 3, 1)
+    ledger.mirrored([1, 2, 3, 4])
+    ledger.drop("a")
+    held(ledger, "b", 5)
+    assert on_device(ledger) == {2, 3, 4, 5}
+
+
+def test_heat_is_of_the_content() -> None:
+    """A page handed out again is cold; one that replaces another goes on with the larger of both heats."""
+    ledger = ledger_with(1, 2, 3, 4)
+    cached(ledger, 1, 2, 3, 4)
+    warm(ledger, 1, 2, 2, 3)
+    heat = ledger.heat.values.copy()
+    ledger.release([1])
+    ledger.allocate([1])
+    assert ledger.heat.values.tolist() == [0, 0, *heat[2:].tolist()]
+    ledger.substitute("a", [2, 4, 3], [3, 1, 3])
+    assert ledger.heat.values[1:5].tolist() == [0, 0, heat[2], 0]
+
+
+def test_a_reset_ledger_is_cold() -> None:
+    ledger = ledger_with(1)
+    warm(ledger, 1)
+    ledger.reset()
+    ledger.allocate([1, 2])
+    assert not ledger.heat.values.any()
+    assert ledger.heat.hottest(np.array([1, 2]), 9).tolist() == []
+
+
 def full_of_held_pages() -> Ledger:
     ledger = ledger_with(1, 2, 3, 4, 5)
     held(ledger, "a", 1, 2, 3, 4)
@@ -358,7 +424,121 @@ def test_mirrored_pages_are_counted_on_the_host() -> None:
     assert ledger.is_mirrored([1, 2]).tolist() == [False, True]
 
 
+# --- what is worth bringing in ahead of time -------------------------------------------------------------------------
+
+
+def worth_fetching(ledger: Ledger, *pages: int) -> list[int]:
+    """Also checks that bringing them in displaces what was compared, and nothing else."""
+    wanted = ledger.worth_fetching(np.array(pages, dtype=np.int64)).tolist()
+    probe = copy.deepcopy(ledger)
+    before = on_device(probe)
+    held(probe, "probe", *wanted)
+    lost = before - on_device(probe)
+    assert len(lost) == max(0, len(wanted) - (4 - len(before)))
+    heat = ledger.heat.values
+    assert all(heat[page] < heat[wanted].max() for page in lost)
+    return wanted
+
+
+def with_mirrored(*on_the_device: int, absent: tuple[int, ...]) -> Ledger:
+    """Pages whose copies are in the mirror; some of them have left the device, and the rest of it is free."""
+    ledger = ledger_with(*on_the_device, *absent, 9, 10, 11, 12, virtual=12)
+    cached(ledger, *absent)
+    held(ledger, "other", 9, 10, 11, 12)  # evicts them
+    ledger.drop("other")
+    ledger.release([9, 10, 11, 12])
+    cached(ledger, *on_the_device)
+    assert on_device(ledger) == set(on_the_device)
+    return ledger
+
+
+def test_free_places_take_the_hottest_pages() -> None:
+    ledger = with_mirrored(1, 2, absent=(3, 4, 5))
+    warm(ledger, 1, 2, 3, 4, 5)
+    assert worth_fetching(ledger, 5, 4) == [5, 4]
+    assert worth_fetching(ledger, 3) == [3]
+
+
+def test_free_places_take_pages_that_are_colder_than_those_there() -> None:
+    ledger = with_mirrored(1, 2, absent=(3, 4, 5))
+    warm(ledger, 5, 4, 3, 1, 2)
+    assert worth_fetching(ledger, 3, 4, 5) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("heat", "given", "wanted"),
+    [
+        # Pages 1 to 4 are on the device, pages 5 to 8 are not; `heat` names them from cold to hot.
+        pytest.param([1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5], [8, 7, 6, 5], id="all are hotter"),
+        pytest.param([5, 6, 7, 8, 1, 2, 3, 4], [8, 7, 6, 5], [], id="all are colder"),
+        pytest.param([1, 2, 8, 3, 4], [8], [8], id="one is hotter than the coldest"),
+        pytest.param([1, 5, 2, 6, 7, 3, 8, 4], [8, 7, 6, 5], [8, 7], id="the second coldest is hotter than the third"),
+        pytest.param([1, 6, 2, 3, 4, 8], [8, 6], [8], id="each displaces one"),
+        pytest.param([8, 7], [7, 8], [7, 8], id="cold ones are displaced"),
+        pytest.param([], [5, 6], [], id="equally cold ones are not"),
+        pytest.param([1, 2, 3, 4, 8, 7], [7, 8], [7, 8], id="fewer than there are"),
+        pytest.param([5, 6, 7, 8], [], [], id="nothing given"),
+    ],
+)
+def test_without_a_free_place_only_hotter_pages_are_worth_it(
+    heat: list[int], given: list[int], wanted: list[int]
+) -> None:
+    ledger = with_mirrored(1, 2, 3, 4, absent=(5, 6, 7, 8))
+    warm(ledger, *heat)
+    assert worth_fetching(ledger, *given) == wanted
+
+
+def test_as_hot_is_not_hotter() -> None:
+    ledger = with_mirrored(1, 2, 3, 4, absent=(5, 6))
+    ledger.heat.select(np.arange(1, 7))
+    assert worth_fetching(ledger, 5, 6) == []
+
+
+def test_only_what_can_be_given_up_is_displaced() -> None:
+    ledger = with_mirrored(1, 2, 3, 4, absent=(5, 6, 7))
+    held(ledger, "a", 1)
+    number = ledger.forward_started()
+    held(ledger, "b", 2)
+    ledger.drop("b")  # the pass may read it
+    ledger.copy_started(ledger.v2p[[3]], arriving=False)
+    warm(ledger, 5, 6, 7)
+    assert worth_fetching(ledger, 7, 6, 5) == [7], "in place of page 4"
+    ledger.forward_finished(number)
+    assert worth_fetching(ledger, 7, 6, 5) == [7, 6]
+
+
+def test_only_mirrored_pages_that_are_not_there_are_fetched() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5, 6)
+    cached(ledger, 1, 2, 3, 4)
+    held(ledger, "a", 5)  # evicts 1; it has no mirror copy
+    ledger.drop("a")
+    ledger.release([3])
+    warm(ledger, 2, 5, 6, 1)
+    assert worth_fetching(ledger, 1, 6, 5, 2) == [1]
+    assert worth_fetching(ledger, 6, 5, 2) == []
+
+
+def test_pages_with_a_place_on_the_device() -> None:
+    ledger = ledger_with(1, 2, 3, 4, 5)
+    cached(ledger, 1, 2, 3, 4)
+    held(ledger, "a", 5)  # evicts 1
+    assert ledger.on_device([5, 1, 2]).tolist() == [True, False, True]
+    ledger.copy_started(ledger.v2p[[2]], arriving=True)
+    assert ledger.on_device(np.array([2])).tolist() == [True], "its content may still be on its way"
+    assert ledger.on_device([]).tolist() == []
+
+
 # --- forward passes in flight ----------------------------------------------------------------------------------------
+
+
+def test_passes_are_numbered() -> None:
+    ledger = ledger_with(1)
+    assert ledger.passes == 0
+    assert [ledger.forward_started(), ledger.passes, ledger.forward_started(), ledger.passes] == [1, 1, 2, 2]
+    ledger.forward_finished(1)
+    assert ledger.passes == 2
+    ledger.forward_finished(2)
+    assert ledger.passes == 2
 
 
 def test_a_page_dropped_during_a_forward_pass_is_not_evicted_before_that_is_done() -> None:
@@ -646,6 +826,67 @@ def test_any_moved_is_false_when_nothing_moved(still: Any) -> None:
     assert ledger.take_moved().tolist() == []
 
 
+# --- what can be had once everything in flight is done ---------------------------------------------------------------
+
+
+def obtainable(ledger: Ledger) -> tuple[int, int]:
+    ledger.check()
+    return ledger.obtainable_pages, ledger.obtainable_later
+
+
+def test_nothing_in_flight() -> None:
+    ledger = ledger_with(1, 2, 3)
+    assert obtainable(ledger) == (4, 4)
+    held(ledger, "a", 1, 2)
+    assert obtainable(ledger) == (2, 2)
+    cached(ledger, 3)
+    assert obtainable(ledger) == (2, 2)
+    ledger.drop("a")
+    assert obtainable(ledger) == (2, 2), "pages without a mirror copy stay"
+    ledger.mirrored([1])
+    assert obtainable(ledger) == (3, 3)
+
+
+def test_pages_that_a_pass_may_read_can_be_had_later() -> None:
+    ledger = full_of_held_pages()
+    number = ledger.forward_started()
+    ledger.drop("a", [1, 2])
+    assert obtainable(ledger) == (0, 2)
+    ledger.forward_finished(number)
+    assert obtainable(ledger) == (2, 2)
+
+
+def test_released_places_that_a_pass_may_read_can_be_had_later() -> None:
+    ledger = full_of_held_pages()
+    number = ledger.forward_started()
+    ledger.drop("a", [1, 2])
+    ledger.release([2])
+    assert obtainable(ledger) == (0, 2)
+    ledger.forward_finished(number)
+    assert obtainable(ledger) == (2, 2)
+
+
+def test_pages_on_their_way_to_the_mirror_can_be_had_later() -> None:
+    ledger = ledger_with(1, 2, 3)
+    held(ledger, "a", 1, 2, 3)
+    ledger.copy_started(places(ledger, 1, 2), arriving=False)
+    assert obtainable(ledger) == (1, 1), "they are held"
+    ledger.drop("a")
+    assert obtainable(ledger) == (1, 3)
+    ledger.copy_finished(places(ledger, 1, 2), arriving=False)
+    ledger.mirrored([1, 2])
+    assert obtainable(ledger) == (3, 3)
+
+
+def test_pages_on_their_way_to_the_device_can_be_had_later() -> None:
+    ledger = ledger_with(1)
+    cached(ledger, 1)
+    ledger.copy_started(places(ledger, 1), arriving=True)
+    assert obtainable(ledger) == (3, 4)
+    ledger.copy_finished(places(ledger, 1), arriving=True)
+    assert obtainable(ledger) == (4, 4)
+
+
 # --- substitution ----------------------------------------------------------------------------------------------------
 
 
@@ -914,6 +1155,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.stores: list[list[tuple[int, int, int, int]]] = []  # page, its generation, physical page, content
         self.generations: dict[int, int] = {}
         self.map = np.zeros(VIRTUAL + 1, dtype=np.int64)  # a copy of the page map, as a GPU has one
+        self.heat: dict[int, float] = {}
+        self.selection = 1.0  # what one selection adds to a page's heat now
 
     # -- the model's own answers
 
@@ -943,6 +1186,13 @@ class LedgerMachine(RuleBasedStateMachine):
         arriving = self.arriving()
         return {page for page, place in self.device.items() if self.content[page] is not None and place not in arriving}
 
+    def obtainable_later(self) -> int:
+        """Device pages that are free, or can be given up once all passes and copies are done."""
+        stored = {
+            page for store in self.stores for page, generation, _, _ in store if self.generations[page] == generation
+        }
+        return PHYSICAL - len(set(self.device) - ((self.mirrored | stored) - self.held()))
+
     def take_back(self) -> None:
         """Physical pages that nothing in flight touches are free."""
         copied = self.copied()
@@ -968,6 +1218,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.content |= dict.fromkeys(new)
         for page in new:
             self.generations[page] = self.generations.get(page, 0) + 1
+            self.heat.pop(page, None)
 
     @rule(pages=FEW)
     def release(self, pages: set[int]) -> None:
@@ -1002,7 +1253,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(evicted) == max(0, short)
         assert evicted <= possible
         if evicted and possible - evicted:
-            assert max(self.used[page] for page in evicted) <= min(self.used[page] for page in possible - evicted)
+            spared = possible - evicted
+            assert max(self.worth(page) for page in evicted) <= min(self.worth(page) for page in spared)
         for page in evicted:
             del self.device[page]
         recall, fresh = pairs(plan.recall), pairs(plan.fresh)
@@ -1021,6 +1273,33 @@ class LedgerMachine(RuleBasedStateMachine):
         self.holders.setdefault(holder, set()).update(pages)
         self.clock += 1
         self.used |= dict.fromkeys(pages, self.clock)
+
+    def worth(self, page: int) -> tuple[float, int]:
+        """Pages with less of it are given up first."""
+        return self.heat.get(page, 0.0), self.used[page]
+
+    @rule(pages=FEW)
+    def select(self, pages: set[int]) -> None:
+        """A resident set has those of ``pages`` that exist."""
+        selected = sorted(pages & set(self.content))
+        self.ledger.heat.select(np.array(selected, dtype=np.int64))
+        for page in selected:
+            self.heat[page] = self.heat.get(page, 0.0) + self.selection
+        self.selection *= 2 ** (1 / HALF_LIFE)
+
+    @rule(pages=ANY)
+    def fetch(self, pages: set[int]) -> None:
+        """Somebody brings in, ahead of time, what is worth it; nobody holds it."""
+        hottest = sorted(pages, key=lambda page: -self.heat.get(page, 0.0))
+        worth = self.ledger.worth_fetching(np.array(hottest, dtype=np.int64)).tolist()
+        possible = [page for page in hottest if page in self.mirrored and page not in self.device]
+        assert worth == possible[: len(worth)]
+        free, coldest = self.free(), sorted(self.heat.get(page, 0.0) for page in self.evictable())
+        gains = [self.heat.get(page, 0.0) > cold for page, cold in zip(possible[free:], coldest, strict=False)]
+        assert len(worth) == min(len(possible), free) + (gains.index(False) if False in gains else len(gains))
+        if worth:
+            self.hold("a", set(worth))
+            self.drop("a", set(worth))
 
     @rule(holder=HOLDERS, pages=st.none() | ANY)
     def drop(self, holder: str, pages: set[int] | None = None) -> None:
@@ -1043,6 +1322,7 @@ class LedgerMachine(RuleBasedStateMachine):
             same = sorted(set(self.content) - {old, new})
             old_pages, new_pages = [*same, old], [*same, new]
         self.ledger.substitute(holder, old_pages, new_pages)
+        self.heat[new] = max(self.heat.get(new, 0.0), self.heat.pop(old, 0.0))
         if new not in self.device and old not in self.held_by_others(holder):
             self.device[new] = self.device.pop(old)
             self.used[new] = self.used.pop(old)
@@ -1157,6 +1437,20 @@ class LedgerMachine(RuleBasedStateMachine):
         self.take_back()
 
     @rule()
+    def finish_everything(self) -> None:
+        """What was promised for later can be had now. Without it, nothing says what "later" means."""
+        later = self.ledger.obtainable_later
+        self.ledger.forward_finished(self.started)
+        self.finished = self.started
+        self.reads.clear()
+        self.take_back()
+        while self.stores:
+            self.finish_store()
+        while self.recalls:
+            self.finish_recall()
+        assert self.ledger.obtainable_pages == self.ledger.obtainable_later == later
+
+    @rule()
     def bring_the_map_up_to_date(self) -> None:
         moved = self.ledger.take_moved()
         self.map[moved] = self.ledger.v2p[moved]
@@ -1187,6 +1481,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.reset()
         for record in (self.content, self.device, self.mirrored, self.used, self.busy, self.given_up, self.generations):
             record.clear()
+        self.heat.clear()
+        self.selection = 1.0
 
     # -- what holds after every step
 
@@ -1202,6 +1498,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ledger.host_pages == len(self.mirrored)
         assert ledger.allocated_pages == len(self.content)
         assert ledger.obtainable_pages == self.free() + len(self.evictable())
+        assert ledger.obtainable_later == self.obtainable_later()
+        assert ledger.passes == self.started
+        assert {
+            page: heat for page, heat in enumerate(ledger.heat.values.tolist()) if heat and page in self.content
+        } == {page: heat for page, heat in self.heat.items() if heat and page in self.content}
         arriving = self.arriving()
         for page in range(1, VIRTUAL + 1):
             assert ledger.arriving(np.array([page]))[0] == (self.device.get(page) in arriving)

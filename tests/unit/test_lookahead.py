@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import align_up, pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Random, Recency, Request
@@ -16,7 +17,7 @@ from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.resident_table import ResidentTable
 
-PHYSICAL, VIRTUAL = 24, 64
+PHYSICAL, VIRTUAL = 24, 160
 WINDOW = 4
 
 
@@ -25,6 +26,8 @@ class Wanted:
 
     def __init__(self) -> None:
         self.positions: list[int] = []
+        self.values: dict[int, float] = {}
+        """Scores of some positions, where it matters which is better."""
         self.error: Exception | None = None
         self.calls = 0
 
@@ -34,6 +37,8 @@ class Wanted:
             raise self.error
         scores = np.zeros(len(pages))
         scores[[position for position in self.positions if position < len(pages)]] = 1.0
+        for position, value in self.values.items():
+            scores[position] = value
         return scores
 
 
@@ -55,6 +60,15 @@ class LateTransfer(HostTransfer):
     def __init__(self, pager: Pager) -> None:
         super().__init__(pager.keys, pager.values, pager.mirror.pages)
         self.on_their_way: list[tuple[np.ndarray, np.ndarray, Finished]] = []
+        self.required = 0
+        self.stores_late = False
+        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
+
+    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
+        if self.stores_late:
+            self.storing.append((physical, virtual, finished))
+        else:
+            super().store(physical, virtual, finished)
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
@@ -66,7 +80,15 @@ class LateTransfer(HostTransfer):
             super().recall(*self.on_their_way.pop(0))
 
     def wait(self) -> None:
+        while self.storing:
+            super().store(*self.storing.pop(0))
         self.arrive()
+
+    def before_next_kernel(self) -> None:
+        """The kernel itself waits, the pager learns it later; here the content comes at once."""
+        self.required += 1
+        for physical, virtual, _ in self.on_their_way:
+            super().recall(physical, virtual, lambda: None)
 
 
 class Server:
@@ -96,17 +118,53 @@ class Server:
         self.pager.ledger.allocate(pages)
         return pages
 
-    def prefill(self, rid: str, tokens: int, *, policy: str = "wanted", seed: int = 0, dense: bool = False) -> Request:
+    def prefill(
+        self,
+        rid: str,
+        tokens: int,
+        *,
+        policy: str = "wanted",
+        seed: int = 0,
+        dense: bool = False,
+        sets: Sequence[GivenSet] = (),
+        promised: int | None = None,
+    ) -> Request:
+        """
+        Args:
+            promised: the prompt was streamed: only its last pages are sure to be there, and so many are kept for it.
+        """
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
+        request.name_sets(sets)
         request.pages = self.allocate(pages_spanned(tokens))
         assert self.pager.hold(rid, request.pages)
-        for page in request.pages.tolist():
-            place = int(self.pager.v2p[page]) * PAGE_SIZE
-            self.pager.keys[0][place : place + PAGE_SIZE] = float(page)
+        self.write(request.pages)
         self.pager.store(request.pages[: pages_complete(tokens)])
+        if promised is not None:
+            self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
+            self.pager.reserved[rid] = promised
+            self.lookahead.await_first(request)
+            self.push_off(request)
         self.lookahead.begin(request)
         return request
+
+    def write(self, pages: np.ndarray) -> None:
+        for page in pages.tolist():
+            place = int(self.pager.v2p[page]) * PAGE_SIZE
+            self.pager.keys[0][place : place + PAGE_SIZE] = float(page)
+
+    def push_off(self, request: Request) -> None:
+        """Other content takes every device page that nobody holds."""
+        held = int(self.pager.ledger.is_held(request.pages).sum())
+        others = self.allocate(self.pager.ledger.obtainable_pages)
+        assert self.pager.hold("others", others)
+        self.pager.forget("others")
+        self.pager.ledger.release(others)
+        assert int(self.pager.ledger.on_device(request.pages).sum()) == held
+
+    def leave(self, pages: int) -> None:
+        """Somebody holds all device pages that can be had but so many."""
+        assert self.pager.hold("neighbour", self.allocate(self.pager.unpromised_pages - pages))
 
     def decode(self, request: Request) -> None:
         """One token more, without a forward pass; the page that it opens is held, as the runtime does."""
@@ -118,6 +176,7 @@ class Server:
         if request.tokens % PAGE_SIZE == 1:
             request.pages = np.append(request.pages, self.allocate(1))
             assert self.pager.hold(request.rid, request.pages[-1:])
+            self.write(request.pages[-1:])
         self.lookahead.begin_step()
 
     def after_decode(self, request: Request) -> None:
@@ -358,6 +417,420 @@ def test_a_policy_that_does_not_exist_leaves_the_most_recent_pages() -> None:
     request = server.prefill("a", 12 * PAGE_SIZE, policy="unheard of")
     assert request.positions.tolist() == [0, 7, 8, 9, 10, 11]
     assert server.lookahead.fallbacks == 1
+
+
+# --- a set that fits in part -----------------------------------------------------------------------------------------
+
+
+def crowded(room: int, **options: object) -> tuple[Server, Request]:
+    """Request ``a`` reads 0, 1, 2, 3 and 11; in its next window it wants 5, 6 and 7 as well, best first, which have
+    left the device. ``room`` device pages can be had then, beside the one that it is left to grow into."""
+    server = Server(**options)
+    server.wanted.positions = [1, 2, 3]
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    assert server.read(request) == [0, 1, 2, 3, 11]
+    server.push_off(request)
+    server.wanted.positions = []
+    server.wanted.values = {5: 3.0, 6: 2.0, 7: 1.0, 3: 0.5, 1: 0.4}
+    server.decode(request)  # opens a page
+    server.leave(1 + room)
+    return server, request
+
+
+@pytest.mark.parametrize(
+    ("room", "positions"),
+    [
+        # Always 0; then as many of 5, 6 and 7 as there is room for, and as many of the old ones as that leaves.
+        pytest.param(3, [0, 5, 6, 7, 3], id="all fit"),
+        pytest.param(2, [0, 5, 6, 3, 1], id="two fit"),
+        pytest.param(1, [0, 5, 3, 1, 2], id="one fits"),
+    ],
+)
+def test_a_set_that_fits_in_part_keeps_the_best_of_the_old_one(room: int, positions: list[int]) -> None:
+    server, request = crowded(room)
+    for _ in range(WINDOW - 1):
+        server.decode(request)
+    assert server.read(request) == request.positions.tolist() == sorted(positions)
+    assert server.held_positions(request) == [*sorted(positions), 12]
+    assert (request.shrunk, server.lookahead.shrunk) == (int(room < 3),) * 2
+    assert (request.stalls, server.lookahead.stalls, request.window) == (0, 0, 1)
+    assert request.history[-1] == sorted(positions)
+    assert request.ranks is not None
+    ranks = dict(zip(request.positions.tolist(), request.ranks.tolist(), strict=True))
+    worth = {0: float("inf"), 5: 3.0, 6: 2.0, 7: 1.0, 3: 0.5, 1: 0.4, 2: 0.0}
+    assert ranks == {position: worth[position] for position in positions}
+    server.pager.ledger.check()
+
+
+def test_a_set_of_which_nothing_new_fits_is_a_stall() -> None:
+    server, request = crowded(0)
+    old, held = server.read(request), server.held_positions(request)
+    for _ in range(WINDOW - 1):
+        server.decode(request)
+    assert (server.read(request), server.held_positions(request)) == (old, held)
+    assert (request.shrunk, request.stalls, server.lookahead.shrunk, server.lookahead.stalls) == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(("min_pages", "positions"), [(4, [0, 5, 11]), (5, None)], ids=["enough", "too few"])
+def test_a_set_that_would_be_smaller_than_min_pages_is_a_stall(min_pages: int, positions: list[int] | None) -> None:
+    """The growing page counts. The old set was smaller because nothing else scored above the threshold."""
+    server = Server(min_pages=min_pages)
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    assert server.read(request) == [0, 11]
+    server.push_off(request)
+    server.decode(request)
+    server.leave(1 + 1)
+    server.wanted.values = {5: 3.0, 6: 2.0, 7: 1.0}
+    for _ in range(WINDOW - 1):
+        server.decode(request)
+    assert server.read(request) == (positions or [0, 11])
+    assert (request.shrunk, request.stalls) == ((1, 0) if positions else (0, 1))
+
+
+# --- sets that a request names itself --------------------------------------------------------------------------------
+
+
+def given_sets(text: str) -> tuple[GivenSet, ...]:
+    return RequestOptions.parse({"lsa": {"sets": text}}, LSAConfig()).sets
+
+
+def reads(server: Server, request: Request, steps: int) -> dict[int, tuple[int, list[int]]]:
+    """What each decode step reads: where the tail starts, and the positions before it, by tokens of the request."""
+    seen = {}
+    for _ in range(steps):
+        server.before_decode(request)
+        seen[request.tokens] = (int(server.table.tail_start[request.row]), server.read(request))
+        assert set(server.held_positions(request)) >= {
+            *server.read(request),
+            *range(seen[request.tokens][0], len(request.pages)),
+        }
+        server.after_decode(request)
+        server.pager.ledger.check()
+    return seen
+
+
+SERVERS = [pytest.param((0, 0, WINDOW), id="cpu"), pytest.param((5, 2, 8), id="gpu")]
+"""Lead, lag and window."""
+GIVEN = [
+    # After a prompt of 640 tokens.
+    pytest.param("641:10:0,3,9", id="from the first step"),
+    pytest.param("644:10:1", id="dense at first"),
+    pytest.param("641:10:", id="only the tail"),
+    pytest.param("641:10:0,3;642:10:1,4;643:10:2,5", id="every step"),
+    pytest.param("641:10:0,3,9;660:10:2;690:10:4,5,6", id="windows of other lengths"),
+    pytest.param("643:4:1,3", id="a long tail"),
+    pytest.param("641:0:;650:10:7", id="dense, pruned"),
+    pytest.param("641:10:7;650:0:", id="pruned, dense"),
+    pytest.param("645:10:7,8;655:0:;665:9:1", id="dense, pruned, dense, pruned"),
+    pytest.param("705:11:0,10;720:11:3,10", id="with pages that decode filled"),
+]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("text", GIVEN)
+def test_given_sets_are_read_at_the_tokens_that_they_name(text: str, server: tuple[int, int, int]) -> None:
+    lead, lag, window = server
+    sets = given_sets(text)
+    expected: dict[int, tuple[int, list[int]]] = {}
+    for tokens in range(641, 731):
+        begun = [given for given in sets if given.tokens <= tokens]
+        expected[tokens] = (begun[-1].tail_start, list(begun[-1].positions)) if begun else (0, [])
+    running = Server(lead, lag, window=window)
+    request = running.prefill("a", 640, sets=sets)
+    running.push_off(request)
+    assert reads(running, request, 90) == expected
+    assert running.wanted.calls == running.lookahead.stalls == running.lookahead.failures == 0
+    assert [window.as_given() for window in request.windows] == list(sets)
+    assert not running.lookahead.on_their_way
+
+
+def test_after_the_last_given_set_nothing_changes() -> None:
+    server = Server()
+    request = server.prefill("a", 640, sets=given_sets("641:10:3"))
+    for _ in range(20 * WINDOW):
+        server.decode(request)
+    assert (server.lookahead.refreshes, server.wanted.calls, request.window) == (1, 0, 0)
+    assert server.read(request) == [3]
+
+
+def test_a_given_set_that_does_not_fit_is_a_stall() -> None:
+    server = Server()
+    request = server.prefill("a", 640, sets=given_sets("641:10:0,3;645:10:1,2;649:10:4"))
+    server.push_off(request)
+    server.decode(request)
+    server.leave(2)
+    seen = reads(server, request, 10)
+    assert [seen[tokens][1] for tokens in (642, 645, 648, 649, 651)] == [[0, 3], [0, 3], [0, 3], [4], [4]]
+    assert (request.stalls, request.shrunk) == (1, 0)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("tokens", [10 * PAGE_SIZE, 10 * PAGE_SIZE + 7, 4 * PAGE_SIZE - 30], ids=str)
+def test_the_windows_of_a_request_can_be_replayed(tokens: int, server: tuple[int, int, int]) -> None:
+    """By another server, with what ``/lsa/status`` shows; with windows that shrank, and that were dense at first."""
+    lead, lag, window = server
+    steps = 6 * window + 40
+    first = Server(lead, lag, window=window, budget=0.9 if tokens < 256 else 0.5)
+    request = first.prefill("a", tokens, seed=1)
+    seen = {}
+    for _ in range(steps):
+        first.wanted.positions = [1 + (3 * request.window + place) % 9 for place in range(3)]
+        seen |= reads(first, request, 1)
+        if len(request.positions) >= 3 and not first.lookahead.shrunk:
+            first.lookahead.shrink([request], 1)
+    windows = [window for window in request.windows if window.tokens]
+    assert len({tuple(window.positions) for window in windows}) >= 3
+    assert first.lookahead.shrunk == 1
+
+    text = ";".join(str(window.as_given()) for window in windows)
+    second = Server(lead, lag, window=window)
+    again = second.prefill("a", tokens, sets=given_sets(text))
+    assert reads(second, again, steps) == seen
+    assert [window.as_given() for window in again.windows] == [window.as_given() for window in windows]
+    assert second.wanted.calls == 0
+
+
+# --- smaller sets under pressure -------------------------------------------------------------------------------------
+
+
+def two_requests(**options: object) -> tuple[Server, Request, Request]:
+    """One reads 0, 2, 4, 6, 8 and 11, of falling scores but for both ends; the other 0, 1, 2 and 7."""
+    server = Server(**options)
+    server.wanted.values = {2: 5.0, 4: 4.0, 6: 3.0, 8: 2.0}
+    large = server.prefill("large", 12 * PAGE_SIZE)
+    server.wanted.values = {1: 2.0, 2: 1.0}
+    small = server.prefill("small", 8 * PAGE_SIZE)
+    assert (server.read(large), server.read(small)) == ([0, 2, 4, 6, 8, 11], [0, 1, 2, 7])
+    return server, large, small
+
+
+@pytest.mark.parametrize(
+    ("wanted", "large_set", "small_set"),
+    [
+        pytest.param(0, [0, 2, 4, 6, 8, 11], [0, 1, 2, 7], id="nothing is wanted"),
+        pytest.param(1, [0, 2, 11], [0, 1, 2, 7], id="the largest, by half"),
+        pytest.param(3, [0, 2, 11], [0, 1, 2, 7], id="just enough"),
+        pytest.param(4, [0, 2, 11], [0, 7], id="both"),
+        pytest.param(99, [0, 2, 11], [0, 7], id="each once"),
+    ],
+)
+def test_the_largest_sets_are_halved_first(wanted: int, large_set: list[int], small_set: list[int]) -> None:
+    server, large, small = two_requests()
+    obtainable = server.pager.unpromised_pages
+    server.lookahead.shrink([small, large], wanted)
+    for request, positions, before in ((large, large_set, 6), (small, small_set, 4)):
+        assert server.read(request) == request.positions.tolist() == positions
+        assert server.held_positions(request) == positions
+        assert request.history[-1] == positions
+        assert len(request.history) == 1, "no step has read the larger one"
+        assert request.shrunk == int(len(positions) < before)
+        assert int(server.table.shortening[request.row]) == (request.tail_start - len(positions)) * PAGE_SIZE
+    freed = 10 - len(large_set) - len(small_set)
+    assert server.pager.unpromised_pages == obtainable + freed
+    assert server.lookahead.shrunk == large.shrunk + small.shrunk
+    server.pager.ledger.check()
+
+
+def test_a_set_can_shrink_again_and_grows_with_the_next_window() -> None:
+    server, large, _ = two_requests()
+    server.decode(large)  # opens a page
+    sizes = []
+    for _ in range(4):
+        server.lookahead.shrink([large], 1)
+        sizes.append(len(large.positions))
+    assert sizes == [3, 2, 2, 2], "both ends stay"
+    assert large.history == [[0, 2, 4, 6, 8, 11], [0, 11]], "what was read, and what will be"
+    server.wanted.values = {2: 5.0, 4: 4.0, 6: 3.0, 8: 2.0}
+    for _ in range(WINDOW - 1):
+        server.decode(large)
+    assert server.read(large) == [0, 2, 4, 6, 8]
+    assert (large.stalls, large.shrunk) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("min_pages", "tail", "size"),
+    [(1, 0, 3), (4, 0, 4), (4, 1, 3), (5, 1, 4), (6, 0, 6), (6, 2, 4), (12, 0, 6)],
+)
+def test_no_set_shrinks_below_min_pages(min_pages: int, tail: int, size: int) -> None:
+    server = Server(budget=0.5, min_pages=1)
+    server.wanted.values = {2: 5.0, 4: 4.0, 6: 3.0, 8: 2.0}
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    request.tokens += tail * PAGE_SIZE
+    request.pages = np.append(request.pages, server.allocate(tail))
+    object.__setattr__(server.config, "min_pages", min_pages)
+    server.lookahead.shrink([request], 1)
+    assert len(request.positions) == size
+    assert request.shrunk == int(size < 6)
+
+
+def test_sink_and_recent_pages_never_shrink_away() -> None:
+    server = Server(sink_pages=3, recent_pages=2, budget=0.75)
+    server.wanted.values = {position: 1.0 + position for position in range(12)}
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    assert server.read(request) == [0, 1, 2, 6, 7, 8, 9, 10, 11]
+    for _ in range(3):
+        server.lookahead.shrink([request], 9)
+    assert server.read(request) == [0, 1, 2, 10, 11]
+    assert request.shrunk == 1
+
+
+@pytest.mark.parametrize("kind", ["dense", "short", "given"])
+def test_sets_that_were_not_predicted_do_not_shrink(kind: str) -> None:
+    server = Server()
+    sets = given_sets("641:10:0,3,4,9") if kind == "given" else ()
+    request = server.prefill("a", 640 if kind != "short" else 100, dense=kind == "dense", sets=sets)
+    held, read = server.held_positions(request), server.read(request)
+    server.lookahead.shrink([request], 9)
+    assert (server.held_positions(request), server.read(request)) == (held, read)
+    assert (request.shrunk, server.lookahead.shrunk, server.lookahead.failures) == (0, 0, 0)
+
+
+def test_pages_that_another_request_reads_are_not_counted_as_let_go() -> None:
+    server, large, small = two_requests()
+    assert server.pager.hold("reader", large.pages[[4, 6, 8]])
+    server.lookahead.shrink([large, small], 1)
+    assert server.read(large) == [0, 2, 11]
+    assert server.read(small) == [0, 7], "nothing was let go before"
+    assert server.pager.ledger.held_by("reader") == set(large.pages[[4, 6, 8]].tolist())
+
+
+def test_a_set_that_cannot_shrink_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, large, small = two_requests()
+    remap = server.table.remap
+
+    def broken(row: int, physical: np.ndarray, tail_start: int) -> None:
+        if row == large.row:
+            raise RuntimeError("no such row")
+        remap(row, physical, tail_start)
+
+    monkeypatch.setattr(server.table, "remap", broken)
+    with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
+        server.lookahead.shrink([large, small], 1)
+    assert "shrinking the set of large failed; it keeps the pages that it has" in caplog.text
+    assert server.lookahead.failures == 1
+    assert server.read(large) == large.positions.tolist() == server.held_positions(large) == [0, 2, 4, 6, 8, 11]
+    assert (large.shrunk, large.history) == (0, [[0, 2, 4, 6, 8, 11]])
+    assert server.read(small) == [0, 7], "the others still shrink"
+    server.pager.ledger.check()
+
+
+# --- stages that fail ------------------------------------------------------------------------------------------------
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("injected")
+
+
+STAGES: dict[str, Callable[[Server, pytest.MonkeyPatch], None]] = {
+    "choose": lambda server, patch: patch.setattr(server.lookahead, "choose", fail),
+    "recall": lambda server, patch: patch.setattr(server.pager, "hold_if_spare", fail),
+    "table": lambda server, patch: patch.setattr(server.table, "remap", fail),
+}
+"""What a broken stage of a refresh calls."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
+    stage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.wanted.positions = [1, 2, 3]
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    server.push_off(request)
+    old, held, table = server.read(request), server.held_positions(request), server.table.table.clone()
+    server.wanted.positions = [5, 6, 7]
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="sglang_lsa"):
+        STAGES[stage](server, patch)
+        for _ in range(WINDOW):
+            server.decode(request)
+    assert "refreshing a failed; it keeps the pages that it has" in caplog.text
+    assert (request.failures, server.lookahead.failures, request.window) == (1, 1, 1)
+    assert (request.stalls, request.next, server.lookahead.on_their_way) == (0, None, {})
+    assert server.read(request) == request.positions.tolist() == old
+    assert server.held_positions(request) == [*held, 12]
+    assert torch.equal(server.table.table, table)
+    assert request.history == [old]
+    server.pager.ledger.check()
+
+    for _ in range(WINDOW - 1):
+        server.decode(request)
+        assert server.read(request) == old
+    server.decode(request)
+    assert server.read(request) == [0, 5, 6, 7]
+    assert (request.failures, request.window) == (1, 2)
+    server.pager.ledger.check()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_first_window_that_fails_leaves_the_request_dense(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    server.wanted.positions = [3]
+    with monkeypatch.context() as patch:
+        STAGES[stage](server, patch)
+        request = server.prefill("a", 12 * PAGE_SIZE)
+    assert (request.failures, request.tail_start, request.history) == (1, 0, [])
+    assert server.held_positions(request) == list(range(12))
+    for _ in range(WINDOW):
+        server.decode(request)
+    assert server.read(request) == [0, 3]
+    assert server.held_positions(request) == [0, 3, 12]
+
+
+# --- scores that are no numbers --------------------------------------------------------------------------------------
+
+
+def test_scores_that_are_no_numbers_choose_nothing() -> None:
+    server = Server()
+    nan = float("nan")
+    positions, ranks = server.lookahead.choose(np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
+    assert positions.tolist() == [0, 1, 3, 7]
+    assert ranks.tolist() == [float("inf"), 2, 3, float("inf")]
+    positions, ranks = server.lookahead.choose(np.full(8, nan), 8, 0.5)
+    assert (positions.tolist(), ranks.tolist()) == ([0, 7], [float("inf")] * 2)
+
+
+def test_a_set_that_has_room_for_all_keeps_pages_without_a_score_as_the_worst() -> None:
+    server = Server(min_pages=8)
+    positions, ranks = server.lookahead.choose(np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
+    assert positions.tolist() == [0, 1, 2, 3]
+    assert ranks.tolist() == [float("inf"), float("-inf"), 2.0, float("inf")]
+
+
+def test_a_policy_of_which_some_scores_are_no_numbers() -> None:
+    server = Server()
+    server.wanted.positions = [3, 6]
+    server.wanted.values = {3: float("nan"), 8: float("nan")}
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    assert server.read(request) == [0, 6, 11]
+    assert (request.failures, server.lookahead.fallbacks) == (0, 0)
+
+
+# --- heat ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_that_is_read_warms_its_pages() -> None:
+    server = Server()
+    server.wanted.positions = [3, 6]
+    request = server.prefill("a", 10 * PAGE_SIZE + 5)
+    heat = server.pager.ledger.heat
+    assert np.flatnonzero(heat.values).tolist() == request.pages[[0, 3, 6]].tolist()
+    server.wanted.positions = [6, 7]
+    for _ in range(WINDOW):
+        server.decode(request)
+    assert server.read(request) == [0, 6, 7]
+    assert heat.hottest(request.pages, 9).tolist() == request.pages[[0, 6, 7, 3]].tolist()
+
+
+def test_sets_that_are_not_read_warm_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    server.prefill("dense", 10 * PAGE_SIZE, dense=True)
+    server.prefill("short", 3 * PAGE_SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.table, "remap", fail)
+        server.prefill("failed", 8 * PAGE_SIZE)
+    assert not server.pager.ledger.heat.values.any()
 
 
 # --- as on a GPU: a refresh takes several steps -----------------------------------------------------------------------
@@ -642,6 +1115,265 @@ def test_a_policy_that_fails_is_not_waited_for_any_longer() -> None:
     assert server.lookahead.fallbacks == 1
     assert server.a.positions.tolist() == [0, 8, 9, 10, 11]
     assert server.a.stalls == 0
+
+
+def test_heat_grows_when_a_set_is_read_not_when_it_is_chosen() -> None:
+    server = Overlapped()
+    heat = server.pager.ledger.heat
+    server.begin(LONG)
+    server.transfer.arrive()
+    assert not heat.values[server.a.pages[[5, 6, 7]]].any()
+    server.begin(LONG + 1)
+    assert heat.values[server.a.pages[[5, 6, 7]]].all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_fails_behind_a_forward_pass(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Overlapped()
+    a = server.a
+    with monkeypatch.context() as patch:
+        STAGES[stage](server, patch)
+        for step in range(3, LONG + 1):
+            server.begin(step)
+            server.transfer.arrive()
+        server.begin(LONG + 1)
+    assert (a.failures, server.lookahead.failures, a.window, a.next) == (1, 1, 1, None)
+    assert server.read(a) == a.positions.tolist() == OLD
+    assert server.held_positions(a) == [*OLD, 12]
+    assert (a.stalls, a.history, server.lookahead.on_their_way) == (0, [OLD], {})
+    server.pager.ledger.check()
+    for step in range(LONG + 2, 2 * LONG + 4):
+        server.begin(step)
+        server.transfer.arrive()
+    assert server.read(a) == NEW
+    assert server.held_positions(a) == [*NEW, 12]
+    assert (a.failures, a.history) == (1, [OLD, NEW])
+
+
+def test_a_smaller_set_leaves_the_next_one_alone() -> None:
+    server = Overlapped()
+    a = server.a
+    server.begin(LONG - LEAD + LAG)
+    assert a.next is not None and a.next.held
+    obtainable = server.pager.unpromised_pages
+    server.lookahead.shrink([a], 1)
+    assert server.read(a) == a.positions.tolist() == [0, 11]
+    assert server.held_positions(a) == [0, 5, 6, 7, 11, 12]
+    assert server.pager.unpromised_pages == obtainable + 3
+    for step in range(LONG - LEAD + LAG, LONG + 1):
+        server.begin(step)
+        assert server.read(a) == [0, 11]
+        server.transfer.arrive()
+    server.begin(LONG + 1)
+    assert server.read(a) == NEW
+    assert server.held_positions(a) == [*NEW, 12]
+    assert (a.history, a.shrunk, a.stalls) == ([OLD, [0, 11], NEW], 1, 0)
+    server.pager.ledger.check()
+
+
+def test_what_was_let_go_can_be_had_when_no_pass_reads_it() -> None:
+    server = Overlapped()
+    number = server.pager.ledger.forward_started()
+    obtainable = server.pager.unpromised_pages
+    server.lookahead.shrink([server.a], 1)
+    assert server.read(server.a) == [0, 11]
+    assert (server.pager.unpromised_pages, server.pager.unpromised_later) == (obtainable, obtainable + 3)
+    server.pager.ledger.forward_finished(number)
+    assert server.pager.unpromised_pages == obtainable + 3
+
+
+# --- a request that cannot be read whole -----------------------------------------------------------------------------
+
+
+PROMPT = 12 * PAGE_SIZE + 10
+FIRST = [0, 3, 6]
+"""What it reads in its first window; page 12 is the growing one."""
+
+
+def streamed(lead: int = LEAD, lag: int = LAG, promised: int = 6, **options: object) -> tuple[Server, Request]:
+    """The prompt of ``a`` was streamed; of its pages, only the last is on the device. The next pass is its first step.
+
+    Three others decode. A first set need not leave them a page each to grow into.
+    """
+    server = Server(lead, lag, window=LONG, **options)
+    server.pager.transfer = LateTransfer(server.pager)
+    server.wanted.positions = server.queued.positions = [3, 6]
+    request = server.prefill("a", PROMPT, promised=promised, policy="queued" if lag else "wanted")
+    server.lookahead.running = 3
+    if lag:
+        server.queued.compute()
+        assert server.held_positions(request) == [12]
+        assert server.pager.reserved == {"a": promised}
+        assert server.lookahead.incomplete == server.lookahead.on_their_way == {"a": request}
+    return server, request
+
+
+def first_step(server: Server, request: Request) -> None:
+    server.before_decode(request)
+    server.lookahead.complete_first(["a"])
+
+
+def is_complete(server: Server, request: Request, positions: list[int]) -> None:
+    assert not request.incomplete
+    assert server.lookahead.incomplete == server.lookahead.on_their_way == {}
+    assert server.read(request) == request.positions.tolist() == positions
+    assert (request.tail_start, int(server.table.tail_start[request.row])) == (12, 12)
+    assert server.held_positions(request) == [*positions, 12]
+    assert request.history == [positions]
+    server.pager.ledger.check()
+
+
+def test_on_a_cpu_the_first_set_is_there_before_the_first_step() -> None:
+    server = Server()
+    server.wanted.positions = [3, 6]
+    request = server.prefill("a", PROMPT, promised=6)
+    is_complete(server, request, FIRST)
+    assert server.pager.reserved == {}
+    assert (request.window, request.stalls, request.shrunk) == (0, 0, 0)
+
+
+def test_the_first_step_waits_for_scores_and_pages() -> None:
+    server, request = streamed()
+    first_step(server, request)
+    is_complete(server, request, FIRST)
+    assert server.pager.transfer.required == 1
+    assert server.pager.reserved == {}, "what was promised is used"
+    assert (request.window, request.stalls, request.shrunk, server.pager.late_pages) == (0, 0, 0, 0)
+    server.after_decode(request)
+    assert request.windows[-1].tokens == PROMPT + 1
+
+
+def test_what_has_come_meanwhile_is_not_waited_for() -> None:
+    """A prefill of somebody else ran in between."""
+    server, request = streamed()
+    for _ in range(LAG):
+        server.lookahead.begin_step()
+    assert request.next is not None and request.next.held
+    assert server.pager.reserved == {}
+    server.pager.transfer.arrive()
+    first_step(server, request)
+    is_complete(server, request, FIRST)
+    assert server.pager.transfer.required == 0
+
+
+def test_only_requests_that_decode_are_completed() -> None:
+    server, request = streamed()
+    server.lookahead.begin_step()
+    server.lookahead.complete_first(["b", "c"])
+    assert request.incomplete
+    assert server.lookahead.incomplete == {"a": request}
+    assert server.held_positions(request) == [12]
+    assert server.pager.reserved == {"a": 6}
+
+
+def test_a_short_request_that_cannot_be_read_whole_gets_a_set() -> None:
+    server, request = streamed(min_context=20 * PAGE_SIZE)
+    first_step(server, request)
+    is_complete(server, request, FIRST)
+
+
+def test_the_promise_stands_until_the_set_is_held() -> None:
+    """The scores are there, but no device pages."""
+    server, request = streamed()
+    others = server.allocate(server.pager.ledger.obtainable_pages)
+    assert server.pager.hold("neighbour", others)
+    for _ in range(LAG):
+        server.lookahead.begin_step()
+    assert request.next is not None and request.next.positions is not None and not request.next.held
+    assert server.pager.reserved == {"a": 6}
+    assert (request.stalls, request.shrunk) == (0, 0)
+    server.pager.forget("neighbour")
+    server.pager.ledger.release(others)
+    server.lookahead.begin_step()
+    assert request.next.held
+    assert server.pager.reserved == {}
+
+
+def test_pages_in_flight_are_waited_for() -> None:
+    """All pages that could be given up are on their way to the mirror."""
+    server, request = streamed()
+    server.pager.transfer.stores_late = True
+    others = server.allocate(server.pager.ledger.obtainable_pages)
+    assert server.pager.hold("neighbour", others)
+    server.pager.store(others)
+    server.pager.forget("neighbour")
+    assert server.pager.ledger.obtainable_pages == 0
+    first_step(server, request)
+    is_complete(server, request, FIRST)
+    assert server.pager.reserved == {}
+    assert server.pager.transfer.storing == []
+    assert request.shrunk == 0
+
+
+@pytest.mark.parametrize(
+    ("room", "positions"), [(3, [0, 3, 6]), (2, [0, 3]), (1, [0]), (0, [])], ids=["all", "two", "one", "none"]
+)
+def test_a_first_set_is_as_large_as_fits(room: int, positions: list[int]) -> None:
+    server, request = streamed()
+    server.pager.reserved.clear()  # a promise that was not kept
+    server.leave(room)
+    first_step(server, request)
+    is_complete(server, request, positions)
+    assert request.shrunk == server.lookahead.shrunk == int(room < 3)
+
+
+@pytest.mark.parametrize("stage", ["choose", "recall"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_when_nothing_works_the_tail_is_read(gpu: bool, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        server = Server(LEAD, LAG, window=LONG) if gpu else Server(window=LONG)
+        server.wanted.positions = [3, 6]
+        STAGES[stage](server, patch)
+        request = server.prefill("a", PROMPT, promised=6)
+        first_step(server, request)
+        assert (request.failures, request.stalls) == (1 if gpu else 2, 1), "a CPU tries before the step, too"
+    is_complete(server, request, [])
+    assert server.held_positions(request) == [12]
+    server.after_decode(request)
+    for _ in range(2 * LONG):
+        server.decode(request)
+    assert server.read(request) == FIRST
+    assert server.pager.reserved == {}
+
+
+def test_a_first_set_that_the_table_refuses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, request = streamed()
+    remap, calls = server.table.remap, []
+
+    def broken_once(row: int, physical: np.ndarray, tail_start: int) -> None:
+        calls.append(len(physical))
+        if len(calls) == 1:
+            raise RuntimeError("no such row")
+        remap(row, physical, tail_start)
+
+    monkeypatch.setattr(server.table, "remap", broken_once)
+    first_step(server, request)
+    assert calls == [3, 0]
+    assert (request.failures, request.stalls) == (1, 1)
+    is_complete(server, request, [])
+
+
+def test_a_given_set_completes_a_request_too() -> None:
+    """Whatever its tokens say: it cannot be dense until then."""
+    server = Server(LEAD, LAG, window=LONG)
+    sets = given_sets(f"{PROMPT + 20}:12:2,5;{PROMPT + 30}:12:4")
+    request = server.prefill("a", PROMPT, promised=6, sets=sets)
+    server.push_off(request)
+    first_step(server, request)
+    is_complete(server, request, [2, 5])
+    server.after_decode(request)
+    seen = reads(server, request, 40)
+    assert [seen[PROMPT + step][1] for step in (2, 29, 30, 41)] == [[2, 5], [2, 5], [4], [4]]
+
+
+def test_a_request_forgotten_before_its_first_set() -> None:
+    server, request = streamed()
+    server.pager.forget("a")
+    server.lookahead.forget(request)
+    assert server.lookahead.incomplete == server.lookahead.on_their_way == server.pager.reserved == {}
+    server.lookahead.begin_step()
+    server.lookahead.complete_first(["a"])
+    assert server.pager.ledger.holders() == []
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

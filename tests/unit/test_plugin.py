@@ -22,12 +22,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_lsa import compatibility
+from sglang_lsa.admission import Admission, Admitted
 from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
 from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
+from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
+from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
 from sglang_lsa.patches.table import INTAKE, SERVING
+from sglang_lsa.policies import Recency
+from sglang_lsa.prefill import DevicePoolFull
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.reading import IN_PLACE, STREAMED
+from sglang_lsa.resident_table import ResidentTable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALL = (*INTAKE, *SERVING)
@@ -511,11 +522,10 @@ def test_record(hook: Hook) -> None:
     assert tuple(parameters)[: len(leading)] == leading
     assert set(hook.parameters) <= set(parameters)
 
-    # the test that proves it: in this repository, and if its file is written already, in that file
+    # the test that proves it
     file, name = hook.test.split("::")
     assert re.fullmatch(r"tests/(unit|server|gpu)/test_\w+\.py", file)
-    if (ROOT / file).exists():
-        assert f"def {name}(" in (ROOT / file).read_text()
+    assert f"\ndef {name}(" in (ROOT / file).read_text()
 
 
 def test_every_hook_file_is_in_the_table() -> None:
@@ -536,6 +546,283 @@ def test_checking_a_hook_that_fits() -> None:
     fits.check()
     with pytest.raises(IncompatibleSGLang, match=r"json\.dumps takes \(obj, .*\), not 'objects'"):
         dataclasses.replace(fits, parameters=("objects",)).check()
+
+
+# the hooks of admission, with SGLang's adder as far as they look at it
+
+
+DEVICE_PAGES = 24
+
+
+class Adder(SimpleNamespace):
+    """Puts a prefill batch together: SGLang's own part takes every prompt, as much of it as fits the chunk."""
+
+    def __init__(self, chunk: int | None, running: int = 0) -> None:
+        keys, values = ([torch.zeros((DEVICE_PAGES + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
+        pager = Pager(keys, values, 200, PAGE_SIZE)
+        config = LSAConfig(policy="recency", budget=0.5, min_pages=1, min_context=4 * PAGE_SIZE)
+        lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
+        admission = Admission(config, pager, lookahead, chunk)
+        super().__init__(
+            tree_cache=SimpleNamespace(lsa=SimpleNamespace(admission=admission, pager=pager)),
+            running_batch=SimpleNamespace(reqs=[object()] * running) if running else None,
+            can_run_list=[],
+            rem_chunk_tokens=chunk,
+            rem_total_tokens=100_000.0,
+        )
+        self.admission, self.pager = admission, pager
+        self.seen: list[int | None] = []
+        """Tokens of a chunk that SGLang's own part was left."""
+        self.refuses = False
+
+    def hold(self, pages: int) -> None:
+        self.pager.ledger.allocate(range(1, pages + 1))
+        assert self.pager.hold("running", range(1, pages + 1))
+
+    def original(self, adder: Adder, req: Any, *args: Any, **kwargs: Any) -> Any:
+        assert adder is self
+        self.seen.append(self.rem_chunk_tokens)
+        if self.refuses:
+            return "refused"
+        self.can_run_list.append(req)
+        return ("taken", args, kwargs)
+
+    def add_one(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+        return add_one_req(self.original, self, req, *args, **kwargs)
+
+    def add_chunked(self, req: Any) -> Any:
+        return add_chunked_req(self.original, self, req)
+
+
+def prompt(pages: int, rid: str = "a") -> SimpleNamespace:
+    return SimpleNamespace(
+        rid=rid,
+        full_untruncated_fill_ids=[7] * pages * PAGE_SIZE,
+        prefix_indices=torch.zeros(0, dtype=torch.int64),
+        sampling_params=SimpleNamespace(custom_params=None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("chunk", "pages", "kind", "seen"),
+    [
+        pytest.param(8192, 3, IN_PLACE, 8192, id="in place"),
+        pytest.param(8192, 60, STREAMED, 12 * PAGE_SIZE, id="streamed, half of the pool at most"),
+        pytest.param(256, 60, STREAMED, 256, id="streamed, in small chunks"),
+        pytest.param(None, 23, IN_PLACE, None, id="no chunks"),
+    ],
+)
+def test_a_streamed_prompt_bounds_its_chunk(chunk: int | None, pages: int, kind: str, seen: int | None) -> None:
+    adder, req = Adder(chunk), prompt(pages)
+    assert adder.add_one(req, False, truncation=True) == ("taken", (False,), {"truncation": True})
+    assert adder.seen == [seen]
+    assert adder.rem_chunk_tokens == seen
+    assert adder.admission.admitted[req.rid].how == kind
+    assert adder.pager.reserved == {req.rid: adder.admission.admitted[req.rid].demand}
+
+
+def test_a_prompt_that_sglang_does_not_take_is_promised_nothing() -> None:
+    adder = Adder(256)
+    adder.refuses = True
+    assert adder.add_one(prompt(3)) == "refused"
+    assert (adder.admission.admitted, adder.pager.reserved) == ({}, {})
+    adder.refuses = False
+    adder.add_one(prompt(60))
+    assert adder.admission.admitted["a"].how == STREAMED, "it is alone: the other was not taken"
+
+
+def test_a_prompt_that_the_pool_cannot_take_now_leaves_admission_open() -> None:
+    """SGLang's NO_TOKEN would close it until a request ends."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    adder = Adder(256)
+    adder.hold(20)
+    assert adder.add_one(prompt(60)) is AddReqResult.OTHER
+    assert (adder.seen, adder.pager.reserved) == ([], {})
+    assert adder.rem_chunk_tokens == 256
+    assert adder.add_one(prompt(3, "short"))[0] == "taken"
+
+
+@pytest.mark.parametrize(("running", "fits"), [(0, 9), (4, 5)])
+def test_a_prompt_leaves_a_page_for_every_other_request(running: int, fits: int) -> None:
+    """Those that decode, and those admitted in the same pass."""
+    adder = Adder(8192, running)
+    adder.hold(10)
+    assert adder.add_one(prompt(3, "first"))[0] == "taken"
+    assert adder.add_one(prompt(fits, "second"))[0] == "taken"
+    assert adder.admission.admitted["second"].how == IN_PLACE
+    assert adder.pager.unpromised_pages == 14 - 3 - fits == running + 2
+    assert adder.add_one(prompt(1, "third")) is not None
+    assert "third" not in adder.admission.admitted
+
+
+def test_prompts_that_are_computed_alone() -> None:
+    """Whoever comes first; a chunk of a streamed prompt that is under way comes first of all."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    adder = Adder(256)
+    adder.add_one(prompt(3, "short"))
+    assert adder.add_one(prompt(60, "long")) is AddReqResult.OTHER
+    other = Adder(256)
+    other.add_one(prompt(60, "long"))
+    assert other.add_one(prompt(3, "short")) is AddReqResult.OTHER
+    chunked = Adder(256)
+    long = prompt(60, "long")
+    chunked.admission.promise(long, Admitted(STREAMED, long.prefix_indices.numpy(), 12, 256))
+    chunked.add_chunked(long)
+    assert chunked.add_one(prompt(3, "short")) is AddReqResult.OTHER
+    for each in (adder, other, chunked):
+        assert (len(each.can_run_list), each.admission.waits) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "promised", "total", "seen"),
+    [
+        pytest.param(8192, 256, 100_000.0, 256, id="what was promised"),
+        pytest.param(256, 512, 100_000.0, 256, id="SGLang's chunk is smaller"),
+        pytest.param(8192, None, 100_000.0, 8192, id="in place"),
+        pytest.param(1000, None, 100_000.0, 960, id="a chunk ends with a page"),
+        pytest.param(8192, None, 700.5, 640, id="few slots are left"),
+        pytest.param(8192, 256, 100.0, 64, id="one page of slots is left"),
+        pytest.param(8192, None, 63.0, 8192, id="less than a page is left: up to SGLang"),
+        pytest.param(8192, 256, -20.0, 256, id="nothing is left: up to SGLang"),
+    ],
+)
+def test_the_next_chunk(chunk: int, promised: int | None, total: float, seen: int) -> None:
+    adder, req = Adder(chunk), prompt(60)
+    adder.rem_total_tokens = total
+    kind = IN_PLACE if promised is None else STREAMED
+    adder.admission.promise(req, Admitted(kind, req.prefix_indices.numpy(), 12, promised))
+    assert adder.add_chunked(req)[0] == "taken"
+    assert adder.seen == [seen]
+
+
+# a forward pass that is run twice, or given up
+
+
+class Runtime:
+    """Of the runtime, what these hooks call; it notes that."""
+
+    def __init__(self, calls: list[str], looks: bool = False, fails: BaseException | None = None) -> None:
+        self.calls, self.looks_first, self.fails = calls, looks, fails
+
+    def choose_resident(self) -> None:
+        self.calls.append("choose")
+
+    def before_forward(self, batch: Any, new_pages: Any) -> int:
+        self.calls.append(f"before {batch} {new_pages}")
+        if self.fails is not None:
+            raise self.fails
+        return 7
+
+    def after_forward(self, batch: Any, number: int) -> None:
+        self.calls.append(f"after {batch} {number}")
+
+    def forward_failed(self) -> None:
+        self.calls.append("failed")
+
+    def run_on(self, stream: str) -> None:
+        self.calls.append(f"on {stream}")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "extend", "calls"),
+    [
+        pytest.param(True, True, ["forward", "choose", "forward"], id="a resident prefix"),
+        pytest.param(True, False, ["forward"], id="decode"),
+        pytest.param(False, True, ["forward"], id="no resident prefix"),
+        pytest.param(None, True, ["forward"], id="before the runtime exists"),
+    ],
+)
+def test_a_pass_with_a_first_look_is_run_twice(runtime: bool | None, extend: bool, calls: list[str]) -> None:
+    seen: list[str] = []
+    runner = SimpleNamespace() if runtime is None else SimpleNamespace(lsa=Runtime(seen, looks=runtime))
+    forward_batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: extend))
+
+    def original(self: Any, batch: Any, *args: Any, **kwargs: Any) -> int:
+        assert (self, batch, args, kwargs) == (runner, forward_batch, (1,), {"more": 2})
+        seen.append("forward")
+        return len(seen)
+
+    result = model_runner_forward.forward(original, runner, forward_batch, 1, more=2)
+    assert seen == calls
+    assert result == len(calls), "the last run's"
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA error"), True),
+        (MemoryError(), True),
+        (DevicePoolFull("LSA: the device pool"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("LSA: SGLang allocated 3 pages for a batch that needs 4"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("odd"), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_out_of_memory(error: BaseException, memory: bool) -> None:
+    assert scheduler_run_batch.out_of_memory(error) is memory
+
+
+def scheduler(runtime: Runtime, overlap: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=runtime)),
+        enable_overlap=overlap,
+        device="cuda" if overlap else "cpu",
+        forward_stream="stream",
+        token_to_kv_pool_allocator=SimpleNamespace(take_new_pages=lambda: "pages"),
+    )
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["cpu", "gpu"])
+def test_pages_are_brought_in_before_a_pass_and_mirrored_after_it(overlap: bool) -> None:
+    calls: list[str] = []
+
+    def original(self: Any, batch: str, *args: Any) -> str:
+        calls.append(f"run {batch} {args}")
+        return "result"
+
+    result = scheduler_run_batch.run_batch(original, scheduler(Runtime(calls), overlap), "batch", 3)
+    assert result == "result"
+    assert calls == ["on stream"] * overlap + ["before batch pages", "run batch (3,)", "after batch 7"]
+
+
+@pytest.mark.parametrize(
+    ("error", "given_up"),
+    [
+        (RuntimeError("LSA: SGLang allocated 3 pages"), False),
+        (ValueError("odd"), False),
+        (KeyError("request"), False),
+        (DevicePoolFull("LSA: full"), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("no memory"), True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("where", ["before", "in"])
+def test_only_a_lack_of_memory_is_survived(
+    where: str, error: Exception, given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the batch fails, and nothing else; whatever else goes wrong is a bug, and SGLang ends."""
+    calls: list[str] = []
+    monkeypatch.setattr(scheduler_run_batch, "give_up", lambda *arguments: ("given up", *arguments))
+
+    def original(self: Any, batch: str) -> str:
+        raise error
+
+    stand_in = scheduler(Runtime(calls, fails=error if where == "before" else None))
+    if given_up:
+        result = scheduler_run_batch.run_batch(original, stand_in, "batch")
+        assert result == ("given up", stand_in, "batch", error)
+    else:
+        with pytest.raises(type(error)) as raised:
+            scheduler_run_batch.run_batch(original, stand_in, "batch")
+        assert raised.value is error
+    assert calls == ["before batch pages"] + ["failed"] * given_up
 
 
 # arguments, without SGLang: also those that SGLang's own checks would refuse first

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from sglang_lsa.admission import Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.kernels.page_table import decode_indices_reference
+from sglang_lsa.metrics import COUNTERS, GAUGES, measure
+from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.sizing import selector_needs
+from sglang_lsa.status import overhead_bytes, status
 
 ROWS, CONTEXT = 9, 20 * PAGE_SIZE
 
 
-def make_runtime(**options: object) -> LSARuntime:
+def make_runtime(chunk: int | None = None, **options: object) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     req_to_token = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
     config = LSAConfig.from_mapping(options)
-    return LSARuntime(config, Pager(keys, values, 64, PAGE_SIZE), req_to_token, 2, 1.0, torch.nn.Module())
+    pager = Pager(keys, values, 64, PAGE_SIZE)
+    return LSARuntime(config, pager, req_to_token, 2, 1.0, torch.nn.Module(), chunk_tokens=chunk)
 
 
 def lengths_read(runtime: LSARuntime, rows: torch.Tensor, seq_lens: torch.Tensor) -> list[int]:
@@ -85,3 +96,148 @@ def test_graph_buffers_are_as_large_as_planned() -> None:
     assert runtime.graph_tokens == 0
     tokens = runtime.reserve_graph_tokens(4)
     assert tokens == runtime.graph_tokens > 40 * PAGE_SIZE
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_is_only_short_does_not_outgrow_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sglang_lsa"):
+        runtime = make_runtime(min_context=4096)
+    assert "--lsa-min-context 4096 is more than half of the device pool; requests are pruned from 1280" in caplog.text
+    assert runtime.lookahead.config.min_context == runtime.prefill.config.min_context == 20 * PAGE_SIZE
+    assert runtime.admission.config.min_context == 20 * PAGE_SIZE
+    assert make_runtime(min_context=300).lookahead.config.min_context == 300
+
+
+@pytest.mark.parametrize(("chunk", "staged"), [(None, 3), (512, 3), (8192, 200)])
+def test_staging_takes_what_was_planned_for_it(chunk: int | None, staged: int) -> None:
+    runtime = make_runtime(chunk, staging_pages=staged)
+    needs = selector_needs(
+        runtime.config,
+        rows=ROWS,
+        chunk_tokens=chunk or 0,
+        graph_batch=0,
+        context_tokens=CONTEXT,
+        layers=1,
+        q_heads=2,
+        kv_heads=1,
+        head_dim=2,
+        hidden_size=4,
+        itemsize=4,
+    )
+    assert runtime.staging_bytes == overhead_bytes(runtime)["staging"] == needs.staging_bytes
+    assert runtime.staging.pages == staged
+
+
+# --- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
+    """And the status is plain JSON."""
+    runtime = make_runtime()
+    values = measure(runtime)
+    assert sorted(values) == sorted([*GAUGES, *COUNTERS])
+    shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes}
+    assert {name: value for name, value in values.items() if value} == shown
+    assert json.loads(json.dumps(status(runtime))) == status(runtime)
+
+
+def test_counters_are_those_of_their_owners() -> None:
+    runtime = make_runtime()
+    runtime.pager.warmed_pages = 2
+    runtime.pager.reserved["a"] = 3
+    runtime.prefill.streamed_passes, runtime.staging.staged_pages, runtime.prefill.resident_prompts = 4, 5, 6
+    runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.shrunk = 7, 8, 9
+    runtime.host_evicted_pages, runtime.lookahead.failures, runtime.failed_batches = 10, 11, 12
+    runtime.prefill.radix_hit_tokens = 13
+    values = measure(runtime)
+    names = ("warmed_pages", "promised_pages", "streamed_passes", "streamed_pages", "resident_prompts")
+    names += ("admission_waits", "retractions", "shrunk_sets", "host_evicted_pages", "refresh_failures")
+    names += ("failed_batches", "prefix_hit_tokens")
+    assert [values[f"lsa_{name}"] for name in names] == list(range(2, 14))
+    shown = status(runtime)
+    page = runtime.pager.page_bytes
+    assert shown["prefill"] == {
+        "streamed_passes": 4,
+        "streamed_pages": 5,
+        "streamed_bytes": 5 * page,
+        "resident_prompts": 6,
+    }
+    assert shown["pressure"] == {"admission_waits": 7, "shrunk_sets": 9, "retractions": 8, "host_evicted_pages": 10}
+    assert shown["failures"] == {"refreshes": 11, "batches": 12}
+    assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
+
+
+# --- trouble ---------------------------------------------------------------------------------------------------------
+
+
+def held(runtime: LSARuntime, rid: str, *pages: int) -> None:
+    runtime.pager.ledger.allocate(pages)
+    assert runtime.pager.hold(rid, pages)
+
+
+def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
+    """What its requests held can be had as soon as they are released."""
+    runtime = make_runtime()
+    held(runtime, "a", *range(1, 41))
+    runtime.rows = np.array([1])
+    runtime.pager.ledger.forward_started()
+    runtime.forward_failed()
+    assert (runtime.failed_batches, len(runtime.rows)) == (1, 0)
+    runtime.pager.forget("a")
+    runtime.pager.ledger.release(np.arange(1, 41))
+    assert runtime.pager.unpromised_pages == 40
+    runtime.pager.reset()
+
+
+def test_a_pass_that_was_given_up_before_it_started() -> None:
+    runtime = make_runtime()
+    runtime.forward_failed()
+    assert (runtime.failed_batches, runtime.pager.ledger.passes) == (1, 0)
+
+
+def test_running_requests_shrink_before_one_is_retracted() -> None:
+    runtime = make_runtime(policy="recency", min_pages=1, budget=0.5, min_context=64)
+    request = Request("a", 1, 0, "recency", 0.5, False, tokens=20 * PAGE_SIZE)
+    request.pages = np.arange(1, 21)
+    held(runtime, "a", *range(1, 21))
+    runtime.pager.store(request.pages)
+    runtime.requests["a"] = request
+    runtime.lookahead.begin(request)
+    held(runtime, "b", *range(21, 51))
+    assert (len(request.positions), runtime.pager.unpromised_pages) == (10, 0)
+    opening = [SimpleNamespace(kv_committed_len=20 * PAGE_SIZE)] * 3
+    assert runtime.can_decode(opening)
+    assert (len(request.positions), request.shrunk, runtime.admission.pressed) == (5, 1, 0)
+    assert runtime.pager.unpromised_pages == 5
+    assert not runtime.can_decode(opening * 3)
+    assert runtime.admission.pressed == 1
+
+
+@pytest.mark.parametrize(("how", "exact"), [(IN_PLACE, True), (STREAMED, True), (RESIDENT, False), (None, True)])
+def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exact: bool) -> None:
+    runtime, req = make_runtime(), SimpleNamespace(rid="a")
+    if how is not None:
+        runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
+    assert runtime.is_exact(req) is exact
+
+
+def test_nothing_of_a_request_that_is_gone_is_left() -> None:
+    """Also of one that was still being prefilled, and could not be read whole."""
+    runtime = make_runtime()
+    request = Request("a", 1, 0, "quest", 0.5, False, tokens=100)
+    request.pages = np.array([1, 2])
+    held(runtime, "a", 1, 2)
+    runtime.requests["a"] = request
+    runtime.lookahead.await_first(request)
+    runtime.lookahead.on_their_way["a"] = request
+    runtime.pager.reserved["a"] = 5
+    runtime.admission.admitted["a"] = Admitted(STREAMED, np.zeros(0, dtype=np.int64), 5)
+    runtime.request_gone(SimpleNamespace(rid="a"))
+    assert runtime.requests == runtime.pager.reserved == runtime.admission.admitted == {}
+    assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
+    assert runtime.pager.ledger.holders() == []
+    assert [(done["rid"], done["number"]) for done in runtime.finished] == [("a", 1)]
+    runtime.request_gone(SimpleNamespace(rid="a"))
+    assert runtime.finished_requests == 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_lsa.selection import budget_pages, select
+from sglang_lsa.selection import affordable, always_kept, budget_pages, select
 
 REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 
@@ -121,7 +121,70 @@ def test_a_score_for_every_complete_page(scores: int, context_pages: int) -> Non
         chosen([1.0] * scores, context_pages=context_pages)
 
 
+# --- what stays whatever its score -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("context_pages", "bound", "sink", "recent", "kept"),
+    [
+        pytest.param(10, 8, 1, 2, [0, 8, 9], id="as asked for"),
+        pytest.param(10, 8, 0, 0, [9], id="one recent page always"),
+        pytest.param(10, 4, 9, 9, [0, 1, 9], id="half and a quarter of the set at most"),
+        pytest.param(16, 8, 2, 9, [0, 1, 14, 15], id="a quarter of the set"),
+        pytest.param(10, 1, 5, 5, [9], id="a set of one page"),
+        pytest.param(2, 2, 1, 1, [0, 1], id="both ends are all there is"),
+        pytest.param(1, 1, 1, 1, [0], id="one page"),
+        pytest.param(0, 0, 1, 1, [], id="no page"),
+    ],
+)
+def test_always_kept(context_pages: int, bound: int, sink: int, recent: int, kept: list[int]) -> None:
+    stay = always_kept(context_pages, bound, sink, recent)
+    assert stay.dtype == np.bool_ and len(stay) == context_pages
+    assert np.flatnonzero(stay).tolist() == kept
+
+
+# --- the best that fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "costs", "room", "best"),
+    [
+        pytest.param([1, 3, 2], [1, 1, 1], 3, [1, 2, 0], id="all fit"),
+        pytest.param([1, 3, 2], [1, 1, 1], 2, [1, 2], id="the worst does not"),
+        pytest.param([1, 3, 2], [1, 1, 1], 0, [], id="nothing fits"),
+        pytest.param([1, 3, 2], [0, 0, 0], 0, [1, 2, 0], id="all are there"),
+        pytest.param([4, 3, 2, 1], [1, 1, 0, 1], 1, [0, 2], id="one that is too dear is passed over"),
+        pytest.param([4, 3, 2, 1], [1, 0, 1, 0], 0, [1, 3], id="what is there costs nothing"),
+        pytest.param([2, 9, 2, 2], [1, 1, 1, 1], 3, [1, 0, 2], id="ties to the first"),
+        pytest.param([5, float("inf"), 6, float("inf")], [1, 1, 1, 1], 3, [1, 3, 2], id="what must stay comes first"),
+        pytest.param([float("-inf"), 0], [0, 1], 1, [1, 0], id="worthless but there"),
+        pytest.param([], [], 3, [], id="no pages"),
+    ],
+)
+def test_affordable(ranks: list[float], costs: list[int], room: int, best: list[int]) -> None:
+    found = affordable(np.array(ranks, dtype=np.float64), np.array(costs, dtype=bool), room)
+    assert found.dtype == np.int64
+    assert found.tolist() == best
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
+
+
+@REPEATABLE
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, float("inf")]), st.booleans())), st.integers(0, 12))
+def test_no_page_that_fits_is_worse_than_one_left_out(pages: list[tuple[float, bool]], room: int) -> None:
+    ranks = np.array([rank for rank, _ in pages], dtype=np.float64)
+    costs = np.array([cost for _, cost in pages], dtype=bool)
+    found = affordable(ranks, costs, room)
+    kept = set(found.tolist())
+    assert len(kept) == len(found)
+    assert (np.diff(ranks[found][np.isfinite(ranks[found])]) <= 0).all(), "not the best first"
+    paid = [index for index in kept if costs[index]]
+    left = [index for index in range(len(pages)) if index not in kept]
+    assert len(paid) <= room
+    assert all(costs[index] for index in left), "left out although it costs nothing"
+    assert not left or len(paid) == room, "left out although there was room"
+    assert max((ranks[index] for index in left), default=-1.0) <= min((ranks[i] for i in paid), default=np.inf)
 
 
 @st.composite

@@ -1,0 +1,65 @@
+"""``prefill="resident"``: a question about a long memory reads a part of it, and leaves the tree as it was."""
+
+from __future__ import annotations
+
+import pytest
+from prompts import needle, prose
+from serving import flush, generate, wait_until_idle
+
+from sglang_lsa.server_process import ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def test_a_question_about_a_long_memory(small: ServerProcess) -> None:
+    """The memory is twice the pool. The question reads no more of it than the budget, streams nothing, and its own KV
+    does not enter the tree."""
+    flush(small)
+    memory = prose(3900, 21)
+    generate(small, memory, 1)
+    before = small.get("/lsa/status")
+    asked = [generate(small, f"{memory} {prose(150, 22)}", 40, f"asked-{i}", prefill="resident") for i in range(2)]
+    after = wait_until_idle(small)
+    seen = {entry["rid"]: entry for entry in after["finished"]}
+    for number, answer in enumerate(asked):
+        entry = seen[f"asked-{number}"]
+        assert entry["prefill"] == "resident"
+        assert len(entry["history"][0]) <= max(8, entry["context_pages"] * 0.135)
+        assert answer["meta_info"]["cached_tokens"] <= 4096, "the first question is not in the tree"
+    assert after["prefill"]["resident_prompts"] == before["prefill"]["resident_prompts"] + 2
+    assert after["prefill"]["streamed_passes"] == before["prefill"]["streamed_passes"]
+    assert after["virtual"]["allocated"] == before["virtual"]["allocated"]
+
+
+def test_a_needle_is_found_either_way(lsa: ServerProcess) -> None:
+    """With the whole model: the question is read over a resident set that its own queries chose."""
+    for depth in (0.3, 0.7):
+        sample = needle(4500, depth, 31 + int(10 * depth))
+        text, question = sample.prompt.rsplit("\n", 1)
+        generate(lsa, text, 1)
+        for mode in ("exact", "resident"):
+            rid = f"{mode}-{depth}"
+            assert sample.answer in generate(lsa, f"{text}\n{question}\nAnswer:", 30, rid, prefill=mode)["text"], rid
+        assert {entry["rid"]: entry for entry in lsa.get("/lsa/status")["finished"]}[rid]["prefill"] == "resident"
+
+
+def test_heat_brings_the_pages_of_a_memory_back_before_they_are_asked_for(small: ServerProcess) -> None:
+    """Others push the memory off the device; the next question warms what the last one selected."""
+    flush(small)
+    memory = prose(3900, 23)
+    generate(small, f"{memory} {prose(100, 24)}", 40)
+    for seed in (25, 26):
+        generate(small, prose(1800, seed), 2, enabled=False)
+    before = small.get("/lsa/status")["recalls"]["warmed_pages"]
+    generate(small, f"{memory} {prose(100, 27)}", 10)
+    assert small.get("/lsa/status")["recalls"]["warmed_pages"] > before
+
+
+def test_short_prefixes_are_read_whole(small: ServerProcess) -> None:
+    """Below ``min_context`` there is nothing to gain."""
+    flush(small)
+    memory = prose(400, 28)
+    generate(small, memory, 1)
+    generate(small, f"{memory} {prose(100, 29)}", 4, "short", prefill="resident")
+    seen = {entry["rid"]: entry for entry in wait_until_idle(small)["finished"]}["short"]
+    assert seen["prefill"] == "in place"

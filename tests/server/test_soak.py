@@ -1,0 +1,29 @@
+"""The short soak of every check; ``tests/support/soak.py`` runs long ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from serving import flush, wait_until_idle
+from soak import Soak
+
+from sglang_lsa.server_process import ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+REQUESTS = 220
+
+
+def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProcess) -> None:
+    """16 clients over a pool of 32 pages. Nothing is lost or left, and every answer can be had again."""
+    flush(small)
+    soak = Soak(small, seed=7)
+    outcomes = soak.run(REQUESTS)
+    status = wait_until_idle(small)
+    print(json.dumps({name: status[name] for name in ("prefill", "pressure", "failures", "evictions")}))
+    seen = soak.check(outcomes)
+    print(json.dumps(seen))
+    assert seen["answered"] > REQUESTS * 0.6
+    assert seen["streamed"] > 10
+    assert status["failures"] == {"refreshes": 0, "batches": 0}
+    flush(small)

@@ -1,0 +1,685 @@
+"""Admission: which prompts start, when, how they are prefilled, and what is promised to them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_lsa.admission import Admission, Admitted
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.policies import Recency
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
+from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.resident_table import ResidentTable
+
+PHYSICAL, VIRTUAL = 24, 200
+ROOM = (PHYSICAL - 1) * PAGE_SIZE
+"""Tokens that an idle server takes in place are fewer than this, or as many."""
+CHUNK = 4 * PAGE_SIZE
+
+
+class LateStores(HostTransfer):
+    """Copies to the mirror end when somebody waits for them."""
+
+    def __init__(self, pager: Pager) -> None:
+        super().__init__(pager.keys, pager.values, pager.mirror.pages)
+        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
+        self.polls = self.waits = 0
+
+    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
+        self.storing.append((physical, virtual, finished))
+
+    def poll(self) -> None:
+        self.polls += 1
+
+    def wait(self) -> None:
+        self.waits += 1
+        while self.storing:
+            super().store(*self.storing.pop(0))
+
+
+class Server:
+    """Admission over a real pager and lookahead; a set is half of a request unless told otherwise."""
+
+    def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
+        defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
+        self.config = LSAConfig.from_mapping({**defaults, **options})
+        keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
+        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
+        table = ResidentTable(4, physical // 2 + 1)
+        self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
+        self.admission = Admission(self.config, self.pager, self.lookahead, chunk)
+        self.chunk = chunk
+        self.next_page = 1
+
+    def allocate(self, count: int) -> np.ndarray:
+        pages = np.arange(self.next_page, self.next_page + count, dtype=np.int64)
+        self.next_page += count
+        self.pager.ledger.allocate(pages)
+        return pages
+
+    def hold(self, holder: str, count: int) -> np.ndarray:
+        """A running request: device pages that cannot be had."""
+        pages = self.allocate(count)
+        assert self.pager.hold(holder, pages)
+        return pages
+
+    def cached(self, count: int) -> np.ndarray:
+        """Pages of the radix tree, all of them in the mirror; the last ones are on the device, too."""
+        pages = self.allocate(count)
+        for page in pages:
+            assert self.pager.hold("earlier", [page])
+            self.pager.store(np.array([page]))
+            self.pager.forget("earlier")
+        return pages
+
+    def cached_in_the_mirror_only(self, count: int) -> np.ndarray:
+        pages = self.cached(count)
+        others = self.allocate(self.pager.ledger.obtainable_pages)
+        assert self.pager.hold("others", others)
+        self.pager.forget("others")
+        self.pager.ledger.release(others)
+        assert not self.pager.ledger.on_device(pages).any()
+        return pages
+
+    def choose(self, req: Any, running: int = 0, batch: Sequence[str] = (), chunk: int | None = -1) -> Admitted | None:
+        return self.admission.choose(req, running, batch, self.chunk if chunk == -1 else chunk)
+
+
+def request(tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a", **lsa: object) -> SimpleNamespace:
+    """SGLang's request, as far as admission looks at it; ``prefix``: pages that the radix tree has."""
+    slots = torch.tensor([page * PAGE_SIZE + token for page in prefix for token in range(PAGE_SIZE)], dtype=torch.int64)
+    parameters = SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=10_000)
+    return SimpleNamespace(
+        rid=rid,
+        origin_input_ids=[7] * tokens,
+        full_untruncated_fill_ids=[7] * tokens,
+        prefix_indices=slots,
+        sampling_params=parameters,
+    )
+
+
+def how(admitted: Admitted | None) -> tuple[str, int, int | None] | None:
+    return admitted and (admitted.how, admitted.demand, admitted.chunk_tokens)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+DENSE: list[dict[str, object]] = [{"enabled": False}, {"budget": 1.0}, {"policy": "full"}]
+
+
+@pytest.mark.parametrize("lsa", DENSE, ids=str)
+@pytest.mark.parametrize("tokens", [ROOM, ROOM + 1, 100 * PAGE_SIZE])
+def test_a_dense_prompt_that_the_pool_cannot_take_is_refused(tokens: int, lsa: dict[str, object]) -> None:
+    reason = Server().admission.refusal(request(tokens, **lsa))
+    assert reason == (
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in decode; "
+        f"the device pool takes fewer than {ROOM}. Ask for a budget below 1 and a policy other than full, shorten the "
+        "prompt, or start the server with a larger --lsa-device-tokens."
+    )
+
+
+@pytest.mark.parametrize("lsa", DENSE, ids=str)
+@pytest.mark.parametrize(("tokens", "answer"), [(1, ROOM - 1), (1000, ROOM - 1000), (ROOM - 1, 1)])
+def test_prompt_and_answer_of_a_dense_request_fit_the_pool(tokens: int, answer: int, lsa: dict[str, object]) -> None:
+    """It may be retracted at any time, and is then prefilled with what it generated."""
+    server, req = Server(), request(tokens, **lsa)
+    assert server.admission.refusal(req) is None
+    assert req.sampling_params.max_new_tokens == answer
+    req.sampling_params.max_new_tokens = 1
+    assert server.admission.refusal(req) is None
+    assert req.sampling_params.max_new_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "lsa",
+    [{}, {"budget": 0.99}, {"prefill": "resident"}, {"sets": "65:1:0", "budget": 1.0}],
+    ids=["default", "budget", "resident", "sets"],
+)
+@pytest.mark.parametrize("tokens", [1, ROOM, 180 * PAGE_SIZE])
+def test_requests_that_can_be_pruned_may_be_of_any_length(tokens: int, lsa: dict[str, object]) -> None:
+    server, req = Server(), request(tokens, **lsa)
+    assert server.admission.refusal(req) is None
+    assert req.sampling_params.max_new_tokens == 10_000, "their answers, too"
+
+
+@pytest.mark.parametrize(("tokens", "refused"), [(ROOM - 1, False), (ROOM, True), (180 * PAGE_SIZE, True)])
+def test_without_chunks_a_prompt_must_fit(tokens: int, refused: bool) -> None:
+    reason = Server(chunk=None).admission.refusal(request(tokens))
+    if not refused:
+        assert reason is None
+        return
+    assert reason is not None
+    for words in (
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV)",
+        f"without chunked prefill the device pool takes prompts of fewer than {ROOM}",
+        f"Start the server with --chunked-prefill-size {ROOM // 2} or so, or with a larger --lsa-device-tokens",
+    ):
+        assert words in reason
+
+
+@pytest.mark.parametrize("lsa", [{"budget": 7}, {"policy": "best"}, {"sets": "all"}, {"odd": 1}], ids=str)
+def test_what_no_request_can_ask_for_is_refused_in_the_same_words(lsa: dict[str, object]) -> None:
+    """The HTTP process refuses it first; an Engine may not."""
+    from sglang_lsa.config import RequestOptions
+
+    server = Server()
+    with pytest.raises(ValueError) as error:
+        RequestOptions.parse({"lsa": lsa}, server.config)
+    assert server.admission.refusal(request(100, **lsa)) == str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "wrong"),
+    [([0, 99], None), ([5, 100, 101], 100), ([-1], -1), ([1 << 40], 1 << 40), ([], None)],
+    ids=["fine", "too large", "negative", "far too large", "none"],
+)
+def test_token_ids_that_the_model_does_not_have_are_refused(ids: list[int], wrong: int | None) -> None:
+    """It would read past its embeddings."""
+    server, req = Server(), request(1)
+    req.origin_input_ids = array("q", ids)
+    assert server.admission.refusal(req) is None, "nobody said how many there are"
+    server.admission.vocabulary = 100
+    expected = None if wrong is None else f"The prompt has the token id {wrong}: use ids from 0 to 99."
+    assert server.admission.refusal(req) == expected
+
+
+# --- how a prompt is prefilled ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pages", "held", "running", "expected"),
+    [
+        # Of 24 device pages, each running request may open one, and so may this one.
+        pytest.param(3, 0, 0, (IN_PLACE, 3, None), id="short"),
+        pytest.param(23, 0, 0, (IN_PLACE, 23, None), id="all but one"),
+        pytest.param(24, 0, 0, (STREAMED, 12, CHUNK), id="all"),
+        pytest.param(90, 0, 0, (STREAMED, 12, CHUNK), id="beyond the pool"),
+        pytest.param(13, 10, 0, (IN_PLACE, 13, None), id="beside held pages"),
+        pytest.param(14, 10, 0, (STREAMED, 7, CHUNK), id="held pages are in the way"),
+        pytest.param(10, 10, 3, (IN_PLACE, 10, None), id="beside running requests"),
+        pytest.param(11, 10, 3, (STREAMED, 5, CHUNK), id="running requests grow"),
+        pytest.param(5, 20, 0, None, id="no room for a chunk"),
+        pytest.param(90, 12, 0, None, id="no room for a set"),
+        pytest.param(90, 11, 0, (STREAMED, 12, CHUNK), id="just room for a set"),
+        pytest.param(3, 20, 0, (IN_PLACE, 3, None), id="short, just fits"),
+        pytest.param(3, 21, 0, None, id="short prompts wait"),
+    ],
+)
+def test_in_place_when_it_fits_else_streamed_else_later(
+    pages: int, held: int, running: int, expected: tuple[str, int, int | None] | None
+) -> None:
+    server = Server()
+    server.hold("running", held)
+    assert how(server.choose(request(pages * PAGE_SIZE), running)) == expected
+    assert server.admission.waits == int(expected is None)
+
+
+def test_a_page_that_is_begun_is_a_page() -> None:
+    server = Server()
+    assert how(server.choose(request(6 * PAGE_SIZE + 1))) == (IN_PLACE, 7, None)
+    server.hold("running", 18)
+    assert how(server.choose(request(5 * PAGE_SIZE))) == (IN_PLACE, 5, None)
+    assert server.choose(request(5 * PAGE_SIZE + 1)) is not None
+    assert how(server.choose(request(6 * PAGE_SIZE))) == (STREAMED, 5, CHUNK), "a chunk, and a page that it goes on in"
+
+
+@pytest.mark.parametrize("lsa", DENSE, ids=str)
+def test_dense_prompts_wait_until_they_fit(lsa: dict[str, object]) -> None:
+    server = Server()
+    server.hold("running", 10)
+    assert how(server.choose(request(13 * PAGE_SIZE, **lsa))) == (IN_PLACE, 13, None)
+    assert server.choose(request(14 * PAGE_SIZE, **lsa)) is None
+    server.pager.forget("running")
+    assert how(server.choose(request(13 * PAGE_SIZE, **lsa))) == (IN_PLACE, 13, None)
+
+
+@pytest.mark.parametrize("prefill", ["exact", "resident"])
+def test_prompts_that_are_too_short_to_be_pruned_wait_until_they_fit(prefill: str) -> None:
+    server = Server(min_context=10 * PAGE_SIZE)
+    server.hold("running", 15)
+    assert server.choose(request(10 * PAGE_SIZE - 1, prefill=prefill)) is None
+    assert how(server.choose(request(10 * PAGE_SIZE, prefill=prefill))) == (STREAMED, 5, CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "tokens", "expected"),
+    [
+        # 20 pages are free beside this request: 24 pages of the pool, of which 3 are held.
+        pytest.param(CHUNK, 90 * PAGE_SIZE, (STREAMED, 12, CHUNK), id="SGLang's chunk"),
+        pytest.param(20 * PAGE_SIZE, 90 * PAGE_SIZE, (STREAMED, 13, 12 * PAGE_SIZE), id="half of the pool at most"),
+        pytest.param(PAGE_SIZE + 1, 90 * PAGE_SIZE, (STREAMED, 12, 2 * PAGE_SIZE), id="a page and a token"),
+        pytest.param(10, 90 * PAGE_SIZE, (STREAMED, 12, PAGE_SIZE), id="less than a page"),
+        pytest.param(90 * PAGE_SIZE, 21 * PAGE_SIZE, (STREAMED, 13, 12 * PAGE_SIZE), id="the prompt"),
+    ],
+)
+def test_chunks_of_a_streamed_prompt(chunk: int, tokens: int, expected: tuple[str, int, int]) -> None:
+    server = Server(chunk)
+    server.hold("running", 3)
+    assert how(server.choose(request(tokens))) == expected
+
+
+@pytest.mark.parametrize(
+    ("pages", "held", "expected"),
+    [
+        pytest.param(12, 8, (IN_PLACE, 12, None), id="fits"),
+        pytest.param(12, 12, None, id="as long as half of the pool, waits for a chunk of it"),
+        pytest.param(11, 12, (IN_PLACE, 11, None), id="just fits"),
+        pytest.param(10, 13, (IN_PLACE, 10, None), id="in place first"),
+        pytest.param(13, 12, None, id="more than one pass could stream"),
+    ],
+)
+def test_without_chunks_one_pass_computes_a_prompt(
+    pages: int, held: int, expected: tuple[str, int, int | None] | None
+) -> None:
+    server = Server(chunk=None)
+    server.hold("running", held)
+    assert how(server.choose(request(pages * PAGE_SIZE))) == expected
+
+
+def test_without_chunks_what_is_new_may_be_streamed() -> None:
+    """A short question about a long prefix."""
+    server = Server(chunk=None)
+    prefix = server.cached_in_the_mirror_only(30)
+    assert how(server.choose(request(33 * PAGE_SIZE, prefix))) == (STREAMED, 12, 3 * PAGE_SIZE)
+
+
+# --- prefixes that the radix tree has --------------------------------------------------------------------------------
+
+
+def test_prefix_pages_that_others_hold_cost_nothing() -> None:
+    server = Server()
+    prefix = server.cached(10)
+    assert server.pager.hold("running", prefix[:6])
+    admitted = server.choose(request(12 * PAGE_SIZE, prefix))
+    assert how(admitted) == (IN_PLACE, 6, None)
+    assert admitted is not None and admitted.prefix.tolist() == prefix.tolist()
+
+
+@pytest.mark.parametrize("where", ["cached", "cached_in_the_mirror_only"])
+def test_other_prefix_pages_cost_as_much_as_new_ones(where: str) -> None:
+    """Also those on the device: they can no longer be given up."""
+    server = Server()
+    prefix = getattr(server, where)(10)
+    assert how(server.choose(request(12 * PAGE_SIZE, prefix))) == (IN_PLACE, 12, None)
+
+
+def test_a_prefix_that_was_promised_in_this_pass_costs_nothing() -> None:
+    server = Server()
+    prefix = server.cached(10)
+    first = request(12 * PAGE_SIZE, prefix, "first")
+    admitted = server.choose(first)
+    assert admitted is not None
+    server.admission.promise(first, admitted)
+    second = request(13 * PAGE_SIZE, prefix, "second")
+    assert how(server.choose(second, 1, [IN_PLACE])) == (IN_PLACE, 3, None)
+    server.admission.batch_formed()
+    assert server.choose(second, 1) is not None
+    assert how(server.choose(second, 1)) == (STREAMED, 6, 3 * PAGE_SIZE)
+
+
+def test_only_prompts_in_place_bring_in_the_prefix_of_others() -> None:
+    server = Server()
+    prefix = server.cached(30)
+    first = request(33 * PAGE_SIZE, prefix, "first")
+    admitted = server.choose(first)
+    assert how(admitted) == (STREAMED, 12, 3 * PAGE_SIZE)
+    assert admitted is not None
+    server.admission.promise(first, admitted)
+    assert server.admission._new_pages(prefix, 33) == 33
+
+
+# --- over a resident prefix ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cached", "pages", "held", "expected"),
+    [
+        pytest.param(20, 22, 0, (RESIDENT, 11 + 2 + 1, 2 * PAGE_SIZE), id="a long prefix"),
+        pytest.param(40, 42, 0, (RESIDENT, 12 + 2 + 1, 2 * PAGE_SIZE), id="beyond the pool"),
+        pytest.param(40, 50, 0, (RESIDENT, 12 + 10 + 1, CHUNK), id="more of its own than a chunk"),
+        pytest.param(40, 52, 0, (STREAMED, 12, CHUNK), id="more of its own than the pool takes"),
+        pytest.param(40, 42, 8, (RESIDENT, 15, 2 * PAGE_SIZE), id="just room"),
+        pytest.param(40, 42, 9, None, id="waits, and is not streamed instead"),
+        pytest.param(3, 20, 0, (IN_PLACE, 20, None), id="a prefix below min_context"),
+        pytest.param(4, 8, 0, (IN_PLACE, 8, None), id="a prefix no larger than a set"),
+        pytest.param(5, 8, 0, (RESIDENT, 4 + 3 + 1, 3 * PAGE_SIZE), id="a prefix just larger than a set"),
+        pytest.param(0, 90, 0, (STREAMED, 12, CHUNK), id="no prefix"),
+    ],
+)
+def test_over_a_resident_prefix(
+    cached: int, pages: int, held: int, expected: tuple[str, int, int | None] | None
+) -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(cached)
+    server.hold("running", held)
+    assert how(server.choose(request(pages * PAGE_SIZE, prefix, prefill="resident"))) == expected
+
+
+def test_the_request_chooses_how_its_prefix_is_read() -> None:
+    server = Server(prefill="resident")
+    prefix = server.cached_in_the_mirror_only(40)
+    assert how(server.choose(request(42 * PAGE_SIZE, prefix))) == (RESIDENT, 15, 2 * PAGE_SIZE)
+    for lsa, way in (({"prefill": "exact"}, STREAMED), ({"budget": 0.1}, RESIDENT)):
+        admitted = server.choose(request(42 * PAGE_SIZE, prefix, **lsa))
+        assert admitted is not None and admitted.how == way
+    assert server.choose(request(22 * PAGE_SIZE, prefix[:20], enabled=False)).how == IN_PLACE  # type: ignore[union-attr]
+
+
+def test_the_budget_of_the_request_sizes_the_set() -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(40)
+    options = {"prefill": "resident", "budget": 0.1}
+    assert how(server.choose(request(42 * PAGE_SIZE, prefix, **options))) == (RESIDENT, 4 + 2 + 1, 2 * PAGE_SIZE)
+    assert how(server.choose(request(100 * PAGE_SIZE, budget=0.01))) == (STREAMED, 5, CHUNK)
+
+
+# --- company ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "admitted"),
+    [
+        (IN_PLACE, [], True),
+        (IN_PLACE, [IN_PLACE, IN_PLACE], True),
+        (IN_PLACE, [STREAMED], False),
+        (IN_PLACE, [RESIDENT], False),
+        (STREAMED, [], True),
+        (STREAMED, [IN_PLACE], False),
+        (STREAMED, [STREAMED], False),
+        (STREAMED, [RESIDENT], False),
+        (RESIDENT, [], True),
+        (RESIDENT, [RESIDENT, RESIDENT], True),
+        (RESIDENT, [IN_PLACE], False),
+        (RESIDENT, [RESIDENT, IN_PLACE], False),
+        (RESIDENT, [STREAMED], False),
+    ],
+)
+def test_who_is_prefilled_together(kind: str, batch: list[str], admitted: bool) -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(20)
+    req = {
+        IN_PLACE: request(3 * PAGE_SIZE),
+        STREAMED: request(90 * PAGE_SIZE),
+        RESIDENT: request(21 * PAGE_SIZE, prefix, prefill="resident"),
+    }[kind]
+    found = server.choose(req, len(batch), batch)
+    assert (found is not None) is admitted
+    assert found is None or found.how == kind
+    assert server.admission.waits == 0, "a prompt that only comes with the next pass did not wait for pages"
+
+
+# --- promises --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [20, 60])
+def test_what_is_promised_cannot_be_had_by_others(pages: int) -> None:
+    server = Server()
+    first = request(pages * PAGE_SIZE, rid="first")
+    admitted = server.choose(first)
+    assert admitted is not None
+    server.admission.promise(first, admitted)
+    assert server.pager.reserved == {"first": admitted.demand}
+    assert server.admission.next_chunk(first) is admitted
+    assert server.pager.unpromised_pages == PHYSICAL - admitted.demand
+    room = PHYSICAL - admitted.demand - 1 - 1
+    second = request(room * PAGE_SIZE, rid="second")
+    assert how(server.choose(second, 1)) == (IN_PLACE, room, None)
+    assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is None
+
+    server.admission.forget("first")
+    server.pager.forget("first")
+    assert server.admission.admitted == {}
+    assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is not None
+
+
+def test_pages_in_flight_count_as_if_they_were_there() -> None:
+    """Else it would depend on how fast the device is who is admitted, and how."""
+    server = Server()
+    server.pager.transfer = LateStores(server.pager)
+    held = server.hold("earlier", 20)
+    number = server.pager.ledger.forward_started()
+    server.pager.store(held[:10])
+    server.pager.forget("earlier")
+    server.pager.ledger.release(held[10:])
+    assert server.pager.unpromised_pages == 4
+    assert how(server.choose(request(23 * PAGE_SIZE))) == (IN_PLACE, 23, None)
+    assert server.pager.transfer.polls == 1 and server.pager.transfer.waits == 0, "it takes notice, but does not wait"
+    server.pager.ledger.forward_finished(number)
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def select(server: Server, *pages: int) -> None:
+    """Resident sets of earlier requests: the last page is the hottest."""
+    for page in pages:
+        server.pager.ledger.heat.select(np.array([page]))
+
+
+def on_device(server: Server, pages: np.ndarray) -> list[int]:
+    return pages[server.pager.ledger.on_device(pages)].tolist()
+
+
+def test_a_waiting_prompt_brings_in_the_hot_pages_of_its_prefix_once() -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(20)
+    select(server, *prefix[[4, 9, 2, 15, 11]])
+    server.hold("running", 21)
+    req = request(22 * PAGE_SIZE, prefix, enabled=False)
+    assert server.choose(req) is None
+    assert on_device(server, prefix) == prefix[[2, 11, 15]].tolist(), "the hottest that fit"
+    assert (server.admission.waits, server.pager.warmed_pages) == (1, 3)
+    assert server.pager.ledger.holders() == ["running"], "they are a cache"
+
+    server.hold("running", 1)
+    assert on_device(server, prefix) == prefix[[11, 15]].tolist(), "the coldest gave way"
+    server.pager.forget("running")
+    server.pager.reserved["other"] = 10
+    assert server.choose(req) is None
+    assert on_device(server, prefix) == prefix[[11, 15]].tolist()
+    assert (server.admission.waits, server.pager.warmed_pages) == (2, 3)
+
+
+def test_hot_pages_do_not_take_what_is_promised() -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(20)
+    select(server, *prefix)
+    server.pager.reserved["other"] = 20
+    assert server.choose(request(22 * PAGE_SIZE, prefix)) is None
+    assert on_device(server, prefix) == prefix[[16, 17, 18, 19]].tolist()
+
+
+def test_hot_pages_take_no_more_than_a_set() -> None:
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(20)
+    select(server, *prefix)
+    server.pager.reserved["other"] = 10
+    assert server.choose(request(22 * PAGE_SIZE, prefix, budget=1.0)) is None
+    assert on_device(server, prefix) == prefix[-PHYSICAL // 2 :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("lsa", "warmed"),
+    [({}, True), ({"prefill": "resident"}, True), ({"budget": 1.0}, False)],
+    ids=["streamed", "resident", "in place"],
+)
+def test_what_is_not_read_in_place_is_warmed_when_it_is_admitted(lsa: dict[str, object], warmed: bool) -> None:
+    """A prompt in place brings in all of its prefix anyway."""
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(22 if lsa.get("budget") else 40)
+    select(server, *prefix[[3, 5]])
+    req = request((len(prefix) + 1) * PAGE_SIZE, prefix, **lsa)
+    admitted = server.choose(req)
+    assert admitted is not None
+    assert on_device(server, prefix) == []
+    server.admission.promise(req, admitted)
+    assert on_device(server, prefix) == (prefix[[3, 5]].tolist() if warmed else [])
+    assert server.pager.warmed_pages == 2 * warmed
+
+
+def test_a_request_that_is_gone_may_warm_again() -> None:
+    """It was retracted, and comes back."""
+    server = Server()
+    prefix = server.cached_in_the_mirror_only(20)
+    server.hold("running", 20)
+    req = request(22 * PAGE_SIZE, prefix, enabled=False)
+    assert server.choose(req) is None
+    select(server, prefix[7])
+    assert server.choose(req) is None
+    assert server.pager.warmed_pages == 0, "once"
+    server.admission.forget(req.rid)
+    assert server.choose(req) is None
+    assert on_device(server, prefix) == [prefix[7]]
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+def running(*committed: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(kv_committed_len=tokens) for tokens in committed]
+
+
+@pytest.mark.parametrize(
+    ("committed", "free", "can"),
+    [
+        pytest.param([], 0, True, id="nobody"),
+        pytest.param([1, 63, 65, 127], 0, True, id="nobody opens a page"),
+        pytest.param([64], 0, False, id="one, no page"),
+        pytest.param([64], 1, True, id="one"),
+        pytest.param([64, 100, 128, 640], 3, True, id="three"),
+        pytest.param([64, 100, 128, 640], 2, False, id="three, two pages"),
+    ],
+)
+def test_every_request_that_opens_a_page_needs_one(committed: list[int], free: int, can: bool) -> None:
+    server = Server()
+    server.hold("running", PHYSICAL - free)
+    asked: list[int] = []
+    assert server.admission.can_decode(running(*committed), asked.append) is can
+    missing = sum(tokens % PAGE_SIZE == 0 for tokens in committed) - free
+    assert asked == ([] if can else [missing])
+    assert server.admission.pressed == int(not can)
+
+
+def test_what_is_promised_is_not_decoded_into() -> None:
+    server = Server()
+    server.hold("running", PHYSICAL - 3)
+    server.pager.reserved["prompt"] = 2
+    assert server.admission.can_decode(running(64), pytest.fail)
+    assert not server.admission.can_decode(running(64, 64), lambda pages: None)
+
+
+def test_unheld_pages_are_given_up_before_anything_is_waited_for() -> None:
+    server = Server()
+    server.hold("running", PHYSICAL - 2)
+    server.cached(2)
+    server.pager.transfer = transfer = LateStores(server.pager)
+    assert server.admission.can_decode(running(64, 64), pytest.fail)
+    assert transfer.waits == 0
+
+
+def test_what_is_in_flight_is_waited_for_before_a_set_shrinks() -> None:
+    server = Server()
+    server.pager.transfer = transfer = LateStores(server.pager)
+    pages = server.hold("done", PHYSICAL)
+    server.pager.store(pages[:2])
+    server.pager.forget("done")
+    assert server.pager.unpromised_pages == 0
+    assert server.admission.can_decode(running(64, 128), pytest.fail)
+    assert transfer.waits == 1
+    assert server.admission.pressed == 0
+
+
+def test_sets_shrink_before_a_request_is_retracted() -> None:
+    """They are asked for what is missing; what they let go may still be on its way to the mirror."""
+    server = Server()
+    server.pager.transfer = transfer = LateStores(server.pager)
+    pages = server.hold("running", PHYSICAL - 1)
+    asked = []
+
+    def shrink(wanted: int) -> None:
+        asked.append((wanted, transfer.waits))
+        server.pager.store(pages[:2])
+        server.pager.ledger.drop("running", pages[:2])
+
+    assert server.admission.can_decode(running(64, 64, 64), shrink)
+    assert asked == [(2, 1)]
+    assert transfer.waits == 2
+    assert server.pager.unpromised_pages == 3
+    assert server.admission.pressed == 0
+
+
+def test_when_all_of_that_is_too_little_a_request_is_retracted() -> None:
+    server = Server()
+    pages = server.hold("running", PHYSICAL)
+
+    def shrink(wanted: int) -> None:
+        server.pager.store(pages[:1])
+        server.pager.ledger.drop("running", pages[:1])
+
+    assert not server.admission.can_decode(running(64, 64), shrink)
+    assert server.admission.pressed == 1
+    assert server.admission.can_decode(running(64), pytest.fail), "one less fits"
+    assert server.admission.pressed == 1
+
+
+# --- an idle server --------------------------------------------------------------------------------------------------
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=400)
+@given(
+    physical=st.integers(4, 40),
+    chunk=st.none() | st.integers(1, 50 * PAGE_SIZE),
+    tokens=st.integers(1, 120 * PAGE_SIZE),
+    cached=st.floats(0, 1),
+    budget=st.sampled_from([0.01, 0.135, 0.5, 0.99, 1.0]),
+    min_pages=st.sampled_from([1, 8, 30]),
+    min_context=st.sampled_from([0, 100, 4096]),
+    prefill=st.sampled_from(["exact", "resident"]),
+)
+def test_an_idle_server_admits_whatever_it_does_not_refuse(
+    physical: int,
+    chunk: int | None,
+    tokens: int,
+    cached: float,
+    budget: float,
+    min_pages: int,
+    min_context: int,
+    prefill: str,
+) -> None:
+    """Whatever its length; and what is promised to it fits the pool."""
+    least = min(min_context, physical * PAGE_SIZE // 2)  # as the runtime has it
+    server = Server(chunk, physical, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
+    prefix = server.cached(int((tokens - 1) // PAGE_SIZE * cached))
+    req = request(tokens, prefix)
+    refused = server.admission.refusal(req)
+    prunable = budget < 1 and tokens >= least
+    assert (refused is not None) == ((budget == 1 or chunk is None) and tokens >= (physical - 1) * PAGE_SIZE)
+    if refused is not None:
+        return
+    admitted = server.choose(req)
+    assert admitted is not None
+    assert admitted.demand < physical
+    assert admitted.how == IN_PLACE or prunable
+    if admitted.chunk_tokens is not None:
+        assert admitted.chunk_tokens % PAGE_SIZE == 0 < admitted.chunk_tokens
+        assert admitted.chunk_tokens <= physical // 2 * PAGE_SIZE
+        assert admitted.how == RESIDENT or admitted.chunk_tokens < admitted.demand * PAGE_SIZE
+        if chunk is None:  # one pass computes the rest
+            assert admitted.chunk_tokens >= tokens - len(prefix) * PAGE_SIZE or admitted.how == RESIDENT
+    if admitted.how == STREAMED:
+        assert admitted.demand >= server.lookahead.set_pages(pages_spanned(tokens), budget)
+    server.admission.promise(req, admitted)
+    assert server.pager.unpromised_pages >= 1

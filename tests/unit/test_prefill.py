@@ -1,0 +1,827 @@
+"""Prefill: what each pass of a prompt holds, reads and lets go, in a runtime whose model writes slot numbers as KV."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_lsa import prefill as prefill_module
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.pages import pages_complete, pages_spanned
+from sglang_lsa.policies import Request
+from sglang_lsa.prefill import DevicePoolFull
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
+from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.runtime import LSARuntime
+
+PHYSICAL, VIRTUAL = 24, 250
+CHUNK = 4 * PAGE_SIZE
+NONE = np.zeros(0, dtype=np.int64)
+
+
+class Wanted:
+    """A policy that gives pages the scores that a test chose for their positions; others score 0."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
+        return np.array([self.values.get(position, 0.0) for position in range(len(pages))])
+
+
+class LateTransfer(HostTransfer):
+    """Copies end when somebody waits for them; their content is there when the model is made to wait for it."""
+
+    def __init__(self, pager: Pager) -> None:
+        super().__init__(pager.keys, pager.values, pager.mirror.pages)
+        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
+        self.recalling: list[tuple[np.ndarray, np.ndarray, Finished]] = []
+        self.layer_by_layer: list[bool] = []
+        self.gates = self.waits = 0
+
+    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
+        self.storing.append((physical, virtual, finished))
+
+    def recall(
+        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
+    ) -> None:
+        self.recalling.append((physical, virtual, finished))
+        self.layer_by_layer.append(layer_by_layer)
+
+    def wait(self) -> None:
+        self.waits += 1
+        while self.storing:
+            super().store(*self.storing.pop(0))
+        while self.recalling:
+            super().recall(*self.recalling.pop(0))
+
+    def gate_layers(self) -> None:
+        self.gates += 1
+        for physical, virtual, _ in self.recalling:
+            super().recall(physical, virtual, lambda: None)
+
+
+@dataclass
+class Read:
+    """What one request's pass read before its own tokens, by what was found there: virtual slots."""
+
+    here: list[int]
+    streamed: list[int] = field(default_factory=list)
+    look: list[int] | None = None
+    """What a first look read, for a resident prefix."""
+
+    @property
+    def pages(self) -> list[int]:
+        return sorted({slot // PAGE_SIZE for slot in (*self.here, *self.streamed)})
+
+
+class Server:
+    """A runtime, and as much of SGLang as it takes: allocation of pages, batches, and a model that writes its KV."""
+
+    def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
+        defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
+        config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "debug": True, **options})
+        keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1) for _ in range(2)] for _ in range(2))
+        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
+        table = torch.zeros((9, VIRTUAL * PAGE_SIZE), dtype=torch.int32)
+        self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, torch.nn.Module(), chunk)
+        self.ledger, self.lookahead = self.pager.ledger, self.runtime.lookahead
+        self.prefill, self.admission = self.runtime.prefill, self.runtime.admission
+        self.wanted = Wanted()
+        self.lookahead.policies["quest"] = self.wanted  # type: ignore[index]
+        self.chunk = chunk
+        self.next_page = 1
+
+    # -- the allocator and the radix tree
+
+    def allocate(self, count: int) -> np.ndarray:
+        pages = np.arange(self.next_page, self.next_page + count, dtype=np.int64)
+        self.next_page += count
+        self.ledger.allocate(pages)
+        return pages
+
+    def memory(self, count: int) -> np.ndarray:
+        """Pages of the radix tree, in the mirror; those that fit are on the device as well."""
+        pages = self.allocate(count)
+        for page in pages:
+            assert self.pager.hold("earlier", [page])
+            self.write([page * PAGE_SIZE + token for token in range(PAGE_SIZE)])
+            self.pager.store(np.array([page]))
+            self.pager.forget("earlier")
+        return pages
+
+    def push_off(self) -> None:
+        """Other content takes every device page that nobody holds."""
+        others = self.allocate(self.ledger.obtainable_pages)
+        assert self.pager.hold("others", others)
+        self.pager.forget("others")
+        self.ledger.release(others)
+
+    def neighbour(self, pages: np.ndarray) -> None:
+        """Somebody else needs these pages on the device."""
+        assert self.pager.hold("neighbour", pages)
+        self.runtime.requests["neighbour"] = Request("neighbour", 8, 0, "quest", 1.0, True)
+
+    # -- the model
+
+    def write(self, slots: Sequence[int]) -> None:
+        virtual = torch.tensor(slots)
+        physical = self.pager.v2p[virtual // PAGE_SIZE] * PAGE_SIZE + virtual % PAGE_SIZE
+        assert (physical >= PAGE_SIZE).all(), "written to a page that is not on the device"
+        for buffer in (*self.pager.keys, *self.pager.values):
+            buffer[physical] = virtual.float().view(-1, 1, 1)
+
+    def look_at(self, reading: Reading) -> Read:
+        here = self.pager.keys[1][reading.slots(self.ledger.v2p)].flatten().int().tolist()
+        return Read(here, self.pager.mirror.pages[reading.streamed, 1, 0].flatten().int().tolist())
+
+    def slots(self, req: Any, start: int, end: int) -> list[int]:
+        return self.prefill.req_to_token[req.req_pool_idx, start:end].tolist()
+
+    # -- batches
+
+    def request(self, tokens: int, prefix: np.ndarray = NONE, rid: str = "a", row: int = 1, **lsa: object) -> Any:
+        """A prompt of which the radix tree has the pages ``prefix``."""
+        slots = torch.from_numpy(prefix)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        self.prefill.req_to_token[row, : slots.numel()] = slots.flatten()
+        return SimpleNamespace(
+            rid=rid,
+            req_pool_idx=row,
+            origin_input_ids=list(range(tokens)),
+            full_untruncated_fill_ids=list(range(tokens)),
+            prefix_indices=slots.flatten(),
+            sampling_params=SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=100),
+            computed=len(prefix) * PAGE_SIZE,
+        )
+
+    def admit(self, *reqs: Any) -> list[str]:
+        batch: list[str] = []
+        for req in reqs:
+            admitted = self.admission.choose(req, len(batch), batch, self.chunk)
+            assert admitted is not None
+            self.admission.promise(req, admitted)
+            batch.append(admitted.how)
+        return batch
+
+    def batch(self, ends: dict[str, int], *reqs: Any) -> tuple[Any, np.ndarray]:
+        """A prefill batch, up to so many tokens of each request (by default all), and its new pages."""
+        lengths = [ends.get(req.rid, len(req.full_untruncated_fill_ids)) for req in reqs]
+        taken = []
+        for req, end in zip(reqs, lengths, strict=True):
+            first, pages = pages_spanned(req.computed), pages_spanned(end)
+            new = self.allocate(pages - first)
+            taken.append(new)
+            row = self.prefill.req_to_token[req.req_pool_idx]
+            row[first * PAGE_SIZE : pages * PAGE_SIZE] = (
+                torch.from_numpy(new)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+            ).flatten()
+        middle = [req for req, end in zip(reqs, lengths, strict=True) if end < len(req.full_untruncated_fill_ids)]
+        batch = SimpleNamespace(
+            reqs=list(reqs),
+            prefix_lens=[req.computed for req in reqs],
+            seq_lens_cpu=torch.tensor(lengths),
+            forward_mode=SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False),
+            chunked_req=middle[-1] if middle else None,
+        )
+        return batch, np.concatenate((NONE, *taken))
+
+    def extend(self, *reqs: Any, **ends: int) -> list[Read]:
+        """One prefill pass; returns what each request read before its own tokens."""
+        return self.run(*self.batch(ends, *reqs))
+
+    def run(self, batch: Any, new_pages: np.ndarray) -> list[Read]:
+        number = self.runtime.before_forward(batch, new_pages)
+        looks: dict[int, list[int]] = {}
+        if self.runtime.looks_first:
+            assert self.prefill.readings is not None
+            looks = {index: self.look_at(self.prefill.readings[index]).here for index in self.prefill.looking}
+            self.runtime.choose_resident()
+        reads = []
+        for index, (req, end) in enumerate(zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True)):
+            reading = (
+                self.prefill.readings[index]
+                if self.prefill.readings is not None
+                else Reading.all_of(self.runtime.requests[req.rid].pages[: pages_spanned(req.computed)], req.computed)
+            )
+            reads.append(self.look_at(reading))
+            reads[-1].look = looks.get(index)
+            self.write(self.slots(req, req.computed, end))
+            req.computed = end
+        staged = self.prefill.staged
+        assert (staged is not None) == any(read.streamed for read in reads)
+        if staged is not None:  # as attention does
+            assert sum(staged.sizes) == len(reads[0].streamed)
+            for layer in range(2):
+                found = [slot for keys, _ in staged.layer(layer) for slot in keys.flatten().int().tolist()]
+                assert found == reads[0].streamed
+        self.runtime.after_forward(batch, number)
+        return reads
+
+    def decode(self, req: Any) -> list[int]:
+        """One decode step; returns the virtual slots that it reads."""
+        req.kv_committed_len = req.computed
+        assert self.runtime.can_decode([req])
+        tokens = req.computed + 1
+        new = self.allocate(int(tokens % PAGE_SIZE == 1))
+        row = self.prefill.req_to_token[req.req_pool_idx]
+        if len(new):
+            row[req.computed : req.computed + PAGE_SIZE] = int(new[0]) * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        batch = SimpleNamespace(
+            reqs=[req],
+            seq_lens_cpu=torch.tensor([tokens]),
+            forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
+        )
+        number = self.runtime.before_forward(batch, new)
+        self.write(self.slots(req, req.computed, tokens))
+        table, index = self.lookahead.table, req.req_pool_idx
+        places = table.pages[index, : int(table.count[index])] * PAGE_SIZE
+        read = (places[:, None] + torch.arange(PAGE_SIZE)).flatten().long()
+        tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * PAGE_SIZE, tokens), dtype=torch.int64)
+        read = torch.cat((read, self.pager.v2p[tail // PAGE_SIZE] * PAGE_SIZE + tail % PAGE_SIZE))
+        assert (read >= PAGE_SIZE).all(), "reads a page that is not on the device"
+        found = self.pager.keys[1][read].flatten().int().tolist()
+        req.computed = tokens
+        self.runtime.after_forward(batch, number)
+        return found
+
+    # -- what tests look at
+
+    def held(self, req: Any) -> list[int]:
+        """Positions of the request's pages that it holds."""
+        held = self.ledger.held_by(req.rid)
+        return [place for place, page in enumerate(self.runtime.requests[req.rid].pages.tolist()) if page in held]
+
+
+# --- in place --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, PAGE_SIZE, 5 * PAGE_SIZE - 1, 5 * PAGE_SIZE, 5 * PAGE_SIZE + 1])
+def test_a_prompt_in_place(tokens: int) -> None:
+    server = Server(budget=1.0)
+    req = server.request(tokens)
+    assert server.admit(req) == [IN_PLACE]
+    assert server.extend(req) == [Read([])]
+    assert server.held(req) == list(range(pages_spanned(tokens)))
+    assert server.pager.reserved == {}, "what was promised is held"
+    assert server.prefill.readings is None, "backends read everything"
+    assert server.ledger.host_pages == pages_complete(tokens)
+    request = server.runtime.requests["a"]
+    assert (request.tokens, request.prompt_tokens, request.prefill) == (tokens, tokens, IN_PLACE)
+    assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (tokens, 0)
+
+
+def test_a_prompt_in_place_brings_in_its_prefix() -> None:
+    server = Server(budget=1.0)
+    prefix = server.memory(8)
+    server.push_off()
+    req = server.request(10 * PAGE_SIZE, prefix)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert read == Read(server.slots(req, 0, 8 * PAGE_SIZE))
+    assert server.held(req) == list(range(10))
+    assert server.ledger.recalls == 8
+    assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (10 * PAGE_SIZE, 8 * PAGE_SIZE)
+    assert server.prefill.streamed_passes == 0
+
+
+def test_a_pass_does_not_wait_for_all_layers_of_what_it_brings_in() -> None:
+    server = Server(budget=1.0)
+    prefix = server.memory(8)
+    server.push_off()
+    transfer = server.pager.transfer = LateTransfer(server.pager)
+    req = server.request(10 * PAGE_SIZE, prefix)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert read.here == server.slots(req, 0, 8 * PAGE_SIZE)
+    assert (transfer.gates, transfer.waits) == (1, 0)
+    assert transfer.layer_by_layer == [True]
+
+
+def test_a_prompt_in_place_in_chunks() -> None:
+    """What it still needs stays promised to it, so that nothing overtakes it."""
+    server = Server(budget=1.0)
+    req = server.request(11 * PAGE_SIZE)
+    assert server.admit(req) == [IN_PLACE]
+    assert server.pager.reserved == {"a": 11}
+    for end, promised in ((4 * PAGE_SIZE, 7), (7 * PAGE_SIZE + 20, 3), (9 * PAGE_SIZE, 2)):
+        begun = req.computed
+        (read,) = server.extend(req, a=end)
+        assert read == Read(server.slots(req, 0, begun))
+        assert server.held(req) == list(range(pages_spanned(end)))
+        assert server.pager.reserved == {"a": promised}
+        assert server.lookahead.refreshes == 0
+    server.extend(req)
+    assert server.held(req) == list(range(11))
+    assert server.pager.reserved == {}
+    assert server.lookahead.refreshes == 1
+    assert server.prefill.prompt_tokens == 11 * PAGE_SIZE, "counted once"
+
+
+def test_prompts_of_one_pass_get_their_pages_in_their_order() -> None:
+    server = Server(budget=1.0)
+    memory = server.memory(3)
+    first = server.request(5 * PAGE_SIZE - 7, memory, "first", 1)
+    second = server.request(2 * PAGE_SIZE, NONE, "second", 2)
+    third = server.request(6 * PAGE_SIZE, memory, "third", 3)
+    assert server.admit(first, second, third) == [IN_PLACE] * 3
+    reads = server.extend(first, second, third, third=5 * PAGE_SIZE)
+    assert [len(read.here) // PAGE_SIZE for read in reads] == [3, 0, 3]
+    for req, count in ((first, 5), (second, 2), (third, 5)):
+        pages = server.runtime.requests[req.rid].pages
+        assert len(pages) == count
+        assert pages.tolist() == [slot // PAGE_SIZE for slot in server.slots(req, 0, req.computed)[::PAGE_SIZE]]
+        assert server.held(req) == list(range(count))
+    assert [request.rid for request in server.prefill.batch] == ["first", "second", "third"]
+    assert server.pager.reserved == {"third": 1}
+
+
+def test_a_request_reads_all_of_its_pages_until_it_has_a_set() -> None:
+    """Its row of the table may still be that of the request before it."""
+    server = Server(budget=1.0)
+    server.lookahead.table.remap(1, np.array([3, 4]), 5)
+    req = server.request(3 * PAGE_SIZE)
+    server.admit(req)
+    server.extend(req)
+    assert (int(server.lookahead.table.count[1]), int(server.lookahead.table.tail_start[1])) == (0, 0)
+
+
+# --- streamed --------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_beyond_the_pool() -> None:
+    """Chunk by chunk: every token before is read once, and only what is not full stays."""
+    server = Server()
+    server.wanted.values = {30: 2.0, 45: 1.0}
+    req = server.request(60 * PAGE_SIZE + 30)
+    assert server.admit(req) == [STREAMED]
+    assert server.pager.reserved == {"a": 12}
+    streamed = 0
+    for end in (*range(CHUNK, 60 * PAGE_SIZE + 1, CHUNK), 60 * PAGE_SIZE + 30):
+        begun = req.computed
+        (read,) = server.extend(req, a=end)
+        assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
+        assert read.here == sorted(read.here), "in their order"
+        assert len(read.streamed) == max(0, begun + CHUNK - PHYSICAL * PAGE_SIZE) or end > 60 * PAGE_SIZE
+        streamed += len(read.streamed) // PAGE_SIZE
+        if end < len(req.origin_input_ids):
+            assert server.held(req) == []
+            assert server.pager.reserved == {"a": 12}
+            assert server.ledger.host_pages == end // PAGE_SIZE
+            assert server.lookahead.refreshes == 0
+    assert server.runtime.staging.staged_pages == streamed == sum(range(4, 40, 4)) + 37
+    assert server.prefill.streamed_passes == 10
+
+    request = server.runtime.requests["a"]
+    assert (request.prefill, request.incomplete) == (STREAMED, False)
+    assert server.pager.reserved == {}
+    assert request.positions.tolist() == [0, 30, 45]
+    assert server.held(req) == [0, 30, 45, 60]
+    assert server.ledger.recalls == 2
+    pages = [*request.pages[request.positions].tolist(), int(request.pages[60])]
+    assert {slot // PAGE_SIZE for slot in server.decode(req)} == set(pages)
+
+
+def test_a_prompt_that_is_streamed_because_others_hold_the_pool() -> None:
+    server = Server()
+    server.neighbour(server.allocate(14))
+    req = server.request(12 * PAGE_SIZE)
+    assert server.admit(req) == [STREAMED]
+    for end in (4, 8, 12):
+        begun = req.computed
+        (read,) = server.extend(req, a=end * PAGE_SIZE)
+        assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
+        assert server.ledger.held_by("neighbour") == set(range(1, 15))
+    assert len(read.streamed) == 2 * PAGE_SIZE
+    assert server.held(req) == server.runtime.requests["a"].positions.tolist()
+
+
+@pytest.mark.parametrize("ends", [[100], [30, 60, 90], [64, 65, 300, 320, 321], [1]], ids=str)
+def test_a_chunk_may_end_within_a_page(ends: list[int]) -> None:
+    """Its page has no mirror copy yet, and stays. (The hooks avoid it; SGLang may not always let them.)"""
+    server = Server()
+    req = server.request(30 * PAGE_SIZE + 11)
+    assert server.admit(req) == [STREAMED]
+    for end in [*ends, *range(ends[-1] + CHUNK, 30 * PAGE_SIZE, CHUNK)]:
+        begun = req.computed
+        (read,) = server.extend(req, a=end)
+        assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
+        assert server.held(req) == ([end // PAGE_SIZE] if end % PAGE_SIZE else [])
+        assert server.ledger.host_pages == end // PAGE_SIZE
+        assert server.pager.reserved == {"a": 12}
+    assert server.prefill.streamed_passes > 0
+    server.extend(req)
+    assert server.held(req)[-1] == 30
+
+
+def test_a_first_chunk_reads_nothing() -> None:
+    server = Server()
+    req = server.request(40 * PAGE_SIZE)
+    server.admit(req)
+    assert server.extend(req, a=CHUNK) == [Read([])]
+    assert server.prefill.readings is None
+    assert (server.prefill.streamed_passes, server.runtime.staging.staged_pages) == (0, 0)
+
+
+def test_what_is_on_the_device_is_read_there() -> None:
+    """Nothing is recalled for a prompt that is streamed."""
+    server = Server()
+    prefix = server.memory(40)  # the last 24 of them are on the device
+    req = server.request(42 * PAGE_SIZE + 5, prefix)
+    assert server.admit(req) == [STREAMED]
+    server.neighbour(
+        server.allocate(5)
+    )  # displaces pages of the prefix, but not those that the prompt is about to read
+    (read,) = server.extend(req, a=42 * PAGE_SIZE)
+    assert read.here == server.slots(req, 21 * PAGE_SIZE + 2 * PAGE_SIZE, 40 * PAGE_SIZE)
+    assert read.streamed == server.slots(req, 0, 23 * PAGE_SIZE)
+    assert server.ledger.recalls == 0
+    assert server.ledger.held_by("a") == frozenset()
+
+
+def test_pages_read_in_place_stay_until_the_pass_is_queued() -> None:
+    server = Server()
+    prefix = server.memory(40)
+    req = server.request(42 * PAGE_SIZE, prefix)
+    server.admit(req)
+    batch, new_pages = server.batch({}, req)
+    server.prefill.begin_pass(batch, [42 * PAGE_SIZE], new_pages)
+    assert server.ledger.held_by("a") == set(range(19, 41)) | set(new_pages.tolist())
+    assert server.pager.reserved == {}
+    assert server.prefill.readings is not None
+    assert [len(reading.streamed) for reading in server.prefill.readings] == [18]
+
+
+def test_a_pass_waits_for_what_it_reads_in_place() -> None:
+    """A hot page that was sent for when the prompt was admitted is on its way."""
+    server = Server()
+    prefix = server.memory(40)
+    server.push_off()
+    server.ledger.heat.select(prefix[[3, 30]])
+    transfer = server.pager.transfer = LateTransfer(server.pager)
+    req = server.request(42 * PAGE_SIZE, prefix)
+    server.admit(req)
+    assert server.ledger.arriving(prefix[[3, 30]]).all()
+    (read,) = server.extend(req)
+    assert read.here == [*server.slots(req, 3 * 64, 4 * 64), *server.slots(req, 30 * 64, 31 * 64)]
+    assert transfer.gates == 1
+
+
+def test_without_a_streamed_prompt_nothing_is_staged_any_more() -> None:
+    server = Server()
+    prefix = server.memory(40)
+    req = server.request(42 * PAGE_SIZE, prefix)
+    server.admit(req)
+    server.extend(req)
+    assert server.prefill.staged is not None
+    other = server.request(PAGE_SIZE, NONE, "b", 2)
+    server.admit(other)
+    server.extend(other)
+    assert (server.prefill.staged, server.prefill.readings) == (None, None)
+
+
+# --- over a resident prefix ------------------------------------------------------------------------------------------
+
+
+def resident(server: Server, memory: np.ndarray, own: int = 2, rid: str = "a", row: int = 1, **lsa: object) -> Any:
+    return server.request((len(memory) + own) * PAGE_SIZE, memory, rid, row, prefill="resident", **lsa)
+
+
+def positions(req: Any, slots: list[int], server: Server) -> list[int]:
+    """Of a request's tokens, pages that these slots fill."""
+    pages = server.runtime.requests[req.rid].pages.tolist()
+    found = [pages.index(slot // PAGE_SIZE) for slot in slots[::PAGE_SIZE]]
+    assert slots == [pages[position] * PAGE_SIZE + token for position in found for token in range(PAGE_SIZE)]
+    return found
+
+
+def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {7: 3.0, 21: 2.0, 33: 1.0}
+    req = resident(server, memory)
+    assert server.admit(req) == [RESIDENT]
+    (read,) = server.extend(req)
+    assert read.look is not None
+    assert positions(req, read.look, server) == [0, 39], "both ends: nothing else is known"
+    assert positions(req, read.here, server) == [0, 7, 21, 33, 39]
+    assert (read.streamed, server.prefill.staged) == ([], None)
+    request = server.runtime.requests["a"]
+    assert (request.prefill, request.cached_pages) == (RESIDENT, 40)
+    assert server.prefill.resident_prompts == 1
+    assert not server.runtime.is_exact(req)
+    assert server.ledger.recalls == 5
+    assert server.lookahead.failures == 0
+
+
+def test_both_runs_hold_what_they_read_and_write() -> None:
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {7: 3.0, 21: 2.0}
+    req = resident(server, memory)
+    server.admit(req)
+    batch, new_pages = server.batch({}, req)
+    number = server.runtime.before_forward(batch, new_pages)
+    assert server.runtime.looks_first
+    assert server.held(req) == [0, 39, 40, 41]
+    server.runtime.choose_resident()
+    assert not server.runtime.looks_first, "there is no third run"
+    assert server.held(req) == [0, 7, 21, 39, 40, 41]
+    assert server.pager.reserved == {}
+    server.write(server.slots(req, 40 * PAGE_SIZE, 42 * PAGE_SIZE))
+    server.runtime.after_forward(batch, number)
+
+
+def test_the_look_has_hot_pages_that_are_on_the_device() -> None:
+    """The others are sent for when the prompt is admitted, and take longer than it is worth waiting for."""
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.ledger.heat.select(memory[[5, 8, 12]])
+    server.neighbour(memory[[8, 12]])
+    transfer = server.pager.transfer = LateTransfer(server.pager)
+    req = resident(server, memory)
+    server.admit(req)
+    assert server.ledger.arriving(memory[[5]]).all()
+    transfer.recalling, kept = [], transfer.recalling
+    batch, new_pages = server.batch({}, req)
+    server.runtime.before_forward(batch, new_pages)
+    assert server.prefill.readings is not None
+    assert server.prefill.readings[0].here.tolist() == memory[[0, 8, 12, 39]].tolist()
+    transfer.recalling += kept
+
+
+@pytest.mark.parametrize(
+    ("budget", "most", "look"),
+    [
+        pytest.param(0.5, 32, [0, 6, 7, 8, 9, 10, 11, 12, 13, 39], id="all that are hot"),
+        pytest.param(0.2, 32, [0, 8, 9, 10, 11, 12, 13, 39], id="a set"),
+        pytest.param(0.5, 3, [0, 11, 12, 13, 39], id="few"),
+        pytest.param(0.1, 32, [0, 12, 13, 39], id="a small set"),
+        pytest.param(0.02, 32, [0, 39], id="a set with no room"),
+    ],
+)
+def test_the_look_is_small(budget: float, most: int, look: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_module, "FIRST_LOOK_PAGES", most)
+    server = Server()
+    memory = server.memory(40)
+    for page in memory[6:14]:  # the last is the hottest
+        server.ledger.heat.select(np.array([page]))
+    server.neighbour(memory[6:14])
+    req = resident(server, memory, budget=budget)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert read.look is not None
+    assert positions(req, read.look, server) == look
+
+
+@pytest.mark.parametrize(
+    ("scores", "hot", "chosen"),
+    [
+        pytest.param({7: 1.0, 9: 1.0, 11: 1.0, 13: 1.0}, [], [0, 11, 13, 39], id="no heat: the latest"),
+        pytest.param({7: 1.0, 9: 1.0, 11: 1.0, 13: 1.0}, [9, 7], [0, 7, 9, 39], id="heat decides ties"),
+        pytest.param({7: 1.0, 9: 0.9, 11: 0.8}, [11, 9], [0, 9, 11, 39], id="heat decides what is close"),
+        pytest.param({7: 2.1, 9: 2.2, 11: 1.0, 13: 1.0}, [11, 13], [0, 7, 9, 39], id="heat at most doubles a score"),
+        pytest.param({7: 1.0}, [20, 21], [0, 7, 39], id="heat alone is not enough"),
+    ],
+)
+def test_heat_decides_between_pages_of_which_the_queries_say_little(
+    scores: dict[int, float], hot: list[int], chosen: list[int]
+) -> None:
+    server = Server(budget=0.125)  # 5 of 40 pages, 1 of them recent
+    memory = server.memory(40)
+    server.push_off()
+    server.ledger.heat.select(memory[hot])
+    server.wanted.values = scores
+    req = resident(server, memory, budget=0.1)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert positions(req, read.here, server) == chosen
+
+
+def test_a_choice_that_fails_leaves_what_was_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {7: 3.0}
+    bad, good = (resident(server, memory, rid=rid, row=row, budget=0.1) for row, rid in enumerate(("bad", "good"), 1))
+    assert server.admit(bad, good) == [RESIDENT, RESIDENT]
+    choose = server.lookahead.choose
+
+    def broken_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(server.lookahead, "choose", choose)
+        raise RuntimeError("injected")
+
+    batch, new_pages = server.batch({}, bad, good)
+    server.runtime.before_forward(batch, new_pages)
+    monkeypatch.setattr(server.lookahead, "choose", broken_once)
+    with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
+        server.runtime.choose_resident()
+    assert "choosing a prefix for bad failed; it reads what it looked at" in caplog.text
+    assert (server.lookahead.failures, server.runtime.requests["bad"].failures) == (1, 1)
+    assert server.runtime.requests["good"].failures == 0
+    assert server.prefill.readings is not None
+    reads = [server.look_at(reading) for reading in server.prefill.readings]
+    assert positions(bad, reads[0].here, server) == [0, 39]
+    assert positions(good, reads[1].here, server) == [0, 7, 39], "the others get theirs"
+    assert server.held(bad) == [0, 39, 40, 41]
+    assert not server.runtime.looks_first
+
+
+def test_a_policy_that_fails_leaves_the_most_recent_pages() -> None:
+    server = Server(budget=0.25)
+    memory = server.memory(20)
+    server.push_off()
+    del server.lookahead.policies["quest"]  # type: ignore[attr-defined]
+    req = resident(server, memory)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert positions(req, read.here, server) == [0, 16, 17, 18, 19]
+    assert (server.lookahead.failures, server.lookahead.fallbacks > 0) == (0, True)
+
+
+def test_chunks_of_a_prompt_over_a_resident_prefix() -> None:
+    """Each looks first at what the one before chose; its own pages it reads whole."""
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {7: 3.0, 21: 2.0}
+    req = resident(server, memory, own=7)
+    assert server.admit(req) == [RESIDENT]
+    demand = server.pager.reserved["a"]
+    assert demand == server.lookahead.set_pages(47, 0.5) + 7 + 1
+    (first,) = server.extend(req, a=44 * PAGE_SIZE)
+    assert server.held(req) == [0, 7, 21, 39, 40, 41, 42, 43]
+    assert server.pager.reserved == {"a": demand - 8}
+    server.wanted.values = {8: 3.0, 21: 2.0}
+    (second,) = server.extend(req, a=46 * PAGE_SIZE)
+    assert first.look is not None and second.look is not None
+    assert positions(req, first.here, server) == [0, 7, 21, 39]
+    assert positions(req, second.look, server) == [0, 7, 21, 39, 40, 41, 42, 43]
+    assert positions(req, second.here, server) == [0, 8, 21, 39, 40, 41, 42, 43]
+    assert server.held(req) == [0, 8, 21, 39, 40, 41, 42, 43, 44, 45]
+    assert server.pager.reserved == {"a": demand - 10}
+    server.extend(req)
+    assert server.pager.reserved == {}
+    assert server.prefill.resident_prompts == 1
+
+
+def test_two_questions_about_one_memory() -> None:
+    server = Server()
+    memory = server.memory(20)
+    server.push_off()
+    server.wanted.values = {7: 3.0, 11: 2.0}
+    first = resident(server, memory, 1, "first", 1, budget=0.2)
+    second = resident(server, memory, 2, "second", 2, budget=0.2)
+    assert server.admit(first, second) == [RESIDENT, RESIDENT]
+    reads = server.extend(first, second)
+    assert [positions(req, read.here, server) for req, read in zip((first, second), reads, strict=True)] == [
+        [0, 7, 11, 19],
+        [0, 7, 11, 19],
+    ]
+    assert server.ledger.recalls == 4
+    assert server.prefill.resident_prompts == 2
+
+
+def test_until_its_first_window_a_request_reads_what_its_prompt_read() -> None:
+    server = Server()
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {7: 3.0, 21: 2.0}
+    req = resident(server, memory)
+    server.admit(req)
+    server.lookahead.lead, server.lookahead.lag = 3, 2  # as on a GPU
+    server.extend(req)
+    request = server.runtime.requests["a"]
+    assert (request.positions.tolist(), request.tail_start) == ([0, 7, 21, 39], 40)
+    assert request.ranks is not None and request.ranks.tolist() == [np.inf, 3.0, 2.0, np.inf]
+    server.wanted.values = {}
+    found = server.decode(req)
+    assert found[: 4 * PAGE_SIZE] == [
+        slot for page in memory[[0, 7, 21, 39]] for slot in range(page * 64, page * 64 + 64)
+    ]
+    assert found[4 * PAGE_SIZE :] == server.slots(req, 40 * PAGE_SIZE, req.computed)
+
+
+# --- what is remembered ----------------------------------------------------------------------------------------------
+
+
+def test_the_sets_of_a_finished_request_can_be_given_to_another() -> None:
+    """To a streamed prompt, by another server; it reads the same pages and needs no scores."""
+    first = Server()
+    first.wanted.values = {30: 2.0, 45: 1.0}
+    seen = []
+    for server, lsa in ((first, {}), (Server(), {"sets": ""})):
+        if "sets" in lsa:
+            lsa = {"sets": first.runtime.finished[-1]["sets"]}
+            server.wanted.score = lambda *_: pytest.fail("scored")  # type: ignore[method-assign]
+        req = server.request(50 * PAGE_SIZE, **lsa)
+        assert server.admit(req) == [STREAMED]
+        while req.computed < 50 * PAGE_SIZE:
+            server.extend(req, a=min(50 * PAGE_SIZE, req.computed + CHUNK))
+        seen.append([server.decode(req) for _ in range(30)])
+        server.runtime.request_gone(req)
+    assert seen[0] == seen[1]
+    done, again = first.runtime.finished[-1], server.runtime.finished[-1]
+    assert done["sets"] == again["sets"] != ""
+    assert (done["prefill"], done["prompt_tokens"], done["number"]) == ("streamed", 50 * PAGE_SIZE, 1)
+    assert done["history"][0] == [0, 30, 45, 49]
+    assert len(done["history"]) == len(done["sets"].split(";")) >= 4
+
+
+# --- trouble ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "allocated"), [(1, 6), (-1, 4)], ids=["too many", "too few"])
+def test_new_pages_that_do_not_fit_the_batch_are_an_error(more: int, allocated: int) -> None:
+    server = Server(budget=1.0)
+    first, second = server.request(3 * PAGE_SIZE, NONE, "first", 1), server.request(100, NONE, "second", 2)
+    server.admit(first, second)
+    batch, new_pages = server.batch({}, first, second)
+    new_pages = np.append(new_pages, server.allocate(1)) if more > 0 else new_pages[:-1]
+    with pytest.raises(RuntimeError, match=f"LSA: SGLang allocated {allocated} pages for a batch that needs 5"):
+        server.prefill.begin_pass(batch, [3 * PAGE_SIZE, 100], new_pages)
+
+
+def test_a_page_that_must_be_on_the_device_and_cannot_be() -> None:
+    server = Server()
+    server.neighbour(server.allocate(PHYSICAL - 2))
+    with pytest.raises(DevicePoolFull) as full:
+        server.prefill.hold("a", server.allocate(3))
+    assert str(full.value) == (
+        "LSA: the device pool (24 pages, 22 held) cannot take 3 pages of a; "
+        "admission should have prevented this, please report it"
+    )
+    assert server.ledger.held_by("a") == frozenset()
+    server.ledger.check()
+
+
+def test_what_is_in_flight_is_waited_for_before_that() -> None:
+    server = Server()
+    transfer = server.pager.transfer = LateTransfer(server.pager)
+    pages = server.allocate(PHYSICAL)
+    assert server.pager.hold("done", pages)
+    server.pager.store(pages)
+    server.pager.forget("done")
+    new = server.allocate(3)
+    server.prefill.hold("a", new)
+    assert server.ledger.held_by("a") == set(new.tolist())
+    assert transfer.waits == 1
+    server.prefill.hold("a", server.allocate(1))
+    assert transfer.waits == 1
+
+
+# --- any prompt ------------------------------------------------------------------------------------------------------
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=120)
+@given(
+    physical=st.integers(4, 30),
+    chunk=st.none() | st.integers(1, 20).map(lambda pages: pages * PAGE_SIZE),
+    tokens=st.integers(1, 70 * PAGE_SIZE),
+    cached=st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0]),
+    budget=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    prefill=st.sampled_from(["exact", "resident"]),
+    steps=st.integers(1, 3),
+)
+def test_an_idle_server_prefills_whatever_it_does_not_refuse(
+    physical: int, chunk: int | None, tokens: int, cached: float, budget: float, prefill: str, steps: int
+) -> None:
+    """To the end, and decodes; exact prompts read every token before each pass once, whatever is where."""
+    min_context = min(256, physical * PAGE_SIZE // 2)
+    server = Server(chunk, physical, budget=budget, prefill=prefill, min_context=min_context, min_pages=4)
+    server.wanted.values = {3 * position: 1.0 + position for position in range(10)}
+    memory = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
+    req = server.request(tokens, memory)
+    if server.admission.refusal(req) is not None:
+        return
+    (how,) = server.admit(req)
+    while req.computed < tokens:
+        most = min(chunk or tokens, server.admission.next_chunk(req).chunk_tokens or tokens)
+        begun = req.computed
+        (read,) = server.extend(req, a=min(tokens, begun + most))
+        if how != RESIDENT:
+            assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
+        else:
+            assert not read.streamed
+            assert set(read.here) >= set(server.slots(req, len(memory) * PAGE_SIZE, begun))
+            assert len(read.here) < begun
+    assert server.pager.reserved == {}
+    for _ in range(steps):
+        found = server.decode(req)
+        assert len(set(found)) == len(found)
+        assert set(found) <= set(server.slots(req, 0, req.computed))
+    assert server.lookahead.failures == 0

@@ -1,0 +1,195 @@
+"""Staging: pages of the host mirror, block by block and layer by layer, as one forward pass reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_lsa.staging import StagedPages, Staging, staging_bytes, sums_bytes
+
+PAGE, LAYERS, HEADS, DIM = 4, 3, 2, 5
+BLOCK = 3
+"""Pages in a buffer."""
+MIRRORED = 12
+
+
+def make_staging(block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Staging:
+    """Over a mirror whose content tells page, layer and token."""
+    shape = (MIRRORED + 1, LAYERS, 2, PAGE, HEADS, DIM)
+    mirror = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Staging(mirror, block, torch.device("cpu"), lambda: pytest.fail("there is no stream on a CPU"))
+
+
+def expected(staging: Staging, pages: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of these pages, one after the other."""
+    content = staging.mirror[pages, layer]
+    return content[:, 0].reshape(-1, HEADS, DIM), content[:, 1].reshape(-1, HEADS, DIM)
+
+
+def copies(blocks: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks are valid until the next is asked for."""
+    return [(keys.clone(), values.clone()) for keys, values in blocks]
+
+
+def check_layer(staged: StagedPages, pages: list[int], layer: int) -> None:
+    blocks = copies(staged.layer(layer))
+    assert [len(keys) for keys, _ in blocks] == [len(values) for _, values in blocks] == staged.sizes
+    none = torch.zeros(0, HEADS, DIM, dtype=staged.staging.mirror.dtype)
+    keys, values = (torch.cat([none, *parts]) for parts in (zip(*blocks, strict=True) if blocks else ((), ())))
+    wanted = expected(staged.staging, pages, layer)
+    assert torch.equal(keys, wanted[0])
+    assert torch.equal(values, wanted[1])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        pytest.param((1, 1, 1, 1, 1), 4, id="smallest"),
+        pytest.param((256, 64, 8, 128, 2), 128 << 20, id="8B"),
+        pytest.param((16, 64, 3, 64, 4), 2 * 2 * 16 * 64 * 3 * 64 * 4, id="float32"),
+    ],
+)
+def test_two_buffers_of_keys_and_values(arguments: tuple[int, int, int, int, int], size: int) -> None:
+    assert staging_bytes(*arguments) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        pytest.param((1, 1, 1), 8, id="smallest"),
+        pytest.param((8192, 32, 128), 8192 * 32 * 129 * 4, id="8B"),
+        pytest.param((0, 32, 128), 0, id="no chunks"),
+    ],
+)
+def test_sums_of_a_chunk(arguments: tuple[int, int, int], size: int) -> None:
+    tokens, heads, dim = arguments
+    assert sums_bytes(*arguments) == size
+    out, lse = torch.zeros(tokens, heads, dim), torch.zeros(tokens, heads)
+    assert size == out.numel() * 4 + lse.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, BLOCK, 20])
+def test_what_is_planned_is_what_is_allocated(block: int, dtype: torch.dtype) -> None:
+    staging = make_staging(block, dtype)
+    assert staging.nbytes == staging_bytes(block, PAGE, HEADS, DIM, dtype.itemsize)
+    assert staging.nbytes == staging.buffers.untyped_storage().nbytes()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+COUNTS = [
+    pytest.param([], [], id="0 pages"),
+    pytest.param([5], [1], id="1 page"),
+    pytest.param([7, 2], [2], id="less than a block"),
+    pytest.param([7, 2, 9], [3], id="a block"),
+    pytest.param([7, 2, 9, 1], [3, 1], id="a block and a page"),
+    pytest.param([12, 1, 11, 2, 10, 3], [3, 3], id="2 blocks"),
+    pytest.param([8, 6, 4, 2, 1, 3, 5, 7], [3, 3, 2], id="2 blocks and 2 pages"),
+    pytest.param(list(range(12, 0, -1)), [3, 3, 3, 3], id="all pages"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("pages", "blocks"), COUNTS)
+def test_every_layer_has_the_content_of_the_mirror(pages: list[int], blocks: list[int], dtype: torch.dtype) -> None:
+    staging = make_staging(dtype=dtype)
+    staged = staging.read(np.array(pages, dtype=np.int64))
+    assert staged.sizes == [count * PAGE for count in blocks]
+    for layer in range(LAYERS):
+        check_layer(staged, pages, layer)
+    assert staging.staged_pages == len(pages)
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 12, 50])
+def test_blocks_of_any_size(block: int) -> None:
+    staging, pages = make_staging(block), list(range(12, 0, -1))
+    staged = staging.read(np.array(pages))
+    for layer in range(LAYERS):
+        check_layer(staged, pages, layer)
+
+
+def test_a_block_stays_until_the_next_is_asked_for() -> None:
+    """Attention of one block may be queued when the next is filled: consecutive ones do not share a buffer."""
+    staging = make_staging(1)
+    staged = staging.read(np.array([4, 8]))
+    seen = []
+    for layer in range(LAYERS):
+        for keys, values in staged.layer(layer):
+            page = [4, 8][len(seen) % 2]
+            assert torch.equal(keys, staging.mirror[page, layer, 0])
+            assert torch.equal(values, staging.mirror[page, layer, 1])
+            seen.append((keys.data_ptr(), values.data_ptr()))
+    assert len(set(seen)) == 2
+    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_pages_are_counted_once_for_all_layers_and_for_every_pass() -> None:
+    staging = make_staging()
+    for pages in ([1, 2, 3, 4], [], [4]):
+        staged = staging.read(np.array(pages, dtype=np.int64))
+        for layer in range(LAYERS):
+            list(staged.layer(layer))
+    assert staging.staged_pages == 5
+
+
+# --- the order of the layers -----------------------------------------------------------------------------------------
+
+
+def read_layer(staged: StagedPages, layer: int) -> None:
+    list(staged.layer(layer))
+
+
+def begin_layer(staged: StagedPages, layer: int) -> None:
+    next(staged.layer(layer))
+
+
+@pytest.mark.parametrize(
+    ("before", "wrong", "due"),
+    [
+        pytest.param([], 1, 0, id="the second first"),
+        pytest.param([], LAYERS - 1, 0, id="the last first"),
+        pytest.param([0], 0, 1, id="the first again"),
+        pytest.param([0], 2, 1, id="one left out"),
+        pytest.param([0, 1, 2], 0, 3, id="beyond the last"),
+    ],
+)
+def test_layers_out_of_their_order_are_an_error(before: list[int], wrong: int, due: int) -> None:
+    staged = make_staging().read(np.arange(1, 6))
+    for layer in before:
+        read_layer(staged, layer)
+    with pytest.raises(RuntimeError, match=f"layer {wrong} was asked for when {due} was next"):
+        begin_layer(staged, wrong)
+
+
+def test_a_layer_that_was_not_read_to_its_end_is_an_error() -> None:
+    staged = make_staging().read(np.arange(1, 6))
+    begin_layer(staged, 0)
+    with pytest.raises(RuntimeError, match="layer 1 was asked for when 0 was next"):
+        begin_layer(staged, 1)
+
+
+def test_a_pass_without_pages_may_ask_for_any_layer() -> None:
+    staged = make_staging().read(np.zeros(0, dtype=np.int64))
+    assert [list(staged.layer(layer)) for layer in (2, 0, 0)] == [[], [], []]
+
+
+@pytest.mark.parametrize("layers", [0, 1, LAYERS - 1])
+def test_a_pass_given_up_half_way_does_not_disturb_the_next(layers: int) -> None:
+    staging = make_staging()
+    given_up = staging.read(np.array([1, 2, 3, 4, 5, 6, 7]))
+    for layer in range(layers):
+        read_layer(given_up, layer)
+    begin_layer(given_up, layers)
+
+    pages = [9, 8, 10, 11]
+    staged = staging.read(np.array(pages))
+    for layer in range(LAYERS):
+        check_layer(staged, pages, layer)
