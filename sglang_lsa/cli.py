@@ -72,7 +72,9 @@ def _model(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("bench", help="compare LSA with stock SGLang on this machine's GPU")
+    command = commands.add_parser(
+        "bench", help="measure LSA, against stock SGLang on this machine's GPU or against itself"
+    )
     kinds = command.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     text = (
         "decode speed and requests per GPU, with dummy weights: tpot (one request of 1K to 256K tokens, batches of 8 "
@@ -105,6 +107,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     prefill.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
     prefill.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
     prefill.set_defaults(run=_bench_prefill)
+    text = (
+        "answers about cached documents that a question reads exactly or by a resident set, with the embedded model, "
+        "on any machine (about 15 minutes on 2 CPU cores)"
+    )
+    resident = kinds.add_parser("resident", help=text, description=text[0].upper() + text[1:])
+    resident.add_argument("--samples", type=int, default=20, metavar="N", help="documents; default: 20")
+    resident.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    resident.set_defaults(run=_bench_resident)
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
@@ -139,6 +149,20 @@ def _bench_prefill(args: argparse.Namespace) -> int:
     try:
         run(args.output, Console(width=160), command=command_line(), **options)
     except (RuntimeError, ValueError) as error:  # no GPU, too little memory, a server or a request that failed
+        print(f"sglang-lsa bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bench_resident(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.resident import run
+    from sglang_lsa.bench.serving import command_line
+
+    try:
+        run(args.output, Console(width=120), samples=args.samples, command=command_line())
+    except (RuntimeError, ValueError) as error:  # the server or a request failed
         print(f"sglang-lsa bench: {error}", file=sys.stderr)
         return 1
     return 0

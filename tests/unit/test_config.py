@@ -447,7 +447,7 @@ def test_bad_sets_are_refused(asked: Any, words: str) -> None:
 
 
 def test_a_long_bad_set_is_shown_by_its_beginning() -> None:
-    with pytest.raises(ValueError, match="^.{1,160}$"):
+    with pytest.raises(ValueError, match=r"^.{1,160}$"):
         RequestOptions.parse({"lsa": {"sets": "65:1:" + "0," * 10_000 + "x"}}, SERVER)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_a_block_stays_until_the_next_is_asked_for() -> None:
             assert torch.equal(values, staging.mirror[page, layer, 1])
             seen.append((keys.data_ptr(), values.data_ptr()))
     assert len(set(seen)) == 2
-    assert all(a != b for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a != b for a, b in pairwise(seen))
 
 
 def test_pages_are_counted_once_for_all_layers_and_for_every_pass() -> None:
