@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gpu_servers import READY_SECONDS, SERVED, STOCK
 from prompts import needle, prose
-from serving import BFLOAT16_STEPS, Answer, complete, flush_cache, gap_at_first_difference, generate, wait_until_idle
+from serving import BFLOAT16_STEPS, Answer, flush_cache, gap_at_first_difference, generate, wait_until_idle
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -103,17 +103,28 @@ def test_prompts_four_times_the_pool_equal_stock(started: dict[str, ServerProces
 
 
 def test_late_copies_and_passes_change_no_answer(started: dict[str, ServerProcess]) -> None:
-    """Prompts in place whose windows recall nearly every page: the same tokens to the last bit."""
+    """Prompts in place whose windows recall nearly every page: where the same pages were read, the same text.
+
+    A window whose pages are late reads the old ones a little longer, so its answer may differ; most are in time.
+    """
     prompts = [prose(length, length) for length in (90, 400, 900, 1500, 1700)]
-    seen = {}
+    texts, sets = {}, {}
     for name in ("small", "slow"):
         flush_cache(started[name])
-        seen[name] = [complete(started[name], prompt, 200, {"lsa": {"policy": "random"}}) for prompt in prompts]
+        rids = [f"{name}-{number}" for number in range(len(prompts))]
+        texts[name] = [
+            generate(started[name], prompt, 200, rid, policy="random")["text"]
+            for prompt, rid in zip(prompts, rids, strict=True)
+        ]
+        finished = {entry["rid"]: entry["sets"] for entry in wait_until_idle(started[name])["finished"]}
+        sets[name] = [finished[rid] for rid in rids]
     status = started["slow"].get("/lsa/status")
     print({name: status[name] for name in ("recalls", "stalls", "prefill", "pressure", "failures")})
     assert status["recalls"]["pages"] > 20
-    if status["stalls"] == started["small"].get("/lsa/status")["stalls"] == 0:
-        assert seen["slow"] == seen["small"]
+    comparable = [number for number in range(len(prompts)) if sets["slow"][number] == sets["small"][number]]
+    assert len(comparable) >= 3
+    for number in comparable:
+        assert texts["slow"][number] == texts["small"][number]
 
 
 def test_late_copies_and_passes_change_no_streamed_prompt(started: dict[str, ServerProcess]) -> None:
