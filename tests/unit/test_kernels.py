@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_lsa.kernels import page_score
+from sglang_lsa.kernels.attention_mass import attention_mass
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_keys import key_bounds
@@ -88,6 +89,43 @@ def test_page_copy_refuses_a_mirror_of_another_shape(copy, keys: int, values: in
     words = rf"mirror \(3, .*\) does not fit {keys} layers of keys and {values} of values: shape it \[pages, layers, 2"
     with pytest.raises(ValueError, match=words):
         copy(pool[:keys], pool[:values], page, mirror, page)
+
+
+# --- attention_mass --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "q_heads", "kv_heads", "dim", "context", "page"),
+    [
+        pytest.param(3, 2, 2, 8, 10, 4, id="last page not full"),
+        pytest.param(1, 3, 1, 80, 63, 64, id="63 tokens, head_dim 80, GQA 3"),
+        pytest.param(5, 16, 2, 16, 128, 64, id="GQA 8, full pages"),
+        pytest.param(1, 1, 1, 4, 1, 64, id="one token"),
+        pytest.param(0, 2, 2, 8, 10, 4, id="no query"),
+        pytest.param(130, 2, 1, 4, 140, 16, id="more queries than at once"),
+    ],
+)
+def test_attention_mass(
+    tokens: int, q_heads: int, kv_heads: int, dim: int, context: int, page: int, dtype: torch.dtype
+) -> None:
+    queries, keys = random(tokens, q_heads, dim, dtype=dtype), random(300, kv_heads, dim, dtype=dtype, seed=1)
+    slots = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:context]
+    positions = torch.arange(context - tokens, context)
+    seen = attention_mass(queries, keys, slots, positions, dim**-0.5, page)
+    assert seen.shape == (tokens, q_heads, -(-context // page)) and seen.dtype == torch.float32
+    for token in range(tokens):
+        for head in range(q_heads):
+            own = keys[slots[: positions[token] + 1], head // (q_heads // kv_heads)].double()
+            share = (own @ queries[token, head].double() * dim**-0.5).softmax(0)
+            by_page = [part.sum() for part in share.split(page)]
+            by_page += [torch.zeros(())] * (seen.shape[2] - len(by_page))
+            torch.testing.assert_close(seen[token, head].double(), torch.stack(by_page).double(), atol=1e-5, rtol=0)
+
+
+def test_attention_mass_of_heads_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit keys"):
+        attention_mass(random(1, 3, 4), random(8, 2, 4), torch.arange(4), torch.tensor([3]), 1.0, 4)
 
 
 # --- stage_pages -----------------------------------------------------------------------------------------------------

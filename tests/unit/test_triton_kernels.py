@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from sglang_lsa.kernels.attention_mass import _attention_mass_triton, attention_mass_reference
 from sglang_lsa.kernels.merge_states import _merge_states_triton, merge_states_reference
 from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
@@ -320,6 +321,38 @@ def test_votes_against_every_page_but_one() -> None:
     scores = _bound_score_triton(queries, table, ids(range(1, 71)), 1.0)
     assert float(scores[69]) == pytest.approx(1.0)
     assert float(scores[:69].max()) < 1e-6
+
+
+# --- attention_mass --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", SCORE_DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "q_heads", "kv_heads", "dim", "context", "page"),
+    [
+        pytest.param(3, 2, 2, 8, 10, 4, id="last page not full"),
+        pytest.param(1, 3, 1, 80, 63, 64, id="63 tokens, head_dim 80, GQA 3"),
+        pytest.param(5, 16, 2, 16, 128, 64, id="GQA 8, full pages"),
+        pytest.param(1, 1, 1, 16, 1, 64, id="one token"),
+        pytest.param(40, 7, 1, 64, 200, 64, id="several blocks of rows"),
+        pytest.param(2, 4, 2, 16, 70, 63, id="page of 63"),
+    ],
+)
+def test_attention_mass(
+    tokens: int, q_heads: int, kv_heads: int, dim: int, context: int, page: int, dtype: torch.dtype
+) -> None:
+    queries, keys = random(tokens, q_heads, dim, dtype=dtype), random(300, kv_heads, dim, dtype=dtype, seed=1)
+    slots, positions = ids(some(context, 299)), ids(range(context - tokens, context))
+    expected = attention_mass_reference(queries, keys, slots, positions, dim**-0.5, page)
+    seen = _attention_mass_triton(queries, keys, slots, positions, dim**-0.5, page)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=FLOATS[dtype])
+    torch.testing.assert_close(seen.sum(dim=2), torch.ones_like(seen[:, :, 0]), rtol=0, atol=FLOATS[dtype])
+
+
+def test_attention_mass_of_large_logits() -> None:
+    queries, keys = torch.full((1, 1, 16), 1e3, device=DEVICE), torch.full((64, 1, 16), 1e3, device=DEVICE)
+    mass = _attention_mass_triton(queries, keys, ids(range(64)), ids([63]), 1.0, 16)
+    torch.testing.assert_close(mass, torch.full_like(mass, 0.25))
 
 
 # --- page_table ------------------------------------------------------------------------------------------------------
