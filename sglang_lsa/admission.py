@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import pages_of, pages_spanned
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+"""What the names of recorded requests are made of."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,12 @@ class Admission:
             options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
         except ValueError as error:
             return str(error)
+        if options.record and not NAME.fullmatch(req.rid):
+            return (
+                f"custom_params.lsa.record: the rid {req.rid!r:.80} becomes a file name: use letters, digits, - and _"
+            )
+        if options.record:
+            req.extra_key = req.rid  # it must compute all of its pages itself: the radix tree has none under this name
         ids = np.asarray(req.origin_input_ids, dtype=np.int64)
         if self.vocabulary is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings

@@ -63,6 +63,8 @@ class LSATorchBackend(TorchNativeAttnBackend):
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         self._observe(q, layer.layer_id, forward_batch, lengths)
+        if self.lsa.recorder is not None:
+            self.lsa.recorder.observe(layer.layer_id, q)
         if self.lsa.prefill.staged is not None and forward_batch.forward_mode.is_extend():
             return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
         out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))

@@ -61,7 +61,9 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             observer.observe(layer.layer_id, queries, rows, positions)
         self.lsa.before_layer(layer.layer_id)
         if self.recent is None or self.lsa.prefill.readings is None:
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+            self._record(q, layer)
+            return out
         out = self.partial.attend(q, k, v, layer)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
@@ -72,7 +74,13 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         if layer.layer_id in observer.slot_of_layer:
             queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
             observer.observe(layer.layer_id, queries, forward_batch.req_pool_indices, forward_batch.positions)
-        return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        self._record(q, layer)
+        return out
+
+    def _record(self, q, layer) -> None:
+        if self.lsa.recorder is not None:
+            self.lsa.recorder.observe(layer.layer_id, q.view(-1, layer.tp_q_head_num, layer.head_dim))
 
 
 class PartialPrefill:

@@ -6,6 +6,8 @@ Works on the arguments' attributes; imports no SGLang.
 from __future__ import annotations
 
 import logging
+import pathlib
+import tempfile
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -91,6 +93,8 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
         defaults["attention_backend"] = BACKENDS["cuda"]
         if arguments.get("cuda_graph_config") is None:
             defaults["cuda_graph_backend_prefill"] = "disabled"
+            if config.record:  # what is recorded grows with every step
+                defaults["cuda_graph_backend_decode"] = "disabled"
     for name, value in defaults.items():
         if arguments.get(name) is None:
             arguments[name] = value
@@ -112,7 +116,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
             f"use one of {', '.join(KV_DTYPES)}"
         )
-    problems += device_problems(server_args)
+    problems += device_problems(server_args, config)
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -121,13 +125,26 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         except ValueError as error:
             problems.append(str(error))
     problems += model_problems(server_args.get_model_config(), config)
+    if config.record is not None:
+        problems += folder_problems(config.record)
     if problems:
         raise Unsupported("LSA cannot start:\n  " + "\n  ".join(problems))
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
 
 
-def device_problems(server_args: Any) -> list[str]:
+def folder_problems(path: str) -> list[str]:
+    """Why recordings cannot be written to this folder, which is made if need be."""
+    try:
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"--lsa-record {path}: cannot be written ({error.strerror}): give a folder that this user can write"]
+
+
+def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
     """What about device, attention backend and CUDA graphs cannot work, one line each."""
     device = server_args.device
     if device not in BACKENDS:
@@ -142,14 +159,13 @@ def device_problems(server_args: Any) -> list[str]:
     ]
     graphs = getattr(server_args, "cuda_graph_config", None)
     if device == "cuda" and graphs is not None:
-        for phase, config, fine in (
-            ("prefill", graphs.prefill, ("disabled",)),
-            ("decode", graphs.decode, ("disabled", "full")),
+        decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")
+        for phase, backend, fine, where in (
+            ("prefill", graphs.prefill.backend, ("disabled",), "with LSA yet"),
+            ("decode", graphs.decode.backend, decode, why),
         ):
-            if config.backend not in fine:
-                problems.append(
-                    f"--cuda-graph-backend-{phase} {config.backend}: not supported with LSA yet: use {fine[-1]}"
-                )
+            if backend not in fine:
+                problems.append(f"--cuda-graph-backend-{phase} {backend}: not supported {where}: use {fine[-1]}")
     return problems
 
 

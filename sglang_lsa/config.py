@@ -59,6 +59,9 @@ class LSAConfig:
         "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device.",
     )
     indexer: str | None = _option(None, "Folder of a trained memory indexer.", metavar="PATH")
+    record: str | None = _option(
+        None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
+    )
     device_tokens: int | None = _option(None, "Tokens of KV in the device pool.")
     device_memory_gb: float | None = _option(None, "Device KV pool in GB, instead of --lsa-device-tokens.")
     host_memory_gb: float | None = _option(None, "Host mirror in GB; it decides how many tokens can be cached.")
@@ -155,6 +158,7 @@ class RequestOptions:
     Attributes:
         sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
             with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
+        record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
     """
 
     policy: str
@@ -162,11 +166,13 @@ class RequestOptions:
     enabled: bool = True
     prefill: str = "exact"
     sets: tuple[GivenSet, ...] = ()
+    record: int = 0
 
     @property
     def dense(self) -> bool:
         """Whether this request reads all of its pages, whatever its length."""
-        return not self.sets and (not self.enabled or self.policy == "full" or self.budget >= 1.0)
+        full = not self.enabled or self.policy == "full" or self.budget >= 1.0 or self.record > 0
+        return not self.sets and full
 
     @classmethod
     def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
@@ -178,7 +184,7 @@ class RequestOptions:
         asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
         if asked is None:
             return cls(str(config.policy), config.budget, prefill=config.prefill)
-        known = ("enabled", "budget", "policy", "prefill", "sets")
+        known = ("enabled", "budget", "policy", "prefill", "sets", "record")
         if not isinstance(asked, dict):
             raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
         unknown = sorted(set(asked) - set(known))
@@ -199,7 +205,14 @@ class RequestOptions:
         sets = _parse_sets(asked.get("sets", ""))
         if sets and (not enabled or policy == "full"):
             raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
-        return cls(str(policy), float(budget), enabled, prefill, sets)
+        record = asked.get("record", 0)
+        if isinstance(record, bool) or not isinstance(record, int) or record < 0:
+            raise ValueError(f"custom_params.lsa.record is {record!r}: use a number of tokens, 0 or more")
+        if record and not config.record:
+            raise ValueError(f"custom_params.lsa.record is {record}: this server was not started with --lsa-record")
+        if record and sets:
+            raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
+        return cls(str(policy), float(budget), enabled, prefill, sets, record)
 
 
 def _parse_sets(text: Any) -> tuple[GivenSet, ...]:

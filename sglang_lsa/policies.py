@@ -105,6 +105,8 @@ class Request:
     """Some of its pages are only in host memory and it has no resident set yet: it cannot decode without one."""
     given: deque[GivenSet] | None = None
     """Resident sets that it named itself and has not read yet."""
+    record: int = 0
+    """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
     stalls: int = 0
     shrunk: int = 0
     """How often its set was made smaller than its budget because the device pool was full."""

@@ -18,6 +18,7 @@ import torch
 from sglang_lsa.admission import Admission
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.policy import Indexer, load_indexer
+from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import physical_slots
@@ -99,6 +100,11 @@ class LSARuntime:
         self.indexer: Indexer | None = None
         if config.indexer:
             self.indexer = policies["indexer"] = load_indexer(config, pager, rows, model)
+        self.recorder: Recorder | None = None
+        if config.record:
+            self.recorder = Recorder(
+                config.record, layers, config.query_tokens, keys, q_heads, softmax_scale, self.page_keys.table, model
+            )
         self.metrics = metrics
         longest_dense = pager.ledger.physical_pages * PAGE_SIZE // 2
         if config.min_context > longest_dense:
@@ -160,6 +166,8 @@ class LSARuntime:
                 self.prefill.begin_pass(batch, lengths, new_pages)
         elif batch.forward_mode.is_decode():
             self._before_decode(batch, lengths, new_pages)
+        if self.recorder is not None:
+            self.recorder.begin_pass(batch, lengths, self.requests, self.pager.ledger.v2p)
         self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
         # Most decode steps queue nothing.
         if self.lookahead.on_their_way or self.lookahead.incomplete or self.pager.ledger.any_moved:
@@ -195,6 +203,9 @@ class LSARuntime:
         On a GPU the pass is only queued; what is done here is queued behind it.
         """
         self.rows = self.rows[:0]
+        if self.recorder is not None:
+            with self.on_stream():
+                self.recorder.end_pass()
         self.pager.forward_queued(number)
         requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
         if batch.forward_mode.is_extend():
@@ -302,6 +313,9 @@ class LSARuntime:
 
     def request_gone(self, req: Any) -> None:
         """The request finished, was aborted or retracted; its KV is about to be released."""
+        if self.recorder is not None and req.rid in self.requests:
+            with self.on_stream():
+                self.recorder.close(req, self.requests[req.rid].pages, self.pager.ledger.v2p)
         self.pager.forget(req.rid)
         self.admission.forget(req.rid)
         request = self.requests.pop(req.rid, None)

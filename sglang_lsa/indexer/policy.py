@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,6 +15,18 @@ from sglang_lsa.observe import recent_tokens
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import ids_on
+
+
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The decoder layers of an SGLang model.
+
+    Raises:
+        ValueError: it has no ``model.layers`` list.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        raise ValueError(f"{type(model).__name__} has no model.layers: an indexer cannot observe it; use quest")
+    return layers
 
 
 class HiddenObserver:
@@ -34,9 +48,7 @@ class HiddenObserver:
         Raises:
             ValueError: the model has no ``model.layers`` list.
         """
-        layers = getattr(getattr(model, "model", None), "layers", None)
-        if layers is None:
-            raise ValueError(f"{type(model).__name__} has no model.layers: the indexer cannot observe it; use quest")
+        layers = decoder_layers(model)
         for slot, layer in enumerate(self.layers):
             layers[layer].register_forward_hook(self._hook(slot))
 

@@ -60,6 +60,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "prefill": (["resident"], "resident"),
     "staging_pages": (["16"], 16),
     "indexer": (["/models/indexer"], "/models/indexer"),
+    "record": (["/data/recordings"], "/data/recordings"),
     "device_tokens": (["4096"], 4096),
     "device_memory_gb": (["1.5"], 1.5),
     "host_memory_gb": (["8"], 8.0),
@@ -494,3 +495,27 @@ def test_a_copy_is_equal() -> None:
     config = LSAConfig(observe_layers=(1, 2))
     assert copy.deepcopy(config) == config
     arrived_by_pickle.clear()
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_requests_read_everything() -> None:
+    options = RequestOptions.parse({"lsa": {"record": 128}}, LSAConfig(record="folder"))
+    assert (options.record, options.dense) == (128, True)
+    assert RequestOptions.parse({"lsa": {"record": 0}}, SERVER).record == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "words"),
+    [
+        ({"record": -1}, LSAConfig(record="folder"), "record is -1: use a number of tokens"),
+        ({"record": True}, LSAConfig(record="folder"), "record is True: use a number of tokens"),
+        ({"record": "all"}, LSAConfig(record="folder"), "record is 'all': use a number of tokens"),
+        ({"record": 8}, SERVER, "was not started with --lsa-record"),
+        ({"record": 8, "sets": "65:1:0"}, LSAConfig(record="folder"), "recordings are of full attention"),
+    ],
+)
+def test_bad_recording_options_are_refused(asked: dict[str, Any], config: LSAConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RequestOptions.parse({"lsa": asked}, config)

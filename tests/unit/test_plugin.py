@@ -969,7 +969,7 @@ GPU: dict[str, Any] = {"device": "cuda", "attention_backend": "flashinfer", "cud
 )
 def test_devices_that_work(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "_cuda", lambda: True)
-    assert device_problems(arguments(**changed)) == []
+    assert device_problems(arguments(**changed), LSAConfig()) == []
     assert hasattr(attach(arguments(**changed), LSAConfig()), "lsa_config")
 
 
@@ -1013,11 +1013,31 @@ def test_devices_that_cannot_work_are_refused(
 ) -> None:
     monkeypatch.setattr(compatibility, "_cuda", lambda: cuda)
     server_args = arguments(**changed)
-    assert device_problems(server_args) == [words]
+    assert device_problems(server_args, LSAConfig()) == [words]
     with pytest.raises(Unsupported) as caught:
         attach(server_args, LSAConfig())
     assert str(caught.value) == f"LSA cannot start:\n  {words}"
     assert not hasattr(server_args, "lsa_config")
+
+
+def test_a_recording_server_runs_without_decode_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    config = LSAConfig(record=str(tmp_path / "new"))
+    given: dict[str, Any] = {}
+    apply_defaults(given, config)
+    assert given["cuda_graph_backend_decode"] == "disabled"
+    words = "--cuda-graph-backend-decode full: not supported with --lsa-record: use disabled"
+    assert device_problems(arguments(**GPU), config) == [words]
+    fine = arguments(**GPU | {"cuda_graph_config": graphs(decode="disabled")})
+    assert attach(fine, config).lsa_config is config
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = LSAConfig(record=str(tmp_path / "file"))
+    with pytest.raises(Unsupported, match=r"--lsa-record .*file: cannot be written \(File exists\): give a folder"):
+        attach(arguments(), config)
 
 
 if __name__ == "__main__":

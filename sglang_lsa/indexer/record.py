@@ -1,0 +1,187 @@
+"""``sglang-lsa record``: drives prompts through a server that records them, and keeps a manifest of the recordings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import urllib.error
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from sglang_lsa.indexer.corpus import Prompt, Tokens, make_prompts
+from sglang_lsa.indexer.recording import BadRecording, read_recording
+from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recording in the manifest; its file is ``<name>.safetensors`` beside it.
+
+    Attributes:
+        tokens: of the prompt, the answer in it included.
+        answer_tokens: how many of the last ones are the answer.
+        evidence: pages that the answer is from.
+        bytes: of the file.
+    """
+
+    name: str
+    family: str
+    split: str
+    source: str
+    tokens: int
+    answer_tokens: int
+    evidence: tuple[int, ...]
+    bytes: int
+
+
+def record(
+    output: pathlib.Path,
+    model: str,
+    *,
+    splits: Sequence[str],
+    lengths: Sequence[int],
+    each: int,
+    families: Sequence[str],
+    texts: pathlib.Path | None,
+    last: int,
+    new_tokens: int,
+    server_args: str,
+) -> int:
+    """Record what is not recorded yet.
+
+    Args:
+        output: folder of recordings and manifest; the server must be able to write it.
+        model: path or hub name.
+        last: tokens at the end of a prompt that are recorded as if they had been generated.
+        new_tokens: tokens that the model generates after each prompt, which are recorded too.
+
+    Returns:
+        How many were recorded now.
+
+    Raises:
+        ValueError: prompts cannot be made as asked, or the manifest is of something else.
+        RuntimeError: the server failed, or a prompt was not recorded.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.model_max_length = 1 << 40  # prompts are cut to length after they were counted
+    output.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest.open(output, model)
+    wanted = [
+        (prompt, tokens)
+        for split in splits
+        for prompt, tokens in make_prompts(tokenizer, split, lengths, each, families, texts)
+        if not manifest.has(prompt.name)
+    ]
+    if not wanted:
+        return 0
+    with _server(output, model, max(lengths) + new_tokens, server_args) as server:
+        for prompt, tokens in tqdm(wanted, desc="recording", unit="prompt"):
+            manifest.add(_record_one(server, output, prompt, tokens, last, new_tokens))
+    return len(wanted)
+
+
+class Manifest:
+    """``manifest.json``, written anew after each recording, so that an interrupted command can go on."""
+
+    def __init__(self, folder: pathlib.Path, model: str, entries: dict[str, Entry]):
+        self.folder, self.model, self.entries = folder, model, entries
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, model: str | None = None) -> Manifest:
+        """Read the manifest, or with ``model`` begin one.
+
+        Raises:
+            BadRecording: there is none and no model is given, it is damaged, or it is of another model.
+        """
+        path = folder / MANIFEST
+        if not path.exists() and model is not None:
+            return cls(folder, model, {})
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise BadRecording(f"{path} is of format {values['format']}: record again with this version")
+            entries = [Entry(**{**entry, "evidence": tuple(entry["evidence"])}) for entry in values["documents"]]
+            found = cls(folder, values["model"], {entry.name: entry for entry in entries})
+        except OSError as error:
+            raise BadRecording(f"{path} cannot be read ({error.strerror}): run sglang-lsa record first") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, BadRecording):
+                raise
+            raise BadRecording(f"{path} is damaged ({error}): delete the folder and record again") from None
+        if model is not None and found.model != model:
+            raise BadRecording(f"{path} is of the model {found.model}, not {model}: use another --output")
+        return found
+
+    def file(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether this recording is there, in its full size."""
+        entry = self.entries.get(name)
+        return entry is not None and self.file(name).is_file() and self.file(name).stat().st_size == entry.bytes
+
+    def add(self, entry: Entry) -> None:
+        self.entries[entry.name] = entry
+        values = {
+            "format": FORMAT,
+            "model": self.model,
+            "documents": [dataclasses.asdict(entry) for entry in self.entries.values()],
+        }
+        partial = self.folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(partial, self.folder / MANIFEST)
+
+
+def _record_one(
+    server: ServerProcess, output: pathlib.Path, prompt: Prompt, tokens: Tokens, last: int, new_tokens: int
+) -> Entry:
+    parameters = {
+        "temperature": 0,
+        "max_new_tokens": new_tokens,
+        "ignore_eos": True,
+        "custom_params": {"lsa": {"record": last}},
+    }
+    body = {"rid": prompt.name, "input_ids": tokens.ids, "sampling_params": parameters}
+    try:
+        server.post("/generate", body)
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{prompt.name} was refused: {error.read().decode()[:400]}") from None
+    except OSError as error:
+        raise RuntimeError(f"the server failed at {prompt.name} ({error}):\n{server.log_tail()}") from None
+    path = output / f"{prompt.name}.safetensors"
+    if not path.is_file():
+        raise RuntimeError(f"{prompt.name} was not recorded; the server's log ends with:\n{server.log_tail()}")
+    facts, _ = read_recording(path, ())
+    return Entry(
+        prompt.name,
+        prompt.family,
+        prompt.split,
+        prompt.source,
+        facts.prompt_tokens,
+        tokens.answer,
+        tokens.evidence,
+        path.stat().st_size,
+    )
+
+
+@contextlib.contextmanager
+def _server(output: pathlib.Path, model: str, longest: int, server_args: str) -> Iterator[ServerProcess]:
+    flags: list[Any] = ["--model-path", model, "--lsa-record", output.resolve(), "--skip-server-warmup"]
+    flags += ["--context-length", longest + 64, *shlex.split(server_args)]
+    with ServerProcess(LSA, list(map(str, flags)), output / "server.log") as server:
+        try:
+            yield server.wait_until_ready()
+        except ServerFailed as error:
+            raise RuntimeError(str(error)) from None

@@ -1,0 +1,256 @@
+"""Recorder: writes what an indexer is trained on, while a server computes the prompts of requests that ask for it."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.model import page_runs
+from sglang_lsa.indexer.policy import decoder_layers
+from sglang_lsa.indexer.recording import BLOCK, write_recording
+from sglang_lsa.kernels.attention_mass import attention_mass
+from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.pages import pages_complete, pages_spanned
+from sglang_lsa.policies import Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Part:
+    """What one forward pass computes of a recorded request.
+
+    Attributes:
+        offset: where the request's tokens begin in the pass.
+        first, stop: their positions in the request.
+        slots: int64 ``[stop]`` physical slots of all its tokens so far.
+    """
+
+    document: Document
+    offset: int
+    first: int
+    stop: int
+    slots: torch.Tensor
+
+    @property
+    def observed(self) -> slice:
+        """Those of the pass's tokens whose queries are kept."""
+        return slice(self.offset + max(0, self.document.first - self.first), self.offset + self.stop - self.first)
+
+
+@dataclass
+class Document:
+    """A request that is being recorded; tensors are on the device until it ends.
+
+    Attributes:
+        start: position of the first anchor: what follows it, block by block, is what is to be predicted.
+        first: position of the first token whose queries are kept, before that.
+        queries: per pass ``[tokens, layers, q_heads, head_dim]``.
+        hidden: per pass ``[tokens, layers, hidden]``.
+        runs: per pass ``[pages, layers, RUNS, hidden]``.
+        rest: hidden states of a page that is not full yet.
+        mass: ``[blocks, layers * q_heads, pages]`` float16, over all of the model's layers.
+    """
+
+    rid: str
+    prompt_tokens: int
+    start: int
+    first: int
+    mass: torch.Tensor
+    tokens: int = 0
+    queries: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    runs: list[torch.Tensor] = field(default_factory=list)
+    rest: torch.Tensor | None = None
+
+
+class Recorder:
+    """One per scheduler process that was started with ``--lsa-record``.
+
+    Recorded requests read all of their pages, in place, and find no prefix in the radix tree.
+
+    Args:
+        folder: where recordings go, one file per request, named after it.
+        layers: decoder layers whose hidden states and queries are kept.
+        positions: recent positions that vote for pages.
+        keys: the model's key buffers, per layer ``[slots, kv_heads, head_dim]``.
+        q_heads, softmax_scale: of the model.
+        table: key bounds of every page, for the scores of quest; see ``PageKeys``.
+        model: SGLang's model, whose decoder layers are hooked.
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        layers: Sequence[int],
+        positions: int,
+        keys: Sequence[torch.Tensor],
+        q_heads: int,
+        softmax_scale: float,
+        table: torch.Tensor,
+        model: nn.Module,
+    ):
+        self.folder = pathlib.Path(folder)
+        self.layers, self.positions, self.keys = tuple(layers), positions, keys
+        self.q_heads, self.scale, self.table = q_heads, softmax_scale, table
+        self.documents: dict[str, Document] = {}
+        self.written = 0
+        self.parts: list[Part] = []
+        """What the pass being queued computes of recorded requests."""
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._queries: dict[int, torch.Tensor] = {}
+        modules = decoder_layers(model)
+        for layer in self.layers:
+            modules[layer].register_forward_hook(self._keep_hidden(layer))
+
+    # -- one forward pass ----------------------------------------------------------------------------------------
+
+    def begin_pass(self, batch: Any, lengths: Sequence[int], requests: Mapping[str, Request], v2p: np.ndarray) -> None:
+        """A pass is about to be queued: see what it computes of recorded requests.
+
+        Args:
+            batch: SGLang's.
+            lengths: tokens of each of its requests after this pass.
+            requests: by name, with their pages.
+            v2p: the ledger's map.
+        """
+        self._hidden, self._queries, self.parts = {}, {}, []
+        firsts = batch.prefix_lens if batch.forward_mode.is_extend() else [tokens - 1 for tokens in lengths]
+        offset = 0
+        for req, first, tokens in zip(batch.reqs, firsts, lengths, strict=True):
+            request = requests[req.rid]
+            if request.record and first == 0:
+                self.documents[req.rid] = self._open(request, req.sampling_params.max_new_tokens)
+            if req.rid in self.documents:
+                pages = torch.from_numpy(v2p[request.pages].astype(np.int64))
+                slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:tokens]
+                self.parts.append(Part(self.documents[req.rid], offset, first, tokens, slots.to(self.table.device)))
+            offset += tokens - first
+
+    def _open(self, request: Request, new_tokens: int) -> Document:
+        start = max(0, request.prompt_tokens - request.record) // BLOCK * BLOCK
+        total = request.prompt_tokens + new_tokens
+        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
+        mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
+        return Document(request.rid, request.prompt_tokens, start, max(0, start - self.positions), mass)
+
+    def observe(self, layer: int, queries: torch.Tensor) -> None:
+        """Attention of one layer is computed, and its keys are in the pool.
+
+        Args:
+            queries: ``[tokens, q_heads, head_dim]`` of the whole pass.
+        """
+        if layer in self.layers:
+            self._queries[layer] = queries
+        for part in self.parts:
+            document = part.document
+            begin = max(part.first, document.start)
+            if begin >= part.stop:
+                continue
+            asked = queries[part.offset + begin - part.first : part.offset + part.stop - part.first]
+            at = torch.arange(begin, part.stop, device=queries.device)
+            mass = attention_mass(asked, self.keys[layer], part.slots, at, self.scale, PAGE_SIZE)
+            rows = document.mass[:, layer * self.q_heads : (layer + 1) * self.q_heads, : mass.shape[2]]
+            block = ((at - document.start) // BLOCK)[:, None, None].expand(mass.shape)
+            rows.scatter_reduce_(0, block, mass.half(), "amax")
+
+    def end_pass(self) -> None:
+        """The pass is queued: keep what its hooks saw."""
+        for part in self.parts:
+            document = part.document
+            document.tokens = part.stop
+            hidden = torch.stack([self._hidden[layer] for layer in self.layers], dim=1)
+            document.hidden.append(hidden[part.observed])
+            document.queries.append(torch.stack([self._queries[layer] for layer in self.layers], dim=1)[part.observed])
+            self._keep_runs(document, hidden[part.offset : part.offset + part.stop - part.first])
+        self.parts = []
+
+    def _keep_runs(self, document: Document, hidden: torch.Tensor) -> None:
+        if document.rest is not None:
+            hidden = torch.cat((document.rest, hidden))
+        pages = pages_complete(len(hidden))
+        document.rest = hidden[pages * PAGE_SIZE :].clone()
+        if pages:
+            runs = page_runs(hidden[: pages * PAGE_SIZE].unflatten(0, (pages, PAGE_SIZE)))
+            document.runs.append(runs.transpose(1, 2).to(hidden.dtype))
+
+    def _keep_hidden(self, layer: int):
+        def keep(module, inputs, output):
+            if self.parts:
+                self._hidden[layer] = output[0] + output[1]
+
+        return keep
+
+    # -- the end of a request ------------------------------------------------------------------------------------
+
+    def close(self, req: Any, pages: np.ndarray, v2p: np.ndarray) -> None:
+        """The request's KV is about to be released: write its recording, if it came to its end.
+
+        Args:
+            req: SGLang's request.
+            pages: its virtual pages.
+            v2p: the ledger's map.
+        """
+        document = self.documents.pop(req.rid, None)
+        if document is None or not req.finished() or req.finished_reason.to_json()["type"] == "abort":
+            return
+        input_ids = [*req.origin_input_ids, *req.output_ids]
+        complete = min(document.tokens, len(input_ids))
+        blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
+        if blocks <= 0 or not document.runs:
+            logger.warning("LSA: %s has only %d tokens and was not recorded", req.rid, complete)
+            return
+        full = pages[: pages_complete(complete)]
+        virtual, physical = (torch.from_numpy(ids.astype(np.int64)).to(self.table.device) for ids in (full, v2p[full]))
+        anchors = [document.start + BLOCK * block for block in range(blocks)]
+        queries = torch.cat(document.queries)
+        spanned = pages_spanned(complete)
+        tensors = {
+            "input_ids": torch.tensor(input_ids[:complete], dtype=torch.int32),
+            "hidden": torch.cat(document.hidden)[: complete - document.first],
+            "runs": torch.cat(document.runs)[: len(full)],
+            "mass": document.mass[:blocks, :, :spanned],
+            "quest": self._scores(document, queries, anchors, self.table[virtual]),
+            "mean_key": self._scores(document, queries, anchors, self._mean_keys(physical)),
+        }
+        facts: dict[str, Any] = {
+            "prompt_tokens": document.prompt_tokens,
+            "tokens": complete,
+            "start": document.start,
+            "first": document.first,
+            "layers": list(self.layers),
+            "model_layers": len(self.keys),
+            "q_heads": self.q_heads,
+        }
+        write_recording(self.folder / f"{req.rid}.safetensors", tensors, facts)
+        self.written += 1
+
+    def _scores(
+        self, document: Document, queries: torch.Tensor, anchors: list[int], table: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores at every anchor by the rows of ``table``, one a page; 0 for pages that were not complete then.
+
+        Returns:
+            float16 ``[anchors, pages]``.
+        """
+        scores = torch.zeros((len(anchors), len(table)), dtype=torch.float16, device=queries.device)
+        for row, anchor in enumerate(anchors):
+            stop = anchor - document.first
+            recent = queries[max(0, stop - self.positions) : stop]
+            known = torch.arange(pages_complete(anchor), device=queries.device)
+            if len(recent) and len(known):
+                scores[row, : len(known)] = bound_score(recent, table, known, self.scale).half()
+        return scores
+
+    def _mean_keys(self, physical: torch.Tensor) -> torch.Tensor:
+        """Of the form of key bounds, but both bounds of a page are its mean key."""
+        means = [self.keys[layer].unflatten(0, (-1, PAGE_SIZE))[physical].float().mean(dim=1) for layer in self.layers]
+        return torch.stack(means, dim=1)[:, :, None].expand(-1, -1, 2, -1, -1).to(self.keys[0].dtype).contiguous()

@@ -1,0 +1,85 @@
+"""Recordings: what one request showed of queries, pages and attention, as a safetensors file; a manifest lists them.
+
+Tensors of a recording (``T`` tokens, ``P`` complete pages, ``L`` observed layers, ``B`` blocks of 16 tokens):
+
+| name | shape | type | what |
+| --- | --- | --- | --- |
+| ``input_ids`` | ``[T]`` | int32 | the tokens |
+| ``hidden`` | ``[T - first, L, hidden]`` | the model's | hidden states from position ``first`` on |
+| ``runs`` | ``[P, L, 8, hidden]`` | the model's | means of 8 RMS-normalised hidden states each |
+| ``mass`` | ``[B, layers * q_heads, P or P + 1]`` | float16 | the most of its attention that a head pays to a page |
+| ``quest``, ``mean_key`` | ``[B, P]`` | float16 | scores of training-free policies before the block |
+
+Block ``b`` begins at position ``start + 16 b``. A recording of 32K tokens of a model with 24 layers of 14 heads and
+width 896, four layers observed and 512 tokens predicted, takes 45 MB: 1.4 KB a token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+BLOCK = 16
+"""Positions of which the largest mass is kept."""
+RUNS = 8
+"""Parts of a page whose mean hidden states are kept."""
+FORMAT = "1"
+TENSORS = ("input_ids", "hidden", "runs", "mass", "quest", "mean_key")
+
+
+class BadRecording(ValueError):
+    """A recording or manifest is missing, damaged, or does not fit the others."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The numbers of one recording; see the module."""
+
+    prompt_tokens: int
+    tokens: int
+    start: int
+    first: int
+    layers: tuple[int, ...]
+    model_layers: int
+    q_heads: int
+
+
+def write_recording(path: pathlib.Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """Write one file; it appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_host, partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def read_recording(path: str | pathlib.Path, names: tuple[str, ...] = TENSORS) -> tuple[Facts, dict[str, torch.Tensor]]:
+    """Read the facts of a recording and some of its tensors.
+
+    Raises:
+        BadRecording: the file is missing, damaged, of another format, or holds NaN.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise BadRecording(f"{path} is no recording of format {FORMAT}: record again with this version")
+            values = json.loads(metadata["facts"])
+            facts = Facts(**{**values, "layers": tuple(values["layers"])})
+            tensors = {name: file.get_tensor(name) for name in names}
+    except OSError as error:
+        raise BadRecording(f"{path} cannot be read ({error.strerror or error}): record it again") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BadRecording):
+            raise
+        raise BadRecording(f"{path} is damaged ({error}): delete it and record it again") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadRecording(f"{path} has values in {name} that are no numbers: delete it and record it again")
+    return facts, tensors

@@ -1,0 +1,64 @@
+"""``sglang-lsa record`` on a real server against transformers: the same hidden states, and the same attention."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.record import Manifest, record
+from sglang_lsa.indexer.recording import BLOCK, read_recording
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+LAYERS, OBSERVED = 6, (2, 4)
+FLAGS = "--dtype float32 --chunked-prefill-size 384 --lsa-device-tokens 4096 --lsa-host-memory-gb 0.2 --lsa-debug "
+FLAGS += "--json-model-override-args '{\"num_hidden_layers\": 6}' --lsa-observe-layers 2,4"
+
+
+def ask(output: pathlib.Path, model: str, **changed: object) -> int:
+    options: dict[str, object] = {
+        "splits": ["train"],
+        "lengths": [900],
+        "each": 1,
+        "families": ["facts", "records"],
+        "texts": None,
+        "last": 200,
+        "new_tokens": 20,
+        "server_args": FLAGS,
+    }
+    return record(output, model, **(options | changed))  # type: ignore[arg-type]
+
+
+def test_recordings_equal_transformers(model_path: str, tmp_path: pathlib.Path) -> None:
+    assert ask(tmp_path, model_path) == 2
+    assert ask(tmp_path, model_path) == 0, "everything is recorded already, and no server is started"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, num_hidden_layers=LAYERS, dtype=torch.float32, attn_implementation="eager"
+    )
+    manifest = Manifest.open(tmp_path)
+    assert set(manifest.entries) == {"train-facts-900-0", "train-records-900-0"}
+    for entry in manifest.entries.values():
+        facts, tensors = read_recording(manifest.file(entry.name))
+        assert facts.tokens in (entry.tokens + 19, entry.tokens + 20)
+        assert facts.layers == OBSERVED
+        ids = tensors["input_ids"].long()
+        with torch.no_grad():
+            seen = model(ids[None], output_attentions=True, output_hidden_states=True)
+        hidden = torch.stack([seen.hidden_states[layer + 1][0, facts.first :] for layer in OBSERVED], dim=1)
+        torch.testing.assert_close(tensors["hidden"], hidden, atol=2e-2, rtol=1e-3)
+        attention = torch.cat(seen.attentions, dim=1)[0]  # [layers * heads, tokens, tokens]
+        blocks, pages = len(tensors["mass"]), tensors["mass"].shape[2]
+        padded = torch.nn.functional.pad(attention, (0, pages * PAGE_SIZE - len(ids)))
+        by_page = padded.unflatten(2, (pages, PAGE_SIZE)).sum(dim=3)[:, facts.start : facts.start + blocks * BLOCK]
+        mass = by_page.unflatten(1, (blocks, BLOCK)).amax(dim=2).transpose(0, 1)
+        torch.testing.assert_close(tensors["mass"].float(), mass, atol=2e-3, rtol=0)
+
+
+def test_a_server_that_does_not_record_says_so(lsa) -> None:
+    with pytest.raises(Exception) as refused:
+        lsa.post("/generate", {"text": "x", "sampling_params": {"custom_params": {"lsa": {"record": 8}}}})
+    assert refused.value.code == 400  # type: ignore[attr-defined]
+    assert "--lsa-record" in refused.value.read().decode()  # type: ignore[attr-defined]
