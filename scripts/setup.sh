@@ -99,7 +99,7 @@ install() {
   say "Installing SGLang, PyTorch and sglang-lsa into $venv (about 9 GB)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev]'
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train]'
   fi
   fingerprint >"$stamp.new"
   mv "$stamp.new" "$stamp"
@@ -108,7 +108,7 @@ install() {
 install_with_uv() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv || return 1
   # The wheels of PyTorch and CUDA are large: allow a slow line more than uv's 30 s of silence.
-  UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --python "$venv/bin/python" -e '.[dev]'
+  UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --python "$venv/bin/python" -e '.[dev,train]'
 }
 
 trap 'exit 130' INT

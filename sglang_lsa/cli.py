@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import signal
 import sys
@@ -11,6 +12,7 @@ from types import FrameType
 
 from sglang_lsa import SGLANG_VERSION, __version__
 from sglang_lsa.embedded_model import MODEL_NAME, EmbeddedModelError, embedded_model_path
+from sglang_lsa.training.settings import LOSS_NAMES, TrainSettings
 
 INTERRUPTED = 130
 
@@ -168,9 +170,93 @@ def _bench_resident(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "record what a memory indexer is trained on: drives prompts through a server, with full attention"
+    command = commands.add_parser("record", help=text, description=text[0].upper() + text[1:])
+    families = ("text", "facts", "filler", "pairs", "records", "copying")
+    splits = ("train", "held-out")
+    command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("recordings"), metavar="DIR")
+    command.add_argument("--splits", nargs="+", choices=splits, default=list(splits))
+    command.add_argument("--families", nargs="+", choices=families, default=list(families), help="kinds of prompts")
+    command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
+    command.add_argument("--each", type=int, default=4, metavar="N", help="prompts per family and length; default: 4")
+    command.add_argument(
+        "--texts",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="your own text files; default: Python's library",
+    )
+    command.add_argument(
+        "--last", type=int, default=512, metavar="N", help="last tokens of a prompt that are predicted; default: 512"
+    )
+    command.add_argument(
+        "--new-tokens", type=int, default=16, metavar="N", help="tokens to generate after each prompt; default: 16"
+    )
+    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")
+    command.set_defaults(run=_record)
+
+
+def _record(args: argparse.Namespace) -> int:
+    from sglang_lsa.indexer.record import record
+
+    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "server_args")
+    try:
+        count = record(
+            args.output, args.model or str(embedded_model_path()), **{name: getattr(args, name) for name in names}
+        )
+    except (RuntimeError, ValueError) as error:  # the server failed, or prompts cannot be made as asked
+        print(f"sglang-lsa record: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} prompts recorded; all recordings are in {args.output}")
+    return 0
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "train a memory indexer from recordings, without loading the model (needs the extra: sglang-lsa[train])"
+    command = commands.add_parser("train", help=text, description=text[0].upper() + text[1:])
+    command.add_argument("data", type=pathlib.Path, metavar="RECORDINGS", help="folder written by sglang-lsa record")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("indexer"), metavar="DIR")
+    command.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is one")
+    for field in dataclasses.fields(TrainSettings):
+        kind = type(field.default)
+        command.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            choices=LOSS_NAMES if field.name == "loss" else None,
+            metavar=None if field.name == "loss" else kind.__name__.upper(),
+            help=f"{field.metadata['help']}; default: {field.default}",
+        )
+    command.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    try:
+        import sentence_transformers  # noqa: F401
+    except ImportError:
+        print("sglang-lsa train: needs more packages: pip install 'sglang-lsa[train]'", file=sys.stderr)
+        return 1
+    import torch
+    from rich.console import Console
+
+    from sglang_lsa.training.train import train
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        settings = TrainSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainSettings)})
+        train(args.data, args.output, settings, device, Console(width=120))
+    except ValueError as error:  # settings, or recordings that cannot be used
+        print(f"sglang-lsa train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     _add_demo,
     _add_bench,
+    _add_record,
+    _add_train,
     _add_model,
 )
 

@@ -1,0 +1,77 @@
+"""The model card of a trained indexer: what it is for, what it was trained on, and how much it finds."""
+
+from __future__ import annotations
+
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.training.data import Recording
+from sglang_lsa.training.recall import summarise
+
+
+def write_card(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    indexer: MemoryIndexer,
+    training: Sequence[Recording],
+    held_out: Sequence[Recording],
+    rows: Sequence[dict[str, Any]],
+    seconds: float,
+    device: str,
+) -> None:
+    """Write ``README.md`` beside the weights."""
+    config = indexer.config
+    parameters = sum(value.numel() for value in indexer.parameters())
+    key_bytes = len(config.layers) * config.sub_keys * config.head_dim * 2
+    lines = [
+        "---",
+        "library_name: sglang-lsa",
+        "tags: [sglang-lsa, memory-indexer, sentence-transformers]",
+        "---",
+        "# Memory indexer",
+        "",
+        f"For a model with {config.num_hidden_layers} layers of width {config.hidden_size}; it observes the layers "
+        f"{', '.join(map(str, config.layers))}. {parameters:,} parameters; the keys of a page of {PAGE_SIZE} tokens "
+        f"take {key_bytes:,} bytes. Serve with it: `--lsa-indexer FOLDER`.",
+        "",
+        "## Training",
+        "",
+        f"{len(training)} recordings, {len(held_out)} held out by source document. The model itself was not loaded. "
+        f"{seconds:.0f} s on {device}.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+        f"Recordings by family: {families(training)}.",
+        "",
+        "## Held-out recall",
+        "",
+        "Share of the pages that are kept among those to which some head pays at least "
+        f"{settings['golden']:.0%} of its attention in the next 64 tokens; pages that every policy keeps do not count.",
+        "",
+        *recall_lines(rows),
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def families(recordings: Sequence[Recording]) -> str:
+    """How many there are of each."""
+    counts = Counter(recording.entry.family for recording in recordings)
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def recall_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table by family, budget and selector."""
+    names = ("family", "budget", "selector", "recall", "mass", "evidence", "documents")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    whole = [{**row, "family": "all"} for row in rows]
+    for row in summarise([*whole, *rows], ("family", "budget", "selector")):
+        cells = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("recall", "mass", "evidence")]
+        cells = [row["family"], f"{row['budget']:.1%}", row["selector"], *cells, str(row["n"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

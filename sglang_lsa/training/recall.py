@@ -1,0 +1,190 @@
+"""How many of the pages that will be needed each selector keeps, at the same budget, on recordings."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.base.evaluation import BaseEvaluator
+from tqdm import tqdm
+
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.selection import select
+from sglang_lsa.training.data import Recording
+
+BUDGETS = (0.135, 0.07)
+SELECTORS = ("indexer", "quest", "mean_key", "recency", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a set is chosen from scores, as on the server, and which pages count as needed.
+
+    Attributes:
+        golden: a page is needed when some head pays so much of its attention to it in the next 64 tokens.
+        positions: recent tokens that vote.
+    """
+
+    golden: float
+    positions: int = 32
+    min_pages: int = 8
+    sink_pages: int = 1
+    recent_pages: int = 4
+
+    def kept(self, scores: np.ndarray, context: int, budget: float) -> np.ndarray:
+        """bool ``[pages]``."""
+        positions = select(
+            scores,
+            context,
+            budget=budget,
+            min_pages=self.min_pages,
+            sink_pages=self.sink_pages,
+            recent_pages=self.recent_pages,
+        )
+        chosen = np.zeros(len(scores), dtype=bool)
+        chosen[positions] = True
+        return chosen
+
+
+def measure(
+    recordings: Sequence[Recording],
+    indexer: MemoryIndexer | None,
+    rules: Rules,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    selectors: Sequence[str] = SELECTORS,
+    stride: int = 2,
+    device: str = "cpu",
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """One row for each recording, selector and budget.
+
+    Pages that are kept in any case (first and last ones) count for nobody. ``recall`` is the share of needed pages that
+    is kept, ``mass`` the share of what heads pay to pages that would not be kept in any case, ``evidence`` the share of
+    the pages that the answer is from, at anchors within the answer; each is None where there is nothing to keep.
+
+    Args:
+        stride: every so many anchors.
+    """
+    rows = []
+    for recording in tqdm(recordings, desc="recall", unit="recording", leave=False, disable=not progress):
+        keys = indexer.keys_of_runs(recording.runs.to(device)) if indexer is not None else None
+        sums: dict[tuple[str, float], np.ndarray] = {}
+        anchors = recording.anchors[::stride]
+        for anchor in anchors:
+            label = recording.label(anchor).numpy()
+            scores = _scores(recording, anchor, label, indexer, keys, rules.positions, selectors, device)
+            for budget in budgets:
+                free = recording.free_pages(anchor, budget, rules.min_pages, rules.sink_pages, rules.recent_pages)
+                evidence = _evidence(recording, anchor, free)
+                context = pages_spanned(recording.position(anchor))
+                for name, values in scores.items():
+                    kept = rules.kept(values, context, budget)
+                    needed = (label >= rules.golden) & free
+                    found = np.array(
+                        [
+                            (kept & needed).sum(),
+                            needed.sum(),
+                            label[kept & free].sum(),
+                            label[free].sum(),
+                            (kept & evidence).sum(),
+                            evidence.sum(),
+                        ]
+                    )
+                    sums[name, budget] = sums.get((name, budget), 0) + found
+        for (name, budget), (kept_golden, golden, kept_mass, mass, kept_evidence, evidences) in sums.items():
+            rows.append(
+                {
+                    "document": recording.entry.name,
+                    "family": recording.entry.family,
+                    "tokens": recording.facts.tokens,
+                    "selector": name,
+                    "budget": budget,
+                    "recall": _share(kept_golden, golden),
+                    "mass": _share(kept_mass, mass),
+                    "evidence": _share(kept_evidence, evidences),
+                    "golden": float(golden) / len(anchors),
+                }
+            )
+    return rows
+
+
+def _scores(recording, anchor, label, indexer, keys, positions, selectors, device) -> dict[str, np.ndarray]:
+    """Every selector's scores of the complete pages at one anchor."""
+    pages = len(label)
+    rng = np.random.default_rng((zlib.crc32(recording.entry.name.encode()), anchor))
+    scores: dict[str, np.ndarray] = {
+        "quest": recording.quest[anchor, :pages].float().numpy(),
+        "mean_key": recording.mean_key[anchor, :pages].float().numpy(),
+        "recency": np.arange(1.0, pages + 1),
+        "random": rng.random(pages),
+        "oracle": label,
+    }
+    if indexer is not None:
+        hidden = recording.queries(anchor, positions).to(device)
+        scores["indexer"] = indexer.score(hidden, keys[:pages]).float().cpu().numpy()
+    return {name: scores[name] for name in selectors if name in scores}
+
+
+def _evidence(recording: Recording, anchor: int, free: np.ndarray) -> np.ndarray:
+    """Pages that the answer is from, bool ``[pages]``; none before the answer begins."""
+    entry, wanted = recording.entry, np.zeros(len(free), dtype=bool)
+    if recording.position(anchor) >= entry.tokens - entry.answer_tokens - 16 and entry.answer_tokens:
+        wanted[[page for page in entry.evidence if page < len(free)]] = True
+    return wanted & free
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole > 0 else None
+
+
+def summarise(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("selector", "budget")) -> list[dict[str, Any]]:
+    """Means over documents of rows that agree in ``by``; ``n`` counts documents."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    found = []
+    for key, members in groups.items():
+        means = {}
+        for name in ("recall", "mass", "evidence", "golden"):
+            values = [member[name] for member in members if member[name] is not None]
+            means[name] = round(float(np.mean(values)), 4) if values else None
+        found.append({**dict(zip(by, key, strict=True)), **means, "n": len(members)})
+    return found
+
+
+class RecallEvaluator(BaseEvaluator):
+    """Recall on held-out recordings while an indexer is trained; the best one is kept."""
+
+    def __init__(self, recordings: Sequence[Recording], indexer: MemoryIndexer, rules: Rules, stride: int = 4):
+        super().__init__()
+        self.recordings, self.indexer, self.rules, self.stride = recordings, indexer, rules, stride
+        self.primary_metric = "recall"
+        self.history: list[dict[str, float]] = []
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        device = str(model.device)
+        with torch.no_grad():
+            rows = measure(
+                self.recordings,
+                self.indexer,
+                self.rules,
+                selectors=("indexer",),
+                stride=self.stride,
+                device=device,
+                progress=False,
+            )
+        by_budget = {row["budget"]: row for row in summarise(rows)}
+        metrics = {
+            f"{name}_{budget}": by_budget[budget][name] or 0.0 for budget in BUDGETS for name in ("recall", "mass")
+        }
+        metrics["recall"] = float(np.mean([metrics[f"recall_{budget}"] for budget in BUDGETS]))
+        self.history.append({"step": steps, **metrics})
+        return metrics
