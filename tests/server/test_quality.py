@@ -11,7 +11,7 @@ from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 SAMPLES = 20
-TOKENS = 6700
+TOKENS = 4200
 ARMS = ("full", "quest", "recency", "random")
 
 
