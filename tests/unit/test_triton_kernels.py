@@ -31,6 +31,7 @@ from sglang_lsa.kernels.page_table import (
     physical_slots_reference,
 )
 from sglang_lsa.kernels.record import _record_triton, record_reference
+from sglang_lsa.kernels.retriever_score import _retriever_score_triton, pack_keys, retriever_score_reference
 from sglang_lsa.kernels.stage_pages import _stage_pages_triton, stage_pages_reference
 
 ON_GPU = torch.cuda.is_available()
@@ -353,6 +354,36 @@ def test_attention_mass_of_large_logits() -> None:
     queries, keys = torch.full((1, 1, 16), 1e3, device=DEVICE), torch.full((64, 1, 16), 1e3, device=DEVICE)
     mass = _attention_mass_triton(queries, keys, ids(range(64)), ids([63]), 1.0, 16)
     torch.testing.assert_close(mass, torch.full_like(mass, 0.25))
+
+
+# --- retriever_score -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "n"),
+    [
+        pytest.param(1, 64, 200, id="64 heads, several blocks"),
+        pytest.param(2, 128, 65, id="128 heads, last block not full"),
+        pytest.param(3, 3, 1, id="3 heads, 1 key"),
+    ],
+)
+def test_retriever_score(batch: int, heads: int, n: int) -> None:
+    queries, weights = random(batch, heads, 128), random(batch, heads, seed=1) / heads
+    packed = pack_keys(random(n, 128, seed=2))
+    expected = retriever_score_reference(queries.double(), weights.double(), packed).float()
+    seen = _retriever_score_triton(queries, weights, packed)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_retriever_score_reads_every_fp8_number() -> None:
+    bits = torch.tensor([b for b in range(256) if b & 127 != 127], dtype=torch.uint8, device=DEVICE)
+    packed = pack_keys(torch.zeros((len(bits), 128), device=DEVICE))
+    packed[:, 0] = bits
+    packed[:, 128:] = torch.ones((len(bits), 1), device=DEVICE).view(torch.uint8)
+    queries = torch.zeros((2, 1, 128), device=DEVICE)
+    queries[0, 0, 0], queries[1, 0, 0] = 1.0, -1.0
+    seen = _retriever_score_triton(queries, torch.ones((2, 1), device=DEVICE), packed)
+    torch.testing.assert_close(seen[0] - seen[1], bits.view(torch.float8_e4m3fn).float(), rtol=0, atol=0)
 
 
 # --- page_table ------------------------------------------------------------------------------------------------------
