@@ -10,7 +10,7 @@ from typing import Any
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.training.data import Recording
-from sglang_lsa.training.recall import summarise
+from sglang_lsa.training.recall import COLUMNS, recall_cells
 
 
 def write_card(
@@ -54,7 +54,9 @@ def write_card(
         "Share of the pages that are kept among those to which some head pays at least "
         f"{settings['golden']:.0%} of its attention in the next 64 tokens; pages that every policy keeps do not count.",
         "",
-        *recall_lines(rows),
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- " * len(COLUMNS) + "|",
+        *(f"| {' | '.join(cells)} |" for cells in recall_cells(rows)),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
@@ -63,15 +65,3 @@ def families(recordings: Sequence[Recording]) -> str:
     """How many there are of each."""
     counts = Counter(recording.entry.family for recording in recordings)
     return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-
-
-def recall_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A Markdown table by family, budget and selector."""
-    names = ("family", "budget", "selector", "recall", "mass", "evidence", "documents")
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    whole = [{**row, "family": "all"} for row in rows]
-    for row in summarise([*whole, *rows], ("family", "budget", "selector")):
-        cells = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("recall", "mass", "evidence")]
-        cells = [row["family"], f"{row['budget']:.1%}", row["selector"], *cells, str(row["n"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines

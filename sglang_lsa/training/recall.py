@@ -158,6 +158,19 @@ def summarise(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("selector", "
     return found
 
 
+COLUMNS = ("family", "budget", "selector", "recall", "mass", "evidence", "documents")
+
+
+def recall_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A table with :data:`COLUMNS`, in words: over all families first, then by family."""
+    found = []
+    whole = [{**row, "family": "all"} for row in rows]
+    for row in summarise([*whole, *rows], ("family", "budget", "selector")):
+        shares = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("recall", "mass", "evidence")]
+        found.append([row["family"], f"{row['budget']:.1%}", row["selector"], *shares, str(row["n"])])
+    return found
+
+
 class RecallEvaluator(BaseEvaluator):
     """Recall on held-out recordings while an indexer is trained; the best one is kept."""
 

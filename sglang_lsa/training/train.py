@@ -21,7 +21,7 @@ from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.training.card import write_card
 from sglang_lsa.training.data import Batches, Recording, load_recordings, retrieval_heads
 from sglang_lsa.training.losses import PageLoss
-from sglang_lsa.training.recall import RecallEvaluator, Rules, measure, summarise
+from sglang_lsa.training.recall import COLUMNS, RecallEvaluator, Rules, measure, recall_cells
 from sglang_lsa.training.settings import TrainSettings
 from sglang_lsa.training.towers import as_sentence_transformer
 
@@ -137,14 +137,8 @@ class KeepBest(TrainerCallback):
 
 
 def recall_table(rows: list[dict[str, Any]]) -> Table:
-    """Selectors by family and budget, to read."""
-    table = Table(title="held-out recall")
-    for name in ("family", "budget", "selector", "recall", "mass", "evidence", "documents"):
-        table.add_column(name)
-    for row in summarise(rows, ("budget", "selector")):
-        cells = [f"{row[name]:.3f}" if row[name] is not None else "" for name in ("recall", "mass", "evidence")]
-        table.add_row("all", f"{row['budget']:.1%}", row["selector"], *cells, str(row["n"]))
-    for row in summarise(rows, ("family", "budget", "selector")):
-        cells = [f"{row[name]:.3f}" if row[name] is not None else "" for name in ("recall", "mass", "evidence")]
-        table.add_row(row["family"], f"{row['budget']:.1%}", row["selector"], *cells, str(row["n"]))
+    """Recall of every selector, to read."""
+    table = Table(*COLUMNS, title="held-out recall")
+    for cells in recall_cells(rows):
+        table.add_row(*cells)
     return table

@@ -85,20 +85,25 @@ def prefilled(server: ServerProcess, prompt: str) -> tuple[np.ndarray, Answer]:
     return chances, [(meta["output_token_logprobs"][0][1], {token: value for value, token, _ in top})]
 
 
-def test_prompts_four_times_the_pool_equal_stock(started: dict[str, ServerProcess]) -> None:
-    """The probability of nearly every token of the prompt, and the next token.
+def nearly_the_same(one: ServerProcess, another: ServerProcess, prompt: str) -> None:
+    """The probability of nearly every token of the prompt, and the next token, as far as bfloat16 tells.
 
     Texts of random words are judged by the median: in bfloat16 a few of their tokens have log-probabilities that are
     several units from those in float32, with stock SGLang as well.
     """
+    (expected, first), (seen, other) = (prefilled(server, prompt) for server in (one, another))
+    apart = np.abs(expected - seen)
+    gap = gap_at_first_difference(first, other)
+    print(f"\n{len(expected)} tokens: median {np.median(apart):.4f}, mean {apart.mean():.4f}, next token {gap}")
+    assert np.median(apart) < 0.1
+    assert gap is None or gap <= BFLOAT16_STEPS
+
+
+def test_prompts_four_times_the_pool_equal_stock(started: dict[str, ServerProcess]) -> None:
+    """Prompts of up to four pools, streamed."""
     before = started["small"].get("/lsa/status")["prefill"]["streamed_pages"]
     for prompt in long_prompts():
-        (expected, first), (seen, other) = (prefilled(started[name], prompt) for name in ("large", "small"))
-        apart = np.abs(expected - seen)
-        gap = gap_at_first_difference(first, other)
-        print(f"\n{len(expected)} tokens: median {np.median(apart):.4f}, mean {apart.mean():.4f}, next token {gap}")
-        assert np.median(apart) < 0.1
-        assert gap is None or gap <= BFLOAT16_STEPS
+        nearly_the_same(started["large"], started["small"], prompt)
     assert started["small"].get("/lsa/status")["prefill"]["streamed_pages"] > before + 100
 
 
@@ -130,12 +135,7 @@ def test_late_copies_and_passes_change_no_answer(started: dict[str, ServerProces
 def test_late_copies_and_passes_change_no_streamed_prompt(started: dict[str, ServerProcess]) -> None:
     """Which pages are read in place depends on time here, so sums are rounded differently; no more than that."""
     for prompt in long_prompts():
-        (expected, first), (seen, other) = (prefilled(started[name], prompt) for name in ("small", "slow"))
-        apart = np.abs(expected - seen)
-        gap = gap_at_first_difference(first, other)
-        print(f"\n{len(expected)} tokens: median {np.median(apart):.4f}, mean {apart.mean():.4f}, next token {gap}")
-        assert np.median(apart) < 0.1
-        assert gap is None or gap <= BFLOAT16_STEPS
+        nearly_the_same(started["small"], started["slow"], prompt)
     assert started["slow"].get("/lsa/status")["failures"] == {"refreshes": 0, "batches": 0}
 
 
