@@ -166,81 +166,131 @@ def _bound_score_kernel(
         tl.store(sums + block * VOTERS, tl.sum(tl.exp(logits - most[:, None]), axis=1))
 
 
-def page_score(queries: torch.Tensor, weights: torch.Tensor, page_keys: torch.Tensor) -> torch.Tensor:
-    """Logits of the memory indexer for one observed layer.
+def page_score(
+    queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor, key_of_head: torch.Tensor
+) -> torch.Tensor:
+    """The memory indexer's view of attention: the largest share that any recent position pays to each page.
 
-    ``logit[p] = max over positions t and sub-keys s of sum_h weights[t, h] * relu(queries[t, h] . page_keys[p, s])``.
+    A page has a few keys, each from a run of its tokens. What a head pays is a softmax over the keys of all pages; a
+    page gets the sum of its keys' shares, and the most that any position would pay it.
 
     Args:
-        queries: ``[positions, heads, dim]`` from the query tower.
-        weights: ``[positions, heads]`` per-head weights from the same tower.
-        page_keys: ``[pages, sub_keys, dim]`` from the key tower; on a GPU, queries are multiplied in its type.
+        queries: ``[heads, positions, dim]``; the softmax scale is in them.
+        table: ``[virtual_pages + 1, key_heads, sub_keys, dim]`` keys of every page.
+        pages: int64 ``[n]`` virtual ids of the request's pages.
+        key_of_head: int64 ``[heads]``, which of the ``key_heads`` each head looks at.
 
     Returns:
-        ``[pages]`` float32; all -inf when there are no positions.
+        ``[heads, n]`` float32 in [0, 1]; zeros when there are no positions.
 
-    Source: arXiv 2606.09079, section 3 (a chunk there has one key; here a page has several).
+    Raises:
+        ValueError: queries and keys do not fit.
     """
-    pages, _, dim = page_keys.shape
-    if queries.shape[-1] != dim:
-        raise ValueError(f"queries {tuple(queries.shape)} do not fit page keys {tuple(page_keys.shape)}")
-    if not pages or not len(queries):
-        return torch.full((pages,), float("-inf"), device=page_keys.device)
-    return (_page_score_triton if page_keys.is_cuda else page_score_reference)(queries, weights, page_keys)
+    if queries.shape[-1] != table.shape[-1] or len(queries) != len(key_of_head):
+        raise ValueError(
+            f"queries {tuple(queries.shape)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
+        )
+    if not queries.shape[1] or not len(pages):
+        return torch.zeros((len(queries), len(pages)), dtype=torch.float32, device=table.device)
+    return (_page_score_triton if table.is_cuda else page_score_reference)(queries, table, pages, key_of_head)
 
 
-def page_score_reference(queries, weights, page_keys) -> torch.Tensor:
-    """See :func:`page_score`."""
-    products = torch.einsum("thd,psd->tpsh", queries.float(), page_keys.float()).relu_()
-    return torch.einsum("tpsh,th->tps", products, weights.float()).amax(dim=(0, 2))
+def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
+    """See :func:`page_score`. Two passes over the pages, so that memory does not grow with the context."""
+    blocks = pages.split(PAGES_AT_ONCE)
+
+    def logits(block: torch.Tensor) -> torch.Tensor:
+        keys = table[block].float()[:, key_of_head]  # [n, heads, sub_keys, dim]
+        return torch.einsum("htd,nhsd->htns", queries.float(), keys)
+
+    if len(blocks) == 1:
+        return attention_shares(logits(pages))
+    normaliser = torch.stack([logits(block).logsumexp(dim=(2, 3)) for block in blocks]).logsumexp(dim=0)
+    shares = [(logits(block) - normaliser[..., None, None]).exp().sum(dim=-1).amax(dim=1) for block in blocks]
+    return torch.cat(shares, dim=1)
 
 
-def _page_score_triton(queries, weights, page_keys) -> torch.Tensor:
-    pages, sub_keys, dim = page_keys.shape
-    positions, heads, _ = queries.shape
-    keys = page_keys.reshape(pages * sub_keys, dim)
-    logits = torch.empty(len(keys), dtype=torch.float32, device=keys.device)
-    _page_score_kernel[(triton.cdiv(len(keys), 64),)](
-        queries.to(keys.dtype).contiguous(),
-        weights.float().contiguous(),
-        keys.contiguous(),
-        logits,
-        len(keys),
-        positions,
-        HEADS=heads,
-        DIM=dim,
-        BLOCK_KEYS=64,
-        BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
-        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-    )
-    return logits.view(pages, sub_keys).amax(dim=1)
+def attention_shares(logits: torch.Tensor) -> torch.Tensor:
+    """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``."""
+    return logits.flatten(2).softmax(dim=-1).view_as(logits).sum(dim=-1).amax(dim=1)
 
 
-@triton.jit(do_not_specialize=["n", "positions"], do_not_specialize_on_alignment=["keys"])
+def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
+    heads, positions, dim = queries.shape
+    _, key_heads, sub_keys, _ = table.shape
+    n = len(pages)
+    queries = queries.to(table.dtype).contiguous()
+    block_voters = max(16, min(64, triton.next_power_of_2(positions)))
+    voter_blocks = triton.cdiv(positions, block_voters)
+    block_pages = max(1, 128 // sub_keys)
+    blocks = triton.cdiv(n, block_pages)
+    partial = torch.empty((heads, blocks, voter_blocks * block_voters), dtype=torch.float32, device=table.device)
+    normaliser = torch.empty(0, dtype=torch.float32, device=table.device)
+    shares = torch.zeros((heads, n), dtype=torch.float32, device=table.device)
+    for last in (False, True):
+        _page_score_kernel[(blocks, heads, voter_blocks)](
+            queries,
+            table,
+            pages,
+            key_of_head,
+            normaliser if last else partial,
+            shares,
+            n,
+            blocks,
+            positions,
+            KEY_HEADS=key_heads,
+            SUB_KEYS=sub_keys,
+            DIM=dim,
+            VOTERS=voter_blocks * block_voters,
+            BLOCK_VOTERS=block_voters,
+            BLOCK_PAGES=block_pages,
+            BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+            LAST=last,
+        )
+        normaliser = partial.logsumexp(dim=1)
+    return shares
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "positions"], do_not_specialize_on_alignment=["pages"])
 def _page_score_kernel(
-    queries,  # [positions, HEADS, DIM]
-    weights,  # float32 [positions, HEADS]
-    keys,  # [n, DIM]
-    logits,  # float32 [n]
+    queries,  # [heads, positions, DIM]
+    table,  # [virtual_pages + 1, KEY_HEADS, SUB_KEYS, DIM]
+    pages,  # int64 [n]
+    key_of_head,  # int64 [heads]
+    sums,  # float32 log-sum-exp of each block [heads, blocks, VOTERS]; LAST: of all pages [heads, VOTERS]
+    shares,  # float32 [heads, n], zeros at first
     n,
+    blocks,
     positions,
-    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    SUB_KEYS: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    VOTERS: tl.constexpr,
+    BLOCK_VOTERS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    LAST: tl.constexpr,  # first launch: what a softmax over pages needs; second: the shares
 ):
-    index = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    h = tl.arange(0, BLOCK_HEADS)
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    voter = tl.program_id(2) * BLOCK_VOTERS + tl.arange(0, BLOCK_VOTERS)
+    key = tl.arange(0, BLOCK_PAGES * SUB_KEYS)
+    index = block * BLOCK_PAGES + key // SUB_KEYS
     d = tl.arange(0, BLOCK_DIM)
-    key = tl.load(
-        keys + index.to(tl.int64)[:, None] * DIM + d[None, :], mask=(index < n)[:, None] & (d < DIM)[None, :], other=0.0
-    )
-    best = tl.full((BLOCK_KEYS,), float("-inf"), dtype=tl.float32)
-    for t in range(positions):
-        query_at = queries + (t * HEADS + h)[None, :] * DIM + d[:, None]
-        query = tl.load(query_at, mask=(h < HEADS)[None, :] & (d < DIM)[:, None], other=0.0)
-        products = tl.dot(key, query, input_precision="ieee")  # [BLOCK_KEYS, BLOCK_HEADS]
-        weight = tl.load(weights + t * HEADS + h, mask=h < HEADS, other=0.0)
-        best = tl.maximum(best, tl.sum(tl.where(products > 0, products, 0.0) * weight[None, :], axis=1))
-    tl.store(logits + index, best, mask=index < n)
+    q_at = queries + (head * positions + voter)[:, None] * DIM + d[None, :]
+    q = tl.load(q_at, mask=(voter < positions)[:, None] & (d < DIM)[None, :], other=0.0)
+    page = tl.load(pages + index, mask=index < n, other=0)
+    row = (page * KEY_HEADS + tl.load(key_of_head + head)) * SUB_KEYS + key % SUB_KEYS
+    k = tl.load(table + row[None, :] * DIM + d[:, None], mask=(index < n)[None, :] & (d < DIM)[:, None], other=0.0)
+    logits = tl.dot(q, k, input_precision="ieee")
+    logits = tl.where((index < n)[None, :], logits, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES * SUB_KEYS]
+    if LAST:
+        share = tl.exp(logits - tl.load(sums + head * VOTERS + voter)[:, None])
+        of_page = tl.sum(tl.reshape(share, (BLOCK_VOTERS, BLOCK_PAGES, SUB_KEYS)), axis=2)
+        best = tl.max(tl.where((voter < positions)[:, None], of_page, 0.0), axis=0)
+        at = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+        tl.atomic_max(shares + head * n + at, best, mask=at < n)
+    else:
+        most = tl.max(logits, axis=1)
+        total = tl.sum(tl.exp(logits - most[:, None]), axis=1)
+        tl.store(sums + (head * blocks + block) * VOTERS + voter, most + tl.log(total))

@@ -37,7 +37,6 @@ def needs(configurator) -> Needs:
         q_heads=model.num_attention_heads // get_parallel().attn_tp_size,
         kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=model.head_dim,
-        hidden_size=model.hidden_size,
         itemsize=configurator.kv_cache_dtype.itemsize,
     )
 

@@ -16,9 +16,9 @@ def create_runtime(result, self):
         self.req_to_token_pool.req_to_token,
         q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
         softmax_scale=self.model_config.head_dim**-0.5,
-        model=self.model,
         chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else None,
         vocabulary=self.model_config.vocab_size,
+        hidden_size=self.model_config.hidden_size,
         metrics=Metrics({"model_name": args.served_model_name}) if args.enable_metrics else None,
     )
 

@@ -117,6 +117,25 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     resident.add_argument("--samples", type=int, default=20, metavar="N", help="documents; default: 20")
     resident.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
     resident.set_defaults(run=_bench_resident)
+    text = (
+        "answers to held-out questions about long contexts, under full attention and under each policy at the same "
+        "budgets; any model that the server takes"
+    )
+    selectors = kinds.add_parser("selectors", help=text, description=text[0].upper() + text[1:])
+    policies = ("indexer", "quest", "recency", "random")
+    families = ("needle", "facts", "filler", "pairs", "records")
+    selectors.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
+    selectors.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as given")
+    selectors.add_argument("--indexer", metavar="DIR", help="for the policy indexer")
+    selectors.add_argument("--families", nargs="+", choices=families, default=list(families))
+    selectors.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
+    selectors.add_argument("--samples", type=int, default=10, metavar="N", help="prompts of each family and length")
+    selectors.add_argument("--budgets", nargs="+", type=float, default=[0.135, 0.07], metavar="SHARE")
+    selectors.add_argument("--policies", nargs="+", choices=policies, default=list(policies))
+    selectors.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")
+    selectors.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="text files; default: Python's library")
+    selectors.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    selectors.set_defaults(run=_bench_selectors)
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
@@ -170,6 +189,26 @@ def _bench_resident(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_selectors(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.selectors import run
+    from sglang_lsa.bench.serving import command_line
+
+    model = args.model or str(embedded_model_path())
+    names = ("indexer", "families", "lengths", "samples", "texts", "budgets", "policies", "server_args")
+    options = {name: getattr(args, name) for name in names}
+    if args.indexer is None:
+        options["policies"] = [policy for policy in args.policies if policy != "indexer"]
+    name = args.name or args.model or MODEL_NAME
+    try:
+        run(args.output, Console(width=120), model=model, name=name, command=command_line(), **options)
+    except (RuntimeError, ValueError, OSError) as error:  # the server or a request failed, or prompts cannot be made
+        print(f"sglang-lsa bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "record what a memory indexer is trained on: drives prompts through a server, with full attention"
     command = commands.add_parser("record", help=text, description=text[0].upper() + text[1:])
@@ -193,6 +232,13 @@ def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--new-tokens", type=int, default=16, metavar="N", help="tokens to generate after each prompt; default: 16"
     )
+    command.add_argument(
+        "--layers",
+        type=int,
+        default=4,
+        metavar="N",
+        help="layers to observe, those whose heads look at evidence most; default: 4",
+    )
     command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")
     command.set_defaults(run=_record)
 
@@ -200,7 +246,7 @@ def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _record(args: argparse.Namespace) -> int:
     from sglang_lsa.indexer.record import record
 
-    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "server_args")
+    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "layers", "server_args")
     try:
         count = record(
             args.output, args.model or str(embedded_model_path()), **{name: getattr(args, name) for name in names}
@@ -232,24 +278,63 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _train(args: argparse.Namespace) -> int:
-    try:
-        import sentence_transformers  # noqa: F401
-    except ImportError:
-        print("sglang-lsa train: needs more packages: pip install 'sglang-lsa[train]'", file=sys.stderr)
+    if not _can_train("train"):
         return 1
-    import torch
     from rich.console import Console
 
     from sglang_lsa.training.train import train
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         settings = TrainSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainSettings)})
-        train(args.data, args.output, settings, device, Console(width=120))
+        train(args.data, args.output, settings, _device(args), Console(width=120))
     except ValueError as error:  # settings, or recordings that cannot be used
         print(f"sglang-lsa train: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_recall(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "measure which pages an indexer and others keep, on held-out recordings (needs the extra: sglang-lsa[train])"
+    command = commands.add_parser("recall", help=text, description=text[0].upper() + text[1:])
+    command.add_argument("data", type=pathlib.Path, metavar="RECORDINGS", help="folder written by sglang-lsa record")
+    command.add_argument("--indexer", type=pathlib.Path, required=True, metavar="DIR", help="from sglang-lsa train")
+    command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as recorded")
+    command.add_argument("--golden", type=float, default=TrainSettings.golden, metavar="SHARE")
+    command.add_argument("--output", type=pathlib.Path, metavar="FILE.json", help="results are added to this file")
+    command.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is one")
+    command.set_defaults(run=_recall)
+
+
+def _recall(args: argparse.Namespace) -> int:
+    if not _can_train("recall"):
+        return 1
+    from rich.console import Console
+
+    from sglang_lsa.training.results import measure_indexer
+
+    try:
+        measure_indexer(
+            args.data, args.indexer, args.golden, _device(args), Console(width=120), name=args.name, output=args.output
+        )
+    except ValueError as error:  # recordings or an indexer that cannot be used
+        print(f"sglang-lsa recall: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _can_train(command: str) -> bool:
+    try:
+        import sentence_transformers  # noqa: F401
+    except ImportError:
+        print(f"sglang-lsa {command}: needs more packages: pip install 'sglang-lsa[train]'", file=sys.stderr)
+        return False
+    return True
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
@@ -257,6 +342,7 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], 
     _add_bench,
     _add_record,
     _add_train,
+    _add_recall,
     _add_model,
 )
 

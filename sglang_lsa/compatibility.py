@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.indexer.checkpoint import ModelShape, read_checkpoint_config
 from sglang_lsa.observe import observed_layers
 from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 
@@ -189,15 +189,20 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
     if not model.is_generation:
         problems.append(f"{name} does not generate text: serve it without LSA")
     try:
+        if config.indexer:
+            read_checkpoint_config(config.indexer).require_model(shape_of(text))
         observed_layers(config, text.num_hidden_layers)
     except ValueError as error:
         problems.append(str(error))
-    if config.indexer:
-        try:
-            read_checkpoint_config(config.indexer).require_model(text.hidden_size, text.num_hidden_layers)
-        except ValueError as error:
-            problems.append(str(error))
     return problems
+
+
+def shape_of(text: Any) -> ModelShape:
+    """Of a Hugging Face configuration of a text model."""
+    q_heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
+    return ModelShape(text.hidden_size, text.num_hidden_layers, q_heads, kv_heads, head_dim)
 
 
 def _cuda() -> bool:

@@ -14,6 +14,8 @@ POLICIES = ("indexer", "quest", "recency", "random", "full")
 PREFILLS = ("exact", "resident")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
+RECORDED_POSITIONS = 128
+"""Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 
 
 def _option(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -42,7 +44,20 @@ class LSAConfig:
     )
     sink_pages: int = _option(1, "First pages of a request that always stay.")
     recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
-    threshold: float = _option(0.0, "Pages scoring at or below this are left out even when the budget has room.")
+    fallback_budget: float | None = _option(
+        None,
+        "Upper bound, as a fraction like --lsa-budget, of a set that an indexer expects to cover too little; see "
+        "--lsa-min-coverage. Default: such sets are not widened.",
+    )
+    min_coverage: float = _option(
+        0.5,
+        "Share of attention that a set is to cover by the indexer's own estimate; sets below it are widened as far as "
+        "--lsa-fallback-budget allows.",
+    )
+    threshold: float | None = _option(
+        None,
+        "Pages scoring at or below this are left out even when the budget has room. Default: an indexer's own, else 0.",
+    )
     min_context: int = _option(4096, "Requests with fewer tokens than this read all their pages.")
     query_tokens: int = _option(32, "Recent positions whose queries vote for pages; the best vote of any counts.")
     observe_layers: tuple[int, ...] | None = _option(
@@ -58,7 +73,9 @@ class LSAConfig:
         256,
         "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device.",
     )
-    indexer: str | None = _option(None, "Folder of a trained memory indexer.", metavar="PATH")
+    indexer: str | None = _option(
+        None, "Folder of a trained memory indexer, or the name of a shipped one.", metavar="PATH"
+    )
     record: str | None = _option(
         None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
     )
@@ -78,8 +95,16 @@ class LSAConfig:
         _require_choice("policy", self.policy, POLICIES)
         _require_choice("prefill", self.prefill, PREFILLS)
         _require_fraction("budget", self.budget)
-        if math.isnan(self.threshold):
+        if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("--lsa-threshold nan is no number: use one")
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"--lsa-min-coverage {self.min_coverage} is out of range: use a share in [0, 1]")
+        if self.fallback_budget is not None:
+            _require_fraction("fallback_budget", self.fallback_budget)
+            if self.fallback_budget < self.budget:
+                raise ValueError(
+                    f"--lsa-fallback-budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
+                )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -15,6 +15,8 @@ class Fetch:
     def __init__(self) -> None:
         self.scores: np.ndarray | torch.Tensor = np.zeros(0)
         self.device_seconds = 0.0
+        self.failed = False
+        """They are not the policy's, which failed."""
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Refresh, Request, Window
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.selection import affordable, always_kept, budget_pages, select
+from sglang_lsa.selection import affordable, always_kept, budget_pages, expected_coverage, select, widened
 from sglang_lsa.sizing import LARGEST_SHARE
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,25 @@ SCORE_LAG = 2
 then the overlap scheduler has waited for the first anyway, so that reading them does not."""
 NEVER = 1 << 62
 """Steps left of a window that is not followed by another."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A resident set below its tail.
+
+    Attributes:
+        positions: ascending.
+        ranks: scores, but infinite where a page stays whatever its score.
+        collapsed: it could have had more pages, but none was worth it: only first and last ones are left.
+        widened: it is larger than the budget.
+        coverage: share of attention that it is expected to cover; None where scores do not tell.
+    """
+
+    positions: np.ndarray
+    ranks: np.ndarray
+    collapsed: bool
+    widened: bool
+    coverage: float | None
 
 
 class Lookahead:
@@ -40,6 +60,7 @@ class Lookahead:
         policies: by name; ``full`` needs none.
         lead: decode steps from the start of a refresh to the window that it is for.
         lag: forward passes after which scores are read.
+        thresholds: of the policies whose scores are shares of attention.
     """
 
     def __init__(
@@ -50,9 +71,10 @@ class Lookahead:
         policies: Mapping[str, Policy],
         lead: int = 0,
         lag: int = 0,
+        thresholds: Mapping[str, float] | None = None,
     ):
         self.config, self.pager, self.table, self.policies = config, pager, table, policies
-        self.lead, self.lag = lead, lag
+        self.lead, self.lag, self.thresholds = lead, lag, thresholds or {}
         self.step = 0
         self.running = 0
         self.on_their_way: dict[str, Request] = {}
@@ -65,6 +87,10 @@ class Lookahead:
         """Refreshes that ended with an exception; the set before them stayed."""
         self.shrunk = 0
         """Sets made smaller than their budget because the device pool was full."""
+        self.widened = 0
+        """Sets made larger than their budget because they were expected to cover too little."""
+        self.collapsed = 0
+        """Sets of first and last pages only, though there was room for more."""
         self.host_seconds = 0.0
         """Time that this process spent on refreshes."""
         self.device_seconds = 0.0
@@ -206,7 +232,9 @@ class Lookahead:
         except Exception:
             self.fallbacks += 1
             logger.exception("LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.policy)
-            return Fetch.of(self.policies["recency"].score(request, pages))
+            fetch = Fetch.of(self.policies["recency"].score(request, pages))
+            fetch.failed = True
+            return fetch
 
     def _choose(self, request: Request, new: Refresh) -> None:
         """Which of the complete pages to keep, and where the tail starts."""
@@ -216,26 +244,49 @@ class Lookahead:
         scores = new.scores.values()
         self.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
-        new.positions, new.ranks = self.choose(new.values, new.context, request.budget)
+        found = self.choose(new.values, new.context, request.budget, "" if new.scores.failed else request.policy)
+        new.positions, new.ranks = found.positions, found.ranks
         new.tail_start = new.complete
+        request.coverage = found.coverage
+        request.widened += found.widened
+        self.widened += found.widened
+        self.collapsed += found.collapsed
+        if found.collapsed and not request.collapsed:
+            logger.warning(
+                "LSA: no page of %s scored above the threshold, so that it reads its first and last pages only; an "
+                "answer from elsewhere is lost: lower --lsa-threshold, or use another policy",
+                request.rid,
+            )
+        request.collapsed += found.collapsed
 
-    def choose(self, scores: np.ndarray, context: int, budget: float) -> tuple[np.ndarray, np.ndarray]:
+    def choose(self, scores: np.ndarray, context: int, budget: float, policy: str = "") -> Chosen:
         """The best pages within the budget, and within what the device pool is meant for.
 
         Args:
             scores: ``[complete]``.
             context: pages of the request, a partly filled last one included.
             budget: fraction of them.
-
-        Returns:
-            Positions, ascending, and their ranks: scores, but infinite where a page stays whatever its score.
+            policy: whose scores these are.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
-        budget, least = self._bounds(context, budget)
+        share, least = self._bounds(context, budget)
+        bound = budget_pages(context, share, least)
         sizes = {"sink_pages": self.config.sink_pages, "recent_pages": self.config.recent_pages}
-        positions = select(scores, context, budget=budget, min_pages=least, threshold=self.config.threshold, **sizes)
-        stay = always_kept(context, budget_pages(context, budget, least), **sizes)
-        return positions, np.where(stay[positions], np.inf, scores[positions])
+        stay = always_kept(context, bound, **sizes)
+        size = bound
+        if policy in self.thresholds and self.config.fallback_budget:
+            most = budget_pages(context, *self._bounds(context, max(budget, self.config.fallback_budget)))
+            size = widened(scores, stay, bound, most, self.config.min_coverage)
+        threshold = self._threshold(policy)
+        positions = select(scores, context, budget=share, min_pages=size, threshold=threshold, **sizes)
+        collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
+        coverage = expected_coverage(scores, positions, stay) if policy in self.thresholds else None
+        ranks = np.where(stay[positions], np.inf, scores[positions])
+        return Chosen(positions, ranks, collapsed, size > bound, coverage)
+
+    def _threshold(self, policy: str) -> float:
+        """Configured, or the policy's own."""
+        return self.thresholds.get(policy, 0.0) if self.config.threshold is None else self.config.threshold
 
     def set_pages(self, context: int, budget: float) -> int:
         """Pages of the largest set that is predicted for a request of ``context`` pages, its last one included."""

@@ -17,6 +17,8 @@ GAUGES: dict[str, str] = {
     "lsa_promised_pages": "Device pages kept for prompts that are being prefilled",
     "lsa_staging_bytes": "Device bytes through which prompts read pages from the host",
     "lsa_resident_pages": "Pages that the running requests read in decode, shared ones counted for each",
+    "lsa_coverage": "Share of attention that the resident sets of the running requests are expected to cover, by the "
+    "indexer's estimate, the least of any request; 1 when there is no estimate",
 }
 COUNTERS: dict[str, str] = {
     "lsa_recalled_pages": "Pages copied from host to device",
@@ -28,6 +30,8 @@ COUNTERS: dict[str, str] = {
     "lsa_refreshes": "Resident sets predicted",
     "lsa_stalls": "Resident sets that could not be brought in; the old ones stayed",
     "lsa_fallbacks": "Predictions that failed; the most recent pages stayed",
+    "lsa_widened_sets": "Resident sets made larger than their budget because they were expected to cover too little",
+    "lsa_collapsed_sets": "Resident sets of first and last pages only, because no other page seemed worth keeping",
     "lsa_warmed_pages": "Pages recalled because past requests over the same prefix selected them",
     "lsa_streamed_passes": "Prefill passes that read pages from the host",
     "lsa_streamed_pages": "Pages that they read so",
@@ -82,6 +86,7 @@ def measure(runtime: LSARuntime) -> dict[str, Any]:
         "lsa_host_pages": ledger.host_pages,
         "lsa_host_bytes": ledger.host_pages * pager.page_bytes,
         "lsa_context_pages": sum(context for context, _ in sizes),
+        "lsa_coverage": min((told for r in runtime.requests.values() if (told := r.coverage) is not None), default=1.0),
         "lsa_resident_pages": sum(resident for _, resident in sizes),
         "lsa_recalled_pages": ledger.recalls,
         "lsa_recalled_bytes": ledger.recalls * pager.page_bytes,
@@ -92,6 +97,8 @@ def measure(runtime: LSARuntime) -> dict[str, Any]:
         "lsa_refreshes": lookahead.refreshes,
         "lsa_stalls": lookahead.stalls,
         "lsa_fallbacks": lookahead.fallbacks,
+        "lsa_widened_sets": lookahead.widened,
+        "lsa_collapsed_sets": lookahead.collapsed,
         "lsa_promised_pages": sum(pager.reserved.values()),
         "lsa_staging_bytes": runtime.staging_bytes,
         "lsa_warmed_pages": pager.warmed_pages,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.kernels.page_keys import store_key_bounds
 from sglang_lsa.kernels.record import record
 from sglang_lsa.radix_ext.transfer import ids_on
@@ -98,13 +99,25 @@ def default_layers(layer_count: int) -> tuple[int, ...]:
 
 
 def observed_layers(config: LSAConfig, layer_count: int) -> Sequence[int]:
-    """Layers to observe.
+    """Layers to observe: those that an indexer reads, the configured ones, or :func:`default_layers`.
 
     Raises:
-        ValueError: a configured layer does not exist in this model.
+        ValueError: a configured layer does not exist in this model, or layers are given beside an indexer.
     """
+    if config.indexer:
+        if config.observe_layers is not None:
+            raise ValueError(
+                f"--lsa-observe-layers {','.join(map(str, config.observe_layers))}: the indexer {config.indexer} says "
+                "which layers are observed: leave the flag out"
+            )
+        return read_checkpoint_config(config.indexer).layers
     layers = config.observe_layers or default_layers(layer_count)
     wrong = [layer for layer in layers if not 0 <= layer < layer_count]
     if wrong:
         raise ValueError(f"--lsa-observe-layers names layer {wrong[0]}: the model has layers 0 to {layer_count - 1}")
     return layers
+
+
+def observed_positions(config: LSAConfig) -> int:
+    """Recent positions whose queries are kept: as many as vote for quest, or for the indexer if that is more."""
+    return max(config.query_tokens, read_checkpoint_config(config.indexer).positions if config.indexer else 0)

@@ -110,6 +110,12 @@ class Request:
     stalls: int = 0
     shrunk: int = 0
     """How often its set was made smaller than its budget because the device pool was full."""
+    coverage: float | None = None
+    """Share of attention that its newest set is expected to cover; None where its policy cannot tell."""
+    widened: int = 0
+    """How often its set was made larger than its budget because it was expected to cover too little."""
+    collapsed: int = 0
+    """How often only its first and last pages were worth keeping."""
     failures: int = 0
 
     def name_sets(self, sets: Sequence[GivenSet]) -> None:

@@ -228,7 +228,8 @@ class Prefill:
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        request.prefix_positions, request.prefix_ranks = self.lookahead.choose(scores, cached, request.budget)
+        found = self.lookahead.choose(scores, cached, request.budget)
+        request.prefix_positions, request.prefix_ranks = found.positions, found.ranks
         here = np.zeros(pages_spanned(request.computed), dtype=bool)
         here[request.prefix_positions] = True
         here[cached:] = True

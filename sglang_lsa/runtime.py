@@ -17,14 +17,15 @@ import torch
 
 from sglang_lsa.admission import Admission
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.policy import Indexer, load_indexer
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
-from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers
+from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers, observed_positions
 from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
 from sglang_lsa.policies import Policy, Quest, Random, Recency, Request
 from sglang_lsa.prefill import Prefill
@@ -53,9 +54,9 @@ class LSARuntime:
         pager: over SGLang's device pool.
         req_to_token: ``[requests + 1, max_context]`` SGLang's table of virtual slots.
         q_heads, softmax_scale: of the model, for scoring.
-        model: SGLang's model, whose decoder layers an indexer observes.
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
         vocabulary: of the model; token ids beyond it are refused.
+        hidden_size: of the model, for recordings.
         metrics: Prometheus metrics to keep up to date.
     """
 
@@ -66,9 +67,9 @@ class LSARuntime:
         req_to_token: torch.Tensor,
         q_heads: int,
         softmax_scale: float,
-        model: torch.nn.Module,
         chunk_tokens: int | None = None,
         vocabulary: int | None = None,
+        hidden_size: int = 0,
         metrics: Metrics | None = None,
     ):
         self.config, self.pager, self.req_to_token = config, pager, req_to_token
@@ -76,7 +77,7 @@ class LSARuntime:
         keys = pager.keys
         layers = observed_layers(config, len(keys))
         self.observer = QueryObserver(
-            rows, config.query_tokens, layers, q_heads, keys[0].shape[2], keys[0].dtype, keys[0].device
+            rows, observed_positions(config), layers, q_heads, keys[0].shape[2], keys[0].dtype, keys[0].device
         )
         self.page_keys = PageKeys(pager.ledger.virtual_pages, keys, layers)
         self.table = ResidentTable(
@@ -99,11 +100,19 @@ class LSARuntime:
         }
         self.indexer: Indexer | None = None
         if config.indexer:
-            self.indexer = policies["indexer"] = load_indexer(config, pager, rows, model)
+            towers = MemoryIndexer.load(config.indexer).to(keys[0].device)
+            self.indexer = policies["indexer"] = Indexer(towers, self.observer, keys, pager.ledger.virtual_pages)
         self.recorder: Recorder | None = None
         if config.record:
             self.recorder = Recorder(
-                config.record, layers, config.query_tokens, keys, q_heads, softmax_scale, self.page_keys.table, model
+                config.record,
+                layers,
+                config.query_tokens,
+                keys,
+                q_heads,
+                softmax_scale,
+                self.page_keys.table,
+                hidden_size,
             )
         self.metrics = metrics
         longest_dense = pager.ledger.physical_pages * PAGE_SIZE // 2
@@ -115,7 +124,8 @@ class LSARuntime:
             )
             config = dataclasses.replace(config, min_context=longest_dense)
         lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
-        self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag)
+        thresholds = {"indexer": towers.config.threshold} if config.indexer else {}
+        self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(config, pager, self.lookahead, chunk_tokens, vocabulary)
         self.staging = Staging(pager.mirror.pages, config.staging_pages, pager.device, lambda: pager.compute())
@@ -209,11 +219,9 @@ class LSARuntime:
         self.pager.forward_queued(number)
         requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
         if batch.forward_mode.is_extend():
-            start = 0
             with self.on_stream():
                 for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
-                    self._complete(request, pages_complete(prefix), start, prefix)
-                    start += request.tokens - prefix
+                    self._remember(request.pages[pages_complete(prefix) : pages_complete(request.tokens)])
                     middle = req is batch.chunked_req
                     self.prefill.end_pass(req, middle)
                     if not middle:
@@ -223,7 +231,7 @@ class LSARuntime:
             ending = self.lookahead.end_step(requests)
             if filled or ending:
                 with self.on_stream():
-                    self._complete_decoded(filled)
+                    self._remember(np.array([request.pages[-1] for request in filled], dtype=np.int64))
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
@@ -350,10 +358,14 @@ class LSARuntime:
         queries = self.observer.buffer[0, :, 0]
         for layer in self.observer.slot_of_layer:
             self.observer.observe(layer, queries[:1], rows, rows)
-        quest = Quest(self.observer, self.page_keys, 1.0)
+        scorers: list[Policy] = [Quest(self.observer, self.page_keys, 1.0)]
+        if self.indexer is not None:
+            self.indexer.complete(padding, padding)
+            scorers.append(self.indexer)
         request = Request("", 0, 0, "quest", 1.0, False, tokens=self.observer.positions)
         for pages in (1, MANY_PAGES + 1):
-            quest.score(request, np.zeros(pages, dtype=np.int64))
+            for scorer in scorers:
+                scorer.score(request, np.zeros(pages, dtype=np.int64))
         physical_slots(rows, self.pager.v2p, PAGE_SIZE)
         self.pager.transfer.store(padding, padding, lambda: None)
         self.pager.transfer.wait()
@@ -368,28 +380,14 @@ class LSARuntime:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _complete(self, request: Request, first: int, chunk_start: int | None, prefix: int) -> None:
-        """Pages from position ``first`` on that are full now: mirror them and remember their keys.
-
-        ``chunk_start`` is where the request's tokens begin in the prefill chunk just computed, None after decode;
-        ``prefix`` how many tokens it had before.
-        """
-        pages = request.pages[first : pages_complete(request.tokens)]
-        self.page_keys.complete(pages, self.pager.ledger.v2p[pages])
-        if self.indexer is not None:
-            self.indexer.complete(request, pages, first, chunk_start, prefix)
-        self.pager.store(pages)
-
-    def _complete_decoded(self, filled: list[Request]) -> None:
-        """The same for the requests whose last page a decode step has filled, in one go."""
-        if not filled:
-            return
-        pages = np.array([request.pages[-1] for request in filled])
-        self.page_keys.complete(pages, self.pager.ledger.v2p[pages])
-        if self.indexer is not None:
-            for request in filled:
-                self.indexer.complete(request, request.pages[-1:], len(request.pages) - 1, None, 0)
-        self.pager.store(pages)
+    def _remember(self, pages: np.ndarray) -> None:
+        """These virtual pages are full now: mirror them and remember their keys."""
+        if len(pages):
+            physical = self.pager.ledger.v2p[pages]
+            self.page_keys.complete(pages, physical)
+            if self.indexer is not None:
+                self.indexer.complete(pages, physical)
+            self.pager.store(pages)
 
     def _update_metrics(self) -> None:
         if self.metrics is not None:

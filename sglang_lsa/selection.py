@@ -82,3 +82,37 @@ def select(
     best_first = latest_first[np.argsort(-usable[latest_first], kind="stable")]
     keep[best_first[: bound - int(keep.sum())]] = True
     return np.flatnonzero(keep[:complete])
+
+
+def expected_coverage(shares: np.ndarray, positions: np.ndarray, stay: np.ndarray) -> float:
+    """How much of the attention to pages that may be left out goes to those that are not left out.
+
+    Args:
+        shares: ``[complete_pages]`` attention that is expected for each page; NaN and -inf count as none.
+        positions: the resident set, see :func:`select`.
+        stay: bool ``[complete_pages or more]``, pages that are kept whatever their score.
+
+    Returns:
+        In [0, 1]; 1 when no page may be left out, 0 when nothing is expected of any.
+    """
+    free = ~stay[: len(shares)]
+    if not free.any():
+        return 1.0
+    worth = np.where(free & np.isfinite(shares), shares, 0.0)
+    return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
+
+
+def widened(shares: np.ndarray, stay: np.ndarray, bound: int, most: int, coverage: float) -> int:
+    """Pages of the smallest set that is expected to cover enough: at least ``bound``, at most ``most``.
+
+    Args:
+        shares, stay: as in :func:`expected_coverage`.
+        bound, most: in pages, the growing last page included.
+        coverage: that is enough.
+    """
+    free = ~stay[: len(shares)]
+    worth = np.sort(np.where(np.isfinite(shares), shares, 0.0)[free])[::-1]
+    if not len(worth) or worth.sum() <= 0:
+        return most
+    enough = int(np.searchsorted(np.cumsum(worth), coverage * worth.sum() * (1 - 1e-9))) + 1
+    return int(np.clip(int(stay.sum()) + enough, bound, max(bound, most)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
-from sglang_lsa.observe import observed_layers
+from sglang_lsa.observe import observed_layers, observed_positions
 from sglang_lsa.pages import align_up, pages_spanned
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.staging import staging_bytes, sums_bytes
@@ -74,17 +74,14 @@ def selector_needs(
     q_heads: int,
     kv_heads: int,
     head_dim: int,
-    hidden_size: int,
     itemsize: int,
 ) -> Needs:
     """What the observers, page keys and staging take, for a model of this shape."""
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
-    row_bytes = config.query_tokens * observed * q_heads * head_dim * itemsize
+    row_bytes = observed_positions(config) * observed * q_heads * head_dim * itemsize
     if config.indexer:
-        shape = read_checkpoint_config(config.indexer)
-        page_key_bytes += len(shape.layers) * shape.sub_keys * shape.head_dim * 2
-        row_bytes += max(config.query_tokens, PAGE_SIZE) * len(shape.layers) * hidden_size * itemsize
+        page_key_bytes += read_checkpoint_config(config.indexer).page_bytes
     staging = staging_bytes(config.staging_pages, PAGE_SIZE, kv_heads, head_dim, itemsize)
     sums = sums_bytes(chunk_tokens, q_heads, head_dim)
     return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes, staging + sums)
@@ -103,7 +100,8 @@ def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_to
     if batch == 0:
         return 0
     window = pages_spanned(config.window + config.prefetch_steps) + 1  # what a request may grow by meanwhile
-    resident = max(int(context_tokens * config.budget), config.min_pages * PAGE_SIZE, config.min_context)
+    budget = max(config.budget, config.fallback_budget or 0.0)
+    resident = max(int(context_tokens * budget), config.min_pages * PAGE_SIZE, config.min_context)
     return max(batch * min(context_tokens, resident + window * PAGE_SIZE), physical_tokens + batch)
 
 

@@ -65,6 +65,8 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "stalls": lookahead.stalls,
         "graphless_steps": runtime.graphless_steps,
         "fallbacks": lookahead.fallbacks,
+        "widened_sets": lookahead.widened,
+        "collapsed_sets": lookahead.collapsed,
         "radix": {"hit_tokens": runtime.prefill.radix_hit_tokens, "prompt_tokens": runtime.prefill.prompt_tokens},
         "requests": [
             describe(runtime, request) | {"resident": resident_pages(runtime, request)}
@@ -85,7 +87,7 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "staging": runtime.staging_bytes,
     }
     if runtime.indexer is not None:
-        overhead["indexer"] = runtime.indexer.nbytes + runtime.indexer.observer.nbytes
+        overhead["indexer"] = runtime.indexer.nbytes
     return overhead
 
 
@@ -103,6 +105,9 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
         "policy": "full" if dense else request.policy,
         "stalls": request.stalls,
         "shrunk": request.shrunk,
+        "coverage": request.coverage,
+        "widened": request.widened,
+        "collapsed": request.collapsed,
         "failures": request.failures,
         "prefill": request.prefill,
     }

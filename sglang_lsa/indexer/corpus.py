@@ -211,6 +211,22 @@ FAMILIES: dict[str, Callable[[random.Random, str, Texts, int], Made]] = {
 }
 
 
+def needle(rng: random.Random, split: str, texts: Texts, characters: int) -> Made:
+    """One magic number in running text, in words that small models know. Only for evaluation: nothing trains on it."""
+    text, source = texts.draw(rng, characters)
+    word, value = rng.choice(NOUNS[split].split()), str(rng.randrange(10**6, 10**7))
+    sentence = f"One of the special magic numbers for {word} is: {value}."
+    place = text.find("\n", rng.randrange(len(text) // 50, len(text) * 49 // 50)) + 1
+    whole = f"{text[:place]}{sentence}\n{text[place:]}"
+    question = f"What is the special magic number for {word} mentioned in the text above?"
+    answer = f"The special magic number for {word} is {value}."
+    return Made(whole, source, question, answer, _places(whole, [sentence]))
+
+
+EVALUATION = {"needle": needle}
+"""Families that are not for recordings."""
+
+
 def make_prompts(
     tokenizer: Any,
     split: str,
@@ -242,7 +258,7 @@ def _of_length(
     name = f"{split}-{family}-{length}-{number}"
     characters = length * 3
     for _ in range(12):
-        made = FAMILIES[family](random.Random(name), split, texts, characters)
+        made = {**FAMILIES, **EVALUATION}[family](random.Random(name), split, texts, characters)
         prompt = Prompt(name, family, split, made.source, made.text, made.question, made.answer, made.evidence)
         tokens = prompt.read_by(tokenizer)
         if length * 0.9 <= len(tokens.ids) <= length:

@@ -1,89 +1,91 @@
-"""The memory indexer's two towers: what a request asks for, and what a page offers."""
+"""The memory indexer's two towers: what the recent tokens ask for, and what a page offers.
+
+Both read what the model's own retrieval heads read. On a dense model a few heads carry the answer (Wu et al., arXiv
+2404.15574), and where they look now tells most of where they will look in the next window; queries and keys of just
+these heads, kept at a few keys a page and adapted by training, find pages that bounds over all heads do not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, softplus
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.indexer.checkpoint import IndexerConfig, read_checkpoint_config
+from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config
 from sglang_lsa.indexer.recording import RUNS
-from sglang_lsa.kernels.page_score import page_score
+from sglang_lsa.kernels.page_score import attention_shares, page_score
+
+AGES = 16
+"""Ages of pages that are told apart: 1, 2-3, 4-7, ... pages back."""
+NEIGHBOURS = 2
+"""A page is also worth something for the page before it, and for the one after it."""
 
 
-class QueryTower(nn.Module):
-    """Hidden state -> low rank -> RMSNorm -> heads of queries, and a weight for each head."""
+def key_runs(keys: torch.Tensor) -> torch.Tensor:
+    """What the key tower sees of pages: the mean of every few keys.
 
-    def __init__(self, config: IndexerConfig):
-        super().__init__()
-        self.heads, self.head_dim = config.heads, config.head_dim
-        self.down = nn.Linear(config.hidden_size, config.rank, bias=False)
-        self.norm = nn.RMSNorm(config.rank, eps=1e-6)
-        self.up = nn.Linear(config.rank, config.heads * config.head_dim, bias=False)
-        self.weights = nn.Linear(config.hidden_size, config.heads, bias=False)
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[..., hidden]`` -> queries ``[..., heads, head_dim]`` and weights ``[..., heads]``."""
-        hidden = rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)  # late layers have far larger states
-        queries = self.up(self.norm(self.down(hidden))).unflatten(-1, (self.heads, self.head_dim))
-        return queries, self.weights(hidden) * (self.heads * self.head_dim) ** -0.5
-
-
-def page_runs(hidden: torch.Tensor) -> torch.Tensor:
-    """What the key towers see of pages: the mean of every few RMS-normalised hidden states.
+    A run of tokens is short enough for its rotary angles to differ little in the slow dimensions, which are the ones
+    that carry far attention; in the fast ones the mean is small, which is right too.
 
     Args:
-        hidden: ``[pages, page, ..., hidden]``.
+        keys: ``[pages, page, ..., head_dim]`` post-RoPE.
 
     Returns:
-        ``[pages, RUNS, ..., hidden]`` float32.
+        ``[pages, RUNS, ..., head_dim]`` float32.
     """
-    normed = rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
-    return normed.unflatten(1, (RUNS, PAGE_SIZE // RUNS)).mean(dim=2)
-
-
-class KeyTower(nn.Module):
-    """What a page shows -> ``sub_keys`` keys, each from an equal run of its tokens."""
-
-    def __init__(self, config: IndexerConfig):
-        super().__init__()
-        self.sub_keys = config.sub_keys
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.project = nn.Linear(config.hidden_size, config.head_dim, bias=False)
-
-    def forward(self, runs: torch.Tensor) -> torch.Tensor:
-        """``[..., RUNS, hidden]`` of :func:`page_runs` -> ``[..., sub_keys, head_dim]``."""
-        grouped = runs.unflatten(-2, (self.sub_keys, RUNS // self.sub_keys)).mean(dim=-2)
-        return self.project(grouped * self.weight)
+    return keys.float().unflatten(1, (RUNS, PAGE_SIZE // RUNS)).mean(dim=2)
 
 
 class MemoryIndexer(nn.Module):
-    """One pair of towers per observed layer; the best layer decides."""
+    """Scores pages by the attention that a few heads would pay them, as far as a few keys a page can tell.
+
+    Attributes:
+        query, key: adapters ``[heads, head_dim, key_dim]`` and ``[key_heads, head_dim, key_dim]``.
+        sharpness: logarithm of a factor on each head's logits.
+        weight: of each head, before softplus.
+        age: what a page is worth for its age alone, before softplus.
+        neighbour: what a page is worth for the pages beside it, before softplus.
+    """
 
     def __init__(self, config: IndexerConfig):
         super().__init__()
         self.config = config
-        self.query = nn.ModuleList(QueryTower(config) for _ in config.layers)
-        self.key = nn.ModuleList(KeyTower(config) for _ in config.layers)
-        self.bias = nn.Parameter(torch.zeros(len(config.layers)))
-        """Added to the logits of each layer."""
+        heads, dim = len(config.heads), config.model.head_dim
+        kept = slow_dimensions(dim, config.key_dim)
+        self.query = nn.Parameter(torch.eye(dim)[:, kept].repeat(heads, 1, 1))
+        self.key = nn.Parameter(torch.eye(dim)[:, kept].repeat(len(config.key_heads), 1, 1))
+        self.sharpness = nn.Parameter(torch.zeros(heads))
+        self.weight = nn.Parameter(torch.zeros(heads))
+        self.age = nn.Parameter(torch.full((AGES,), -6.0))
+        self.neighbour = nn.Parameter(torch.tensor([-3.0, -4.0]))
+        layers, key_heads = config.layers, config.key_heads
+        model = config.model
+        self._keep("q_at", [layers.index(layer) * model.q_heads + head for layer, head in config.heads])
+        self._keep("k_at", [layers.index(layer) * model.kv_heads + head for layer, head in key_heads])
+        self._keep("key_of_head", [key_heads.index(config.key_head(head)) for head in config.heads])
+
+    def _keep(self, name: str, numbers: list[int]) -> None:
+        """On the indexer's device: an index that comes from the host would be copied there every time."""
+        self.register_buffer(name, torch.tensor(numbers), persistent=False)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> MemoryIndexer:
-        """Load a checkpoint folder.
+        """Load a checkpoint folder, or a shipped indexer by its name.
 
         Raises:
             ValueError: the folder is incomplete, or its weights do not fit its configuration.
         """
         indexer = cls(read_checkpoint_config(path))
         try:
-            indexer.load_state_dict(load_file(pathlib.Path(path) / "model.safetensors"))
+            indexer.load_state_dict(load_file(checkpoint_folder(path) / "model.safetensors"))
         except Exception as error:
             raise ValueError(f"--lsa-indexer {path}: model.safetensors does not fit config.json ({error})") from None
         return indexer.eval().requires_grad_(False)
@@ -96,26 +98,58 @@ class MemoryIndexer(nn.Module):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
 
-    def page_keys(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[pages, page, layers, hidden]`` -> ``[pages, layers, sub_keys, head_dim]``."""
-        return self.keys_of_runs(page_runs(hidden).transpose(1, 2))
+    def ask(self, queries: torch.Tensor) -> torch.Tensor:
+        """``[positions, layers, q_heads, head_dim]`` -> ``[heads, positions, key_dim]``, scaled."""
+        chosen = queries.flatten(1, 2).index_select(1, self.q_at).transpose(0, 1).float()
+        scale = self.config.model.head_dim**-0.5 * self.sharpness.exp()
+        return chosen @ (self.query * scale[:, None, None])
+
+    def page_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """``[pages, page, layers, kv_heads, head_dim]`` -> ``[pages, key_heads, sub_keys, key_dim]``."""
+        return self.keys_of_runs(key_runs(keys))
 
     def keys_of_runs(self, runs: torch.Tensor) -> torch.Tensor:
-        """``[pages, layers, RUNS, hidden]`` of :func:`page_runs` -> ``[pages, layers, sub_keys, head_dim]``."""
-        return torch.stack([tower(runs[:, i].float()) for i, tower in enumerate(self.key)], dim=1)
+        """``[pages, RUNS, layers, kv_heads, head_dim]`` of :func:`key_runs` -> ``[pages, key_heads, sub_keys,
+        key_dim]``."""
+        sub_keys = self.config.sub_keys
+        chosen = runs.flatten(2, 3).index_select(2, self.k_at).float()
+        return chosen.unflatten(1, (sub_keys, RUNS // sub_keys)).mean(dim=2).transpose(1, 2) @ self.key
 
-    def score(self, hidden: torch.Tensor, page_keys: torch.Tensor) -> torch.Tensor:
-        """Probability that a page is needed in the next window.
+    def score(self, queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """What share of their attention the heads are expected to pay to each page in the next window.
 
         Args:
-            hidden: ``[positions, layers, hidden]`` of the recent positions.
-            page_keys: ``[pages, layers, sub_keys, head_dim]``.
+            queries: ``[positions, layers, q_heads, head_dim]`` of the recent positions, in any order.
+            table: ``[virtual_pages + 1, key_heads, sub_keys, key_dim]``.
+            pages: int64 ``[n]`` virtual ids of the request's complete pages, first to last.
 
         Returns:
-            ``[pages]`` float32 in [0, 1].
+            ``[n]`` float32, 0 or more.
         """
-        logits = []
-        for layer, tower in enumerate(self.query):
-            queries, weights = tower(hidden[:, layer].float())
-            logits.append(page_score(queries, weights, page_keys[:, layer]) + self.bias[layer])
-        return torch.stack(logits).amax(dim=0).sigmoid()
+        return self.combine(page_score(self.ask(queries), table, pages, self.key_of_head))
+
+    def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""
+        logits = torch.einsum("htd,nhsd->htns", asked, keys[:, self.key_of_head])
+        return self.combine(attention_shares(logits))
+
+    def combine(self, shares: torch.Tensor) -> torch.Tensor:
+        """``[heads, pages]`` -> ``[pages]``: the mean over heads, and what age and neighbours add."""
+        own = softplus(self.weight) @ shares / (math.log(2) * len(shares))  # softplus(0) weighs 1
+        before, after = softplus(self.neighbour)
+        own = own + before * pad(own[:-1], (1, 0)) + after * pad(own[1:], (0, 1))
+        return own + softplus(self.age)[ages(len(own), own.device)]
+
+
+@functools.lru_cache(maxsize=64)
+def ages(pages: int, device: torch.device) -> torch.Tensor:
+    """Class of age of each of ``pages`` pages, first to last, int64."""
+    return torch.arange(pages, 0, -1, device=device).float().log2().long().clamp(max=AGES - 1)
+
+
+def slow_dimensions(head_dim: int, count: int) -> list[int]:
+    """Dimensions that rotary embedding turns least; the halves of a head are rotated together."""
+    half, kept = head_dim // 2, count // 2
+    if count > head_dim or count % 2:
+        raise ValueError(f"key_dim {count} does not fit heads of {head_dim}: use an even number up to that")
+    return [*range(half - kept, half), *range(head_dim - kept, head_dim)]

@@ -21,6 +21,9 @@ from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+OBSERVE = "--lsa-observe-layers"
+PROBES = ("facts", "pairs", "records")
+"""Families by which layers are chosen."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,19 @@ def record(
     texts: pathlib.Path | None,
     last: int,
     new_tokens: int,
+    layers: int,
     server_args: str,
 ) -> int:
     """Record what is not recorded yet.
+
+    Which layers are worth observing is found first, with a few short prompts, unless ``server_args`` say it.
 
     Args:
         output: folder of recordings and manifest; the server must be able to write it.
         model: path or hub name.
         last: tokens at the end of a prompt that are recorded as if they had been generated.
         new_tokens: tokens that the model generates after each prompt, which are recorded too.
+        layers: how many layers to observe.
 
     Returns:
         How many were recorded now.
@@ -74,6 +81,9 @@ def record(
     """
     from transformers import AutoTokenizer
 
+    if OBSERVE not in server_args:
+        chosen = _layers_that_retrieve(output / "probe", model, layers, min(lengths), texts, last, server_args)
+        server_args += f" {OBSERVE} {','.join(map(str, chosen))}"
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.model_max_length = 1 << 40  # prompts are cut to length after they were counted
     output.mkdir(parents=True, exist_ok=True)
@@ -90,6 +100,35 @@ def record(
         for prompt, tokens in tqdm(wanted, desc="recording", unit="prompt"):
             manifest.add(_record_one(server, output, prompt, tokens, last, new_tokens))
     return len(wanted)
+
+
+def _layers_that_retrieve(
+    output: pathlib.Path,
+    model: str,
+    count: int,
+    length: int,
+    texts: pathlib.Path | None,
+    last: int,
+    server_args: str,
+) -> list[int]:
+    """The layers of the heads that look at evidence most; a recording has the attention of all layers."""
+    from sglang_lsa.training.data import retrieval_heads
+
+    record(
+        output,
+        model,
+        splits=("train",),
+        lengths=(length,),
+        each=2,
+        families=PROBES,
+        texts=texts,
+        last=last,
+        new_tokens=1,
+        layers=count,
+        server_args=f"{server_args} {OBSERVE} 0",
+    )
+    heads = retrieval_heads(output, 1 << 16, observed_only=False)
+    return sorted(list(dict.fromkeys(layer for layer, _ in heads))[:count])
 
 
 class Manifest:

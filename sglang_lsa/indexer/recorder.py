@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.indexer.model import page_runs
-from sglang_lsa.indexer.policy import decoder_layers
+from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
+from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
 from sglang_lsa.kernels.page_score import bound_score
@@ -54,9 +52,6 @@ class Document:
         start: position of the first anchor: what follows it, block by block, is what is to be predicted.
         first: position of the first token whose queries are kept, before that.
         queries: per pass ``[tokens, layers, q_heads, head_dim]``.
-        hidden: per pass ``[tokens, layers, hidden]``.
-        runs: per pass ``[pages, layers, RUNS, hidden]``.
-        rest: hidden states of a page that is not full yet.
         mass: ``[blocks, layers * q_heads, pages]`` float16, over all of the model's layers.
     """
 
@@ -67,9 +62,6 @@ class Document:
     mass: torch.Tensor
     tokens: int = 0
     queries: list[torch.Tensor] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    runs: list[torch.Tensor] = field(default_factory=list)
-    rest: torch.Tensor | None = None
 
 
 class Recorder:
@@ -79,12 +71,12 @@ class Recorder:
 
     Args:
         folder: where recordings go, one file per request, named after it.
-        layers: decoder layers whose hidden states and queries are kept.
-        positions: recent positions that vote for pages.
+        layers: decoder layers whose queries and keys are kept.
+        positions: recent positions that vote in the scores of training-free policies.
         keys: the model's key buffers, per layer ``[slots, kv_heads, head_dim]``.
         q_heads, softmax_scale: of the model.
         table: key bounds of every page, for the scores of quest; see ``PageKeys``.
-        model: SGLang's model, whose decoder layers are hooked.
+        hidden_size: of the model.
     """
 
     def __init__(
@@ -96,20 +88,16 @@ class Recorder:
         q_heads: int,
         softmax_scale: float,
         table: torch.Tensor,
-        model: nn.Module,
+        hidden_size: int,
     ):
         self.folder = pathlib.Path(folder)
         self.layers, self.positions, self.keys = tuple(layers), positions, keys
-        self.q_heads, self.scale, self.table = q_heads, softmax_scale, table
+        self.q_heads, self.scale, self.table, self.hidden_size = q_heads, softmax_scale, table, hidden_size
         self.documents: dict[str, Document] = {}
         self.written = 0
         self.parts: list[Part] = []
         """What the pass being queued computes of recorded requests."""
-        self._hidden: dict[int, torch.Tensor] = {}
         self._queries: dict[int, torch.Tensor] = {}
-        modules = decoder_layers(model)
-        for layer in self.layers:
-            modules[layer].register_forward_hook(self._keep_hidden(layer))
 
     # -- one forward pass ----------------------------------------------------------------------------------------
 
@@ -122,7 +110,7 @@ class Recorder:
             requests: by name, with their pages.
             v2p: the ledger's map.
         """
-        self._hidden, self._queries, self.parts = {}, {}, []
+        self._queries, self.parts = {}, []
         firsts = batch.prefix_lens if batch.forward_mode.is_extend() else [tokens - 1 for tokens in lengths]
         offset = 0
         for req, first, tokens in zip(batch.reqs, firsts, lengths, strict=True):
@@ -140,7 +128,7 @@ class Recorder:
         total = request.prompt_tokens + new_tokens
         shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
-        return Document(request.rid, request.prompt_tokens, start, max(0, start - self.positions), mass)
+        return Document(request.rid, request.prompt_tokens, start, max(0, start - RECORDED_POSITIONS), mass)
 
     def observe(self, layer: int, queries: torch.Tensor) -> None:
         """Attention of one layer is computed, and its keys are in the pool.
@@ -163,31 +151,12 @@ class Recorder:
             rows.scatter_reduce_(0, block, mass.half(), "amax")
 
     def end_pass(self) -> None:
-        """The pass is queued: keep what its hooks saw."""
+        """The pass is queued: keep the queries that it showed."""
         for part in self.parts:
-            document = part.document
-            document.tokens = part.stop
-            hidden = torch.stack([self._hidden[layer] for layer in self.layers], dim=1)
-            document.hidden.append(hidden[part.observed])
-            document.queries.append(torch.stack([self._queries[layer] for layer in self.layers], dim=1)[part.observed])
-            self._keep_runs(document, hidden[part.offset : part.offset + part.stop - part.first])
+            seen = [self._queries[layer][part.observed] for layer in self.layers]
+            part.document.queries.append(torch.stack(seen, dim=1))
+            part.document.tokens = part.stop
         self.parts = []
-
-    def _keep_runs(self, document: Document, hidden: torch.Tensor) -> None:
-        if document.rest is not None:
-            hidden = torch.cat((document.rest, hidden))
-        pages = pages_complete(len(hidden))
-        document.rest = hidden[pages * PAGE_SIZE :].clone()
-        if pages:
-            runs = page_runs(hidden[: pages * PAGE_SIZE].unflatten(0, (pages, PAGE_SIZE)))
-            document.runs.append(runs.transpose(1, 2).to(hidden.dtype))
-
-    def _keep_hidden(self, layer: int):
-        def keep(module, inputs, output):
-            if self.parts:
-                self._hidden[layer] = output[0] + output[1]
-
-        return keep
 
     # -- the end of a request ------------------------------------------------------------------------------------
 
@@ -205,18 +174,18 @@ class Recorder:
         input_ids = [*req.origin_input_ids, *req.output_ids]
         complete = min(document.tokens, len(input_ids))
         blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
-        if blocks <= 0 or not document.runs:
+        full = pages[: pages_complete(complete)]
+        if blocks <= 0 or not len(full):
             logger.warning("LSA: %s has only %d tokens and was not recorded", req.rid, complete)
             return
-        full = pages[: pages_complete(complete)]
         virtual, physical = (torch.from_numpy(ids.astype(np.int64)).to(self.table.device) for ids in (full, v2p[full]))
         anchors = [document.start + BLOCK * block for block in range(blocks)]
         queries = torch.cat(document.queries)
         spanned = pages_spanned(complete)
         tensors = {
             "input_ids": torch.tensor(input_ids[:complete], dtype=torch.int32),
-            "hidden": torch.cat(document.hidden)[: complete - document.first],
-            "runs": torch.cat(document.runs)[: len(full)],
+            "queries": queries[: complete - document.first],
+            "runs": key_runs(self._page_keys(physical)).to(queries.dtype),
             "mass": document.mass[:blocks, :, :spanned],
             "quest": self._scores(document, queries, anchors, self.table[virtual]),
             "mean_key": self._scores(document, queries, anchors, self._mean_keys(physical)),
@@ -228,6 +197,7 @@ class Recorder:
             "first": document.first,
             "layers": list(self.layers),
             "model_layers": len(self.keys),
+            "hidden_size": self.hidden_size,
             "q_heads": self.q_heads,
         }
         write_recording(self.folder / f"{req.rid}.safetensors", tensors, facts)
@@ -250,7 +220,11 @@ class Recorder:
                 scores[row, : len(known)] = bound_score(recent, table, known, self.scale).half()
         return scores
 
+    def _page_keys(self, physical: torch.Tensor) -> torch.Tensor:
+        """``[pages, page, layers, kv_heads, head_dim]``."""
+        return torch.stack([self.keys[layer].unflatten(0, (-1, PAGE_SIZE))[physical] for layer in self.layers], dim=2)
+
     def _mean_keys(self, physical: torch.Tensor) -> torch.Tensor:
         """Of the form of key bounds, but both bounds of a page are its mean key."""
-        means = [self.keys[layer].unflatten(0, (-1, PAGE_SIZE))[physical].float().mean(dim=1) for layer in self.layers]
-        return torch.stack(means, dim=1)[:, :, None].expand(-1, -1, 2, -1, -1).to(self.keys[0].dtype).contiguous()
+        means = self._page_keys(physical).float().mean(dim=1)
+        return torch.stack((means, means), dim=2).to(self.keys[0].dtype)

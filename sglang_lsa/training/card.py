@@ -26,7 +26,7 @@ def write_card(
     """Write ``README.md`` beside the weights."""
     config = indexer.config
     parameters = sum(value.numel() for value in indexer.parameters())
-    key_bytes = len(config.layers) * config.sub_keys * config.head_dim * 2
+    heads = ", ".join(f"{layer}.{head}" for layer, head in config.heads)
     lines = [
         "---",
         "library_name: sglang-lsa",
@@ -34,9 +34,11 @@ def write_card(
         "---",
         "# Memory indexer",
         "",
-        f"For a model with {config.num_hidden_layers} layers of width {config.hidden_size}; it observes the layers "
-        f"{', '.join(map(str, config.layers))}. {parameters:,} parameters; the keys of a page of {PAGE_SIZE} tokens "
-        f"take {key_bytes:,} bytes. Serve with it: `--lsa-indexer FOLDER`.",
+        f"For a model with {config.model.num_hidden_layers} layers of width {config.model.hidden_size}. It reads the "
+        f"queries and keys of these heads (layer.head): {heads}. {parameters:,} parameters; the keys of a page of "
+        f"{PAGE_SIZE} tokens take {config.page_bytes:,} bytes. Pages that score above {config.threshold:.4g} got "
+        f"{config.coverage:.0%} of the heads' attention on documents not trained on. Serve with it: `--lsa-indexer "
+        "FOLDER`.",
         "",
         "## Training",
         "",
@@ -51,8 +53,9 @@ def write_card(
         "",
         "## Held-out recall",
         "",
-        "Share of the pages that are kept among those to which some head pays at least "
-        f"{settings['golden']:.0%} of its attention in the next 64 tokens; pages that every policy keeps do not count.",
+        "Share of the pages that are kept among those to which these heads pay, on average of the largest share of "
+        f"each in the next 64 tokens, at least {settings['golden']:.0%} of their attention; pages that every policy "
+        "keeps do not count.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "| --- " * len(COLUMNS) + "|",

@@ -1,4 +1,4 @@
-"""Recordings as training data: what to predict at each anchor, and batches of queries with pages to choose from."""
+"""Recordings as training data: what to predict at each anchor, and batches of documents with anchors in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.record import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, Facts, read_recording
 from sglang_lsa.pages import pages_complete, pages_spanned
@@ -19,6 +20,8 @@ from sglang_lsa.selection import always_kept, budget_pages
 
 HORIZON = 64
 """Tokens after an anchor whose attention is to be predicted."""
+Head = tuple[int, int]
+"""Layer and query head."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,15 @@ class Recording:
     """One document, with the attention of the chosen heads.
 
     Attributes:
-        hidden: ``[tokens, layers, hidden]`` from position ``facts.first`` on.
-        runs: ``[pages, layers, RUNS, hidden]``.
-        mass: float16 ``[blocks, pages]``, the most that any chosen head paid in the block.
+        queries: ``[tokens, layers, q_heads, head_dim]`` from position ``facts.first`` on, in the layers of these heads.
+        runs: ``[pages, RUNS, layers, kv_heads, head_dim]``.
+        mass: float16 ``[blocks, heads, pages]``, the most that each chosen head paid in the block.
         quest, mean_key: float16 ``[blocks, pages]``.
     """
 
     entry: Entry
     facts: Facts
-    hidden: torch.Tensor
+    queries: torch.Tensor
     runs: torch.Tensor
     mass: torch.Tensor
     quest: torch.Tensor
@@ -42,25 +45,33 @@ class Recording:
 
     @property
     def anchors(self) -> range:
-        """Blocks before which a set can be chosen, and whose next tokens are all recorded."""
-        first = 0 if self.facts.start >= PAGE_SIZE else pages_spanned(PAGE_SIZE - self.facts.start) * PAGE_SIZE // BLOCK
-        return range(first, len(self.mass) - HORIZON // BLOCK + 1)
+        """Blocks before which a set can be chosen: there is a complete page, and the answer, if there is one, is about
+        to begin or has begun. What is read before is prompt, which attends to everything."""
+        first = pages_spanned(max(0, PAGE_SIZE - self.facts.start)) * PAGE_SIZE // BLOCK
+        if self.entry.answer_tokens:
+            answer = self.entry.tokens - self.entry.answer_tokens - self.facts.start
+            first = max(first, -(-(answer - BLOCK) // BLOCK))
+        return range(first, len(self.mass))
 
     def position(self, anchor: int) -> int:
         """Tokens of the context before the anchor's block."""
         return self.facts.start + anchor * BLOCK
 
     def label(self, anchor: int) -> torch.Tensor:
-        """The most that any head pays to each complete page in the next tokens, float32 ``[pages]``."""
+        """The most that each head pays to each complete page in the next tokens, averaged over heads, ``[pages]``."""
         pages = pages_complete(self.position(anchor))
-        return self.mass[anchor : anchor + HORIZON // BLOCK, :pages].amax(dim=0).float()
+        return self.mass[anchor : anchor + HORIZON // BLOCK, :, :pages].float().amax(dim=0).mean(dim=0)
 
-    def queries(self, anchor: int, positions: int) -> torch.Tensor:
-        """Hidden states of the last tokens before the anchor, ``[positions, layers, hidden]``; the first repeats when
-        there are fewer."""
+    def past(self, anchor: int) -> torch.Tensor:
+        """The same of the tokens before; as far as they are recorded."""
+        pages = pages_complete(self.position(anchor))
+        before = self.mass[max(0, anchor - HORIZON // BLOCK) : anchor, :, :pages].float()
+        return before.amax(dim=0).mean(dim=0) if len(before) else torch.zeros(pages)
+
+    def recent(self, anchor: int, positions: int) -> torch.Tensor:
+        """Queries of at most the last ``positions`` tokens before the anchor."""
         stop = self.position(anchor) - self.facts.first
-        rows = torch.arange(stop - positions, stop).clamp(min=0)
-        return self.hidden[rows]
+        return self.queries[max(0, stop - positions) : stop]
 
     def free_pages(self, anchor: int, budget: float, least: int, sink: int, recent: int) -> np.ndarray:
         """Complete pages that are not kept in any case: bool ``[pages]``."""
@@ -68,12 +79,18 @@ class Recording:
         kept = always_kept(context, budget_pages(context, budget, least), sink, recent)
         return ~kept[: pages_complete(self.position(anchor))]
 
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model that was recorded."""
+        _, _, q_heads, head_dim = self.queries.shape
+        return ModelShape(self.facts.hidden_size, self.facts.model_layers, q_heads, self.runs.shape[3], head_dim)
 
-def load_recordings(folder: pathlib.Path, split: str, heads: Sequence[int] | None = None) -> list[Recording]:
+
+def load_recordings(folder: pathlib.Path, split: str, heads: Sequence[Head]) -> list[Recording]:
     """Load the recordings of one split.
 
     Args:
-        heads: numbers (layer * q_heads + head) of the heads whose attention is to be predicted; None for all.
+        heads: whose attention is to be predicted.
 
     Raises:
         BadRecording: a file is missing or damaged, the recordings do not fit each other, or there are none.
@@ -87,120 +104,111 @@ def load_recordings(folder: pathlib.Path, split: str, heads: Sequence[int] | Non
     found: list[Recording] = []
     for entry in tqdm(entries, desc=f"loading {split}", unit="recording", leave=False):
         facts, tensors = read_recording(manifest.file(entry.name))
-        mass = tensors["mass"]
-        if heads is not None:
-            mass = mass[:, list(heads)]
+        for layer, head in heads:
+            if layer not in facts.layers or head >= facts.q_heads:
+                raise BadRecording(
+                    f"{manifest.file(entry.name)} is of a model without the head {layer}.{head}, or did not observe "
+                    "that layer: use recordings and an indexer of one model"
+                )
+        chosen = [layer * facts.q_heads + head for layer, head in heads]
+        layers = [facts.layers.index(layer) for layer in sorted({layer for layer, _ in heads})]
         recording = Recording(
             entry,
             facts,
-            tensors["hidden"],
-            tensors["runs"],
-            mass.amax(dim=1)[:, : len(tensors["runs"])],
+            tensors["queries"][:, layers],
+            tensors["runs"][:, :, layers],
+            tensors["mass"][:, chosen, : len(tensors["runs"])],
             tensors["quest"],
             tensors["mean_key"],
         )
-        if found and _shape(recording) != _shape(found[0]):
+        if found and (recording.shape, facts.layers) != (found[0].shape, found[0].facts.layers):
             raise BadRecording(
-                f"{manifest.file(entry.name)} is of (layers, width, model layers) {_shape(recording)}, "
-                f"others of {_shape(found[0])}: record into separate folders"
+                f"{manifest.file(entry.name)} is of layers {facts.layers} of {recording.shape}, "
+                f"others of {found[0].facts.layers} of {found[0].shape}: record into separate folders"
             )
         if len(recording.anchors):
             found.append(recording)
     if not found:
-        raise BadRecording(
-            f"{folder}: no recording of {split} has {HORIZON} tokens after a page: record longer prompts"
-        )
+        raise BadRecording(f"{folder}: no recording of {split} is longer than a page: record longer prompts")
     return found
 
 
-def _shape(recording: Recording) -> tuple[Any, ...]:
-    return recording.facts.layers, recording.hidden.shape[-1], recording.facts.model_layers
-
-
-def retrieval_heads(folder: pathlib.Path, count: int) -> list[int]:
+def retrieval_heads(folder: pathlib.Path, count: int, observed_only: bool = True) -> list[Head]:
     """The heads that pay most attention to the evidence of an answer while it is given, best first.
 
     Only training prompts with known evidence count. This is the retrieval score of Wu et al. (arXiv 2404.15574) with
     attention mass on pages in place of copied tokens.
 
+    Args:
+        observed_only: leave out heads of layers whose queries were not recorded.
+
     Raises:
-        BadRecording: there are none.
+        BadRecording: there are no such prompts.
     """
     manifest = Manifest.open(folder)
     entries = [e for e in manifest.entries.values() if e.split == "train" and e.evidence and e.answer_tokens]
     if not entries:
-        raise BadRecording(f"{folder} has no training prompts with known evidence: record some, or use all heads")
+        raise BadRecording(
+            f"{folder} has no training prompts with known evidence: record families that ask questions, such as facts"
+        )
     total: torch.Tensor | None = None
     for entry in tqdm(entries, desc="looking for retrieval heads", unit="recording", leave=False):
         facts, tensors = read_recording(manifest.file(entry.name), ("mass",))
-        mass = tensors["mass"].float()
+        mass = tensors["mass"]
         first = max(0, (entry.tokens - entry.answer_tokens - facts.start) // BLOCK)
         last = -(-(entry.tokens - facts.start) // BLOCK)
         evidence = [page for page in entry.evidence if page < mass.shape[2]]
         if first < min(last, len(mass)) and evidence:
-            share = mass[first:last, :, evidence].amax(dim=2).mean(dim=0)
+            share = mass[first:last][:, :, evidence].float().amax(dim=2).mean(dim=0).view(-1, facts.q_heads)
             total = share if total is None else total + share
     if total is None:
         raise BadRecording(f"{folder}: answers lie before what was recorded: record with a larger --last")
-    return total.topk(min(count, len(total))).indices.tolist()
+    if observed_only:
+        unseen = [layer for layer in range(len(total)) if layer not in facts.layers]
+        total[unseen] = float("-inf")
+    best = total.flatten().topk(min(count, int(torch.isfinite(total).sum()))).indices.tolist()
+    return [(place // total.shape[1], place % total.shape[1]) for place in best]
 
 
 class Batches:
-    """Turns rows ``{"query": recording, "document": anchor}`` into tensors: the collator of the trainer.
+    """Turns rows ``{"query": recording, "document": recording}`` into tensors: the collator of the trainer.
 
-    Every query comes with pages of its own document: its positives, hard negatives (pages that a training-free policy
-    would choose and no head needs), and others at random.
+    Every document comes with a few anchors in it; the document's pages are positives and negatives, all of them, so the
+    pages that a training-free policy would wrongly choose are always among them.
 
     Args:
         positions: recent tokens that vote.
-        pages: pages per query.
-        golden: label from which on a page is a positive.
+        anchors: per document.
     """
 
-    def __init__(self, recordings: Sequence[Recording], positions: int, pages: int, golden: float, seed: int = 0):
-        self.recordings, self.positions, self.pages, self.golden = recordings, positions, pages, golden
+    def __init__(self, recordings: Sequence[Recording], positions: int, anchors: int, seed: int = 0):
+        self.recordings, self.positions, self.anchors = recordings, positions, anchors
         self.rng = np.random.default_rng(seed)
         self.valid_label_columns = ["label"]
 
     def rows(self) -> list[dict[str, int]]:
-        return [
-            {"query": number, "document": anchor}
-            for number, recording in enumerate(self.recordings)
-            for anchor in recording.anchors
-        ]
+        return [{"query": number, "document": number} for number in range(len(self.recordings))]
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        """Returns ``query_input_features [batch, positions, layers, hidden]``, ``document_input_features
-        [batch, pages, layers, RUNS, hidden]`` and ``label [batch, pages]``, -1 where there is no page."""
+        """Returns lists with one element a document: ``query_input_features`` of ``[anchors][positions, layers,
+        q_heads, head_dim]``, ``document_input_features`` of ``[pages, RUNS, layers, kv_heads, head_dim]``; and
+        ``label [documents, anchors, pages]``, -1 where there is no page."""
         queries, documents, labels = [], [], []
         for row in rows:
-            recording, anchor = self.recordings[row["query"]], row["document"]
-            label = recording.label(anchor)
-            chosen = torch.from_numpy(self._draw(recording, anchor, label.numpy()))
-            runs, known = recording.runs[chosen], label[chosen]
-            missing = self.pages - len(chosen)
-            if missing:
-                runs = torch.cat((runs, runs[:1].expand(missing, *runs.shape[1:])))
-                known = torch.cat((known, torch.full((missing,), -1.0)))
-            queries.append(recording.queries(anchor, self.positions))
-            documents.append(runs)
-            labels.append(known)
+            recording = self.recordings[row["query"]]
+            count = min(self.anchors, len(recording.anchors))
+            chosen = self.rng.choice(recording.anchors, size=count, replace=False)
+            queries.append([recording.recent(int(anchor), self.positions) for anchor in chosen])
+            documents.append(recording.runs)
+            labels.append([recording.label(int(anchor)) for anchor in chosen])
+        label = torch.full((len(rows), self.anchors, max(map(len, documents))), -1.0)
+        for d, known in enumerate(labels):
+            for a, mass in enumerate(known):
+                label[d, a, : len(mass)] = mass
         return {
-            "query_input_features": torch.stack(queries).float(),
+            "query_input_features": queries,
             "query_task": "query",
-            "document_input_features": torch.stack(documents).float(),
+            "document_input_features": documents,
             "document_task": "document",
-            "label": torch.stack(labels),
+            "label": label,
         }
-
-    def _draw(self, recording: Recording, anchor: int, label: np.ndarray) -> np.ndarray:
-        if len(label) <= self.pages:
-            return np.arange(len(label))
-        order = self.rng.permutation(len(label))
-        positive = order[label[order] >= self.golden][: self.pages // 2]
-        negative = order[label[order] < self.golden]
-        mined = recording.quest[anchor, : len(label)].numpy() + recording.mean_key[anchor, : len(label)].numpy()
-        hard = negative[np.argsort(-mined[negative], kind="stable")][: self.pages // 4]
-        rest = np.setdiff1d(order, np.concatenate((positive, hard)))
-        others = self.rng.permutation(rest)[: self.pages - len(positive) - len(hard)]
-        return np.concatenate((positive, hard, others))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 
@@ -18,7 +19,9 @@ from sglang_lsa.selection import select
 from sglang_lsa.training.data import Recording
 
 BUDGETS = (0.135, 0.07)
-SELECTORS = ("indexer", "quest", "mean_key", "recency", "random", "oracle")
+SELECTORS = ("indexer", "quest", "mean_key", "recency", "random", "last_window", "oracle")
+"""``last_window`` keeps what the heads truly attended to in the 64 tokens before, of all pages: no server that has only
+a part of them on the device can know that. ``oracle`` keeps what they will attend to."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,10 @@ class Rules:
     """How a set is chosen from scores, as on the server, and which pages count as needed.
 
     Attributes:
-        golden: a page is needed when some head pays so much of its attention to it in the next 64 tokens.
-        positions: recent tokens that vote.
+        golden: a page is needed when its label is at least this; see ``Recording.label``.
     """
 
     golden: float
-    positions: int = 32
     min_pages: int = 8
     sink_pages: int = 1
     recent_pages: int = 4
@@ -58,7 +59,7 @@ def measure(
     *,
     budgets: Sequence[float] = BUDGETS,
     selectors: Sequence[str] = SELECTORS,
-    stride: int = 2,
+    stride: int = 1,
     device: str = "cpu",
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -66,7 +67,8 @@ def measure(
 
     Pages that are kept in any case (first and last ones) count for nobody. ``recall`` is the share of needed pages that
     is kept, ``mass`` the share of what heads pay to pages that would not be kept in any case, ``evidence`` the share of
-    the pages that the answer is from, at anchors within the answer; each is None where there is nothing to keep.
+    the pages that the answer is from (all of it, though a window needs only a part); each is None where there is
+    nothing to keep. ``told`` is the share that the indexer itself expects to keep.
 
     Args:
         stride: every so many anchors.
@@ -78,7 +80,7 @@ def measure(
         anchors = recording.anchors[::stride]
         for anchor in anchors:
             label = recording.label(anchor).numpy()
-            scores = _scores(recording, anchor, label, indexer, keys, rules.positions, selectors, device)
+            scores = _scores(recording, anchor, label, indexer, keys, selectors)
             for budget in budgets:
                 free = recording.free_pages(anchor, budget, rules.min_pages, rules.sink_pages, rules.recent_pages)
                 evidence = _evidence(recording, anchor, free)
@@ -94,10 +96,13 @@ def measure(
                             label[free].sum(),
                             (kept & evidence).sum(),
                             evidence.sum(),
+                            values[kept & free].sum(),
+                            values[free].sum(),
                         ]
                     )
                     sums[name, budget] = sums.get((name, budget), 0) + found
-        for (name, budget), (kept_golden, golden, kept_mass, mass, kept_evidence, evidences) in sums.items():
+        for (name, budget), found in sums.items():
+            kept_golden, golden, kept_mass, mass, kept_evidence, evidences, kept_score, score = found
             rows.append(
                 {
                     "document": recording.entry.name,
@@ -108,13 +113,14 @@ def measure(
                     "recall": _share(kept_golden, golden),
                     "mass": _share(kept_mass, mass),
                     "evidence": _share(kept_evidence, evidences),
+                    "told": _share(kept_score, score) if name == "indexer" else None,
                     "golden": float(golden) / len(anchors),
                 }
             )
     return rows
 
 
-def _scores(recording, anchor, label, indexer, keys, positions, selectors, device) -> dict[str, np.ndarray]:
+def _scores(recording, anchor, label, indexer, keys, selectors) -> dict[str, np.ndarray]:
     """Every selector's scores of the complete pages at one anchor."""
     pages = len(label)
     rng = np.random.default_rng((zlib.crc32(recording.entry.name.encode()), anchor))
@@ -123,19 +129,25 @@ def _scores(recording, anchor, label, indexer, keys, positions, selectors, devic
         "mean_key": recording.mean_key[anchor, :pages].float().numpy(),
         "recency": np.arange(1.0, pages + 1),
         "random": rng.random(pages),
+        "last_window": recording.past(anchor).numpy(),
         "oracle": label,
     }
     if indexer is not None:
-        hidden = recording.queries(anchor, positions).to(device)
-        scores["indexer"] = indexer.score(hidden, keys[:pages]).float().cpu().numpy()
+        scores["indexer"] = predict(indexer, recording, anchor, keys).cpu().numpy()
     return {name: scores[name] for name in selectors if name in scores}
 
 
+@torch.no_grad()
+def predict(indexer: MemoryIndexer, recording: Recording, anchor: int, keys: torch.Tensor) -> torch.Tensor:
+    """The indexer's scores of the complete pages at one anchor, ``keys`` being those of all pages."""
+    asked = indexer.ask(recording.recent(anchor, indexer.config.positions).to(keys.device))
+    return indexer.score_all(asked, keys[: len(recording.label(anchor))])
+
+
 def _evidence(recording: Recording, anchor: int, free: np.ndarray) -> np.ndarray:
-    """Pages that the answer is from, bool ``[pages]``; none before the answer begins."""
-    entry, wanted = recording.entry, np.zeros(len(free), dtype=bool)
-    if recording.position(anchor) >= entry.tokens - entry.answer_tokens - 16 and entry.answer_tokens:
-        wanted[[page for page in entry.evidence if page < len(free)]] = True
+    """Pages that the answer is from, bool ``[pages]``."""
+    wanted = np.zeros(len(free), dtype=bool)
+    wanted[[page for page in recording.entry.evidence if page < len(free)]] = True
     return wanted & free
 
 
@@ -151,7 +163,7 @@ def summarise(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("selector", "
     found = []
     for key, members in groups.items():
         means = {}
-        for name in ("recall", "mass", "evidence", "golden"):
+        for name in ("recall", "mass", "evidence", "told", "golden"):
             values = [member[name] for member in members if member[name] is not None]
             means[name] = round(float(np.mean(values)), 4) if values else None
         found.append({**dict(zip(by, key, strict=True)), **means, "n": len(members)})
@@ -171,8 +183,16 @@ def recall_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
+def recall_table(rows: list[dict[str, Any]]) -> Table:
+    """Recall of every selector, to read."""
+    table = Table(*COLUMNS, title="held-out recall")
+    for cells in recall_cells(rows):
+        table.add_row(*cells)
+    return table
+
+
 class RecallEvaluator(BaseEvaluator):
-    """Recall on held-out recordings while an indexer is trained; the best one is kept."""
+    """Recall on recordings that are not trained on, while an indexer is trained; the best one is kept."""
 
     def __init__(self, recordings: Sequence[Recording], indexer: MemoryIndexer, rules: Rules, stride: int = 4):
         super().__init__()

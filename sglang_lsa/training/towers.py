@@ -13,17 +13,18 @@ from sglang_lsa.indexer.model import MemoryIndexer
 
 
 class QueryModule(Module):
-    """``input_features [batch, positions, layers, hidden]`` -> ``queries [batch, layers, positions, heads, head_dim]``
-    and ``weights [batch, layers, positions, heads]``."""
+    """``input_features``, per document and anchor ``[positions, layers, q_heads, head_dim]`` -> ``queries``, each
+    ``[heads, positions, key_dim]``."""
 
     def __init__(self, indexer: MemoryIndexer):
         super().__init__()
-        self.towers, self.bias = indexer.query, indexer.bias
+        self.indexer = indexer
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
-        seen = [tower(features["input_features"][:, :, i]) for i, tower in enumerate(self.towers)]
-        features["queries"], features["weights"] = (torch.stack(part, dim=1) for part in zip(*seen, strict=True))
-        features["bias"] = self.bias
+        device = self.indexer.query.device
+        features["queries"] = [
+            [self.indexer.ask(recent.to(device)) for recent in anchors] for anchors in features["input_features"]
+        ]
         return features
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
@@ -31,15 +32,16 @@ class QueryModule(Module):
 
 
 class PageModule(Module):
-    """``input_features [batch, pages, layers, RUNS, hidden]`` -> ``keys [batch, pages, layers, sub_keys, dim]``."""
+    """``input_features``, per document ``[pages, RUNS, layers, kv_heads, head_dim]`` -> ``keys``, each ``[pages,
+    key_heads, sub_keys, key_dim]``."""
 
     def __init__(self, indexer: MemoryIndexer):
         super().__init__()
-        self.towers = indexer.key
+        self.indexer = indexer
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
-        runs = features["input_features"]
-        features["keys"] = torch.stack([tower(runs[:, :, i]) for i, tower in enumerate(self.towers)], dim=2)
+        device = self.indexer.key.device
+        features["keys"] = [self.indexer.keys_of_runs(runs.to(device)) for runs in features["input_features"]]
         return features
 
     def save(self, output_path: str, *args: Any, **options: Any) -> None:
@@ -52,8 +54,18 @@ def as_sentence_transformer(indexer: MemoryIndexer, device: str) -> SentenceTran
     return SentenceTransformer(modules=[router], device=device)
 
 
-def logits(queries: dict[str, Any], pages: dict[str, Any]) -> torch.Tensor:
-    """What the towers say of every page, in the way of ``MemoryIndexer.score``: ``[batch, pages]``."""
-    products = torch.einsum("blthd,bplsd->blptsh", queries["queries"], pages["keys"]).relu()
-    votes = torch.einsum("blptsh,blth->blpts", products, queries["weights"])
-    return (votes.amax(dim=(3, 4)) + queries["bias"][None, :, None]).amax(dim=1)
+def scores(indexer: MemoryIndexer, queries: dict[str, Any], pages: dict[str, Any], label: torch.Tensor) -> torch.Tensor:
+    """What the towers say of every page at every anchor, in the way of ``MemoryIndexer.score``.
+
+    Args:
+        label: ``[documents, anchors, pages]``, negative where there is no page.
+
+    Returns:
+        Of the same shape; 0 where there is no page.
+    """
+    found = torch.zeros_like(label)
+    for document, (anchors, keys) in enumerate(zip(queries["queries"], pages["keys"], strict=True)):
+        for anchor, asked in enumerate(anchors):
+            known = int((label[document, anchor] >= 0).sum())
+            found[document, anchor, :known] = indexer.score_all(asked, keys[:known])
+    return found

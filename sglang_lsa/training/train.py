@@ -7,21 +7,23 @@ import json
 import pathlib
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.indexer.recording import BadRecording
+from sglang_lsa.training.calibrate import calibrate, with_threshold
 from sglang_lsa.training.card import write_card
-from sglang_lsa.training.data import Batches, Recording, load_recordings, retrieval_heads
+from sglang_lsa.training.data import Batches, Head, Recording, load_recordings, retrieval_heads
 from sglang_lsa.training.losses import PageLoss
-from sglang_lsa.training.recall import COLUMNS, RecallEvaluator, Rules, measure, recall_cells
+from sglang_lsa.training.recall import RecallEvaluator, Rules, measure, recall_table
 from sglang_lsa.training.settings import TrainSettings
 from sglang_lsa.training.towers import as_sentence_transformer
 
@@ -29,7 +31,10 @@ from sglang_lsa.training.towers import as_sentence_transformer
 def train(
     data: pathlib.Path, output: pathlib.Path, settings: TrainSettings, device: str, console: Console
 ) -> list[dict[str, Any]]:
-    """Train on the recordings' split ``train``, stop when recall on ``held-out`` no longer rises, write the best.
+    """Train on the recordings' split ``train``, and measure on ``held-out``.
+
+    One in five training documents is not trained on: recall on them says when to stop and which weights are best, and
+    the threshold is found on them. Held-out documents decide nothing.
 
     Args:
         output: folder for ``config.json``, ``model.safetensors``, the model card and ``recall.json``.
@@ -42,35 +47,51 @@ def train(
     """
     began = time.monotonic()
     set_seed(settings.seed)
-    chosen = retrieval_heads(data, settings.retrieval_heads) if settings.retrieval_heads else None
-    training, held_out = (load_recordings(data, split, chosen) for split in ("train", "held-out"))
-    indexer = MemoryIndexer(config_for(training[0], settings))
-    rules = Rules(settings.golden, settings.positions)
-    evaluator = RecallEvaluator(held_out, indexer, rules)
+    heads = sorted(retrieval_heads(data, settings.heads))
+    training, held_out = (load_recordings(data, split, heads) for split in ("train", "held-out"))
+    training, watched = split_off(training)
+    indexer = MemoryIndexer(config_for(training[0], heads, settings))
+    rules = Rules(settings.golden)
+    evaluator = RecallEvaluator(watched, indexer, rules)
     with tempfile.TemporaryDirectory(prefix="sglang-lsa-") as scratch:
         make_trainer(indexer, training, evaluator, settings, device, scratch).train()
     indexer.to(device).eval().requires_grad_(False)
+    with_threshold(indexer, *calibrate(watched, indexer, rules, settings.coverage, device))
     indexer.save(output)
     rows = measure(held_out, indexer, rules, device=device)
     seconds = time.monotonic() - began
-    result = {"settings": dataclasses.asdict(settings), "seconds": seconds, "history": evaluator.history, "rows": rows}
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "page_bytes": indexer.config.page_bytes,
+        "seconds": seconds,
+        "history": evaluator.history,
+        "rows": rows,
+    }
     (output / "recall.json").write_text(json.dumps(result, indent=1) + "\n")
     write_card(output, dataclasses.asdict(settings), indexer, training, held_out, rows, seconds, device)
     console.print(recall_table(rows))
     return rows
 
 
-def config_for(recording: Recording, settings: TrainSettings) -> IndexerConfig:
-    """An indexer for the model that was recorded."""
-    return IndexerConfig(
-        hidden_size=recording.hidden.shape[-1],
-        num_hidden_layers=recording.facts.model_layers,
-        layers=recording.facts.layers,
-        rank=settings.rank,
-        heads=settings.heads,
-        head_dim=settings.head_dim,
-        sub_keys=settings.sub_keys,
-    )
+def split_off(recordings: list[Recording]) -> tuple[list[Recording], list[Recording]]:
+    """Four of five, and the fifth, of every family.
+
+    Raises:
+        BadRecording: there are too few.
+    """
+    by_family: dict[str, list[Recording]] = {}
+    for recording in recordings:
+        by_family.setdefault(recording.entry.family, []).append(recording)
+    ordered = [recording for members in by_family.values() for recording in members]
+    rest, fifth = [r for i, r in enumerate(ordered) if i % 5], ordered[::5]
+    if not rest:
+        raise BadRecording(f"{len(recordings)} training recordings are too few to watch one of them: record more")
+    return rest, fifth
+
+
+def config_for(recording: Recording, heads: Sequence[Head], settings: TrainSettings) -> IndexerConfig:
+    """An indexer for the model that was recorded; ``heads`` in the order in which their attention was loaded."""
+    return IndexerConfig(recording.shape, tuple(heads), settings.sub_keys, settings.key_dim, settings.positions)
 
 
 def make_trainer(
@@ -83,19 +104,25 @@ def make_trainer(
 ) -> SentenceTransformerTrainer:
     """sentence-transformers' trainer for this indexer; ``scratch`` is a folder for what it writes."""
     model = as_sentence_transformer(indexer, device)
-    batches = Batches(training, settings.positions, settings.pages, settings.golden, settings.seed)
+    batches = Batches(training, settings.positions, settings.anchors, settings.seed)
+    adapters = [value for value in indexer.parameters() if value.dim() > 1]
+    numbers = [value for value in indexer.parameters() if value.dim() == 1]
+    rate = settings.learning_rate
+    optimizer = torch.optim.AdamW(
+        [{"params": adapters, "lr": rate}, {"params": numbers, "lr": 10 * rate}], weight_decay=0.0
+    )
     every = max(1, settings.steps // 20)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.steps // 20,
-        weight_decay=0.01,
         max_grad_norm=1.0,
         seed=settings.seed,
         data_seed=settings.seed,
+        eval_on_start=True,
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="no",
@@ -108,7 +135,8 @@ def make_trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(batches.rows()),
-        loss=PageLoss(model, settings.loss, settings.golden),
+        loss=PageLoss(model, indexer, settings.loss, settings.golden),
+        optimizers=(optimizer, None),
         evaluator=evaluator,
         data_collator=batches,  # type: ignore[arg-type]
         callbacks=[KeepBest(indexer, settings.patience)],
@@ -116,7 +144,7 @@ def make_trainer(
 
 
 class KeepBest(TrainerCallback):
-    """Stops when held-out recall has not risen for some evaluations, and ends with the weights of the best one."""
+    """Stops when recall has not risen for some evaluations, and ends with the weights of the best one."""
 
     def __init__(self, indexer: MemoryIndexer, patience: int):
         self.indexer, self.patience = indexer, patience
@@ -134,11 +162,3 @@ class KeepBest(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if self.weights:
             self.indexer.load_state_dict(self.weights)
-
-
-def recall_table(rows: list[dict[str, Any]]) -> Table:
-    """Recall of every selector, to read."""
-    table = Table(*COLUMNS, title="held-out recall")
-    for cells in recall_cells(rows):
-        table.add_row(*cells)
-    return table

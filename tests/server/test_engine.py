@@ -10,9 +10,7 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from prompts import needle
-from safetensors.torch import save_file
 
 from sglang_lsa.server_process import ServerFailed, ServerProcess
 
@@ -42,14 +40,13 @@ if __name__ == "__main__":
 
 
 def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
-    """With a randomly initialised indexer, chunked prefill and no radix tree: the whole path runs, and reading
-    everything is not affected by it."""
-    indexer = random_indexer(tmp_path / "indexer", hidden_size=576, num_hidden_layers=30)
+    """With the shipped indexer, chunked prefill and no radix tree: the whole path runs, and reading everything is not
+    affected by it."""
     script = tmp_path / "engine.py"
     script.write_text(textwrap.dedent(ENGINE))
     prompt = needle(1800, 0.5, 6).prompt
     done = subprocess.run(
-        [sys.executable, str(script), model_path, str(indexer), prompt],
+        [sys.executable, str(script), model_path, "smollm2-135m-instruct", prompt],
         capture_output=True,
         text=True,
         timeout=600,
@@ -62,7 +59,9 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
     assert [r["policy"] for r in finished] == ["indexer", "full", "quest"]
     assert finished[0]["resident_pages"] < finished[0]["context_pages"] == finished[1]["resident_pages"]
     assert result["state"]["fallbacks"] == 0
-    assert needle(1800, 0.5, 6).answer in result["answers"]["full"]
+    assert all(needle(1800, 0.5, 6).answer in result["answers"][how] for how in ("full", "indexer"))
+    assert 0 < finished[0]["coverage"] <= 1
+    assert finished[1]["coverage"] is finished[2]["coverage"] is None
     assert finished[0]["history"] != finished[2]["history"]
 
 
@@ -75,17 +74,3 @@ def test_refused_at_start(model_path: str, tmp_path: pathlib.Path) -> None:
         log = server.log.read_text()
         assert "--lsa-host-memory-gb 100000" in log and "GB are free: lower it" in log
         assert "Load weight" not in log
-
-
-def random_indexer(folder: pathlib.Path, hidden_size: int, num_hidden_layers: int) -> pathlib.Path:
-    """A checkpoint with random weights, as ``sglang-lsa train`` would lay it out."""
-    from sglang_lsa.indexer.checkpoint import IndexerConfig
-    from sglang_lsa.indexer.model import MemoryIndexer
-
-    config = IndexerConfig(hidden_size, num_hidden_layers, layers=(10, 20), rank=16, heads=2, head_dim=32)
-    torch.manual_seed(0)
-    folder.mkdir()
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    (folder / "config.json").write_text(json.dumps(values))
-    save_file(MemoryIndexer(config).state_dict(), folder / "model.safetensors")
-    return folder

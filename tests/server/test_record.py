@@ -1,21 +1,33 @@
-"""``sglang-lsa record`` on a real server against transformers: the same hidden states, and the same attention."""
+"""``sglang-lsa record`` on a real server against transformers: the same queries, keys and attention."""
 
 from __future__ import annotations
 
 import pathlib
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.record import Manifest, record
 from sglang_lsa.indexer.recording import BLOCK, read_recording
+from sglang_lsa.training.data import retrieval_heads
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 LAYERS, OBSERVED = 6, (2, 4)
 FLAGS = "--dtype float32 --chunked-prefill-size 384 --lsa-device-tokens 4096 --lsa-host-memory-gb 0.2 --lsa-debug "
 FLAGS += "--json-model-override-args '{\"num_hidden_layers\": 6}' --lsa-observe-layers 2,4"
+
+
+rotate = modeling_llama.apply_rotary_pos_emb
+
+
+def keep(seen: list[tuple[torch.Tensor, torch.Tensor]], *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys ``[1, heads, tokens, head_dim]`` after rotary embedding, one pair a layer."""
+    seen.append(rotate(*given))
+    return seen[-1]
 
 
 def ask(output: pathlib.Path, model: str, **changed: object) -> int:
@@ -27,12 +39,15 @@ def ask(output: pathlib.Path, model: str, **changed: object) -> int:
         "texts": None,
         "last": 200,
         "new_tokens": 20,
+        "layers": 2,
         "server_args": FLAGS,
     }
     return record(output, model, **(options | changed))  # type: ignore[arg-type]
 
 
-def test_recordings_equal_transformers(model_path: str, tmp_path: pathlib.Path) -> None:
+def test_recordings_equal_transformers(
+    model_path: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert ask(tmp_path, model_path) == 2
     assert ask(tmp_path, model_path) == 0, "everything is recorded already, and no server is started"
     model = AutoModelForCausalLM.from_pretrained(
@@ -45,16 +60,34 @@ def test_recordings_equal_transformers(model_path: str, tmp_path: pathlib.Path) 
         assert facts.tokens in (entry.tokens + 19, entry.tokens + 20)
         assert facts.layers == OBSERVED
         ids = tensors["input_ids"].long()
+        rotated: list[tuple[torch.Tensor, torch.Tensor]] = []
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", partial(keep, rotated))
         with torch.no_grad():
-            seen = model(ids[None], output_attentions=True, output_hidden_states=True)
-        hidden = torch.stack([seen.hidden_states[layer + 1][0, facts.first :] for layer in OBSERVED], dim=1)
-        torch.testing.assert_close(tensors["hidden"], hidden, atol=2e-2, rtol=1e-3)
+            seen = model(ids[None], output_attentions=True)
+        queries, keys = (
+            torch.stack([rotated[layer][which][0].transpose(0, 1) for layer in OBSERVED], dim=1) for which in (0, 1)
+        )
+        torch.testing.assert_close(tensors["queries"], queries[facts.first :], atol=2e-2, rtol=1e-3)
+        full = len(ids) // PAGE_SIZE
+        runs = keys[: full * PAGE_SIZE].unflatten(0, (full, 16, 4)).mean(dim=2)
+        torch.testing.assert_close(tensors["runs"], runs, atol=2e-2, rtol=1e-3)
         attention = torch.cat(seen.attentions, dim=1)[0]  # [layers * heads, tokens, tokens]
         blocks, pages = len(tensors["mass"]), tensors["mass"].shape[2]
         padded = torch.nn.functional.pad(attention, (0, pages * PAGE_SIZE - len(ids)))
         by_page = padded.unflatten(2, (pages, PAGE_SIZE)).sum(dim=3)[:, facts.start : facts.start + blocks * BLOCK]
         mass = by_page.unflatten(1, (blocks, BLOCK)).amax(dim=2).transpose(0, 1)
         torch.testing.assert_close(tensors["mass"].float(), mass, atol=2e-3, rtol=0)
+
+
+def test_layers_are_found_where_none_are_named(model_path: str, tmp_path: pathlib.Path) -> None:
+    """With a few short prompts first, whose recordings stay beside the others."""
+    flags = FLAGS.replace(" --lsa-observe-layers 2,4", "")
+    assert ask(tmp_path, model_path, families=["facts"], server_args=flags) == 1
+    probed = Manifest.open(tmp_path / "probe")
+    assert {entry.family for entry in probed.entries.values()} == {"facts", "pairs", "records"}
+    heads = retrieval_heads(tmp_path / "probe", 999, observed_only=False)
+    facts, _ = read_recording(Manifest.open(tmp_path).file("train-facts-900-0"), ())
+    assert facts.layers == tuple(sorted(list(dict.fromkeys(layer for layer, _ in heads))[:2]))
 
 
 def test_a_server_that_does_not_record_says_so(lsa) -> None:

@@ -316,6 +316,47 @@ def test_bound_score_refuses_what_does_not_fit(queries: tuple[int, ...], bounds:
         bound_score(torch.zeros(queries), torch.zeros(bounds), torch.arange(3), 1.0)
 
 
+def test_a_page_gets_the_largest_share_of_any_position() -> None:
+    """By the definition, head by head and position by position, in float64."""
+    queries, keys = random(3, 5, 8, seed=1), random(7, 2, 4, 8, seed=2)
+    table, ids = scattered(keys)
+    of_head = torch.tensor([1, 0, 1])
+    shares = page_score.page_score(queries, table, ids, of_head)
+    assert shares.shape == (3, 7)
+    for head in range(3):
+        flat = keys[:, of_head[head]].reshape(28, 8).double()
+        attention = torch.stack([(flat @ queries[head, t].double()).softmax(0) for t in range(5)])
+        expected = attention.view(5, 7, 4).sum(2).amax(0)
+        torch.testing.assert_close(shares[head].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_shares_of_many_pages_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys = random(2, 3, 8, seed=1), random(17, 1, 4, 8, seed=2)
+    table, ids = scattered(keys)
+    of_head = torch.zeros(2, dtype=torch.int64)
+    whole = page_score.page_score(queries, table, ids, of_head)
+    for at_once in (1, 4, 16, 17):
+        monkeypatch.setattr(page_score, "PAGES_AT_ONCE", at_once)
+        shares = page_score.page_score(queries, table, ids, of_head)
+        torch.testing.assert_close(shares, whole, rtol=0, atol=1e-6)
+
+
+def test_no_positions_and_no_pages_have_no_shares() -> None:
+    table, heads = torch.zeros(5, 1, 4, 8), torch.tensor([0, 0])
+    assert page_score.page_score(torch.zeros(2, 0, 8), table, torch.arange(3), heads).tolist() == [[0.0] * 3] * 2
+    assert page_score.page_score(torch.zeros(2, 3, 8), table, torch.arange(0), heads).shape == (2, 0)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(3, 8), (2, 16)], ids=["another number of heads", "another dim"])
+def test_page_score_refuses_what_does_not_fit(heads: int, dim: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"queries \({heads}, 2, {dim}\) of 2 heads do not fit page keys \(5, 1, 4, 8\)"
+    ):
+        page_score.page_score(
+            torch.zeros(heads, 2, dim), torch.zeros(5, 1, 4, 8), torch.arange(3), torch.tensor([0, 0])
+        )
+
+
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
 @given(
     dim=st.sampled_from([1, 3, 16, 80]),

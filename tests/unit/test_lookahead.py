@@ -104,11 +104,12 @@ class Server:
         self.queued = Queued()
         policies: dict[str, Policy] = {
             "wanted": self.wanted,
+            "trusted": self.wanted,
             "queued": self.queued,
             "recency": Recency(),
             "random": Random(),
         }
-        self.lookahead = Lookahead(self.config, self.pager, self.table, policies, lead, lag)
+        self.lookahead = Lookahead(self.config, self.pager, self.table, policies, lead, lag, {"trusted": 0.25})
         self.requests = 0
         self.next_page = 1
 
@@ -784,18 +785,87 @@ def test_a_first_window_that_fails_leaves_the_request_dense(stage: str, monkeypa
 def test_scores_that_are_no_numbers_choose_nothing() -> None:
     server = Server()
     nan = float("nan")
-    positions, ranks = server.lookahead.choose(np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
-    assert positions.tolist() == [0, 1, 3, 7]
-    assert ranks.tolist() == [float("inf"), 2, 3, float("inf")]
-    positions, ranks = server.lookahead.choose(np.full(8, nan), 8, 0.5)
-    assert (positions.tolist(), ranks.tolist()) == ([0, 7], [float("inf")] * 2)
+    found = server.lookahead.choose(np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
+    assert found.positions.tolist() == [0, 1, 3, 7]
+    assert found.ranks.tolist() == [float("inf"), 2, 3, float("inf")]
+    assert not found.collapsed
+    found = server.lookahead.choose(np.full(8, nan), 8, 0.5)
+    assert (found.positions.tolist(), found.ranks.tolist()) == ([0, 7], [float("inf")] * 2)
+    assert found.collapsed
 
 
 def test_a_set_that_has_room_for_all_keeps_pages_without_a_score_as_the_worst() -> None:
     server = Server(min_pages=8)
-    positions, ranks = server.lookahead.choose(np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
-    assert positions.tolist() == [0, 1, 2, 3]
-    assert ranks.tolist() == [float("inf"), float("-inf"), 2.0, float("inf")]
+    found = server.lookahead.choose(np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
+    assert found.positions.tolist() == [0, 1, 2, 3]
+    assert found.ranks.tolist() == [float("inf"), float("-inf"), 2.0, float("inf")]
+    assert not found.collapsed
+
+
+# --- selection that knows when it does not know -----------------------------------------------------------------------
+
+
+def knowing(**options: object) -> Server:
+    """Of 12 pages and a growing one 7 may be kept; the first and the growing one stay anyway."""
+    return Server(budget=0.55, **options)
+
+
+def test_a_set_says_what_it_is_expected_to_cover() -> None:
+    server = knowing()
+    server.wanted.values = {3: 0.6, 5: 0.4, 6: 0.3, 7: 0.1, 8: 0.4, 9: 0.2}
+    request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
+    assert server.read(request) == [0, 3, 5, 6, 8]
+    assert request.coverage == pytest.approx(1.7 / 2.0)
+    assert (request.widened, request.collapsed, server.lookahead.widened) == (0, 0, 0)
+
+
+def test_scores_that_are_not_shares_promise_nothing() -> None:
+    server = knowing(fallback_budget=1.0, min_coverage=1.0)
+    server.wanted.values = {3: 0.6, 5: 0.4}
+    request = server.prefill("a", 12 * PAGE_SIZE + 5)
+    assert request.coverage is None
+    assert server.read(request) == [0, 3, 5]
+
+
+def test_a_set_that_covers_too_little_is_widened() -> None:
+    server = knowing(fallback_budget=0.8, min_coverage=0.95, threshold=0.0)
+    server.wanted.values = dict.fromkeys(range(1, 11), 0.1)
+    request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
+    assert len(server.read(request)) + 1 == int(13 * 0.8)
+    assert request.coverage == pytest.approx(0.8)
+    assert (request.widened, server.lookahead.widened) == (1, 1)
+
+
+def test_a_set_that_covers_enough_is_not_widened() -> None:
+    server = knowing(fallback_budget=0.8, min_coverage=0.95, threshold=0.0)
+    server.wanted.values = {4: 0.9, 5: 0.06, 6: 0.01}
+    request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
+    assert server.read(request) == [0, 4, 5, 6]
+    assert (request.coverage, request.widened) == (1.0, 0)
+
+
+def test_a_policy_has_its_own_threshold_unless_one_is_configured() -> None:
+    for options, kept in (({}, [0, 3]), ({"threshold": 0.1}, [0, 3, 5])):
+        server = knowing(**options)
+        server.wanted.values = {3: 0.6, 5: 0.2, 6: 0.1}
+        assert server.read(server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")) == kept
+
+
+def test_a_collapsed_selection_is_reported_once_for_each_request(caplog: pytest.LogCaptureFixture) -> None:
+    server = knowing()
+    request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
+    for _ in range(2 * WINDOW):
+        server.decode(request)
+    assert server.read(request)[0] == 0 and request.window == 2
+    assert (request.collapsed, server.lookahead.collapsed, request.coverage) == (3, 3, 0.0)
+    assert caplog.text.count("reads its first and last pages only") == 1
+
+
+def test_a_trusted_policy_that_fails_promises_nothing() -> None:
+    server = knowing()
+    server.wanted.error = RuntimeError("no scores")
+    request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
+    assert (request.coverage, server.lookahead.fallbacks) == (None, 1)
 
 
 def test_a_policy_of_which_some_scores_are_no_numbers() -> None:

@@ -829,7 +829,7 @@ def test_only_a_lack_of_memory_is_survived(
 
 
 def arguments(**changed: Any) -> SimpleNamespace:
-    text = SimpleNamespace(hidden_size=576, num_hidden_layers=30)
+    text = SimpleNamespace(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     model = SimpleNamespace(
         model_path="model",
         is_hybrid_swa=False,
@@ -886,7 +886,8 @@ def test_models_that_cannot_work_are_refused(changed: dict[str, Any], words: str
         attach(arguments(model=changed), LSAConfig())
 
 
-CHECKPOINT = {"hidden_size": 576, "num_hidden_layers": 30, "layers": [9, 15]}
+SHAPE = {"hidden_size": 576, "num_hidden_layers": 30, "q_heads": 9, "kv_heads": 3, "head_dim": 64}
+CHECKPOINT = {"model": SHAPE, "heads": [[9, 3], [15, 0]]}
 
 
 @pytest.mark.parametrize(
@@ -895,9 +896,12 @@ CHECKPOINT = {"hidden_size": 576, "num_hidden_layers": 30, "layers": [9, 15]}
         (None, "has no config.json: give a folder written by sglang-lsa train"),
         ("weights", "config.json is no indexer configuration"),
         ([1], "config.json is no indexer configuration"),
-        ({"hidden_size": 576}, "config.json is no indexer configuration"),
-        ({**CHECKPOINT, "hidden_size": 4096}, "trained for a model with 30 layers of width 4096; this model has 30 of"),
-        ({**CHECKPOINT, "num_hidden_layers": 2}, "give the indexer that belongs to this model"),
+        ({"model": SHAPE}, "config.json is no indexer configuration"),
+        ({"model": {"hidden_size": 576}, "heads": [[9, 3]]}, "config.json is no indexer configuration"),
+        ({**CHECKPOINT, "heads": []}, "config.json is no indexer configuration"),
+        ({**CHECKPOINT, "heads": [[9, 9]]}, "config.json is no indexer configuration"),
+        ({**CHECKPOINT, "model": {**SHAPE, "hidden_size": 4096}}, r"hidden_size=4096, .*; this one is of .*size=576"),
+        ({**CHECKPOINT, "model": {**SHAPE, "kv_heads": 9}}, "give the indexer that belongs to this model"),
         (CHECKPOINT, None),
     ],
 )
@@ -911,6 +915,13 @@ def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None
         return
     with pytest.raises(Unsupported, match=words):
         attach(arguments(), config)
+
+
+def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps(CHECKPOINT))
+    with pytest.raises(Unsupported, match=r"--lsa-observe-layers 1,2: the indexer .* leave the flag out"):
+        attach(arguments(), LSAConfig(indexer=str(tmp_path), observe_layers=(1, 2)))
 
 
 def test_defaults_leave_what_was_given() -> None:

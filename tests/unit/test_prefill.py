@@ -94,7 +94,7 @@ class Server:
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1) for _ in range(2)] for _ in range(2))
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         table = torch.zeros((9, VIRTUAL * PAGE_SIZE), dtype=torch.int32)
-        self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, torch.nn.Module(), chunk)
+        self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, chunk)
         self.ledger, self.lookahead = self.pager.ledger, self.runtime.lookahead
         self.prefill, self.admission = self.runtime.prefill, self.runtime.admission
         self.wanted = Wanted()

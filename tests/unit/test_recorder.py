@@ -9,26 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score_reference
 from sglang_lsa.policies import Request
 
-LAYERS, Q_HEADS, KV_HEADS, DIM, WIDTH = 3, 4, 2, 8, 16
+LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 8
 OBSERVED = (0, 2)
 POSITIONS = 24
 POOL_PAGES = 12
-
-
-class Layer(nn.Module):
-    """A decoder layer in SGLang's form: what it adds, and what it adds to."""
-
-    def forward(self, positions: Any, hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden * 0.25, hidden * 0.75
 
 
 class Server:
@@ -38,7 +30,6 @@ class Server:
         made = torch.Generator().manual_seed(tokens)
         self.keys = [torch.randn((POOL_PAGES * PAGE_SIZE, KV_HEADS, DIM), generator=made) for _ in range(LAYERS)]
         self.queries = torch.randn((LAYERS, tokens, Q_HEADS, DIM), generator=made)
-        self.hidden = torch.randn((LAYERS, tokens, WIDTH), generator=made)
         pages = -(-tokens // PAGE_SIZE)
         self.v2p = np.zeros(40, dtype=np.int32)
         virtual = np.arange(20, 20 + pages)
@@ -50,17 +41,7 @@ class Server:
         for slot, layer in enumerate(OBSERVED):
             by_page = self.keys[layer].unflatten(0, (POOL_PAGES, PAGE_SIZE))
             self.table[virtual, slot] = key_bounds(by_page[self.v2p[virtual].astype(np.int64)])
-        self.model = SimpleNamespace(model=SimpleNamespace(layers=nn.ModuleList(Layer() for _ in range(LAYERS))))
-        self.recorder = Recorder(
-            folder,
-            OBSERVED,
-            POSITIONS,
-            self.keys,
-            Q_HEADS,
-            DIM**-0.5,
-            self.table,
-            self.model,  # type: ignore[arg-type]
-        )
+        self.recorder = Recorder(folder, OBSERVED, POSITIONS, self.keys, Q_HEADS, DIM**-0.5, self.table, 99)
         self.req = SimpleNamespace(
             rid="asked",
             sampling_params=SimpleNamespace(max_new_tokens=0),
@@ -87,8 +68,6 @@ class Server:
         for layer in range(LAYERS):
             own = self.queries[layer, first:stop]
             self.recorder.observe(layer, torch.cat((noise[:, :, None].expand(-1, Q_HEADS, DIM), own)))
-            hidden = torch.cat((noise.expand(-1, WIDTH), self.hidden[layer, first:stop]))
-            self.model.model.layers[layer](None, hidden, None)
         self.recorder.end_pass()
 
     def close(self) -> None:
@@ -129,17 +108,17 @@ def test_recording_equals_attention(
     server.close()
     facts, tensors = read_recording(tmp_path / "asked.safetensors")
     start = max(0, tokens - last) // BLOCK * BLOCK
-    assert (facts.tokens, facts.start, facts.first) == (tokens, start, max(0, start - POSITIONS))
-    assert (facts.layers, facts.model_layers, facts.q_heads) == (OBSERVED, LAYERS, Q_HEADS)
+    assert (facts.tokens, facts.start, facts.first) == (tokens, start, max(0, start - RECORDED_POSITIONS))
+    assert (facts.layers, facts.model_layers, facts.q_heads, facts.hidden_size) == (OBSERVED, LAYERS, Q_HEADS, 99)
     assert tensors["input_ids"].tolist() == list(range(tokens))
     mass = expected_mass(server, start, tokens)
     torch.testing.assert_close(tensors["mass"].double(), mass, atol=1e-3, rtol=0)
-    hidden = server.hidden[list(OBSERVED), facts.first :].transpose(0, 1)
-    torch.testing.assert_close(tensors["hidden"], hidden)
+    queries = server.queries[list(OBSERVED), facts.first :].transpose(0, 1)
+    torch.testing.assert_close(tensors["queries"], queries, rtol=0, atol=0)
     full = tokens // PAGE_SIZE
-    normed = server.hidden / server.hidden.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-    runs = normed[list(OBSERVED), : full * PAGE_SIZE].reshape(len(OBSERVED), full, 8, 8, WIDTH).mean(3)
-    torch.testing.assert_close(tensors["runs"], runs.transpose(0, 1), atol=1e-5, rtol=1e-5)
+    keys = torch.stack([server.keys[layer][server.slots(full * PAGE_SIZE)] for layer in OBSERVED], dim=1)
+    runs = keys.view(full, 16, 4, len(OBSERVED), KV_HEADS, DIM).mean(2)
+    torch.testing.assert_close(tensors["runs"], runs, atol=1e-6, rtol=1e-6)
 
 
 def test_scores_are_those_of_quest_at_each_anchor(tmp_path: pathlib.Path) -> None:
@@ -240,7 +219,7 @@ def test_bad_files_are_refused(damage: str, words: str, tmp_path: pathlib.Path) 
     elif damage == "other":
         save_file(tensors, path)
     elif damage == "nan":
-        write_recording(path, tensors | {"hidden": tensors["hidden"] * float("nan")}, FACTS)
+        write_recording(path, tensors | {"queries": tensors["queries"] * float("nan")}, FACTS)
     else:
         write_recording(path, {"mass": tensors["mass"]}, FACTS)
     with pytest.raises(BadRecording, match=words):
@@ -254,5 +233,6 @@ FACTS = {
     "first": 104,
     "layers": [0, 2],
     "model_layers": 3,
+    "hidden_size": 99,
     "q_heads": 4,
 }

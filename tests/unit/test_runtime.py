@@ -29,7 +29,7 @@ def make_runtime(chunk: int | None = None, **options: object) -> LSARuntime:
     req_to_token = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
     config = LSAConfig.from_mapping(options)
     pager = Pager(keys, values, 64, PAGE_SIZE)
-    return LSARuntime(config, pager, req_to_token, 2, 1.0, torch.nn.Module(), chunk_tokens=chunk)
+    return LSARuntime(config, pager, req_to_token, 2, 1.0, chunk_tokens=chunk)
 
 
 def lengths_read(runtime: LSARuntime, rows: torch.Tensor, seq_lens: torch.Tensor) -> list[int]:
@@ -123,7 +123,6 @@ def test_staging_takes_what_was_planned_for_it(chunk: int | None, staged: int) -
         q_heads=2,
         kv_heads=1,
         head_dim=2,
-        hidden_size=4,
         itemsize=4,
     )
     assert runtime.staging_bytes == overhead_bytes(runtime)["staging"] == needs.staging_bytes
@@ -138,7 +137,7 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     runtime = make_runtime()
     values = measure(runtime)
     assert sorted(values) == sorted([*GAUGES, *COUNTERS])
-    shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes}
+    shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes, "lsa_coverage": 1.0}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)
 

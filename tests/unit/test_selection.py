@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_lsa.selection import affordable, always_kept, budget_pages, select
+from sglang_lsa.selection import affordable, always_kept, budget_pages, expected_coverage, select, widened
 
 REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 
@@ -256,3 +256,44 @@ def test_more_budget_never_takes_a_page_away(call: tuple[np.ndarray, dict[str, A
     small = set(select(scores, **options).tolist())
     large = set(select(scores, **{**options, "budget": min(1.0, options["budget"] * 1.5)}).tolist())
     assert small <= large
+
+
+# --- what a set is expected to cover ----------------------------------------------------------------------------------
+
+STAY = np.array([True, False, False, False, False, True])
+SHARES = np.array([9.0, 0.1, 0.2, 0.3, 0.4, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("positions", "coverage"),
+    [([0, 5], 0.0), ([0, 4, 5], 0.4), ([0, 1, 3, 5], 0.4), ([0, 1, 2, 3, 4, 5], 1.0)],
+)
+def test_coverage_is_of_pages_that_may_be_left_out(positions: list[int], coverage: float) -> None:
+    assert expected_coverage(SHARES, np.array(positions), STAY) == pytest.approx(coverage)
+
+
+def test_coverage_where_there_is_nothing_to_cover() -> None:
+    assert expected_coverage(np.zeros(6), np.array([0, 1, 5]), STAY) == 0.0
+    assert expected_coverage(SHARES, np.array([0]), np.ones(6, dtype=bool)) == 1.0
+    assert expected_coverage(np.array([1, np.nan, -np.inf, 0.5, 0, 0]), np.array([0, 3, 5]), STAY) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("coverage", "bound", "most", "size"),
+    [
+        pytest.param(0.4, 2, 6, 3, id="one page is enough"),
+        pytest.param(0.41, 2, 6, 4, id="two pages"),
+        pytest.param(0.9, 2, 6, 5, id="three"),
+        pytest.param(1.0, 2, 6, 6, id="all"),
+        pytest.param(0.9, 2, 4, 4, id="more than there may be"),
+        pytest.param(0.4, 5, 6, 5, id="never smaller than the budget"),
+        pytest.param(0.9, 5, 3, 5, id="nothing to widen to"),
+    ],
+)
+def test_sets_are_widened_until_they_cover_enough(coverage: float, bound: int, most: int, size: int) -> None:
+    assert widened(SHARES, STAY, bound, most, coverage) == size
+
+
+@pytest.mark.parametrize("shares", [np.zeros(6), np.full(6, np.nan)], ids=["zeros", "no numbers"])
+def test_scores_that_say_nothing_widen_as_far_as_allowed(shares: np.ndarray) -> None:
+    assert widened(shares, STAY, 2, 5, 0.5) == 5

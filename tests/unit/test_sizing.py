@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_lsa import sizing
+from sglang_lsa import observe, sizing
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.runtime import LSARuntime
@@ -158,7 +158,6 @@ MODEL: dict[str, int] = {
     "q_heads": 32,
     "kv_heads": 8,
     "head_dim": 128,
-    "hidden_size": 4096,
     "itemsize": 2,
 }
 NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page_key_bytes=1000, row_bytes=3000)
@@ -172,15 +171,17 @@ def test_needs_of_the_observers() -> None:
     assert needs == Needs(5, 4, 8192, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
 
 
-@pytest.mark.parametrize(("query_tokens", "ring"), [(10, 64), (100, 100)])
+@pytest.mark.parametrize(("query_tokens", "ring"), [(10, 24), (100, 100)])
 def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its keys are bfloat16, its ring at least a page long."""
-    shape = SimpleNamespace(layers=(3, 7), sub_keys=4, head_dim=64)
-    monkeypatch.setattr(sizing, "read_checkpoint_config", {"folder": shape}.__getitem__)
-    config = LSAConfig(indexer="folder", query_tokens=query_tokens, observe_layers=(1,))
+    """Its layers are observed, its keys are bfloat16, and as many positions are kept as vote for it or for quest."""
+    heads = ((3, 0), (3, 9), (7, 31))
+    shape = IndexerConfig(ModelShape(4096, 32, 32, 8, 128), heads, sub_keys=4, key_dim=64, positions=24)
+    for module in (sizing, observe):
+        monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
+    config = LSAConfig(indexer="folder", query_tokens=query_tokens)
     needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
-    assert needs.page_key_bytes == 2 * 8 * 128 * 2 + 2 * 4 * 64 * 2
-    assert needs.row_bytes == query_tokens * 32 * 128 * 2 + ring * 2 * 4096 * 2
+    assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2 + 3 * 4 * 64 * 2
+    assert needs.row_bytes == ring * 2 * 32 * 128 * 2
 
 
 def test_overhead_is_what_the_buffers_will_take() -> None:
@@ -197,13 +198,12 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
         q_heads=4,
         kv_heads=2,
         head_dim=8,
-        hidden_size=32,
         itemsize=4,
     )
     overhead = needs.overhead(config, physical * 64, virtual * 64)
     keys, values = ([torch.zeros((physical + 1) * 64, 2, 8) for _ in range(3)] for _ in range(2))
     request_table = torch.zeros((rows, context), dtype=torch.int32)
-    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, torch.nn.Module(), 128)
+    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, 128)
     runtime.reserve_graph_tokens(4)
     seen = overhead_bytes(runtime)
     seen["tables"] -= (virtual + 1) * 4  # on a GPU the page map is int32

@@ -22,6 +22,7 @@ from sglang_lsa.kernels.page_score import (
     _page_score_triton,
     bound_score,
     bound_score_reference,
+    page_score,
     page_score_reference,
 )
 from sglang_lsa.kernels.page_table import (
@@ -424,20 +425,45 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("positions", "heads", "dim", "pages", "sub_keys"),
-    [
-        pytest.param(1, 1, 1, 1, 1, id="smallest"),
-        pytest.param(5, 8, 128, 17, 8, id="several blocks of keys"),
-        pytest.param(32, 16, 64, 70, 4, id="32 positions"),
-        pytest.param(3, 24, 80, 9, 3, id="24 heads, dim 80, 3 sub-keys"),
-    ],
-)
-def test_page_score(positions: int, heads: int, dim: int, pages: int, sub_keys: int) -> None:
-    queries, weights = random(positions, heads, dim, seed=1), random(positions, heads, seed=2)
-    keys = random(pages, sub_keys, dim, seed=3)
-    logits = _page_score_triton(queries, weights, keys)
-    torch.testing.assert_close(logits, page_score_reference(queries, weights, keys), rtol=1e-5, atol=1e-4)
+SHARES = [
+    # heads, positions, pages, key_heads, sub_keys, dim
+    pytest.param(1, 1, 1, 1, 1, 1, id="smallest"),
+    pytest.param(3, 2, 17, 2, 8, 16, id="2 blocks of pages"),
+    pytest.param(2, 5, 130, 1, 1, 64, id="1 key a page"),
+    pytest.param(4, 70, 9, 3, 16, 32, id="2 blocks of positions"),
+    pytest.param(2, 3, 40, 2, 4, 80, id="dim 80"),
+    pytest.param(16, 64, 70, 6, 8, 64, id="as in use"),
+]
+
+
+def sharing(
+    heads: int, positions: int, pages: int, key_heads: int, sub_keys: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, a table of keys that is NaN but for the pages asked for, those pages, and the key head of each head."""
+    table = torch.full((2 * pages + 1, key_heads, sub_keys, dim), NAN, dtype=dtype, device=DEVICE)
+    where = ids(some(pages, 2 * pages))
+    table[where] = random(pages, key_heads, sub_keys, dim, dtype=dtype, seed=2)
+    queries = random(heads, positions, dim, dtype=dtype, seed=1) * 2 * dim**-0.5
+    return queries, table, where, ids([(3 * head + 1) % key_heads for head in range(heads)])
+
+
+@pytest.mark.parametrize("dtype", SCORE_DTYPES)
+@pytest.mark.parametrize(("heads", "positions", "pages", "key_heads", "sub_keys", "dim"), SHARES)
+def test_page_score(
+    heads: int, positions: int, pages: int, key_heads: int, sub_keys: int, dim: int, dtype: torch.dtype
+) -> None:
+    given = sharing(heads, positions, pages, key_heads, sub_keys, dim, dtype)
+    shares = _page_score_triton(*given)
+    assert shares.shape == (heads, pages)
+    assert shares.dtype == torch.float32
+    torch.testing.assert_close(shares, page_score_reference(*given), rtol=0, atol=FLOATS[dtype])
+
+
+@pytest.mark.parametrize(("positions", "pages"), [(0, 3), (2, 0)], ids=["0 positions", "0 pages"])
+def test_no_shares(positions: int, pages: int) -> None:
+    queries, table, where, heads = sharing(2, 2, 3, 1, 2, 16, torch.float32)
+    shares = page_score(queries[:, :positions], table, where[:pages], heads)
+    assert shares.tolist() == [[0.0] * pages] * 2
 
 
 class Batch:

@@ -1,0 +1,42 @@
+"""The comparison of selectors on a server: what counts as found, and the summary. The run itself: tests/server."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from sglang_lsa.bench.selectors import VALUES, summary, table
+from sglang_lsa.indexer.corpus import EVALUATION, FAMILIES, Texts
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+@pytest.mark.parametrize("family", sorted(VALUES))
+def test_the_values_of_every_family_are_in_its_text(family: str, split: str) -> None:
+    made = {**FAMILIES, **EVALUATION}[family](random.Random(0), split, Texts(split), 4000)
+    values = re.findall(VALUES[family], made.answer)
+    assert values
+    assert all(value in made.text for value in values)
+    assert not any(value in made.question for value in values)
+
+
+def row(prompt: str, family: str, policy: str, budget: float, found: float) -> dict[str, object]:
+    return {"prompt": prompt, "family": family, "policy": policy, "budget": budget, "found": found}
+
+
+def test_summary_is_paired_with_full_attention() -> None:
+    rows = [
+        row("a", "facts", "full", 1.0, 1.0),
+        row("a", "facts", "quest", 0.07, 0.5),
+        row("b", "pairs", "full", 1.0, 0.5),
+        row("b", "pairs", "quest", 0.07, 0.5),
+    ]
+    found = {(r["family"], r["policy"]): r for r in summary(rows)}
+    assert found["all", "full"]["found"] == 75.0
+    assert found["all", "full"]["delta"] == 0.0
+    assert found["all", "quest"]["delta"] == -25.0
+    assert (found["all", "quest"]["delta_ci_low"], found["all", "quest"]["delta_ci_high"]) == (-50.0, 0.0)
+    assert (found["facts", "quest"]["n"], found["facts", "quest"]["delta"]) == (1, -50.0)
+    assert found["pairs", "quest"]["delta"] == 0.0
+    assert table(list(found.values())).row_count == len(found)
