@@ -57,7 +57,7 @@ def run(
         texts: folder of the haystacks; None for Python's library.
 
     Returns:
-        What is written to ``selectors.json``: a row for each prompt, policy and budget with the share of ``found``
+        What is added to ``selectors.json``: a row for each prompt, policy and budget with the share of ``found``
         values, and the summary.
 
     Raises:
@@ -89,9 +89,16 @@ def run(
         "rows": rows,
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "selectors.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(output / "selectors.json", result)
     console.print(table(result["summary"]))
     return result
+
+
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Add to the results in ``path``; an earlier one of the same model is replaced."""
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    kept = [other for other in earlier if other["model"] != result["model"]]
+    path.write_text(json.dumps([*kept, result], indent=1) + "\n")
 
 
 def _ask_all(

@@ -104,6 +104,13 @@ def test_wheel_holds_every_module_exactly_once(wheel: pathlib.Path) -> None:
         assert any(name.startswith(f"sglang_lsa/{folder}/") for name in names), f"no module of {folder}/ in the wheel"
 
 
+def test_wheel_holds_the_shipped_indexers(wheel: pathlib.Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"):
+        for file in ("README.md", "SHA256SUMS", "config.json", "model.safetensors"):
+            assert f"sglang_lsa/indexer/shipped/{name}/{file}" in names
+
+
 def test_wheel_installs_only_sglang_lsa(wheel: pathlib.Path) -> None:
     metadata = f"sglang_lsa-{PROJECT['version']}.dist-info"
     assert {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()} == {"sglang_lsa", metadata}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import random
 import re
 
 import pytest
 
-from sglang_lsa.bench.selectors import VALUES, summary, table
+from sglang_lsa.bench.selectors import VALUES, summary, table, write
 from sglang_lsa.indexer.corpus import EVALUATION, FAMILIES, Texts
 
 
@@ -40,3 +42,10 @@ def test_summary_is_paired_with_full_attention() -> None:
     assert (found["facts", "quest"]["n"], found["facts", "quest"]["delta"]) == (1, -50.0)
     assert found["pairs", "quest"]["delta"] == 0.0
     assert table(list(found.values())).row_count == len(found)
+
+
+def test_results_of_the_same_model_are_replaced(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "selectors.json"
+    for result in ({"model": "a", "n": 1}, {"model": "b", "n": 2}, {"model": "a", "n": 3}):
+        write(path, result)
+    assert json.loads(path.read_text()) == [{"model": "b", "n": 2}, {"model": "a", "n": 3}]
