@@ -257,7 +257,8 @@ def _of_length(
     """Make the prompt shorter or longer until its tokens fit; all attempts draw the same random numbers."""
     name = f"{split}-{family}-{length}-{number}"
     characters = length * 3
-    for _ in range(12):
+    too_few, too_many = 0, length * 20
+    for _ in range(20):
         made = {**FAMILIES, **EVALUATION}[family](random.Random(name), split, texts, characters)
         prompt = Prompt(name, family, split, made.source, made.text, made.question, made.answer, made.evidence)
         tokens = prompt.read_by(tokenizer)
@@ -265,7 +266,12 @@ def _of_length(
             return prompt, tokens
         if not prompt.question and len(tokens.ids) > length:
             return prompt, Tokens(tokens.ids[:length], 0, ())
-        characters = max(100, int(characters * length * 0.96 / len(tokens.ids)))
+        if len(tokens.ids) < length:
+            too_few = characters
+        else:
+            too_many = characters
+        wanted = max(100, int(characters * length * 0.96 / max(1, len(tokens.ids))))
+        characters = wanted if too_few < wanted < too_many else (too_few + too_many) // 2
     raise ValueError(f"{name} cannot be made {length} tokens long (seen: {len(tokens.ids)}): use longer --lengths")
 
 
