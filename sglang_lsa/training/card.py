@@ -51,6 +51,9 @@ def write_card(
         "",
         f"Recordings by family: {families(training)}.",
         "",
+        "Prompts are made by `sglang-lsa record`: running text, and tasks whose words and sentences are its own, with "
+        "others in held-out prompts. Nothing of an evaluation suite is among them.",
+        "",
         "## Held-out recall",
         "",
         "Share of the pages that are kept among those to which these heads pay, on average of the largest share of "

@@ -66,9 +66,10 @@ def measure(
     """One row for each recording, selector and budget.
 
     Pages that are kept in any case (first and last ones) count for nobody. ``recall`` is the share of needed pages that
-    is kept, ``mass`` the share of what heads pay to pages that would not be kept in any case, ``evidence`` the share of
-    the pages that the answer is from (all of it, though a window needs only a part); each is None where there is
-    nothing to keep. ``told`` is the share that the indexer itself expects to keep.
+    is kept, ``f1`` its harmonic mean with the share of kept pages that is needed, ``mass`` the share of what heads pay
+    to pages that would not be kept in any case, ``evidence`` the share of the pages that the answer is from (all of it,
+    though a window needs only a part); each is None where there is nothing to keep. ``told`` is the share of the mass
+    that the indexer itself expects to keep.
 
     Args:
         stride: every so many anchors.
@@ -98,11 +99,12 @@ def measure(
                             evidence.sum(),
                             values[kept & free].sum(),
                             values[free].sum(),
+                            (kept & free).sum(),
                         ]
                     )
                     sums[name, budget] = sums.get((name, budget), 0) + found
         for (name, budget), found in sums.items():
-            kept_golden, golden, kept_mass, mass, kept_evidence, evidences, kept_score, score = found
+            kept_golden, golden, kept_mass, mass, kept_evidence, evidences, kept_score, score, kept_pages = found
             rows.append(
                 {
                     "document": recording.entry.name,
@@ -111,6 +113,7 @@ def measure(
                     "selector": name,
                     "budget": budget,
                     "recall": _share(kept_golden, golden),
+                    "f1": _share(2 * kept_golden, golden + kept_pages) if golden else None,
                     "mass": _share(kept_mass, mass),
                     "evidence": _share(kept_evidence, evidences),
                     "told": _share(kept_score, score) if name == "indexer" else None,
@@ -163,14 +166,14 @@ def summarise(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("selector", "
     found = []
     for key, members in groups.items():
         means = {}
-        for name in ("recall", "mass", "evidence", "told", "golden"):
+        for name in ("recall", "f1", "mass", "evidence", "told", "golden"):
             values = [member[name] for member in members if member[name] is not None]
             means[name] = round(float(np.mean(values)), 4) if values else None
         found.append({**dict(zip(by, key, strict=True)), **means, "n": len(members)})
     return found
 
 
-COLUMNS = ("family", "budget", "selector", "recall", "mass", "evidence", "documents")
+COLUMNS = ("family", "budget", "selector", "recall", "f1", "mass", "evidence", "documents")
 
 
 def recall_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -178,7 +181,7 @@ def recall_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     found = []
     whole = [{**row, "family": "all"} for row in rows]
     for row in summarise([*whole, *rows], ("family", "budget", "selector")):
-        shares = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("recall", "mass", "evidence")]
+        shares = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("recall", "f1", "mass", "evidence")]
         found.append([row["family"], f"{row['budget']:.1%}", row["selector"], *shares, str(row["n"])])
     return found
 

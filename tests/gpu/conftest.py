@@ -16,7 +16,7 @@ from sglang_lsa.server_process import LSA, ServerProcess
 
 POOL_TOKENS = 24_000
 WITH_LSA = ["--lsa-device-tokens", str(POOL_TOKENS), "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024"]
-WITH_LSA += ["--lsa-debug", "--enable-metrics"]
+WITH_LSA += ["--lsa-debug", "--enable-metrics", "--lsa-indexer", "smollm2-135m-instruct", "--lsa-policy", "quest"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

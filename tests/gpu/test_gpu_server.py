@@ -18,6 +18,7 @@ from sglang_lsa.server_process import ServerProcess
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 NEW_TOKENS = 32
 FULL = {"lsa": {"budget": 1.0}}
+POLICIES = ("quest", "indexer")
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +60,22 @@ def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess) -> N
     assert compare(answers(stock), answers(lsa, FULL), "budget 1.0 against stock") >= 25
 
 
-def test_graphs_change_nothing(lsa: ServerProcess, eager: ServerProcess) -> None:
-    assert compare(answers(lsa), answers(eager), "with CUDA graphs against without, budget 13.5 %") >= 25
+@pytest.mark.parametrize("policy", POLICIES)
+def test_graphs_change_nothing(policy: str, lsa: ServerProcess, eager: ServerProcess) -> None:
+    options = {"lsa": {"policy": policy}}
+    name = f"{policy}: with CUDA graphs against without, budget 13.5 %"
+    assert compare(answers(lsa, options), answers(eager, options), name) >= 25
 
 
-def test_batches_agree_with_single_requests(lsa: ServerProcess) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_agree_with_single_requests(policy: str, lsa: ServerProcess) -> None:
     """Needles found alone are found together, over a pool of a third of their pages."""
     needles = [needle(6800, depth / 10, 40 + depth) for depth in range(1, 10)]
     with ThreadPoolExecutor(len(needles)) as pool:
-        found = list(pool.map(lambda n: generate(lsa, n.prompt, 40)["text"], needles))
+        found = list(pool.map(lambda n: generate(lsa, n.prompt, 40, policy=policy)["text"], needles))
     alone = [generate(lsa, n.prompt, 40, policy="full")["text"] for n in needles]
     right = [sum(n.answer in text for n, text in zip(needles, texts, strict=True)) for texts in (alone, found)]
-    print(f"\nneedles found: full attention alone {right[0]}, quest together {right[1]} of {len(needles)}")
+    print(f"\nneedles found: full attention alone {right[0]}, {policy} together {right[1]} of {len(needles)}")
     assert right[1] >= right[0] - 1
     assert lsa.get("/lsa/status")["recalls"]["pages"] > 0
 
