@@ -15,6 +15,7 @@ from sglang_lsa.training.recall import COLUMNS, recall_cells
 
 def write_card(
     folder: pathlib.Path,
+    model: str,
     settings: Mapping[str, Any],
     indexer: MemoryIndexer,
     training: Sequence[Recording],
@@ -23,7 +24,7 @@ def write_card(
     seconds: float,
     device: str,
 ) -> None:
-    """Write ``README.md`` beside the weights."""
+    """Write ``README.md`` beside the weights; ``model`` is what was recorded."""
     config = indexer.config
     parameters = sum(value.numel() for value in indexer.parameters())
     heads = ", ".join(f"{layer}.{head}" for layer, head in config.heads)
@@ -32,7 +33,7 @@ def write_card(
         "library_name: sglang-lsa",
         "tags: [sglang-lsa, memory-indexer, sentence-transformers]",
         "---",
-        "# Memory indexer",
+        f"# Memory indexer for {pathlib.Path(model).name if pathlib.Path(model).is_absolute() else model}",
         "",
         f"For a model with {config.model.num_hidden_layers} layers of width {config.model.hidden_size}. It reads the "
         f"queries and keys of these heads (layer.head): {heads}. {parameters:,} parameters; the keys of a page of "

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.indexer.record import Manifest
 from sglang_lsa.indexer.recording import BadRecording
 from sglang_lsa.training.calibrate import calibrate, with_threshold
 from sglang_lsa.training.card import write_card
@@ -68,7 +69,17 @@ def train(
         "rows": rows,
     }
     (output / "recall.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_card(output, dataclasses.asdict(settings), indexer, training, held_out, rows, seconds, device)
+    write_card(
+        output,
+        Manifest.open(data).model,
+        dataclasses.asdict(settings),
+        indexer,
+        training,
+        held_out,
+        rows,
+        seconds,
+        device,
+    )
     console.print(recall_table(rows))
     return rows
 

@@ -126,6 +126,7 @@ def test_the_checkpoint_serves(trained: Trained, data: pathlib.Path) -> None:
     held_out = load_recordings(data, "held-out", indexer.config.heads)
     assert measure(held_out, indexer, Rules(QUICK.golden), progress=False) == rows
     card = (output / "README.md").read_text()
+    assert "# Memory indexer for a/model/that/is/not/here" in card
     assert "## Held-out recall" in card and "| all | 13.5% | indexer |" in card and "3.4" in card
     written = json.loads((output / "recall.json").read_text())
     assert written["settings"]["heads"] == 1 and written["page_bytes"] == 16 * 16 * 2
