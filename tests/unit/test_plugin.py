@@ -26,8 +26,9 @@ import torch
 
 from sglang_lsa import compatibility
 from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems, shape_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
 from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
@@ -887,7 +888,7 @@ def test_models_that_cannot_work_are_refused(changed: dict[str, Any], words: str
 
 
 SHAPE = {"hidden_size": 576, "num_hidden_layers": 30, "q_heads": 9, "kv_heads": 3, "head_dim": 64}
-CHECKPOINT = {"model": SHAPE, "heads": [[9, 3], [15, 0]]}
+CHECKPOINT: dict[str, Any] = {"model": SHAPE, "heads": [[9, 3], [15, 0]]}
 
 
 @pytest.mark.parametrize(
@@ -915,6 +916,22 @@ def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None
         return
     with pytest.raises(Unsupported, match=words):
         attach(arguments(), config)
+
+
+@pytest.mark.parametrize(
+    ("given", "kv_heads", "head_dim"),
+    [
+        ({"num_key_value_heads": 3, "head_dim": 80}, 3, 80),
+        ({"num_key_value_heads": 3, "head_dim": None}, 3, 64),
+        ({"num_key_value_heads": None}, 9, 64),
+        ({}, 9, 64),
+    ],
+    ids=["all given", "no head_dim", "no KV heads", "neither"],
+)
+def test_shape_of_a_model(given: dict[str, Any], kv_heads: int, head_dim: int) -> None:
+    """Configurations leave out what is as usual: one KV head a head, and heads that divide the width."""
+    text = SimpleNamespace(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, **given)
+    assert shape_of(text) == ModelShape(576, 30, 9, kv_heads, head_dim)
 
 
 def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None:

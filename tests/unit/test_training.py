@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -19,7 +20,7 @@ from sglang_lsa.indexer.record import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, RUNS, BadRecording, write_recording
 from sglang_lsa.training.calibrate import calibrate
 from sglang_lsa.training.data import Batches, load_recordings, retrieval_heads
-from sglang_lsa.training.losses import LOSSES
+from sglang_lsa.training.losses import LOSSES, PageLoss
 from sglang_lsa.training.recall import Rules, measure, predict, summarise
 from sglang_lsa.training.results import measure_indexer
 from sglang_lsa.training.settings import TrainSettings
@@ -197,7 +198,8 @@ def test_towers_in_training_score_like_the_served_ones(data: pathlib.Path) -> No
     assert batch["label"].shape == (2, 3, PAGES + 2)
     parts = [{"input_features": batch[f"{name}_input_features"], "task": name} for name in ("query", "document")]
     with torch.no_grad():
-        learned = scores(indexer, *(model(part) for part in parts), batch["label"])
+        queries, pages = (model(part) for part in parts)
+        learned = scores(indexer, queries, pages, batch["label"])
         for document in range(2):
             keys = indexer.keys_of_runs(recordings[document].runs)
             places = torch.randperm(99)[: len(keys)] + 1
@@ -258,7 +260,21 @@ def test_losses_without_a_needed_page_are_finite(name: str) -> None:
     score = torch.zeros((1, 3), requires_grad=True)
     loss = LOSSES[name](score, mass, 0.2)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(score.grad).all()  # type: ignore[arg-type]
+    assert torch.isfinite(loss) and torch.isfinite(score.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_reach_every_parameter(name: str, data: pathlib.Path) -> None:
+    """Through both towers, from an indexer as it is before training."""
+    recordings = load_recordings(data, "held-out", [SEEKER])
+    indexer = MemoryIndexer(config_for(recordings[0], [SEEKER], QUICK))
+    batches = Batches(recordings, QUICK.positions, 3)
+    batch = batches(batches.rows()[:3])
+    parts = [{"input_features": batch[f"{side}_input_features"], "task": side} for side in ("query", "document")]
+    PageLoss(as_sentence_transformer(indexer, "cpu"), indexer, name, 0.3)(parts, batch["label"]).backward()
+    for parameter, value in indexer.named_parameters():
+        assert value.grad is not None and torch.isfinite(value.grad).all(), parameter
+        assert value.grad.abs().sum() > 0, parameter
 
 
 # --- results and shipped indexers ------------------------------------------------------------------------------------
@@ -300,6 +316,12 @@ def test_shipped_indexers_are_whole_and_small() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+def change_entries(folder: pathlib.Path, **changed: Any) -> None:
+    manifest = Manifest.open(folder)
+    for entry in list(manifest.entries.values()):
+        manifest.add(dataclasses.replace(entry, **changed))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -311,7 +333,11 @@ def test_shipped_indexers_are_whole_and_small() -> None:
         ("cut", "is damaged"),
         ("nan", "are no numbers"),
         ("width", "record into separate folders"),
+        ("kv heads", "record into separate folders"),
         ("few", "too few to watch one of them"),
+        ("short", "no recording of held-out is longer than a page"),
+        ("evidence", "no training prompts with known evidence"),
+        ("answers", "answers lie before what was recorded"),
     ],
 )
 def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) -> None:
@@ -333,6 +359,14 @@ def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) ->
         (tmp_path / "c.safetensors").write_bytes(content[:-100])
     elif damage == "nan":
         write(tmp_path, "c", "train", 3, queries=torch.full((9, 2, 6, 16), float("nan")))
+    elif damage == "kv heads":
+        write(tmp_path, "c", "train", 3, runs=torch.zeros((PAGES + 2, RUNS, 2, 3, 16)))
+    elif damage == "short":
+        write(tmp_path, "b", "held-out", 2, mass=torch.zeros((0, 24, PAGES + 2)))
+    elif damage == "evidence":
+        change_entries(tmp_path, evidence=())
+    elif damage == "answers":
+        change_entries(tmp_path, tokens=PAGES * 64 - 100, answer_tokens=50)
     with pytest.raises(BadRecording, match=words):
         train(tmp_path, tmp_path / "out", QUICK, "cpu", Console(quiet=True))
     assert not (tmp_path / "out").exists()
