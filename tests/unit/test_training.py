@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +82,15 @@ def write(folder: pathlib.Path, name: str, split: str, seed: int, head_dim: int 
     entry = Entry(name, "marks", split, name, tokens, BLOCKS * BLOCK, tuple(sorted(needed)), path.stat().st_size)
     manifest = Manifest.open(folder, "a/model/that/is/not/here")
     manifest.add(entry)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are so small that threads only wait for each other: minutes where another process needs a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
