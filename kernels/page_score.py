@@ -176,7 +176,7 @@ def page_score(
 
     Args:
         queries: ``[heads, positions, dim]``; the softmax scale is in them.
-        table: ``[virtual_pages + 1, key_heads, sub_keys, dim]`` keys of every page.
+        table: uint8 ``[virtual_pages + 1, key_heads, sub_keys, dim]`` keys of every page, from :func:`to_8_bits`.
         pages: int64 ``[n]`` virtual ids of the request's pages.
         key_of_head: int64 ``[heads]``, which of the ``key_heads`` each head looks at.
 
@@ -184,8 +184,10 @@ def page_score(
         ``[heads, n]`` float32 in [0, 1]; zeros when there are no positions.
 
     Raises:
-        ValueError: queries and keys do not fit.
+        ValueError: queries and keys do not fit, or keys are of another type.
     """
+    if table.dtype != torch.uint8:
+        raise ValueError(f"page keys are {table.dtype}: use what to_8_bits returns")
     if queries.shape[-1] != table.shape[-1] or len(queries) != len(key_of_head):
         raise ValueError(
             f"queries {tuple(queries.shape)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
@@ -200,7 +202,7 @@ def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
     blocks = pages.split(PAGES_AT_ONCE)
 
     def logits(block: torch.Tensor) -> torch.Tensor:
-        keys = table[block].float()[:, key_of_head]  # [n, heads, sub_keys, dim]
+        keys = from_8_bits(table[block])[:, key_of_head]  # [n, heads, sub_keys, dim]
         return torch.einsum("htd,nhsd->htns", queries.float(), keys)
 
     if len(blocks) == 1:
@@ -208,6 +210,17 @@ def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
     normaliser = torch.stack([logits(block).logsumexp(dim=(2, 3)) for block in blocks]).logsumexp(dim=0)
     shares = [(logits(block) - normaliser[..., None, None]).exp().sum(dim=-1).amax(dim=1) for block in blocks]
     return torch.cat(shares, dim=1)
+
+
+def to_8_bits(keys: torch.Tensor) -> torch.Tensor:
+    """Numbers as bytes: fp8 (e4m3), which keeps three digits of the binary mantissa between 2^-6 and 448."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return keys.float().clamp(-most, most).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_8_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers that :func:`to_8_bits` made bytes of, float32."""
+    return numbers.view(torch.float8_e4m3fn).float()
 
 
 def attention_shares(logits: torch.Tensor) -> torch.Tensor:
@@ -219,7 +232,7 @@ def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
     heads, positions, dim = queries.shape
     _, key_heads, sub_keys, _ = table.shape
     n = len(pages)
-    queries = queries.to(table.dtype).contiguous()
+    queries = queries.contiguous()
     block_voters = max(16, min(64, triton.next_power_of_2(positions)))
     voter_blocks = triton.cdiv(positions, block_voters)
     block_pages = max(1, 128 // sub_keys)
@@ -254,7 +267,7 @@ def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
 @triton.jit(do_not_specialize=["n", "blocks", "positions"], do_not_specialize_on_alignment=["pages"])
 def _page_score_kernel(
     queries,  # [heads, positions, DIM]
-    table,  # [virtual_pages + 1, KEY_HEADS, SUB_KEYS, DIM]
+    table,  # uint8 [virtual_pages + 1, KEY_HEADS, SUB_KEYS, DIM]
     pages,  # int64 [n]
     key_of_head,  # int64 [heads]
     sums,  # float32 log-sum-exp of each block [heads, blocks, VOTERS]; LAST: of all pages [heads, VOTERS]
@@ -281,8 +294,13 @@ def _page_score_kernel(
     q = tl.load(q_at, mask=(voter < positions)[:, None] & (d < DIM)[None, :], other=0.0)
     page = tl.load(pages + index, mask=index < n, other=0)
     row = (page * KEY_HEADS + tl.load(key_of_head + head)) * SUB_KEYS + key % SUB_KEYS
-    k = tl.load(table + row[None, :] * DIM + d[:, None], mask=(index < n)[None, :] & (d < DIM)[:, None], other=0.0)
-    logits = tl.dot(q, k, input_precision="ieee")
+    real = (index < n)[None, :] & (d < DIM)[:, None]
+    bits = tl.load(table + row[None, :] * DIM + d[:, None], mask=real, other=0).to(tl.int32)
+    # e4m3 by hand, which every device and the interpreter can do: sign, four bits of exponent, three of mantissa.
+    exponent, mantissa = (bits >> 3) & 15, (bits & 7).to(tl.float32)
+    size = tl.where(exponent == 0, mantissa, (mantissa + 8) * tl.exp2((exponent - 1).to(tl.float32))) * 0.001953125
+    k = tl.where((bits & 128) != 0, -size, size)
+    logits = tl.dot(q, k.to(q.dtype), input_precision="ieee")
     logits = tl.where((index < n)[None, :], logits, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES * SUB_KEYS]
     if LAST:
         share = tl.exp(logits - tl.load(sums + head * VOTERS + voter)[:, None])

@@ -30,6 +30,7 @@ VARIANTS: tuple[dict[str, str], ...] = (
     {"heads": "32"},
     {"sub-keys": "4"},
     {"sub-keys": "8"},
+    {"sub-keys": "16"},
     {"key-dim": "16"},
     {"key-dim": "64"},
     {"positions": "16"},

@@ -39,8 +39,8 @@ class IndexerConfig:
 
     model: ModelShape
     heads: tuple[tuple[int, int], ...]
-    sub_keys: int = 8
-    key_dim: int = 64
+    sub_keys: int = 32
+    key_dim: int = 32
     positions: int = 64
     threshold: float = 0.0
     coverage: float = 1.0
@@ -61,8 +61,8 @@ class IndexerConfig:
 
     @property
     def page_bytes(self) -> int:
-        """Of the keys of one page, in bfloat16."""
-        return len(self.key_heads) * self.sub_keys * self.key_dim * 2
+        """Of the keys of one page, in 8 bits."""
+        return len(self.key_heads) * self.sub_keys * self.key_dim
 
     def require_model(self, shape: ModelShape) -> None:
         """Raise ValueError unless the served model is the one that this indexer was trained for."""

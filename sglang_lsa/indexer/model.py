@@ -21,7 +21,7 @@ from torch.nn.functional import pad, softplus
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config
 from sglang_lsa.indexer.recording import RUNS
-from sglang_lsa.kernels.page_score import attention_shares, page_score
+from sglang_lsa.kernels.page_score import attention_shares, from_8_bits, page_score, to_8_bits
 
 AGES = 16
 """Ages of pages that are told apart: 1, 2-3, 4-7, ... pages back."""
@@ -110,23 +110,27 @@ class MemoryIndexer(nn.Module):
 
     def keys_of_runs(self, runs: torch.Tensor) -> torch.Tensor:
         """``[pages, RUNS, layers, kv_heads, head_dim]`` of :func:`key_runs` -> ``[pages, key_heads, sub_keys,
-        key_dim]``."""
+        key_dim]``, rounded as they are kept; gradients pass as if they were not."""
         sub_keys = self.config.sub_keys
         chosen = runs.flatten(2, 3).index_select(2, self.k_at).float()
-        return chosen.unflatten(1, (sub_keys, RUNS // sub_keys)).mean(dim=2).transpose(1, 2) @ self.key
+        keys = chosen.unflatten(1, (sub_keys, RUNS // sub_keys)).mean(dim=2).transpose(1, 2) @ self.key
+        return keys + (from_8_bits(to_8_bits(keys.detach())) - keys.detach())
 
     def score(self, queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """What share of their attention the heads are expected to pay to each page in the next window.
 
         Args:
             queries: ``[positions, layers, q_heads, head_dim]`` of the recent positions, in any order.
-            table: ``[virtual_pages + 1, key_heads, sub_keys, key_dim]``.
+            table: uint8 ``[virtual_pages + 1, key_heads, sub_keys, key_dim]``, see ``page_score``.
             pages: int64 ``[n]`` virtual ids of the request's complete pages, first to last.
 
         Returns:
             ``[n]`` float32, 0 or more.
         """
-        return self.combine(page_score(self.ask(queries), table, pages, self.key_of_head))
+        asked = self.ask(queries)
+        if table.is_cuda:
+            asked = asked.bfloat16()  # for matrix units; keys are numbers of this type
+        return self.combine(page_score(asked, table, pages, self.key_of_head))
 
     def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""

@@ -9,6 +9,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.observe import QueryObserver
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.transfer import ids_on
@@ -31,14 +32,14 @@ class Indexer:
         config = indexer.config
         self.sources = [keys[layer] for layer in config.layers]
         shape = (virtual_pages + 1, len(config.key_heads), config.sub_keys, config.key_dim)
-        self.table = torch.zeros(shape, dtype=torch.bfloat16, device=keys[0].device)
+        self.table = torch.zeros(shape, dtype=torch.uint8, device=keys[0].device)
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         """Remember pages that have just been filled, reading them from the device pool."""
         if len(virtual):
             p, v = ids_on(self.table.device, np.stack((physical, virtual)))
             keys = torch.stack([pool.unflatten(0, (-1, PAGE_SIZE))[p] for pool in self.sources], dim=2)
-            self.table[v] = self.indexer.page_keys(keys).to(self.table.dtype)
+            self.table[v] = to_8_bits(self.indexer.page_keys(keys))
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
         queries = self.observer.queries(request.row, request.first_observed, request.tokens)

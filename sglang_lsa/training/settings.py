@@ -24,7 +24,7 @@ class TrainSettings:
 
     loss: str = _setting("contrastive", "what is minimised")
     heads: int = _setting(16, "heads of the model that are read and predicted: those that look at evidence most")
-    sub_keys: int = _setting(16, "keys of a page; divides 16")
+    sub_keys: int = _setting(32, "keys of a page; divides 32")
     key_dim: int = _setting(32, "of queries and keys")
     positions: int = _setting(64, "recent tokens that vote; at most 128")
     golden: float = _setting(0.3, "share of the heads' attention from which on a page counts as needed")
@@ -39,8 +39,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.loss not in LOSS_NAMES:
             raise ValueError(f"--loss is {self.loss!r}: use one of {', '.join(LOSS_NAMES)}")
-        if self.sub_keys not in (1, 2, 4, 8, 16):
-            raise ValueError(f"--sub-keys {self.sub_keys} does not divide a page's 16 parts: use 1, 2, 4, 8 or 16")
+        if self.sub_keys not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"--sub-keys {self.sub_keys} does not divide a page's 32 parts: use 1, 2, 4, 8, 16 or 32")
         for name in ("golden", "coverage"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range: use a share of attention in (0, 1)")

@@ -69,7 +69,7 @@ def test_recordings_equal_transformers(
         )
         torch.testing.assert_close(tensors["queries"], queries[facts.first :], atol=2e-2, rtol=1e-3)
         full = len(ids) // PAGE_SIZE
-        runs = keys[: full * PAGE_SIZE].unflatten(0, (full, 16, 4)).mean(dim=2)
+        runs = keys[: full * PAGE_SIZE].unflatten(0, (full, 32, 2)).mean(dim=2)
         torch.testing.assert_close(tensors["runs"], runs, atol=2e-2, rtol=1e-3)
         attention = torch.cat(seen.attentions, dim=1)[0]  # [layers * heads, tokens, tokens]
         blocks, pages = len(tensors["mass"]), tensors["mass"].shape[2]

@@ -318,8 +318,10 @@ def test_bound_score_refuses_what_does_not_fit(queries: tuple[int, ...], bounds:
 
 def test_a_page_gets_the_largest_share_of_any_position() -> None:
     """By the definition, head by head and position by position, in float64."""
-    queries, keys = random(3, 5, 8, seed=1), random(7, 2, 4, 8, seed=2)
-    table, ids = scattered(keys)
+    queries, numbers = random(3, 5, 8, seed=1), page_score.to_8_bits(random(7, 2, 4, 8, seed=2))
+    table, ids = scattered(numbers.view(torch.float8_e4m3fn).half())
+    table = page_score.to_8_bits(table)  # not a number where there is no page
+    keys = page_score.from_8_bits(numbers)
     of_head = torch.tensor([1, 0, 1])
     shares = page_score.page_score(queries, table, ids, of_head)
     assert shares.shape == (3, 7)
@@ -331,8 +333,9 @@ def test_a_page_gets_the_largest_share_of_any_position() -> None:
 
 
 def test_shares_of_many_pages_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, keys = random(2, 3, 8, seed=1), random(17, 1, 4, 8, seed=2)
-    table, ids = scattered(keys)
+    queries = random(2, 3, 8, seed=1)
+    table, ids = scattered(random(17, 1, 4, 8, seed=2))
+    table = page_score.to_8_bits(table)
     of_head = torch.zeros(2, dtype=torch.int64)
     whole = page_score.page_score(queries, table, ids, of_head)
     for at_once in (1, 4, 16, 17):
@@ -342,19 +345,28 @@ def test_shares_of_many_pages_are_found_in_pieces(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_positions_and_no_pages_have_no_shares() -> None:
-    table, heads = torch.zeros(5, 1, 4, 8), torch.tensor([0, 0])
+    table, heads = torch.zeros(5, 1, 4, 8, dtype=torch.uint8), torch.tensor([0, 0])
     assert page_score.page_score(torch.zeros(2, 0, 8), table, torch.arange(3), heads).tolist() == [[0.0] * 3] * 2
     assert page_score.page_score(torch.zeros(2, 3, 8), table, torch.arange(0), heads).shape == (2, 0)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(3, 8), (2, 16)], ids=["another number of heads", "another dim"])
 def test_page_score_refuses_what_does_not_fit(heads: int, dim: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"queries \({heads}, 2, {dim}\) of 2 heads do not fit page keys \(5, 1, 4, 8\)"
-    ):
-        page_score.page_score(
-            torch.zeros(heads, 2, dim), torch.zeros(5, 1, 4, 8), torch.arange(3), torch.tensor([0, 0])
-        )
+    queries, table = torch.zeros(heads, 2, dim), torch.zeros(5, 1, 4, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"\({heads}, 2, {dim}\) of 2 heads do not fit page keys \(5, 1, 4, 8\)"):
+        page_score.page_score(queries, table, torch.arange(3), torch.tensor([0, 0]))
+
+
+def test_page_score_refuses_keys_that_are_no_bytes() -> None:
+    with pytest.raises(ValueError, match=r"page keys are torch.bfloat16: use what to_8_bits returns"):
+        table = torch.zeros(5, 1, 4, 8, dtype=torch.bfloat16)
+        page_score.page_score(torch.zeros(1, 2, 8), table, torch.arange(3), torch.tensor([0]))
+
+
+def test_8_bits_hold_what_they_can() -> None:
+    numbers = torch.tensor([0.0, 1.0, -1.5, 448.0, 1e6, -1e6, 0.015625, 17.0])
+    kept = page_score.from_8_bits(page_score.to_8_bits(numbers))
+    assert kept.tolist() == [0.0, 1.0, -1.5, 448.0, 448.0, -448.0, 0.015625, 16.0]
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)

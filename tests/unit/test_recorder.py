@@ -117,7 +117,7 @@ def test_recording_equals_attention(
     torch.testing.assert_close(tensors["queries"], queries, rtol=0, atol=0)
     full = tokens // PAGE_SIZE
     keys = torch.stack([server.keys[layer][server.slots(full * PAGE_SIZE)] for layer in OBSERVED], dim=1)
-    runs = keys.view(full, 16, 4, len(OBSERVED), KV_HEADS, DIM).mean(2)
+    runs = keys.view(full, 32, 2, len(OBSERVED), KV_HEADS, DIM).mean(2)
     torch.testing.assert_close(tensors["runs"], runs, atol=1e-6, rtol=1e-6)
 
 

@@ -173,14 +173,14 @@ def test_needs_of_the_observers() -> None:
 
 @pytest.mark.parametrize(("query_tokens", "ring"), [(10, 24), (100, 100)])
 def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its layers are observed, its keys are bfloat16, and as many positions are kept as vote for it or for quest."""
+    """Its layers are observed, its keys are bytes, and as many positions are kept as vote for it or for quest."""
     heads = ((3, 0), (3, 9), (7, 31))
     shape = IndexerConfig(ModelShape(4096, 32, 32, 8, 128), heads, sub_keys=4, key_dim=64, positions=24)
     for module in (sizing, observe):
         monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens)
     needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
-    assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2 + 3 * 4 * 64 * 2
+    assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2 + 3 * 4 * 64
     assert needs.row_bytes == ring * 2 * 32 * 128 * 2
 
 

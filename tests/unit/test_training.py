@@ -19,6 +19,7 @@ from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape, shipped_ind
 from sglang_lsa.indexer.model import MemoryIndexer, slow_dimensions
 from sglang_lsa.indexer.record import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, RUNS, BadRecording, write_recording
+from sglang_lsa.kernels.page_score import from_8_bits, to_8_bits
 from sglang_lsa.training.calibrate import calibrate
 from sglang_lsa.training.data import Batches, load_recordings, retrieval_heads
 from sglang_lsa.training.losses import LOSSES, PageLoss
@@ -140,7 +141,7 @@ def test_the_checkpoint_serves(trained: Trained, data: pathlib.Path) -> None:
     assert "# Memory indexer for a/model/that/is/not/here" in card
     assert "## Held-out recall" in card and "| all | 13.5% | indexer |" in card and "3.4" in card
     written = json.loads((output / "recall.json").read_text())
-    assert written["settings"]["heads"] == 1 and written["page_bytes"] == 16 * 16 * 2
+    assert written["settings"]["heads"] == 1 and written["page_bytes"] == 32 * 16
     assert written["history"][0]["step"] == 0
 
 
@@ -213,8 +214,8 @@ def test_towers_in_training_score_like_the_served_ones(data: pathlib.Path) -> No
         for document in range(2):
             keys = indexer.keys_of_runs(recordings[document].runs)
             places = torch.randperm(99)[: len(keys)] + 1
-            table = torch.full((100, *keys.shape[1:]), float("nan"))
-            table[places] = keys
+            table = torch.full((100, *keys.shape[1:]), 127, dtype=torch.uint8)  # NaN
+            table[places] = to_8_bits(keys)
             for anchor in range(3):
                 known = int((batch["label"][document, anchor] >= 0).sum())
                 served = indexer.score(batch["query_input_features"][document][anchor], table, places[:known])
@@ -232,7 +233,7 @@ def test_keys_of_a_page_are_means_of_its_tokens() -> None:
     assert made.shape == (3, 3, 4, 8)
     for slot, (layer, head) in enumerate(((0, 0), (0, 1), (1, 1))):
         means = keys[:, :, layer, head].view(3, 4, 16, 16).mean(2)[..., [4, 5, 6, 7, 12, 13, 14, 15]]
-        torch.testing.assert_close(made[:, slot], means)
+        torch.testing.assert_close(made[:, slot], from_8_bits(to_8_bits(means)))
 
 
 def test_slow_dimensions() -> None:

@@ -24,6 +24,7 @@ from sglang_lsa.kernels.page_score import (
     bound_score_reference,
     page_score,
     page_score_reference,
+    to_8_bits,
 )
 from sglang_lsa.kernels.page_table import (
     _decode_indices_triton,
@@ -433,6 +434,7 @@ SHARES = [
     pytest.param(4, 70, 9, 3, 16, 32, id="2 blocks of positions"),
     pytest.param(2, 3, 40, 2, 4, 80, id="dim 80"),
     pytest.param(16, 64, 70, 6, 8, 64, id="as in use"),
+    pytest.param(2, 64, 70, 1, 32, 32, id="32 keys of 32"),
 ]
 
 
@@ -440,9 +442,9 @@ def sharing(
     heads: int, positions: int, pages: int, key_heads: int, sub_keys: int, dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, a table of keys that is NaN but for the pages asked for, those pages, and the key head of each head."""
-    table = torch.full((2 * pages + 1, key_heads, sub_keys, dim), NAN, dtype=dtype, device=DEVICE)
+    table = torch.full((2 * pages + 1, key_heads, sub_keys, dim), 127, dtype=torch.uint8, device=DEVICE)
     where = ids(some(pages, 2 * pages))
-    table[where] = random(pages, key_heads, sub_keys, dim, dtype=dtype, seed=2)
+    table[where] = to_8_bits(random(pages, key_heads, sub_keys, dim, seed=2))
     queries = random(heads, positions, dim, dtype=dtype, seed=1) * 2 * dim**-0.5
     return queries, table, where, ids([(3 * head + 1) % key_heads for head in range(heads)])
 
