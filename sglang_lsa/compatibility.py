@@ -12,7 +12,8 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import ModelShape, read_checkpoint_config
+from sglang_lsa.indexer.checkpoint import ModelShape
+from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.observe import observed_layers
 from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 
@@ -190,7 +191,7 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
         problems.append(f"{name} does not generate text: serve it without LSA")
     try:
         if config.indexer:
-            read_checkpoint_config(config.indexer).require_model(shape_of(text))
+            MemoryIndexer.load(config.indexer).config.require_model(shape_of(text))
         observed_layers(config, text.num_hidden_layers)
     except ValueError as error:
         problems.append(str(error))

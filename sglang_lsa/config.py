@@ -16,6 +16,8 @@ PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
+RUNS = 32
+"""Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
 
 def _option(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:

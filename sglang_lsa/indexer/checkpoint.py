@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from dataclasses import dataclass
 from typing import Any
+
+from sglang_lsa.config import RECORDED_POSITIONS, RUNS
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 """Trained indexers that come with the package, each a folder named after its model."""
@@ -35,6 +38,9 @@ class IndexerConfig:
         positions: recent tokens that vote.
         threshold: score above which pages are worth keeping; found on data not trained on, see ``training.calibrate``.
         coverage: share of the attention that was kept at that threshold, on the same data.
+
+    Raises:
+        ValueError: a value is impossible; the message says which and what is allowed.
     """
 
     model: ModelShape
@@ -44,6 +50,32 @@ class IndexerConfig:
     positions: int = 64
     threshold: float = 0.0
     coverage: float = 1.0
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if min(dataclasses.astuple(model)) < 1 or model.q_heads % model.kv_heads:
+            raise ValueError(f"{model} is no model: use numbers above 0, and query heads in equal groups")
+        if not self.heads or any(
+            not (0 <= layer < model.num_hidden_layers and 0 <= head < model.q_heads) for layer, head in self.heads
+        ):
+            raise ValueError(f"heads {self.heads} are not heads of {model}")
+        for name in ("sub_keys", "key_dim", "positions"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use a whole number")
+        if self.sub_keys < 1 or RUNS % self.sub_keys:
+            raise ValueError(f"sub_keys {self.sub_keys} does not divide a page's {RUNS} parts")
+        if not 0 < self.key_dim <= model.head_dim or self.key_dim % 2:
+            raise ValueError(
+                f"key_dim {self.key_dim} does not fit heads of {model.head_dim}: use an even number up to that"
+            )
+        if not 0 < self.positions <= RECORDED_POSITIONS:
+            raise ValueError(f"positions {self.positions} is out of range: use 1 to {RECORDED_POSITIONS}")
+        for name, most in (("threshold", math.inf), ("coverage", 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}: use a number")
+            if not 0 <= value <= most or math.isinf(value):
+                raise ValueError(f"{name} {value} is out of range: use 0 to {'any number' if most > 1 else 1}")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -98,7 +130,11 @@ def read_checkpoint_config(path: str | pathlib.Path) -> IndexerConfig:
     try:
         return config_from_json(json.loads((folder / "config.json").read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"--lsa-indexer {folder}: config.json is no indexer configuration ({error!r})") from None
+        raise ValueError(f"--lsa-indexer {folder}: config.json is no indexer configuration ({_words(error)})") from None
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def config_from_json(values: dict[str, Any]) -> IndexerConfig:
@@ -106,8 +142,4 @@ def config_from_json(values: dict[str, Any]) -> IndexerConfig:
     given = {name: value for name, value in values.items() if name in known}
     model = ModelShape(**{field.name: int(values["model"][field.name]) for field in dataclasses.fields(ModelShape)})
     heads = tuple((int(layer), int(head)) for layer, head in values["heads"])
-    if not heads or any(
-        not (0 <= layer < model.num_hidden_layers and 0 <= head < model.q_heads) for layer, head in heads
-    ):
-        raise ValueError(f"heads {heads} are not heads of {model}")
     return IndexerConfig(**{**given, "model": model, "heads": heads})

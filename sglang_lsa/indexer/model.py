@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import pad, softplus
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, RUNS
 from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config
-from sglang_lsa.indexer.recording import RUNS
 from sglang_lsa.kernels.page_score import attention_shares, from_8_bits, page_score, to_8_bits
 
 AGES = 16
@@ -81,13 +80,19 @@ class MemoryIndexer(nn.Module):
         """Load a checkpoint folder, or a shipped indexer by its name.
 
         Raises:
-            ValueError: the folder is incomplete, or its weights do not fit its configuration.
+            ValueError: the folder is incomplete, its configuration is impossible, or its weights do not fit that or
+                are no numbers.
         """
         indexer = cls(read_checkpoint_config(path))
         try:
             indexer.load_state_dict(load_file(checkpoint_folder(path) / "model.safetensors"))
         except Exception as error:
             raise ValueError(f"--lsa-indexer {path}: model.safetensors does not fit config.json ({error})") from None
+        for name, value in indexer.named_parameters():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"--lsa-indexer {path}: model.safetensors has values in {name} that are no numbers: train again"
+                )
         return indexer.eval().requires_grad_(False)
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -152,8 +157,6 @@ def ages(pages: int, device: torch.device) -> torch.Tensor:
 
 
 def slow_dimensions(head_dim: int, count: int) -> list[int]:
-    """Dimensions that rotary embedding turns least; the halves of a head are rotated together."""
+    """Dimensions that rotary embedding turns least; the halves of a head are rotated together. ``count`` is even."""
     half, kept = head_dim // 2, count // 2
-    if count > head_dim or count % 2:
-        raise ValueError(f"key_dim {count} does not fit heads of {head_dim}: use an even number up to that")
     return [*range(half - kept, half), *range(head_dim - kept, head_dim)]

@@ -28,8 +28,6 @@ from safetensors.torch import save_file
 
 BLOCK = 16
 """Positions of which the largest mass is kept."""
-RUNS = 32
-"""Parts of a page whose mean keys are kept."""
 FORMAT = "3"
 TENSORS = ("input_ids", "queries", "runs", "mass", "quest", "mean_key")
 

@@ -121,16 +121,23 @@ def load_recordings(folder: pathlib.Path, split: str, heads: Sequence[Head]) -> 
             tensors["quest"],
             tensors["mean_key"],
         )
-        if found and (recording.shape, facts.layers) != (found[0].shape, found[0].facts.layers):
-            raise BadRecording(
-                f"{manifest.file(entry.name)} is of layers {facts.layers} of {recording.shape}, "
-                f"others of {found[0].facts.layers} of {found[0].shape}: record into separate folders"
-            )
+        if found:
+            require_same(manifest.file(entry.name), recording, found[0])
         if len(recording.anchors):
             found.append(recording)
     if not found:
         raise BadRecording(f"{folder}: no recording of {split} is longer than a page: record longer prompts")
     return found
+
+
+def require_same(path: pathlib.Path, recording: Recording, other: Recording) -> None:
+    """Raise BadRecording unless both are of one model and of the same layers."""
+    mine, others = ((r.shape, r.facts.layers) for r in (recording, other))
+    if mine != others:
+        raise BadRecording(
+            f"{path} is of layers {mine[1]} of {mine[0]}, others of {others[1]} of {others[0]}: "
+            "record into separate folders"
+        )
 
 
 def retrieval_heads(folder: pathlib.Path, count: int, observed_only: bool = True) -> list[Head]:
@@ -143,7 +150,7 @@ def retrieval_heads(folder: pathlib.Path, count: int, observed_only: bool = True
         observed_only: leave out heads of layers whose queries were not recorded.
 
     Raises:
-        BadRecording: there are no such prompts.
+        BadRecording: there are no such prompts, or they are of different models.
     """
     manifest = Manifest.open(folder)
     entries = [e for e in manifest.entries.values() if e.split == "train" and e.evidence and e.answer_tokens]
@@ -152,17 +159,34 @@ def retrieval_heads(folder: pathlib.Path, count: int, observed_only: bool = True
             f"{folder} has no training prompts with known evidence: record families that ask questions, such as facts"
         )
     total: torch.Tensor | None = None
+    known: tuple[tuple[int, ...], int, int] | None = None
+    late = beyond = 0
     for entry in tqdm(entries, desc="looking for retrieval heads", unit="recording", leave=False):
         facts, tensors = read_recording(manifest.file(entry.name), ("mass",))
         mass = tensors["mass"]
+        own = (facts.layers, facts.model_layers, facts.q_heads)
+        known = known or own
+        if own != known or mass.shape[1] != facts.model_layers * facts.q_heads:
+            raise BadRecording(
+                f"{manifest.file(entry.name)} observed layers {own[0]} of {own[1]} with {own[2]} heads (attention of "
+                f"{mass.shape[1]}), others {known[0]} of {known[1]} with {known[2]}: record into separate folders"
+            )
         first = max(0, (entry.tokens - entry.answer_tokens - facts.start) // BLOCK)
         last = -(-(entry.tokens - facts.start) // BLOCK)
         evidence = [page for page in entry.evidence if page < mass.shape[2]]
-        if first < min(last, len(mass)) and evidence:
+        if first >= min(last, len(mass)):
+            late += 1
+        elif not evidence:
+            beyond += 1
+        else:
             share = mass[first:last][:, :, evidence].float().amax(dim=2).mean(dim=0).view(-1, facts.q_heads)
             total = share if total is None else total + share
     if total is None:
-        raise BadRecording(f"{folder}: answers lie before what was recorded: record with a larger --last")
+        raise BadRecording(
+            f"{folder}: of {len(entries)} training prompts with known evidence, {late} have answers before what was "
+            f"recorded (record with a larger --last) and {beyond} have evidence only beyond their complete pages "
+            "(record longer prompts)"
+        )
     if observed_only:
         unseen = [layer for layer in range(len(total)) if layer not in facts.layers]
         total[unseen] = float("-inf")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_lsa.config import RECORDED_POSITIONS
+from sglang_lsa.config import RECORDED_POSITIONS, RUNS
 
 LOSS_NAMES = ("focal", "contrastive", "regression")
 
@@ -39,13 +40,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.loss not in LOSS_NAMES:
             raise ValueError(f"--loss is {self.loss!r}: use one of {', '.join(LOSS_NAMES)}")
-        if self.sub_keys not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"--sub-keys {self.sub_keys} does not divide a page's 32 parts: use 1, 2, 4, 8, 16 or 32")
+        if self.sub_keys < 1 or RUNS % self.sub_keys:
+            raise ValueError(f"--sub-keys {self.sub_keys} does not divide a page's {RUNS} parts: use 1, 2, 4, 8, ...")
         for name in ("golden", "coverage"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range: use a share of attention in (0, 1)")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate {self.learning_rate} is out of range: use a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed} is out of range: use 0 to {2**32 - 1}")
         for name in ("heads", "key_dim", "positions", "steps", "batch", "anchors", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: use 1 or more")

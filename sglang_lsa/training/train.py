@@ -22,7 +22,7 @@ from sglang_lsa.indexer.record import Manifest
 from sglang_lsa.indexer.recording import BadRecording
 from sglang_lsa.training.calibrate import calibrate, with_threshold
 from sglang_lsa.training.card import write_card
-from sglang_lsa.training.data import Batches, Head, Recording, load_recordings, retrieval_heads
+from sglang_lsa.training.data import Batches, Head, Recording, load_recordings, require_same, retrieval_heads
 from sglang_lsa.training.losses import PageLoss
 from sglang_lsa.training.recall import RecallEvaluator, Rules, measure, recall_table
 from sglang_lsa.training.settings import TrainSettings
@@ -45,11 +45,13 @@ def train(
 
     Raises:
         BadRecording: see ``data.load_recordings``.
+        ValueError: a setting does not fit the model.
     """
     began = time.monotonic()
     set_seed(settings.seed)
     heads = sorted(retrieval_heads(data, settings.heads))
     training, held_out = (load_recordings(data, split, heads) for split in ("train", "held-out"))
+    require_same(Manifest.open(data).file(held_out[0].entry.name), held_out[0], training[0])
     training, watched = split_off(training)
     indexer = MemoryIndexer(config_for(training[0], heads, settings))
     rules = Rules(settings.golden)

@@ -28,7 +28,8 @@ from sglang_lsa import compatibility
 from sglang_lsa.admission import Admission, Admitted
 from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems, shape_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import ModelShape
+from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
+from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
 from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
@@ -891,11 +892,22 @@ SHAPE = {"hidden_size": 576, "num_hidden_layers": 30, "q_heads": 9, "kv_heads": 
 CHECKPOINT: dict[str, Any] = {"model": SHAPE, "heads": [[9, 3], [15, 0]]}
 
 
+def write_indexer(folder: pathlib.Path, checkpoint: Any = CHECKPOINT) -> None:
+    """An untrained one, with this as its configuration; where that is impossible, weights do not fit it."""
+    try:
+        config = config_from_json(checkpoint)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        config = config_from_json(CHECKPOINT)
+    MemoryIndexer(config).save(folder)
+    (folder / "config.json").write_text(json.dumps(checkpoint))
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "words"),
     [
         (None, "has no config.json: give a folder written by sglang-lsa train"),
-        ("weights", "config.json is no indexer configuration"),
+        ("no JSON", "config.json is no indexer configuration"),
+        ("no weights", "model.safetensors does not fit config.json"),
         ([1], "config.json is no indexer configuration"),
         ({"model": SHAPE}, "config.json is no indexer configuration"),
         ({"model": {"hidden_size": 576}, "heads": [[9, 3]]}, "config.json is no indexer configuration"),
@@ -907,9 +919,12 @@ CHECKPOINT: dict[str, Any] = {"model": SHAPE, "heads": [[9, 3], [15, 0]]}
     ],
 )
 def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "model.safetensors").touch()
     if checkpoint is not None:
-        (tmp_path / "config.json").write_text(json.dumps(checkpoint) if checkpoint != "weights" else "{")
+        write_indexer(tmp_path, CHECKPOINT if isinstance(checkpoint, str) else checkpoint)
+        if checkpoint == "no JSON":
+            (tmp_path / "config.json").write_text("{")
+        elif checkpoint == "no weights":
+            (tmp_path / "model.safetensors").write_bytes(b"")
     config = LSAConfig(indexer=str(tmp_path))
     if words is None:
         assert attach(arguments(), config).lsa_config.policy == "indexer"
@@ -935,8 +950,7 @@ def test_shape_of_a_model(given: dict[str, Any], kv_heads: int, head_dim: int) -
 
 
 def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    (tmp_path / "config.json").write_text(json.dumps(CHECKPOINT))
+    write_indexer(tmp_path)
     with pytest.raises(Unsupported, match=r"--lsa-observe-layers 1,2: the indexer .* leave the flag out"):
         attach(arguments(), LSAConfig(indexer=str(tmp_path), observe_layers=(1, 2)))
 

@@ -15,10 +15,11 @@ pytest.importorskip("sentence_transformers")
 
 from rich.console import Console
 
+from sglang_lsa.config import RUNS
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape, shipped_indexers
 from sglang_lsa.indexer.model import MemoryIndexer, slow_dimensions
 from sglang_lsa.indexer.record import Entry, Manifest
-from sglang_lsa.indexer.recording import BLOCK, RUNS, BadRecording, write_recording
+from sglang_lsa.indexer.recording import BLOCK, BadRecording, write_recording
 from sglang_lsa.kernels.page_score import from_8_bits, to_8_bits
 from sglang_lsa.training.calibrate import calibrate
 from sglang_lsa.training.data import Batches, load_recordings, retrieval_heads
@@ -36,7 +37,15 @@ SEEKER = (3, 4)
 QUICK = TrainSettings(heads=1, key_dim=16, positions=16, steps=150, learning_rate=2e-2, batch=8, patience=20)
 
 
-def write(folder: pathlib.Path, name: str, split: str, seed: int, head_dim: int = 16, **changed: Any) -> None:
+def write(
+    folder: pathlib.Path,
+    name: str,
+    split: str,
+    seed: int,
+    head_dim: int = 16,
+    q_heads: int = SHAPE.q_heads,
+    **changed: Any,
+) -> None:
     """A document whose pages each have a mark, which one of its keys carries. What comes next needs the pages whose
     marks the seeker's recent queries name. Marks are in one half of the dimensions; the other half is loud noise, which
     hides them until it is learned which is which."""
@@ -45,14 +54,14 @@ def write(folder: pathlib.Path, name: str, split: str, seed: int, head_dim: int 
     marks = torch.nn.functional.normalize(torch.randn((PAGES, head_dim // 2), generator=same), dim=1)
     marks = marks[torch.randperm(PAGES, generator=rng)]
     start, tokens = PAGES * 64, PAGES * 64 + BLOCKS * BLOCK
-    queries = torch.randn((BEFORE + BLOCKS * BLOCK, 2, SHAPE.q_heads, head_dim), generator=rng)
+    queries = torch.randn((BEFORE + BLOCKS * BLOCK, 2, q_heads, head_dim), generator=rng)
     runs = torch.randn((PAGES + 2, RUNS, 2, SHAPE.kv_heads, head_dim), generator=rng)
     for drawn in (queries, runs):
         drawn[..., : head_dim // 2] *= 3
     runs[torch.arange(PAGES), 3, 1, 1, head_dim // 2 :] = 6 * marks
-    mass = torch.rand((BLOCKS, SHAPE.num_hidden_layers * SHAPE.q_heads, PAGES + 2), generator=rng) * 0.02
+    mass = torch.rand((BLOCKS, SHAPE.num_hidden_layers * q_heads, PAGES + 2), generator=rng) * 0.02
     mass[:, :, 7] = 0.9
-    seeker = SEEKER[0] * SHAPE.q_heads + SEEKER[1]
+    seeker = SEEKER[0] * q_heads + SEEKER[1]
     mass[:, seeker] = torch.rand((BLOCKS, PAGES + 2), generator=rng) * 0.02
     needed = (torch.randperm(PAGES - 10, generator=rng)[:BLOCKS] + 2).tolist()
     for block, page in enumerate(needed):
@@ -68,7 +77,7 @@ def write(folder: pathlib.Path, name: str, split: str, seed: int, head_dim: int 
         "layers": list(LAYERS),
         "model_layers": SHAPE.num_hidden_layers,
         "hidden_size": SHAPE.hidden_size,
-        "q_heads": SHAPE.q_heads,
+        "q_heads": q_heads,
     }
     tensors = {
         "input_ids": torch.zeros(tokens, dtype=torch.int32),
@@ -239,9 +248,6 @@ def test_keys_of_a_page_are_means_of_its_tokens() -> None:
 def test_slow_dimensions() -> None:
     assert slow_dimensions(8, 4) == [2, 3, 6, 7]
     assert slow_dimensions(8, 8) == list(range(8))
-    for wrong in (3, 10):
-        with pytest.raises(ValueError, match=f"key_dim {wrong} does not fit heads of 8"):
-            slow_dimensions(8, wrong)
 
 
 def test_age_and_neighbours_add_to_a_score() -> None:
@@ -345,17 +351,23 @@ def change_entries(folder: pathlib.Path, **changed: Any) -> None:
         ("nan", "are no numbers"),
         ("width", "record into separate folders"),
         ("kv heads", "record into separate folders"),
+        (
+            "query heads",
+            r"observed layers \(1, 3\) of 4 with 12 heads .* others .* with 6: record into separate folders",
+        ),
+        ("held-out width", "b.safetensors is of layers .* record into separate folders"),
         ("few", "too few to watch one of them"),
         ("short", "no recording of held-out is longer than a page"),
         ("evidence", "no training prompts with known evidence"),
-        ("answers", "answers lie before what was recorded"),
+        ("answers", "2 have answers before what was recorded .* 0 have evidence only beyond"),
+        ("beyond", "0 have answers before what was recorded .* 2 have evidence only beyond their complete pages"),
     ],
 )
 def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) -> None:
     if damage != "none":
         write(tmp_path, "a", "train", 1)
     if damage not in ("none", "split"):
-        write(tmp_path, "b", "held-out", 2)
+        write(tmp_path, "b", "held-out", 2, head_dim=32 if damage == "held-out width" else 16)
         if damage != "few":
             write(tmp_path, "c", "train", 3, head_dim=32 if damage == "width" else 16)
     manifest = tmp_path / "manifest.json"
@@ -372,12 +384,16 @@ def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) ->
         write(tmp_path, "c", "train", 3, queries=torch.full((9, 2, 6, 16), float("nan")))
     elif damage == "kv heads":
         write(tmp_path, "c", "train", 3, runs=torch.zeros((PAGES + 2, RUNS, 2, 3, 16)))
+    elif damage == "query heads":
+        write(tmp_path, "c", "train", 3, q_heads=12)
     elif damage == "short":
         write(tmp_path, "b", "held-out", 2, mass=torch.zeros((0, 24, PAGES + 2)))
     elif damage == "evidence":
         change_entries(tmp_path, evidence=())
     elif damage == "answers":
         change_entries(tmp_path, tokens=PAGES * 64 - 100, answer_tokens=50)
+    elif damage == "beyond":
+        change_entries(tmp_path, evidence=(PAGES + 9,))
     with pytest.raises(BadRecording, match=words):
         train(tmp_path, tmp_path / "out", QUICK, "cpu", Console(quiet=True))
     assert not (tmp_path / "out").exists()
@@ -393,11 +409,66 @@ def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) ->
         ({"learning_rate": -1.0}, "--learning-rate -1.0"),
         ({"coverage": 1.0}, "--coverage 1.0"),
         ({"positions": 129}, "--positions 129 is too large: recordings have 128"),
+        ({"learning_rate": float("inf")}, "--learning-rate inf"),
+        ({"seed": -1}, "--seed -1"),
     ],
 )
 def test_bad_settings_are_refused(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainSettings(**changed)
+
+
+def test_a_key_dim_that_does_not_fit_is_refused_before_training(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    settings = dataclasses.replace(QUICK, key_dim=64)
+    with pytest.raises(ValueError, match="key_dim 64 does not fit heads of 16"):
+        train(data, tmp_path / "out", settings, "cpu", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"heads": []}, r"heads \(\) are not heads of"),
+        ({"heads": [[4, 0]]}, "are not heads of"),
+        ({"heads": [[1]]}, "is no indexer configuration"),
+        ({"model": {"hidden_size": 9}}, "KeyError"),
+        ({"model": {**dataclasses.asdict(SHAPE), "kv_heads": 0}}, "is no model: use numbers above 0"),
+        ({"model": {**dataclasses.asdict(SHAPE), "kv_heads": 4}}, "query heads in equal groups"),
+        ({"sub_keys": 3}, "sub_keys 3 does not divide a page's 32 parts"),
+        ({"sub_keys": 0}, "sub_keys 0 does not divide"),
+        ({"sub_keys": "8"}, "sub_keys is '8': use a whole number"),
+        ({"key_dim": 7}, "key_dim 7 does not fit heads of 16"),
+        ({"key_dim": 0}, "key_dim 0 does not fit"),
+        ({"key_dim": 18}, "key_dim 18 does not fit"),
+        ({"positions": 0}, "positions 0 is out of range: use 1 to 128"),
+        ({"positions": 4096}, "positions 4096 is out of range"),
+        ({"threshold": None}, "threshold is None: use a number"),
+        ({"threshold": float("nan")}, "threshold nan is out of range"),
+        ({"coverage": 1.5}, "coverage 1.5 is out of range: use 0 to 1"),
+    ],
+)
+def test_bad_configurations_are_refused(changed: dict[str, Any], words: str, tmp_path: pathlib.Path) -> None:
+    MemoryIndexer(IndexerConfig(SHAPE, (SEEKER,), key_dim=8)).save(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=f"--lsa-indexer {tmp_path}: config.json .*{words}"):
+        MemoryIndexer.load(tmp_path)
+
+
+def test_bad_weights_are_refused(tmp_path: pathlib.Path) -> None:
+    indexer = MemoryIndexer(IndexerConfig(SHAPE, (SEEKER,), key_dim=8))
+    with torch.no_grad():
+        indexer.query[0, 0, 0] = float("nan")
+    indexer.save(tmp_path)
+    with pytest.raises(ValueError, match=f"--lsa-indexer {tmp_path}: .* values in query that are no numbers"):
+        MemoryIndexer.load(tmp_path)
+    MemoryIndexer(IndexerConfig(SHAPE, (SEEKER,), key_dim=6)).save(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit config\.json"):
+        MemoryIndexer.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit config\.json"):
+        MemoryIndexer.load(tmp_path)
 
 
 def test_another_model_is_refused(data: pathlib.Path) -> None:
