@@ -8,6 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.base.modules.module import Module
+from torch.utils.checkpoint import checkpoint
 
 from sglang_lsa.indexer.model import MemoryIndexer
 
@@ -57,6 +58,8 @@ def as_sentence_transformer(indexer: MemoryIndexer, device: str) -> SentenceTran
 def scores(indexer: MemoryIndexer, queries: dict[str, Any], pages: dict[str, Any], label: torch.Tensor) -> torch.Tensor:
     """What the towers say of every page at every anchor, in the way of ``MemoryIndexer.score``.
 
+    Logits of all keys are large, so they are held for one anchor at a time, and computed again for the gradients.
+
     Args:
         label: ``[documents, anchors, pages]``, negative where there is no page.
 
@@ -67,5 +70,5 @@ def scores(indexer: MemoryIndexer, queries: dict[str, Any], pages: dict[str, Any
     for document, (anchors, keys) in enumerate(zip(queries["queries"], pages["keys"], strict=True)):
         for anchor, asked in enumerate(anchors):
             known = int((label[document, anchor] >= 0).sum())
-            found[document, anchor, :known] = indexer.score_all(asked, keys[:known])
+            found[document, anchor, :known] = checkpoint(indexer.score_all, asked, keys[:known], use_reentrant=False)
     return found
