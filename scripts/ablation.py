@@ -48,11 +48,13 @@ def main() -> int:
     parser.add_argument("--train-args", default="", help="more arguments for every training")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = pool.map(lambda variant: train(args.recordings, variant, args.train_args.split()), VARIANTS)
-        results = list(tqdm(runs, total=len(VARIANTS), desc="training", unit="indexer"))
-    (args.output / "ablation.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "ablation.md").write_text(table(results))
+        for result in tqdm(runs, total=len(VARIANTS), desc="training", unit="indexer"):
+            results.append(result)
+            (args.output / "ablation.json").write_text(json.dumps(results, indent=1) + "\n")
+            (args.output / "ablation.md").write_text(table(results))
     print(table(results))
     return 0
 
