@@ -11,7 +11,7 @@ from soak import Soak
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-REQUESTS = 220
+REQUESTS = 120
 
 
 def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProcess) -> None:
@@ -24,6 +24,6 @@ def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProce
     seen = soak.check(outcomes)
     print(json.dumps(seen))
     assert seen["answered"] > REQUESTS * 0.6
-    assert seen["streamed"] > 10
+    assert seen["streamed"] > 5
     assert status["failures"] == {"refreshes": 0, "batches": 0}
     flush(small)
