@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang_lsa.config import PAGE_SIZE
@@ -19,6 +20,8 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "policy": runtime.config.policy,
         "budget": runtime.config.budget,
         "window": runtime.config.window,
+        "config": dataclasses.asdict(runtime.lookahead.config),
+        "rows": runtime.table.rows,
         "page_size": PAGE_SIZE,
         "page_bytes": pager.page_bytes,
         "virtual": {"pages": ledger.virtual_pages, "allocated": ledger.allocated_pages},

@@ -14,7 +14,7 @@ from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 
 DEVICE_TOKENS = 9600
-SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics"]
+SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics", "--enable-cache-report"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -109,6 +110,12 @@ def test_wheel_holds_the_shipped_indexers(wheel: pathlib.Path) -> None:
     for name in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"):
         for file in ("README.md", "SHA256SUMS", "config.json", "model.safetensors"):
             assert f"sglang_lsa/indexer/shipped/{name}/{file}" in names
+
+
+def test_wheel_holds_the_speeches(wheel: pathlib.Path) -> None:
+    files = zipfile.ZipFile(wheel)
+    speeches, note = (files.read(f"sglang_lsa/evaluation/data/{name}") for name in ("speeches.txt.xz", "README.md"))
+    assert hashlib.sha256(speeches).hexdigest() in note.decode()
 
 
 def test_wheel_installs_only_sglang_lsa(wheel: pathlib.Path) -> None:

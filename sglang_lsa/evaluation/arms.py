@@ -1,0 +1,112 @@
+"""Arms: who chooses the pages that an answer is generated from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.evaluation.questions import Question
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.selection import budget_pages
+
+FULL, EVIDENCE = "full", "evidence"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name in :data:`ARMS` and a budget: the share of a context's pages that may be resident.
+
+    Attributes:
+        apart: its requests share no pages with others: each computes its whole prompt.
+    """
+
+    name: str
+    budget: float
+    apart: bool = False
+
+    def options(self, question: Question, config: Mapping[str, Any]) -> dict[str, Any]:
+        """``custom_params.lsa`` of the request, to a server of this configuration."""
+        return ARMS[self.name](question, self.budget, config)
+
+    @property
+    def title(self) -> str:
+        """Name in the results."""
+        return f"{self.name}_apart" if self.apart else self.name
+
+    def __str__(self) -> str:
+        return self.title if self.name == FULL else f"{self.title} {self.budget:.1%}"
+
+
+def asked_of(arms: Sequence[Arm], question: Question) -> list[Arm]:
+    """The arms that can answer it: :data:`EVIDENCE` only where evidence is known."""
+    return [arm for arm in arms if arm.name != EVIDENCE or question.evidence]
+
+
+def _policy(name: str) -> Callable[[Question, float, Mapping[str, Any]], dict[str, Any]]:
+    return lambda question, budget, config: {"policy": name, "budget": budget}
+
+
+def _last_pages(question: Question, budget: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sets": named_sets(question, budget, config, ())}
+
+
+def _evidence(question: Question, budget: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sets": named_sets(question, budget, config, (0, *question.evidence))}
+
+
+def named_sets(question: Question, budget: float, config: Mapping[str, Any], wanted: Sequence[int]) -> str:
+    """Sets for a request to name, one a window.
+
+    Each has as many pages as the budget allows: the last ones, as many as the server itself keeps, then the wanted
+    ones, the first of them first, and more of the last ones if there is room.
+    """
+    sets = []
+    window, stop = config["window"], len(question.ids) + question.asked.new_tokens + config["window"]
+    for tokens in range(len(question.ids), stop, window):
+        pages = pages_spanned(tokens)
+        room = budget_pages(pages, budget, config["min_pages"])
+        recent = max(1, min(config["recent_pages"], room // 4))
+        before_tail = dict.fromkeys(page for page in wanted if page < pages - recent)
+        chosen = sorted(list(before_tail)[: room - recent])
+        # The tail takes what room is left; a chosen page that it covers makes room for one more.
+        tail = pages - (room - len(chosen))
+        while chosen and chosen[-1] >= tail:
+            chosen.pop()
+            tail -= 1
+        tail = min(max(tail, 0), (tokens - 1) // PAGE_SIZE)
+        sets.append(f"{tokens}:{tail}:{','.join(str(page) for page in chosen if page < tail)}")
+    return ";".join(sets)
+
+
+ARMS: dict[str, Callable[[Question, float, Mapping[str, Any]], dict[str, Any]]] = {
+    FULL: lambda question, budget, config: {"enabled": False},
+    "lsa": _policy("indexer"),
+    "quest": _policy("quest"),
+    "window": _policy("recency"),
+    "random": _policy("random"),
+    "recency": _last_pages,
+    EVIDENCE: _evidence,
+}
+"""``lsa`` is the trained indexer, ``window`` the last pages and the first ones (StreamingLLM), ``recency`` the last
+pages only, ``evidence`` the first page, pages that the answer is in, and the last ones."""
+
+
+def parse_arms(names: list[str], budgets: list[float], apart: bool = False) -> list[Arm]:
+    """Full attention first, whose prompts bring the context into the radix tree; then every arm at every budget.
+
+    Args:
+        apart: the first arm once more at the first budget, without sharing.
+
+    Raises:
+        ValueError: an unknown arm or an impossible budget.
+    """
+    for name in names:
+        if name not in ARMS:
+            raise ValueError(f"--arms {name}: there is no such arm: use some of {', '.join(ARMS)}")
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budgets {budget} is out of range: use shares of a context's pages in (0, 1]")
+    others = [Arm(name, budget) for budget in budgets for name in dict.fromkeys(names) if name != FULL]
+    return [Arm(FULL, 1.0), *others, *([replace(others[0], apart=True)] if apart and others else [])]

@@ -1,0 +1,124 @@
+"""Asks an OpenAI-compatible endpoint for completions of token ids, and notes when the answer's tokens came."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+
+class EndpointFailed(RuntimeError):
+    """The endpoint refused or dropped a request."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back.
+
+    Attributes:
+        seconds: from sending the request to its first piece, and to its last one.
+        cached: tokens of the prompt that the endpoint had already; None: it does not say (SGLang does with
+            ``--enable-cache-report``).
+    """
+
+    text: str
+    tokens: int
+    seconds: tuple[float, float]
+    cached: int | None
+
+
+class Endpoint:
+    """One server.
+
+    Args:
+        url: base address, without ``/v1``.
+        model: name it serves; asked for if None.
+        api_key: sent as a bearer token.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str | None = None, api_key: str | None = None):
+        self.session, self.url, self.model = session, url.rstrip("/"), model
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    async def get(self, path: str) -> Any:
+        """JSON of a GET request.
+
+        Raises:
+            EndpointFailed: it is not there or says no.
+        """
+        try:
+            async with self.session.get(self.url + path, headers=self.headers) as answer:
+                if answer.status != 200:
+                    raise EndpointFailed(f"GET {self.url}{path}: HTTP {answer.status}: {(await answer.text())[:300]}")
+                return await answer.json(content_type=None)
+        except aiohttp.ClientError as error:
+            raise EndpointFailed(f"GET {self.url}{path}: {error!r}: is the server running?") from error
+
+    async def status(self) -> dict[str, Any] | None:
+        """``/lsa/status``, or None from a server that is none of ours."""
+        try:
+            async with self.session.get(self.url + "/lsa/status", headers=self.headers) as answer:
+                return await answer.json(content_type=None) if answer.status == 200 else None
+        except aiohttp.ClientError as error:
+            raise EndpointFailed(f"GET {self.url}/lsa/status: {error!r}: is the server running?") from error
+
+    async def complete(
+        self,
+        ids: tuple[int, ...],
+        new_tokens: int,
+        rid: str | None = None,
+        options: dict[str, Any] | None = None,
+        salt: str | None = None,
+    ) -> Answer:
+        """The greedy continuation of a prompt.
+
+        Args:
+            options: ``custom_params.lsa``; None sends nothing that only SGLang knows.
+            salt: keeps the request from sharing a prefix with requests of another one.
+
+        Raises:
+            EndpointFailed: the endpoint refused or dropped the request.
+        """
+        if self.model is None:
+            self.model = (await self.get("/v1/models"))["data"][0]["id"]
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": list(ids),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if options is not None:
+            body |= {"rid": rid, "custom_params": {"lsa": options}} | ({"cache_salt": salt} if salt else {})
+        try:
+            return await self._stream(body)
+        except (aiohttp.ClientError, ValueError, KeyError) as error:
+            raise EndpointFailed(f"{self.url} failed in the middle of an answer: {error!r}") from error
+
+    async def _stream(self, body: dict[str, Any]) -> Answer:
+        began = time.perf_counter()
+        first = last = 0.0
+        text = ""
+        usage: dict[str, Any] = {}
+        async with self.session.post(self.url + "/v1/completions", json=body, headers=self.headers) as answer:
+            if answer.status != 200:
+                raise EndpointFailed(f"{self.url}: HTTP {answer.status}: {(await answer.text())[:500]}")
+            async for line in answer.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise EndpointFailed(f"{self.url}: {chunk['error']}")
+                last = time.perf_counter() - began
+                first = first or last
+                text += "".join(choice["text"] for choice in chunk["choices"])
+                usage = chunk.get("usage") or usage
+        if not usage:
+            raise EndpointFailed(f"{self.url}: an answer ended early, without usage: see the server's log")
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if details else None
+        return Answer(text, usage["completion_tokens"], (first, last), cached)

@@ -1,0 +1,222 @@
+"""Puts every question to every arm, and keeps what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+from tqdm import tqdm
+
+from sglang_lsa.evaluation.arms import Arm, asked_of
+from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
+from sglang_lsa.evaluation.footprint import footprint
+from sglang_lsa.evaluation.metrics import METRICS
+from sglang_lsa.evaluation.questions import Question
+from sglang_lsa.evaluation.store import Store, key
+from sglang_lsa.indexer.checkpoint import checkpoint_folder
+
+UNSEEN = ("debug", "record", "host_memory_gb")
+"""Parts of a server's LSA configuration that change no answer."""
+SERVER = ("dtype", "quantization", "attention_backend", "kv_cache_dtype")
+"""Arguments of SGLang's that do."""
+
+
+class Evaluation:
+    """One server of ours, whose arms are options of a request, and any others to compare it with.
+
+    Args:
+        model: its name in the results.
+        others: endpoints that are arms themselves, by name; they get the prompt and nothing else.
+        together: samples at a time. Of one sample, one turn follows the other. Of one question, full attention goes
+            first and brings the context into the radix tree; the other arms follow at the same time.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        server: Endpoint,
+        arms: Sequence[Arm],
+        store: Store,
+        others: dict[str, Endpoint] | None = None,
+        together: int = 1,
+    ):
+        self.model, self.server, self.arms, self.store = model, server, arms, store
+        self.others = others or {}
+        self.together = together
+        self.settings: dict[str, Any] = {}
+
+    async def run(self, asked: Sequence[Question], seconds: float = float("inf")) -> list[dict[str, Any]]:
+        """Rows of all questions, this time or before answered.
+
+        Args:
+            seconds: no sample is begun after that time.
+
+        Raises:
+            EndpointFailed: a request failed; what was answered before is kept.
+        """
+        self.settings = await settings_of(self.server)
+        shortest = min(len(question.ids) for question in asked)
+        if shortest < self.settings["lsa"]["min_context"]:
+            raise EndpointFailed(
+                f"{self.server.url} prunes nothing below --lsa-min-context {self.settings['lsa']['min_context']}, and "
+                f"a prompt has {shortest} tokens: start it with a smaller one, or ask for longer --lengths"
+            )
+        deadline = time.monotonic() + seconds
+        limit = asyncio.Semaphore(self.together)
+        samples: dict[str, list[Question]] = {}
+        for question in asked:
+            samples.setdefault(question.sample.name, []).append(question)
+        answered: list[dict[str, Any]] = []
+        with tqdm(total=len(asked), desc="questions", unit="question") as progress:
+
+            async def one(turns: Sequence[Question]) -> None:
+                async with limit:
+                    if time.monotonic() >= deadline:
+                        return
+                    for question in turns:
+                        answered.extend(await self.ask(question))
+                        progress.update()
+
+            await asyncio.gather(*(one(turns) for turns in samples.values()))
+        return answered
+
+    async def ask(self, question: Question) -> list[dict[str, Any]]:
+        """One row an arm; only what is not in the store is asked."""
+        arms: list[tuple[str, Arm | None]] = [(str(arm), arm) for arm in asked_of(self.arms, question)]
+        arms += [(name, None) for name in self.others]
+        missing = [(name, arm) for name, arm in arms if self.key(question, name, arm) not in self.store.rows]
+        if missing:
+            first, *rest = missing
+            await self.ask_one(question, *first)
+            await asyncio.gather(*(self.ask_one(question, *other) for other in rest))
+        return [
+            about(question, self.model, name, arm) | judged(question, self.store.rows[self.key(question, name, arm)])
+            for name, arm in arms
+        ]
+
+    def key(self, question: Question, name: str, arm: Arm | None) -> str:
+        if arm is None:
+            return key(self.model, self.others[name].url, question.ids, question.asked.new_tokens)
+        options = arm.options(question, self.settings["lsa"])
+        return key(self.model, self.settings, question.ids, question.asked.new_tokens, options, arm.apart)
+
+    async def ask_one(self, question: Question, name: str, arm: Arm | None) -> None:
+        """Ask, and put into the store what the server said: nothing that is known without it."""
+        new_tokens, rid = question.asked.new_tokens, ""
+        if arm is None:
+            answer = await self.others[name].complete(question.ids, new_tokens)
+        else:
+            rid = f"{question.name}-{name.replace(' ', '-')}-{time.monotonic_ns()}"
+            options = arm.options(question, self.settings["lsa"])
+            answer = await self.server.complete(question.ids, new_tokens, rid, options, rid if arm.apart else None)
+        first, last = answer.seconds
+        row: dict[str, Any] = {
+            "key": self.key(question, name, arm),
+            "answer": answer.text,
+            "new_tokens": answer.tokens,
+            "cached_tokens": answer.cached,
+            "ttft": first,
+            "tpot": (last - first) / (answer.tokens - 1) if answer.tokens > 1 else None,
+        }
+        if arm is not None:
+            row |= await self.look_at(rid, arm, len(question.ids), answer.tokens)
+        self.store.add(row)
+
+    async def look_at(self, rid: str, arm: Arm, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """What the server says of a request that just finished."""
+        status = await self.server.status()
+        entry = next((entry for entry in (status or {}).get("finished", ()) if entry["rid"] == rid), None)
+        if status is None or entry is None:
+            raise EndpointFailed(f"{self.server.url}/lsa/status does not know {rid}, which just finished: see its log")
+        return {
+            **footprint(arm.name, entry["sets"], prompt_tokens, new_tokens, status),
+            "sets": entry["sets"],
+            "stalls": entry["stalls"],
+            "shrunk": entry["shrunk"],
+        }
+
+
+def about(question: Question, model: str, name: str, arm: Arm | None) -> dict[str, Any]:
+    """What is known of an answer before it is given."""
+    sample, turn = question.sample, question.asked
+    return {
+        "model": model,
+        "suite": sample.suite,
+        "task": sample.task,
+        "length": sample.length,
+        "averaged": sample.averaged,
+        "sample": sample.name,
+        "turn": question.turn,
+        "label": name,
+        "arm": arm.title if arm else name,
+        "budget": arm.budget if arm else 1.0,
+        "depth": sample.depth,
+        "prompt_tokens": len(question.ids),
+        "evidence": list(question.evidence),
+        "references": list(turn.references),
+    }
+
+
+def judged(question: Question, stored: dict[str, Any]) -> dict[str, Any]:
+    """What the server said, and the score; None where there is nothing to judge."""
+    turn = question.asked
+    score = METRICS[turn.metric](stored["answer"], turn.references) if turn.references else None
+    return stored | {"score": score}
+
+
+async def settings_of(server: Endpoint) -> dict[str, Any]:
+    """What answers of this server depend on, besides the request.
+
+    Raises:
+        EndpointFailed: it is none of ours.
+    """
+    status = await server.status()
+    if status is None:
+        raise EndpointFailed(
+            f"{server.url} has no /lsa/status: start it with python -m sglang_lsa.launch_server, "
+            "and give other servers as --endpoint NAME=URL"
+        )
+    info = await server.get("/server_info")
+    config = {name: value for name, value in status["config"].items() if name not in UNSEEN}
+    return {
+        "lsa": config,
+        "indexer": fingerprint(config["indexer"]),
+        "model": (await server.get("/v1/models"))["data"][0]["id"],
+        "pages": status["physical"]["pages"],
+        **{name: info.get(name) for name in SERVER},
+    }
+
+
+def fingerprint(indexer: str | None) -> str | None:
+    """Of an indexer's weights, where they are on this machine."""
+    weights = checkpoint_folder(indexer) / "model.safetensors" if indexer else None
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights is not None and weights.is_file() else None
+
+
+def run(
+    asked: Sequence[Question],
+    *,
+    url: str,
+    model: str,
+    arms: Sequence[Arm],
+    store: Store,
+    others: dict[str, str] | None = None,
+    together: int = 1,
+    seconds: float = float("inf"),
+    api_key: str | None = None,
+) -> list[dict[str, Any]]:
+    """See :class:`Evaluation`; ``url`` is of our server, ``others`` of the others."""
+
+    async def session() -> list[dict[str, Any]]:
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=3600)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as http:
+            endpoints = {name: Endpoint(http, other, api_key=api_key) for name, other in (others or {}).items()}
+            server = Endpoint(http, url, api_key=api_key)
+            return await Evaluation(model, server, arms, store, endpoints, together).run(asked, seconds)
+
+    return asyncio.run(session())

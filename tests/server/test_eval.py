@@ -1,0 +1,106 @@
+"""``sglang-lsa eval`` against a real server."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from sglang_lsa.cli import main
+from sglang_lsa.server_process import ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[dict]:
+    """Two samples of two tasks, of which one is five requests about one context."""
+    arguments = ["eval", "--url", server.url, "--suites", "ruler", "scbench", "--tasks", "niah_single_1", "kv_shared"]
+    arguments += ["--lengths", "2048", "--samples", "2", "--arms", "quest", "window", "recency", "evidence", "--apart"]
+    arguments += [
+        "--budgets",
+        "0.25",
+        "--endpoint",
+        f"plain={server.url}",
+        "--name",
+        "smollm2",
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, *more]) == 0
+    return json.loads((output / "quality.json").read_text())
+
+
+def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
+    rows = evaluate(lsa, tmp_path)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    arms = {"full", "quest", "window", "recency", "evidence", "quest_apart", "plain"}
+    judged = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(answers) == len(judged) == 12 * len(arms) and {row["arm"] for row in judged} == arms
+    found = {(row["task"], row["arm"]): row for row in rows}
+    columns = {
+        "suite",
+        "task",
+        "length",
+        "model",
+        "arm",
+        "budget",
+        "accuracy",
+        "delta",
+        "delta_ci_low",
+        "delta_ci_high",
+    }
+    columns |= {"n", "footprint", "commit", "command"}
+    assert all(columns <= set(row) for row in rows)
+    needle = {arm: found["niah_single_1", arm] for arm in arms}
+    assert needle["full"]["accuracy"] > 0 and needle["full"]["footprint"] == 1.0
+    assert len({needle[arm]["accuracy"] for arm in ("full", "evidence", "quest", "quest_apart", "plain")}) == 1
+    assert needle["recency"]["accuracy"] < needle["full"]["accuracy"]
+    for arm in ("quest", "window", "recency", "evidence"):
+        assert needle[arm]["resident"] == pytest.approx(0.25, abs=0.05)  # 8 of 32 or 33 pages
+        assert needle[arm]["resident"] < needle[arm]["footprint"] < needle[arm]["resident"] + 0.05
+    assert found["kv_shared", "full"]["n"] == 10
+    for row in judged:
+        if row["arm"].endswith("_apart"):
+            assert not row["cached_tokens"]
+        elif row["arm"] != "full":
+            assert row["prompt_tokens"] - row["cached_tokens"] <= 64, "full attention has brought it into the tree"
+            assert bool(row.get("sets")) == (row["arm"] != "plain")
+    for name in ("quality.md", "errors.json", "quality-smollm2.png", "depth-smollm2.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert any(entry["arm"] == "recency" and entry["windows"][0]["missing"] for entry in errors["answers"])
+
+    before = lsa.get("/lsa/status")["radix"]
+    assert evaluate(lsa, tmp_path) == rows
+    assert lsa.get("/lsa/status")["radix"] == before, "a second run has everything"
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[:-1]) + lines[-1][:50])
+    again = evaluate(lsa, tmp_path)
+    assert lsa.get("/lsa/status")["radix"]["prompt_tokens"] > before["prompt_tokens"]
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--url", "http://127.0.0.1:9"], "is the server running?"),
+        (["--arms", "lsa"], "use one of quest, recency, random, full"),
+        (["--tasks", "niah"], "--tasks niah: no suite asked for has it: use some of niah_single_1"),
+        (["--texts", "/nowhere"], "--texts /nowhere: has no .txt, .md or .rst files"),
+        (["--qa", "/nowhere"], "--qa /nowhere: has neither squad.json nor hotpotqa.json"),
+        (["--longbench-v2", "/nowhere.json"], "/nowhere.json cannot be read"),
+        (["--samples", "0"], "--samples 0 is too small"),
+        (["--budgets", "2"], "--budgets 2.0 is out of range"),
+        (["--lengths", "500"], "500 tokens are too few for this task"),
+        (["--endpoint", "full=http://x"], "--endpoint full=http://x: write NAME="),
+        (["--suites"], "there is nothing to ask"),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_wrong_use_is_refused(
+    arguments: list[str], words: str, lsa: ServerProcess, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["eval", "--url", lsa.url, "--lengths", "2048", "--samples", "1", "--output", str(tmp_path)]
+    assert main([*start, *arguments]) == 1
+    assert words in capsys.readouterr().err

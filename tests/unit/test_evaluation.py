@@ -1,0 +1,348 @@
+"""Questions, arms, footprints, the store, summaries and error analysis of ``sglang-lsa eval``, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.evaluation.analysis import blame, lost, windows
+from sglang_lsa.evaluation.arms import ARMS, Arm, asked_of, parse_arms
+from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions, write
+from sglang_lsa.evaluation.footprint import footprint, mean_resident
+from sglang_lsa.evaluation.metrics import choice, copied, first_number, match_all, match_any, words
+from sglang_lsa.evaluation.plots import plot_depth, plot_footprint
+from sglang_lsa.evaluation.questions import Question, golden, questions
+from sglang_lsa.evaluation.store import Store, key
+from sglang_lsa.evaluation.summary import AVERAGE, complete, markdown, summarise
+from sglang_lsa.evaluation.task import Sample, Turn
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded_model_path())
+
+
+def sample(together: bool = False, turns: int = 2) -> Sample:
+    context = " ".join(f"Line {number} says {number * 7}." for number in range(400))
+    asked = []
+    for turn in range(turns):
+        part = f"Line {100 + turn * 200} says"
+        at = context.index(part)
+        asked.append(
+            Turn(
+                f"What does line {100 + turn * 200} say?",
+                (str((100 + turn * 200) * 7),),
+                20,
+                start="It says",
+                evidence=((at, at + len(part) + 5),),
+            )
+        )
+    return Sample("toy-lines-4096-0", "toy", "lines", 4096, context, tuple(asked), together)
+
+
+# --- questions and arms ----------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_with_right_answers(tokenizer: Any) -> None:
+    first, second = questions(sample(), tokenizer)
+    text = tokenizer.decode(second.ids)
+    assert text.count("Line 399 says") == 1 and "It says 700" in text
+    assert text.index("What does line 100 say?") < text.index("It says 700") < text.index("What does line 300 say?")
+    assert text.endswith("It says") and tokenizer.decode(first.ids).endswith("It says")
+    assert golden(first.asked) == "It says 700"
+
+
+def test_requests_that_share_a_context_know_nothing_of_each_other(tokenizer: Any) -> None:
+    first, second = questions(sample(together=True), tokenizer)
+    assert "What does line 100 say?" not in tokenizer.decode(second.ids)
+    common = next(i for i, (a, b) in enumerate(zip(first.ids, second.ids, strict=False)) if a != b)
+    assert common > 0.9 * len(first.ids)
+
+
+def test_evidence_pages_hold_the_evidence(tokenizer: Any) -> None:
+    for question, value in zip(questions(sample(), tokenizer), ("700", "2100"), strict=True):
+        kept = "".join(tokenizer.decode(question.ids[page * 64 : page * 64 + 64]) for page in question.evidence)
+        assert f"says {value}." in kept
+        assert len(question.evidence) <= 2
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 1000, 4096, 4097])
+@pytest.mark.parametrize("budget", [0.07, 0.135, 0.5])
+@pytest.mark.parametrize("name", ["recency", "evidence"])
+def test_named_sets_keep_to_the_budget(name: str, budget: float, length: int) -> None:
+    """The server takes them, every set has exactly as many pages as the budget allows, and evidence is among them."""
+    turn = Turn("", ("x",), 200)
+    last = (length - 1) // 64
+    evidence = tuple(sorted({last // 3, last // 2}))
+    question = Question(Sample("s", "s", "t", length, "", (turn,)), 0, tuple(range(length)), evidence)
+    config = {"window": 64, "min_pages": 4, "recent_pages": 4}
+    options = Arm(name, budget).options(question, config)
+    parsed = RequestOptions.parse({"lsa": options}, LSAConfig())
+    assert [given.tokens for given in parsed.sets] == list(range(length, length + 200 + 64, 64))
+    for given in parsed.sets:
+        pages = -(-given.tokens // 64)
+        kept = {*given.positions, *range(given.tail_start, pages)}
+        assert len(kept) == min(pages, max(4, int(pages * budget)))
+        assert set(range(pages - max(1, min(4, len(kept) // 4)), pages)) <= kept
+        if name == "evidence" and len(kept) > 3:
+            assert {0, *evidence} <= kept
+        if name == "recency":
+            assert kept == set(range(pages - len(kept), pages))
+
+
+def test_every_arm_is_one_that_the_server_takes() -> None:
+    turn = Turn("", ("x",), 20)
+    question = Question(Sample("s", "s", "t", 4096, "", (turn,)), 0, tuple(range(4000)), (3,))
+    config = LSAConfig(indexer="somewhere")
+    for name in ARMS:
+        parsed = RequestOptions.parse({"lsa": Arm(name, 0.1).options(question, dataclasses.asdict(config))}, config)
+        assert parsed.dense == (name == "full")
+    unknown = dataclasses.replace(question, evidence=())
+    assert [arm.name for arm in asked_of(parse_arms(["evidence", "quest"], [0.1]), unknown)] == ["full", "quest"]
+    assert [str(arm) for arm in parse_arms(["quest", "full"], [0.1, 0.05])] == ["full", "quest 10.0%", "quest 5.0%"]
+
+
+@pytest.mark.parametrize(
+    ("names", "budgets", "words"),
+    [(["best"], [0.1], "--arms best: there is no such arm"), (["quest"], [0.0], "--budgets 0.0 is out of range")],
+)
+def test_wrong_arms_are_refused(names: list[str], budgets: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_arms(names, budgets)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics() -> None:
+    assert match_all("Red, BLUE", ("red", "blue", "green", "x")) == 0.5
+    assert match_any("it is Red", ("red", "blue")) == 1.0 and match_any("it is", ("red",)) == 0.0
+    assert first_number("about -12 or 13", ("-12",)) == 1.0 and first_number("none", ("1",)) == 0.0
+    assert copied(" ab1 the text \n", ("ab1", " the text")) == 1.0
+    assert copied("the text", ("ab1", "the text")) == 0.0 and 0.5 < copied("ab1 the te", ("ab1", "the text")) < 1
+    references = ("ab1", "one two three four", "one two nine ten", "six seven")
+    assert copied("ab1 one two three four", references) == 1.0
+    assert [copied(f"ab1 {text}", references) for text in ("one two nine ten", "six seven", "")] == [0.0, 0.0, 0.0]
+    assert 0 < copied("ab1 one two three", references) < 1
+    assert first_number("It is 9,987.", ("9987",)) == 1.0
+    assert choice("(B) because A", ("B",)) == 1.0 and choice("Anyhow C", ("A",)) == 0.0
+    assert words("Long-term approach!", ("long term approach",)) == 1.0 and words("it is 13", ("3",)) == 0.0
+
+
+# --- footprint -------------------------------------------------------------------------------------------------------
+
+
+def test_mean_resident_pages() -> None:
+    """There is a decode step for every token but the first."""
+    assert mean_resident("", 640, 11) == pytest.approx(np.mean([-(-context // 64) for context in range(641, 651)]))
+    # from 641 on pages 0 and 3 and everything from page 8 (3 pages of 11), from 705 on page 1 and from 10 on
+    assert mean_resident("641:8:0,3;705:10:1", 640, 65) == 5
+    assert mean_resident("641:8:0,3;705:10:1", 640, 129) == pytest.approx((64 * 5 + 64 * 3) / 128)
+    assert mean_resident("643:8:0,3", 640, 5) == pytest.approx((11 + 11 + 5 + 5) / 4), "dense before the first set"
+    assert mean_resident("641:8:0,3", 640, 1) == 5
+    forgotten = ";".join(f"{tokens}:8:0,3" for tokens in range(1000, 1032))
+    assert mean_resident(forgotten, 640, 20) == 5
+
+
+def test_footprints_count_everything() -> None:
+    overhead = {"page_keys": 1010, "indexer": 2020, "queries": 500, "tables": 50}
+    status = {"page_bytes": 1000, "virtual": {"pages": 100}, "physical": {"overhead_bytes": overhead}, "rows": 5}
+    found = {arm: footprint(arm, "641:8:0,3", 640, 64, status) for arm in ("full", "lsa", "quest", "window")}
+    assert found["full"]["footprint"] == 1.0
+    assert found["lsa"]["device_bytes"] == 5 * 1000 + 11 * 20 + 100 + 10
+    assert found["quest"]["device_bytes"] == 5 * 1000 + 11 * 10 + 100 + 10
+    assert found["window"]["device_bytes"] == 5 * 1000 + 10
+    assert found["window"]["footprint"] == pytest.approx(5010 / 11_000)
+    assert {one["resident"] for one in found.values()} == {1.0, 5 / 11}
+
+
+# --- store -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_goes_on_after_an_interruption(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "deep" / "answers.jsonl"
+    store = Store(path)
+    store.add({"key": "a", "n": 1})
+    store.add({"key": "b", "n": 2})
+    path.write_text(path.read_text()[:-4])
+    again = Store(path)
+    assert again.rows == {"a": {"key": "a", "n": 1}}
+    again.add({"key": "b", "n": 3})
+    assert Store(path).rows["b"]["n"] == 3
+    path.write_text("no json\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1, is no answer: move the file away"):
+        Store(path)
+
+
+def test_keys_tell_everything_apart() -> None:
+    assert key("m", {"a": 1, "b": 2}, (1, 2)) == key("m", {"b": 2, "a": 1}, (1, 2))
+    assert len({key("m", {}, (1, 2)), key("m", {}, (12,)), key("m", {"a": 1}, (1, 2)), key("n", {}, (1, 2))}) == 4
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(task: str, arms: dict[str, list[float]], suite: str = "s", turn: int = 0, **more: Any) -> list[dict]:
+    return [
+        {
+            "model": "m",
+            "suite": suite,
+            "task": task,
+            "length": 4096,
+            "sample": f"{task}-{number}",
+            "turn": turn,
+            "label": label,
+            "arm": label.split()[0],
+            "budget": 1.0 if label == "full" else 0.1,
+            "score": score,
+            "footprint": 1.0 if label == "full" else 0.1,
+            "depth": number / 10,
+            "averaged": True,
+            "commit": "c",
+            "command": "sglang-lsa eval",
+            **more,
+        }
+        for label, scores in arms.items()
+        for number, score in enumerate(scores)
+    ]
+
+
+def test_summary_is_paired_and_averages_what_full_attention_can_do() -> None:
+    rows = rows_of("easy", {"full": [1, 1, 1, 1], "lsa 10%": [1, 1, 1, 0]})
+    rows += rows_of("hard", {"full": [0, 0, 0, 1], "lsa 10%": [1, 1, 1, 1]})
+    rows += rows_of("middle", {"full": [1, 0, 1, 0], "lsa 10%": [1, 0, 1, 0]})
+    found = {(row["task"], row["suite"], row["arm"]): row for row in summarise(rows)}
+    easy, hard, middle = (found[task, "s", "lsa"] for task in ("easy", "hard", "middle"))
+    assert (easy["accuracy"], easy["delta"], easy["n"]) == (75.0, -25.0, 4)
+    assert easy["delta_ci_low"] < -25 < easy["delta_ci_high"] <= 0
+    assert (hard["accuracy"], hard["delta"], hard["counted"]) == (100.0, 75.0, False)
+    assert (middle["delta_ci_low"], middle["delta"], middle["delta_ci_high"]) == (0, 0, 0)
+    for suite in ("s", "all"):
+        average = found[AVERAGE, suite, "lsa"]
+        assert (average["accuracy"], average["delta"], average["tasks"], average["n"]) == (62.5, -12.5, 2, 8)
+    assert found["easy", "s", "full"]["delta"] == 0
+    text = markdown(list(found.values()))
+    assert "| m | s | hard | lsa 10.0% | 100.0 (" in text and text.count(" *") == 2
+
+
+def test_tasks_can_be_kept_out_of_averages() -> None:
+    rows = rows_of("a", {"full": [1, 1], "lsa 10%": [1, 1]})
+    rows += rows_of("b", {"full": [1, 1], "lsa 10%": [0, 0]}, averaged=False)
+    found = [row for row in summarise(rows) if row["task"] == AVERAGE and row["arm"] == "lsa"]
+    assert {row["accuracy"] for row in found} == {100.0}
+
+
+def test_turns_of_a_sample_are_not_independent() -> None:
+    """Five turns of one sample are one number to the bootstrap."""
+    scores = {"full": [1.0] * 6, "lsa 10%": [1.0, 0.0] * 3}
+    many = [row for turn in range(5) for row in rows_of("t", scores, turn=turn)]
+    one, five = (next(r for r in summarise(rows) if r["arm"] == "lsa") for rows in (rows_of("t", scores), many))
+    assert (five["n"], one["n"]) == (30, 6)
+    assert [five[name] for name in ("delta", "delta_ci_low", "delta_ci_high")] == [
+        one[name] for name in ("delta", "delta_ci_low", "delta_ci_high")
+    ]
+
+
+def test_only_questions_that_every_arm_answered_count() -> None:
+    rows = rows_of("t", {"full": [1, 1, 1], "lsa 10%": [1, 1]}) + rows_of("other", {"full": [1], "quest 10%": [1]})
+    assert {row["sample"] for row in complete(rows)} == {"t-0", "t-1", "other-0"}
+
+
+def test_evidence_is_compared_only_where_all_have_some() -> None:
+    rows = rows_of("known", {"full": [1, 1], "lsa 10%": [1, 0], "evidence 10%": [1, 1]})
+    rows += rows_of("some", {"full": [1, 1], "lsa 10%": [1, 1], "evidence 10%": [1]})
+    found = {(row["task"], row["suite"], row["arm"]): row for row in summarise(rows)}
+    assert ("known", "s", "evidence") in found and ("some", "s", "evidence") not in found
+    assert found["some", "s", "lsa"]["n"] == 2
+    assert (AVERAGE, "s", "evidence") not in found and found[AVERAGE, "s", "lsa"]["tasks"] == 2
+
+
+def test_the_order_of_answers_does_not_matter() -> None:
+    rows = rows_of("t", {"full": [1, 1, 0, 1, 1], "lsa 10%": [1, 0, 0, 1, 0]})
+    assert sorted(map(str, summarise(rows))) == sorted(map(str, summarise(rows[::-1])))
+
+
+def test_results_of_several_runs_are_one_table(tmp_path: pathlib.Path) -> None:
+    """Averages are made anew of everything; later answers to the same questions replace earlier ones."""
+    keep(tmp_path, rows_of("t", {"full": [1, 1], "lsa 10%": [0, 0]}))
+    keep(tmp_path, rows_of("u", {"full": [1, 1], "lsa 10%": [1, 1]}, model="other"))
+    everything = keep(tmp_path, rows_of("u", {"full": [1, 1], "lsa 10%": [1, 1]}))
+    found = {(r["model"], r["task"], r["arm"]): r["accuracy"] for r in summarise(everything) if r["suite"] == "s"}
+    assert found["m", AVERAGE, "lsa"] == 50.0 and found["other", AVERAGE, "lsa"] == 100.0
+    everything = keep(tmp_path, rows_of("t", {"full": [1, 1], "lsa 10%": [1, 1]}))
+    write(tmp_path, summarise(everything))
+    rows = json.loads((tmp_path / "quality.json").read_text())
+    assert {row["accuracy"] for row in rows if row["arm"] == "lsa"} == {100.0}
+    assert "| other | s | u | lsa 10.0% | 100.0 (" in (tmp_path / "quality.md").read_text()
+
+
+def test_pictures(tmp_path: pathlib.Path) -> None:
+    rows = rows_of("t", {"full": [1] * 8, "lsa 10%": [1, 0] * 4})
+    assert plot_footprint(tmp_path / "a.png", summarise(rows), "m") and plot_depth(tmp_path / "b.png", rows, "m")
+    assert (tmp_path / "a.png").read_bytes()[:4] == (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    assert not plot_footprint(tmp_path / "c.png", [], "m") and not plot_depth(tmp_path / "c.png", [], "m")
+
+
+# --- error analysis --------------------------------------------------------------------------------------------------
+
+
+def test_analysis_says_what_was_missing_and_when() -> None:
+    assert windows("641:8:0,3;705:10:1", [3, 9]) == [
+        {"tokens": 641, "resident": 5, "missing": []},
+        {"tokens": 705, "resident": 3, "missing": [3, 9]},
+    ]
+    about = {"references": ["x"], "answer": "y", "evidence": [3, 9], "sets": "641:8:0,3;705:10:1"}
+    rows = rows_of("t", {"full": [1, 1], "lsa 10%": [0, 1]}, **about)
+    (entry,) = lost(rows)
+    assert (entry["sample"], entry["full_answer"], len(entry["windows"])) == ("t-0", "y", 2)
+    never = {**entry, "windows": windows("641:0:", [3, 9])}
+    first = {**entry, "windows": windows("641:10:1", [3, 9])}
+    unknown = {**entry, "evidence": []}
+    (row,) = blame([entry, never, first, first, unknown])
+    names = ("worse", "missing_at_first", "missing_later", "nothing_missing", "unknown")
+    assert [row[name] for name in names] == [5, 2, 1, 1, 1]
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_plans_make_fair_parts(tokenizer: Any) -> None:
+    """Whatever is done when time is up has as many samples of every task and length."""
+    plan = Plan(("ruler", "scbench"), ("niah_single_1", "kv"), (2048, 3072), 2)
+    asked = make_questions(plan, tokenizer, Files())
+    names = list(dict.fromkeys(question.sample.name for question in asked))
+    assert names == [
+        f"{task}-{length}-{number}"
+        for number in range(2)
+        for length in (2048, 3072)
+        for task in ("ruler-niah_single_1", "scbench-kv")
+    ]
+    assert all(len(question.ids) + question.asked.new_tokens <= question.sample.length for question in asked)
+    with pytest.raises(ValueError, match="--tasks best: no suite asked for has it"):
+        dataclasses.replace(plan, tasks=("best",)).chosen()
+
+
+def test_samples_of_files_go_where_they_fit(tokenizer: Any) -> None:
+    data = pathlib.Path(__file__).parents[1] / "data"
+    files = Files(data / "longbench_v2.json", data / "longmemeval.json")
+    plan = Plan((), (), (64, 512, 1024), 99)
+    asked = make_questions(plan, tokenizer, files)
+    every = list(files.samples(len, plan.lengths))
+    assert {question.sample.suite for question in asked} == {"longbench_v2", "longmemeval"}
+    assert len(asked) == len(every)
+    for question in asked:
+        needed = len(question.ids) + question.asked.new_tokens
+        assert question.sample.length == min(length for length in plan.lengths if length >= needed)
+    few = make_questions(dataclasses.replace(plan, lengths=(64,)), tokenizer, files)
+    assert len(few) == sum(question.sample.length == 64 for question in asked)
+    one = make_questions(dataclasses.replace(plan, samples=1), tokenizer, files)
+    assert len(one) == len({(q.sample.suite, q.sample.task, q.sample.length) for q in asked})
