@@ -26,20 +26,17 @@ def first_number(answer: str, references: Sequence[str]) -> float:
 
 
 def copied(answer: str, references: Sequence[str]) -> float:
-    """How much of a text was repeated, if the answer begins with the words asked for, else 0 (after MRCR).
+    """How much of a text was repeated (after MRCR).
 
     MRCR takes the plain likeness, of which a text of the same kind gets half. Here the likeness of the most similar
     other text counts as nothing, so that only the right one scores.
 
     Args:
-        references: the words to begin with, the text, and other texts that could be taken for it.
+        references: the text, and others that could be taken for it.
     """
-    begin, text, *others = (part.strip() for part in references)
-    answer = answer.strip()
-    if not answer.startswith(begin):
-        return 0.0
+    text, *others = (part.strip() for part in references)
     least = max((_likeness(other, text) for other in others), default=0.0)
-    return max(0.0, (_likeness(answer.removeprefix(begin).strip(), text) - least) / (1 - least))
+    return max(0.0, (_likeness(answer.strip(), text) - least) / (1 - least))
 
 
 def _likeness(one: str, other: str) -> float:

@@ -127,12 +127,11 @@ def test_metrics() -> None:
     assert match_all("Red, BLUE", ("red", "blue", "green", "x")) == 0.5
     assert match_any("it is Red", ("red", "blue")) == 1.0 and match_any("it is", ("red",)) == 0.0
     assert first_number("about -12 or 13", ("-12",)) == 1.0 and first_number("none", ("1",)) == 0.0
-    assert copied(" ab1 the text \n", ("ab1", " the text")) == 1.0
-    assert copied("the text", ("ab1", "the text")) == 0.0 and 0.5 < copied("ab1 the te", ("ab1", "the text")) < 1
-    references = ("ab1", "one two three four", "one two nine ten", "six seven")
-    assert copied("ab1 one two three four", references) == 1.0
-    assert [copied(f"ab1 {text}", references) for text in ("one two nine ten", "six seven", "")] == [0.0, 0.0, 0.0]
-    assert 0 < copied("ab1 one two three", references) < 1
+    assert copied(" the text \n", ("the text",)) == 1.0 and 0.5 < copied("the te", ("the text",)) < 1
+    references = ("one two three four", "one two nine ten", "six seven")
+    assert copied("one two three four", references) == 1.0
+    assert [copied(text, references) for text in ("one two nine ten", "six seven", "")] == [0.0, 0.0, 0.0]
+    assert 0 < copied("one two three", references) < 1
     assert first_number("It is 9,987.", ("9987",)) == 1.0
     assert choice("(B) because A", ("B",)) == 1.0 and choice("Anyhow C", ("A",)) == 0.0
     assert words("Long-term approach!", ("long term approach",)) == 1.0 and words("it is 13", ("3",)) == 0.0

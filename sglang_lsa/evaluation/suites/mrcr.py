@@ -2,13 +2,13 @@
 
 The mechanics are of MRCR (arXiv 2409.12640, and OpenAI's data set of that name); the texts come from a grammar of our
 own and resemble each other. A copy is 150 tokens or more, so that what is read moves on over several windows of 64.
+MRCR has the model begin with a code, which small models get wrong; here the beginning of the answer is given.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-import string
 from collections.abc import Iterator
 
 from sglang_lsa.evaluation.haystack import Haystack
@@ -115,19 +115,18 @@ def make(rng: random.Random, characters: int, haystack: Haystack, needles: int) 
     depths = sorted(spread(rng, needles))
     texts = [write(random.Random(rng.getrandbits(64)), form, topic) for _ in depths]
     wanted = rng.randrange(needles)
-    code = "".join(rng.choices(string.ascii_letters + string.digits, k=8))
     pieces = [(depth, ask(form, topic) + text) for depth, text in zip(depths, texts, strict=True)]
     room = characters - sum(len(piece) for _, piece in pieces)
     context, spans = weave(fill(chatter(own, form, topic), room, "\n\n"), pieces, "\n\n", r"\n\n", BEFORE)
     text, stop = texts[wanted], spans[wanted][1]
     turn = Turn(
-        f"Write {code} and a space. Then repeat, word for word, the {ORDINALS[wanted]} {form} about {topic} of the "
-        f"conversation above: it has {needles}, counted from 1. Add nothing else.",
-        (code, text, *(other for other in texts if other != text)),
+        f"Repeat, word for word, the {ORDINALS[wanted]} {form} about {topic} of the conversation above.",
+        (text, *(other for other in texts if other != text)),
         new_tokens=int(len(text.split()) * 1.5) + 30,
         metric="copied",
         evidence=((stop - len(text), stop),),
-        golden=f"{code} {text}",
+        start=f"Here is the {ORDINALS[wanted]} {form} about {topic}:",
+        golden=text,
     )
     return Made(context, (turn,), depth=(stop - len(text)) / len(context))
 
