@@ -9,8 +9,10 @@ from sglang_lsa.pages import pages_spanned
 from sglang_lsa.policies import HISTORY_WINDOWS
 
 
-def footprint(arm: str, sets: str, prompt_tokens: int, new_tokens: int, status: dict[str, Any]) -> dict[str, float]:
-    """Mean over decode steps, of one request alone.
+def footprint(
+    arm: str, sets: str, prompt_tokens: int, new_tokens: int, status: dict[str, Any]
+) -> dict[str, float | None]:
+    """Mean over decode steps, of one request alone; None where there was no such step.
 
     Pages of the resident set, keys that the arm's selector keeps of *all* pages, the request's recent queries, and its
     row of the page tables. Weights of an indexer (0.2 MB) and buffers for CUDA graphs and streamed prompts are not a
@@ -27,6 +29,8 @@ def footprint(arm: str, sets: str, prompt_tokens: int, new_tokens: int, status: 
     kv = float(pages * status["page_bytes"])
     if arm == FULL:
         return {"resident": 1.0, "footprint": 1.0, "device_bytes": kv, "host_bytes": kv}
+    if new_tokens < 2:
+        return {"resident": None, "footprint": None, "device_bytes": None, "host_bytes": kv}
     resident = mean_resident(sets, prompt_tokens, new_tokens)
     overhead, rows = status["physical"]["overhead_bytes"], status["rows"]
     virtual = status["virtual"]["pages"] + 1
@@ -49,7 +53,7 @@ def mean_resident(sets: str, prompt_tokens: int, new_tokens: int) -> float:
     if len(begins) >= HISTORY_WINDOWS:
         begins[0] = (0, *begins[0][1:])
     total = 0.0
-    contexts = range(prompt_tokens + 1, prompt_tokens + max(new_tokens, 2))
+    contexts = range(prompt_tokens + 1, prompt_tokens + new_tokens)
     for context in contexts:
         tail, chosen = next(((tail, chosen) for at, tail, chosen in reversed(begins) if at <= context), (0, 0))
         total += chosen + pages_spanned(context) - tail

@@ -147,7 +147,6 @@ def test_mean_resident_pages() -> None:
     assert mean_resident("641:8:0,3;705:10:1", 640, 65) == 5
     assert mean_resident("641:8:0,3;705:10:1", 640, 129) == pytest.approx((64 * 5 + 64 * 3) / 128)
     assert mean_resident("643:8:0,3", 640, 5) == pytest.approx((11 + 11 + 5 + 5) / 4), "dense before the first set"
-    assert mean_resident("641:8:0,3", 640, 1) == 5
     forgotten = ";".join(f"{tokens}:8:0,3" for tokens in range(1000, 1032))
     assert mean_resident(forgotten, 640, 20) == 5
 
@@ -162,6 +161,7 @@ def test_footprints_count_everything() -> None:
     assert found["window"]["device_bytes"] == 5 * 1000 + 10
     assert found["window"]["footprint"] == pytest.approx(5010 / 11_000)
     assert {one["resident"] for one in found.values()} == {1.0, 5 / 11}
+    assert footprint("lsa", "", 640, 1, status)["footprint"] is None, "the first token is prefill's"
 
 
 # --- store -----------------------------------------------------------------------------------------------------------

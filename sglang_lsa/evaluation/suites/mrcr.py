@@ -15,7 +15,7 @@ from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.suites.weaving import fill, spread, weave
 from sglang_lsa.evaluation.task import Made, Task, Turn
 
-NEEDLES = (2, 4, 8)
+NEEDLES = (1, 2, 4, 8)
 WORDS = 120
 """Words of a text, at least; the longest has 160."""
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -119,13 +119,17 @@ def make(rng: random.Random, characters: int, haystack: Haystack, needles: int) 
     room = characters - sum(len(piece) for _, piece in pieces)
     context, spans = weave(fill(chatter(own, form, topic), room, "\n\n"), pieces, "\n\n", r"\n\n", BEFORE)
     text, stop = texts[wanted], spans[wanted][1]
+    others = [other for other in texts if other != text]
+    if needles == 1:  # what a text of this kind has in common with any other
+        others = [write(random.Random(rng.getrandbits(64)), form, topic) for _ in range(2)]
+    which = f"{form} about {topic}" if needles == 1 else f"{ORDINALS[wanted]} {form} about {topic}"
     turn = Turn(
-        f"Repeat, word for word, the {ORDINALS[wanted]} {form} about {topic} of the conversation above.",
-        (text, *(other for other in texts if other != text)),
+        f"Repeat, word for word, the {which} of the conversation above.",
+        (text, *others),
         new_tokens=int(len(text.split()) * 1.5) + 30,
         metric="copied",
         evidence=((stop - len(text), stop),),
-        start=f"Here is the {ORDINALS[wanted]} {form} about {topic}:",
+        start=f"Here is the {which}:\n\n",
         golden=text,
     )
     return Made(context, (turn,), depth=(stop - len(text)) / len(context))
