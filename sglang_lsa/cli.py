@@ -282,7 +282,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
     command.add_argument("--samples", type=int, default=10, metavar="N", help="of each task and length; default: 10")
     arms = ("lsa", "quest", "window", "recency", "random", "evidence")
-    command.add_argument("--arms", nargs="+", choices=arms, default=["lsa", "quest", "window", "recency", "random"])
+    usual = "default: all but evidence, and lsa only with --indexer or --url"
+    command.add_argument("--arms", nargs="+", choices=arms, help=usual)
     command.add_argument("--budgets", nargs="+", type=float, default=[0.135], metavar="SHARE", help="default: 0.135")
     command.add_argument("--apart", action="store_true", help="the first arm also without sharing of prefixes")
     command.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="running text; default: speeches")

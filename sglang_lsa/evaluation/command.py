@@ -56,13 +56,15 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("samples", "together"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} is too small: use 1 or more")
+    usual = ["quest", "window", "recency", "random"]
+    arms = args.arms or (["lsa", *usual] if args.indexer or args.url else usual)
     plan = Plan(tuple(args.suites), tuple(args.tasks), tuple(args.lengths), args.samples, args.texts, args.qa)
     return evaluate(
         plan,
         Console(width=160),
         model=model,
         name=args.name or args.model or MODEL_NAME,
-        arms=parse_arms(args.arms, args.budgets, args.apart),
+        arms=parse_arms(arms, args.budgets, args.apart),
         output=args.output,
         command=command_line(),
         indexer=args.indexer,
