@@ -41,8 +41,15 @@ class LSAConfig:
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
     min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
     window: int = _option(64, "Decode steps during which a resident set stays fixed.")
+    first_window: int = _option(
+        16,
+        "Decode steps of a request's first window; each one after it is twice as long, up to --lsa-window. What is "
+        "chosen right after a prompt knows only the question.",
+    )
     prefetch_steps: int = _option(
-        16, "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window."
+        16,
+        "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window. "
+        "Of a shorter window (see --lsa-first-window) at most a quarter.",
     )
     sink_pages: int = _option(1, "First pages of a request that always stay.")
     recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
@@ -336,6 +343,7 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
 _LEAST: dict[str, float] = {
     "min_pages": 1,
     "window": 1,
+    "first_window": 1,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

@@ -98,7 +98,7 @@ class Lookahead:
 
     def begin(self, request: Request) -> None:
         """The prompt is prefilled: the first decode window is predicted from it, as soon as possible."""
-        request.steps_left, request.computed = 0, request.tokens
+        request.steps_left, request.computed, request.lead = 0, request.tokens, self.lead
         if request.given is not None:
             self._await_given(request)
             if request.steps_left > self.lead:
@@ -115,7 +115,7 @@ class Lookahead:
                 request.windows[-1].tokens = request.tokens
             request.computed = request.tokens
             request.steps_left -= 1
-            if request.steps_left <= self.lead and request.next is None:
+            if request.steps_left <= request.lead and request.next is None:
                 ending.append(request)
         return ending
 
@@ -210,7 +210,7 @@ class Lookahead:
 
     def _can_wait(self, request: Request, new: Refresh) -> bool:
         """Whether there is time to try again before the next step; what is in flight now can be had then (GPU)."""
-        return self.lag > 0 and not new.urgent and (request.incomplete or request.steps_left > self.lead // 2)
+        return self.lag > 0 and not new.urgent and (request.incomplete or request.steps_left > request.lead // 2)
 
     def _switch_when_here(self, request: Request, new: Refresh) -> None:
         if self.pager.arrived(needed := new.needed(request.pages)):
@@ -364,16 +364,26 @@ class Lookahead:
         self.stalls += 1
 
     def _end(self, request: Request) -> None:
-        """The clock of the next window starts.
-
-        First windows have different lengths, so that requests do not all refresh in the same step.
-        """
-        spread = request.seed % (self.config.window - self.lead) if request.window == 0 else 0
-        request.steps_left += self.config.window - spread
+        """The clock of the next window starts."""
+        length, request.lead = self.next_window(request)
+        request.steps_left += length
         request.next = None
         self.on_their_way.pop(request.rid, None)
         if request.given is not None:
             self._await_given(request)
+
+    def next_window(self, request: Request) -> tuple[int, int]:
+        """Decode steps of the window that begins, and how many before its end the set of the next one is predicted.
+
+        Windows double until they are as long as they may be. The first of those is shorter by a number of the request's
+        own, so that requests do not all refresh in the same step.
+        """
+        whole, number = self.config.window, max(0, request.window)
+        length, before = (self.config.first_window << min(n, 32) for n in (number, max(0, number - 1)))
+        if length < whole:
+            return length, min(self.lead, length // 4)
+        first_whole = number == 0 or before < whole
+        return whole - (request.seed % (whole - self.lead) if first_whole else 0), self.lead
 
     def _await_given(self, request: Request) -> None:
         assert request.given is not None

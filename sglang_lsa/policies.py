@@ -88,6 +88,8 @@ class Request:
     first_observed: int = 0
     window: int = -1
     steps_left: int = 0
+    lead: int = 0
+    """Steps before the end of its window at which it looks for the next set."""
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tail_start: int = 0
     ranks: np.ndarray | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -96,6 +97,7 @@ class Server:
 
     def __init__(self, lead: int = 0, lag: int = 0, **options: object) -> None:
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
+        defaults["first_window"] = 1 << 20  # no short ones
         self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
         keys, values = ([torch.zeros((PHYSICAL + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
@@ -983,6 +985,23 @@ def test_the_first_windows_of_a_gpu_are_spread_over_what_leaves_time_to_prefetch
     lengths = [server.prefill(f"r{seed}", PAGE_SIZE, seed=seed).steps_left for seed in range(6)]
     assert lengths == [8, 7, 6, 8, 7, 6]
     assert min(lengths) > LEAD
+
+
+@pytest.mark.parametrize(("lead", "seed", "window"), [(0, 0, 64), (16, 0, 64), (16, 5, 64), (3, 7, 50), (0, 0, 8)])
+def test_windows_after_a_prompt_double_until_they_are_whole(lead: int, seed: int, window: int) -> None:
+    server = Server(lead, first_window=8, window=window)
+    request = server.prefill("a", 8 * PAGE_SIZE, seed=seed)
+    leads = {}
+    for _ in range(240):
+        server.decode(request)
+        if request.next is None:
+            leads.setdefault(request.window, request.lead)
+    lengths = [after.tokens - before.tokens for before, after in pairwise(list(request.windows)[:-1])]
+    short = [length for length in (8, 16, 32) if length < window]
+    assert lengths[: len(short)] == short
+    assert lengths[len(short)] == window - seed % (window - lead)
+    assert set(lengths[len(short) + 1 :]) <= {window}
+    assert all(found == (min(lead, short[n] // 4) if n < len(short) else lead) for n, found in leads.items())
 
 
 def test_a_refresh_starts_before_its_window() -> None:
