@@ -212,7 +212,7 @@ def _bench_selectors(args: argparse.Namespace) -> int:
 def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "record what a memory indexer is trained on: drives prompts through a server, with full attention"
     command = commands.add_parser("record", help=text, description=text[0].upper() + text[1:])
-    families = ("text", "facts", "filler", "pairs", "records", "copying")
+    families = ("text", "facts", "filler", "pairs", "records", "copying", "values", "lines", "chains")
     splits = ("train", "held-out")
     command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("recordings"), metavar="DIR")

@@ -10,6 +10,7 @@ import bisect
 import json
 import pathlib
 import random
+import string
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,13 @@ QUESTIONS = {
     "train": ("What is the access code of the {name}?", "Which number was the {name} given?"),
     "held-out": ("What is written on the door of the {name}?",),
 }
+LISTS = {
+    "train": "Which numbers were the {name} given? There are {count}; name all.",
+    "held-out": "What is written on the door of the {name}? There are {count} numbers; give each.",
+}
+ASSIGNMENTS = {"train": "Let {name} be {source}.", "held-out": "{name} := {source}"}
+LETTERS = {"train": (string.ascii_lowercase, 4), "held-out": (string.ascii_uppercase, 6)}
+"""Of the names of variables: which, and how many."""
 FILLER = "The river runs on. A cloud goes by. The road is long. Wait here a while. Then walk on again. "
 
 
@@ -201,6 +209,63 @@ def copying(rng: random.Random, split: str, texts: Texts, characters: int) -> Ma
     return Made(text, source, question, passage, ((begin, begin + len(passage)),))
 
 
+def several_values(rng: random.Random, split: str, texts: Texts, characters: int) -> Made:
+    """Several facts of one name in running text; all are asked for."""
+    text, source = texts.draw(rng, characters)
+    name, count = _name(rng, split), rng.randrange(2, 7)
+    values = [_number(rng) for _ in range(count)]
+    sentences = [FACTS[split][-1].format(name=name, value=value) for value in values]
+    whole = _scatter(rng, text, sentences)
+    answer = f"For the {name} they are {', '.join(values)}."
+    question = LISTS[split].format(name=name, count=count)
+    return Made(whole, source, question, answer, _places(whole, sentences))
+
+
+def one_of_many(rng: random.Random, split: str, texts: Texts, characters: int) -> Made:
+    """Nothing but facts of one form, a line each; one or two are asked for."""
+    kind = rng.randrange(len(FACTS[split]))
+    asked_for = rng.choice((1, 2))
+    lines: dict[str, tuple[str, str]] = {}
+    own, size = random.Random(rng.getrandbits(64)), 0
+    while size < characters or len(lines) < asked_for:
+        name, value = f"{_name(own, split)} {own.randrange(100, 1000)}", _number(own)
+        if name not in lines:
+            lines[name] = value, FACTS[split][kind].format(name=name, value=value)
+            size += len(lines[name][1]) + 1
+    names = list(lines)
+    asked = [names[int(rng.random() * len(names))] for _ in range(asked_for)]
+    text = "\n".join(line for _, line in lines.values())
+    question = " ".join(QUESTIONS[split][kind].format(name=name) for name in asked)
+    answer = " ".join(f"For the {name} it is {lines[name][0]}." for name in asked)
+    return Made(text, "random", question, answer, _places(text, [lines[name][1] for name in asked]))
+
+
+def chains(rng: random.Random, split: str, texts: Texts, characters: int) -> Made:
+    """Numbers are given to names, and passed on to others; all that have one number are asked for."""
+    filler = rng.random() < 0.5
+    text, source = (FILLER * (characters // len(FILLER) + 1))[:characters], "filler"
+    if not filler:
+        text, source = texts.draw(rng, characters)
+    alphabet, length = LETTERS[split]
+    lines: list[str] = []
+    found: list[list[str]] = []
+    values = [str(rng.randrange(10_000, 100_000)) for _ in range(rng.choice((1, 2, 3)))]
+    hops = rng.randrange(2, 7)
+    for value in values:
+        names = ["".join(rng.choice(alphabet) for _ in range(length)) for _ in range(hops)]
+        sources = [value, *names[:-1]]
+        found.append([ASSIGNMENTS[split].format(name=n, source=s) for n, s in zip(names, sources, strict=True)])
+        lines.append(", ".join(names))
+    # Lines of one chain stay in order; those of several are mixed.
+    owners = [chain for chain in range(len(found)) for _ in range(hops)]
+    rng.shuffle(owners)
+    ordered = [iter(chain) for chain in found]
+    whole = _scatter(rng, text, [next(ordered[owner]) for owner in owners])
+    question = f"Which names have the value {values[0]}, directly or through others? There are {hops}; give all."
+    answer = f"The names with the value {values[0]} are {lines[0]}."
+    return Made(whole, source, question, answer, _places(whole, found[0]))
+
+
 FAMILIES: dict[str, Callable[[random.Random, str, Texts, int], Made]] = {
     "text": running_text,
     "facts": facts,
@@ -208,13 +273,16 @@ FAMILIES: dict[str, Callable[[random.Random, str, Texts, int], Made]] = {
     "pairs": pairs,
     "records": records,
     "copying": copying,
+    "values": several_values,
+    "lines": one_of_many,
+    "chains": chains,
 }
 
 
 def needle(rng: random.Random, split: str, texts: Texts, characters: int) -> Made:
     """One magic number in running text, in words that small models know. Only for evaluation: nothing trains on it."""
     text, source = texts.draw(rng, characters)
-    word, value = rng.choice(NOUNS[split].split()), str(rng.randrange(10**6, 10**7))
+    word, value = rng.choice(NOUNS[split].split()), _number(rng)
     sentence = f"One of the special magic numbers for {word} is: {value}."
     place = text.find("\n", rng.randrange(len(text) // 50, len(text) * 49 // 50)) + 1
     whole = f"{text[:place]}{sentence}\n{text[place:]}"
@@ -281,18 +349,23 @@ def _hide(rng: random.Random, split: str, text: str, source: str, count: int) ->
     while len(names) < count:
         if (name := _name(rng, split)) not in names:
             names.append(name)
-    values = [str(rng.randrange(10**6, 10**7)) for _ in names]
-    places = sorted(rng.sample(range(len(text) // 50, len(text) * 49 // 50), count))
+    values = [_number(rng) for _ in names]
     sentences = [FACTS[split][kind].format(name=name, value=value) for name, value in zip(names, values, strict=True)]
-    pieces, last = [], 0
-    for sentence, place in zip(sentences, places, strict=True):
-        pieces += [text[last:place], " ", sentence, " "]
-        last = place
-    whole = "".join([*pieces, text[last:]])
+    whole = _scatter(rng, text, sentences)
     asked = rng.sample(range(count), min(2, count))
     question = " ".join(QUESTIONS[split][kind].format(name=names[i]) for i in asked)
     answer = " ".join(f"For the {names[i]} it is {values[i]}." for i in asked)
     return Made(whole, source, question, answer, _places(whole, [sentences[i] for i in asked]))
+
+
+def _scatter(rng: random.Random, text: str, sentences: Sequence[str]) -> str:
+    """The text with the sentences in it, in their order."""
+    places = sorted(rng.sample(range(len(text) // 50, len(text) * 49 // 50), len(sentences)))
+    pieces, last = [], 0
+    for sentence, place in zip(sentences, places, strict=True):
+        pieces += [text[last:place], " ", sentence, " "]
+        last = place
+    return "".join([*pieces, text[last:]])
 
 
 def _places(text: str, parts: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -301,6 +374,10 @@ def _places(text: str, parts: Sequence[str]) -> tuple[tuple[int, int], ...]:
 
 def _name(rng: random.Random, split: str) -> str:
     return f"{rng.choice(ADJECTIVES[split].split())} {rng.choice(NOUNS[split].split())}"
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10**6, 10**7))
 
 
 def _hex(rng: random.Random) -> str:

@@ -49,8 +49,7 @@ class Recording:
         to begin or has begun. What is read before is prompt, which attends to everything."""
         first = pages_spanned(max(0, PAGE_SIZE - self.facts.start)) * PAGE_SIZE // BLOCK
         if self.entry.answer_tokens:
-            answer = self.entry.tokens - self.entry.answer_tokens - self.facts.start
-            first = max(first, -(-(answer - BLOCK) // BLOCK))
+            first = max(first, -(-(self.answer_begins - self.facts.start - BLOCK) // BLOCK))
         return range(first, len(self.mass))
 
     def position(self, anchor: int) -> int:
@@ -61,6 +60,23 @@ class Recording:
         """The most that each head pays to each complete page in the next tokens, averaged over heads, ``[pages]``."""
         pages = pages_complete(self.position(anchor))
         return self.mass[anchor : anchor + HORIZON // BLOCK, :, :pages].float().amax(dim=0).mean(dim=0)
+
+    def wanted(self, anchor: int, evidence: float) -> torch.Tensor:
+        """The label; but if the whole answer is among the next tokens, pages that it is from get at least ``evidence``.
+
+        Heads that look for one part of an answer after the other do not look at all parts before they begin, and
+        attention of sixteen heads may miss what others find; the answer needs these pages all the same.
+        """
+        label = self.label(anchor)
+        if self.answer_begins - self.position(anchor) >= 0 and self.entry.tokens - self.position(anchor) <= HORIZON:
+            pages = [page for page in self.entry.evidence if page < len(label)]
+            label[pages] = label[pages].clamp(min=evidence)
+        return label
+
+    @property
+    def answer_begins(self) -> int:
+        """In tokens."""
+        return self.entry.tokens - self.entry.answer_tokens
 
     def past(self, anchor: int) -> torch.Tensor:
         """The same of the tokens before; as far as they are recorded."""
@@ -203,10 +219,13 @@ class Batches:
     Args:
         positions: recent tokens that vote.
         anchors: per document.
+        evidence: see :meth:`Recording.wanted`.
     """
 
-    def __init__(self, recordings: Sequence[Recording], positions: int, anchors: int, seed: int = 0):
-        self.recordings, self.positions, self.anchors = recordings, positions, anchors
+    def __init__(
+        self, recordings: Sequence[Recording], positions: int, anchors: int, seed: int = 0, evidence: float = 0.0
+    ):
+        self.recordings, self.positions, self.anchors, self.evidence = recordings, positions, anchors, evidence
         self.rng = np.random.default_rng(seed)
         self.valid_label_columns = ["label"]
 
@@ -224,7 +243,7 @@ class Batches:
             chosen = self.rng.choice(recording.anchors, size=count, replace=False)
             queries.append([recording.recent(int(anchor), self.positions) for anchor in chosen])
             documents.append(recording.runs)
-            labels.append([recording.label(int(anchor)) for anchor in chosen])
+            labels.append([recording.wanted(int(anchor), self.evidence) for anchor in chosen])
         label = torch.full((len(rows), self.anchors, max(map(len, documents))), -1.0)
         for d, known in enumerate(labels):
             for a, mass in enumerate(known):

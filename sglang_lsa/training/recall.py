@@ -195,12 +195,15 @@ def recall_table(rows: list[dict[str, Any]]) -> Table:
 
 
 class RecallEvaluator(BaseEvaluator):
-    """Recall on recordings that are not trained on, while an indexer is trained; the best one is kept."""
+    """Recall on recordings that are not trained on, while an indexer is trained.
+
+    The best indexer is the one that keeps most of what is needed and of what answers are from (``kept``).
+    """
 
     def __init__(self, recordings: Sequence[Recording], indexer: MemoryIndexer, rules: Rules, stride: int = 4):
         super().__init__()
         self.recordings, self.indexer, self.rules, self.stride = recordings, indexer, rules, stride
-        self.primary_metric = "recall"
+        self.primary_metric = "kept"
         self.history: list[dict[str, float]] = []
 
     def __call__(
@@ -219,8 +222,12 @@ class RecallEvaluator(BaseEvaluator):
             )
         by_budget = {row["budget"]: row for row in summarise(rows)}
         metrics = {
-            f"{name}_{budget}": by_budget[budget][name] or 0.0 for budget in BUDGETS for name in ("recall", "mass")
+            f"{name}_{budget}": by_budget[budget][name] or 0.0
+            for budget in BUDGETS
+            for name in ("recall", "mass", "evidence")
         }
-        metrics["recall"] = float(np.mean([metrics[f"recall_{budget}"] for budget in BUDGETS]))
+        for name in ("recall", "evidence"):
+            metrics[name] = float(np.mean([metrics[f"{name}_{budget}"] for budget in BUDGETS]))
+        metrics["kept"] = (metrics["recall"] + metrics["evidence"]) / 2
         self.history.append({"step": steps, **metrics})
         return metrics

@@ -29,6 +29,9 @@ class TrainSettings:
     key_dim: int = _setting(32, "of queries and keys")
     positions: int = _setting(64, "recent tokens that vote; at most 128")
     golden: float = _setting(0.3, "share of the heads' attention from which on a page counts as needed")
+    evidence: float = _setting(
+        0.5, "share of attention that a page counts as getting at least, if an answer that is about to begin is from it"
+    )
     coverage: float = _setting(0.9, "share of the heads' attention to be kept by the threshold")
     steps: int = _setting(600, "at most")
     batch: int = _setting(4, "documents in a batch")
@@ -45,6 +48,8 @@ class TrainSettings:
         for name in ("golden", "coverage"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is out of range: use a share of attention in (0, 1)")
+        if not 0 <= self.evidence < 1:
+            raise ValueError(f"--evidence {self.evidence} is out of range: use a share of attention in [0, 1)")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate {self.learning_rate} is out of range: use a number above 0")
         if not 0 <= self.seed < 2**32:

@@ -117,7 +117,7 @@ def make_trainer(
 ) -> SentenceTransformerTrainer:
     """sentence-transformers' trainer for this indexer; ``scratch`` is a folder for what it writes."""
     model = as_sentence_transformer(indexer, device)
-    batches = Batches(training, settings.positions, settings.anchors, settings.seed)
+    batches = Batches(training, settings.positions, settings.anchors, settings.seed, settings.evidence)
     adapters = [value for value in indexer.parameters() if value.dim() > 1]
     numbers = [value for value in indexer.parameters() if value.dim() == 1]
     rate = settings.learning_rate
@@ -157,7 +157,7 @@ def make_trainer(
 
 
 class KeepBest(TrainerCallback):
-    """Stops when recall has not risen for some evaluations, and ends with the weights of the best one."""
+    """Stops when no more has been kept for some evaluations, and ends with the weights of the best one."""
 
     def __init__(self, indexer: MemoryIndexer, patience: int):
         self.indexer, self.patience = indexer, patience
@@ -165,10 +165,10 @@ class KeepBest(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **options: Any) -> None:
-        recall = metrics["eval_recall"]
+        kept = metrics["eval_kept"]
         self.waited += 1
-        if recall > self.best:
-            self.best, self.waited = recall, 0
+        if kept > self.best:
+            self.best, self.waited = kept, 0
             self.weights = {name: value.detach().clone() for name, value in self.indexer.state_dict().items()}
         control.should_training_stop = control.should_training_stop or self.waited >= self.patience
 
