@@ -97,7 +97,6 @@ class Server:
 
     def __init__(self, lead: int = 0, lag: int = 0, **options: object) -> None:
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
-        defaults["first_window"] = 1 << 20  # no short ones
         self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
         keys, values = ([torch.zeros((PHYSICAL + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
