@@ -57,7 +57,7 @@ class LSARadixCache(RadixCache):
 
         SGLang asks this for models whose sliding window must be recomputed; the need is the same.
         """
-        return self.lsa.config.query_tokens
+        return self.lsa.observer.positions
 
     def cache_unfinished_req(self, req, chunked=False):
         """Insert what has been prefilled; pages that the tree already has replace the request's own.

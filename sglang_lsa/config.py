@@ -41,10 +41,10 @@ class LSAConfig:
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
     min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
     window: int = _option(64, "Decode steps during which a resident set stays fixed.")
-    first_window: int = _option(
-        16,
+    first_window: int | None = _option(
+        None,
         "Decode steps of a request's first window; each one after it is twice as long, up to --lsa-window. What is "
-        "chosen right after a prompt knows only the question.",
+        "chosen right after a prompt knows only the question. Default: no window is shorter than the others.",
     )
     prefetch_steps: int = _option(
         16,

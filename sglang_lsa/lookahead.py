@@ -379,7 +379,8 @@ class Lookahead:
         own, so that requests do not all refresh in the same step.
         """
         whole, number = self.config.window, max(0, request.window)
-        length, before = (self.config.first_window << min(n, 32) for n in (number, max(0, number - 1)))
+        first = self.config.first_window or whole
+        length, before = (first << min(n, 32) for n in (number, max(0, number - 1)))
         if length < whole:
             return length, min(self.lead, length // 4)
         first_whole = number == 0 or before < whole

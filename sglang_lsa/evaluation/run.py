@@ -21,6 +21,8 @@ from sglang_lsa.indexer.checkpoint import checkpoint_folder
 
 UNSEEN = ("debug", "record", "host_memory_gb")
 """Parts of a server's LSA configuration that change no answer."""
+IN_FLIGHT = 24
+"""Requests to our server at a time: it remembers few that finished, and each is looked at after it did."""
 SERVER = ("dtype", "quantization", "attention_backend", "kv_cache_dtype")
 """Arguments of SGLang's that do."""
 
@@ -48,6 +50,7 @@ class Evaluation:
         self.others = others or {}
         self.together = together
         self.settings: dict[str, Any] = {}
+        self.slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def run(self, asked: Sequence[Question], seconds: float = float("inf")) -> list[dict[str, Any]]:
         """Rows of all questions, this time or before answered.
@@ -106,25 +109,27 @@ class Evaluation:
 
     async def ask_one(self, question: Question, name: str, arm: Arm | None) -> None:
         """Ask, and put into the store what the server said: nothing that is known without it."""
-        new_tokens, rid = question.asked.new_tokens, ""
+        new_tokens = question.asked.new_tokens
         if arm is None:
-            answer = await self.others[name].complete(question.ids, new_tokens)
+            answer, seen = await self.others[name].complete(question.ids, new_tokens), dict[str, Any]()
         else:
-            rid = f"{question.name}-{name.replace(' ', '-')}-{time.monotonic_ns()}"
-            options = arm.options(question, self.settings["lsa"])
-            answer = await self.server.complete(question.ids, new_tokens, rid, options, rid if arm.apart else None)
+            async with self.slots:
+                rid = f"{question.name}-{name.replace(' ', '-')}-{time.monotonic_ns()}"
+                options = arm.options(question, self.settings["lsa"])
+                answer = await self.server.complete(question.ids, new_tokens, rid, options, rid if arm.apart else None)
+                seen = await self.look_at(rid, arm, len(question.ids), answer.tokens)
         first, last = answer.seconds
-        row: dict[str, Any] = {
-            "key": self.key(question, name, arm),
-            "answer": answer.text,
-            "new_tokens": answer.tokens,
-            "cached_tokens": answer.cached,
-            "ttft": first,
-            "tpot": (last - first) / (answer.tokens - 1) if answer.tokens > 1 else None,
-        }
-        if arm is not None:
-            row |= await self.look_at(rid, arm, len(question.ids), answer.tokens)
-        self.store.add(row)
+        self.store.add(
+            {
+                "key": self.key(question, name, arm),
+                "answer": answer.text,
+                "new_tokens": answer.tokens,
+                "cached_tokens": answer.cached,
+                "ttft": first,
+                "tpot": (last - first) / (answer.tokens - 1) if answer.tokens > 1 else None,
+                **seen,
+            }
+        )
 
     async def look_at(self, rid: str, arm: Arm, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """What the server says of a request that just finished."""
