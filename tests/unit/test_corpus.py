@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import pathlib
+import random
+import re
 
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.demo.document import load_tokenizer
 from sglang_lsa.embedded_model import embedded_model_path
-from sglang_lsa.indexer.corpus import ADJECTIVES, FACTS, FAMILIES, NOUNS, SPLITS, Prompt, Texts, Tokens, make_prompts
+from sglang_lsa.indexer.corpus import (
+    ADJECTIVES,
+    ASSIGNMENTS,
+    FACTS,
+    FAMILIES,
+    LETTERS,
+    LISTS,
+    NOUNS,
+    SPLITS,
+    Prompt,
+    Texts,
+    Tokens,
+    make_prompts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +70,8 @@ def test_splits_share_nothing() -> None:
     for words in (NOUNS, ADJECTIVES):
         assert not set(words["train"].split()) & set(words["held-out"].split())
     assert not set(FACTS["train"]) & set(FACTS["held-out"])
+    for sentences in (LISTS, ASSIGNMENTS, LETTERS):
+        assert sentences["train"] != sentences["held-out"]
 
 
 def test_texts_of_ones_own(tokenizer, tmp_path: pathlib.Path) -> None:
@@ -77,3 +94,35 @@ def test_no_texts_are_refused(tmp_path: pathlib.Path) -> None:
 def test_too_short_is_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="use longer --lengths"):
         list(make_prompts(tokenizer, "train", (30,), 1, ("records",)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_chains_lead_from_the_number_to_every_name(split: str) -> None:
+    for seed in range(20):
+        made = FAMILIES["chains"](random.Random(seed), split, Texts(split), 6000)
+        value, names = re.search(r"\d{5}", made.question)[0], re.search(r" are (.*)\.$", made.answer)[1].split(", ")
+        lines = [made.text[first:stop] for first, stop in made.evidence]
+        assert len(lines) == len(names) == int(re.search(r"There are (\d)", made.question)[1])
+        for line, name, source in zip(lines, names, [value, *names[:-1]], strict=True):
+            assert line == ASSIGNMENTS[split].format(name=name, source=source)
+        assert sorted(made.evidence) == list(made.evidence)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_value_is_in_the_answer(split: str) -> None:
+    for seed in range(20):
+        made = FAMILIES["values"](random.Random(seed), split, Texts(split), 6000)
+        values = re.findall(r"\d{7}", made.answer)
+        assert [re.search(r"\d{7}", made.text[first:stop])[0] for first, stop in made.evidence] == values
+        assert len(values) == int(re.search(r"There are (\d)", made.question)[1])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_lines_that_are_asked_for_are_among_others_of_their_form(split: str) -> None:
+    for seed in range(20):
+        made = FAMILIES["lines"](random.Random(seed), split, Texts(split), 6000)
+        lines = made.text.split("\n")
+        asked = [made.text[first:stop] for first, stop in made.evidence]
+        assert len(lines) > 60 and set(asked) <= set(lines)
+        for line, value in zip(asked, re.findall(r"\d{7}", made.answer), strict=True):
+            assert value in line

@@ -408,6 +408,8 @@ def test_bad_data_is_refused(damage: str, words: str, tmp_path: pathlib.Path) ->
         ({"steps": 0}, "--steps 0"),
         ({"learning_rate": -1.0}, "--learning-rate -1.0"),
         ({"coverage": 1.0}, "--coverage 1.0"),
+        ({"evidence": 1.0}, "--evidence 1.0 is out of range: use a share of attention in"),
+        ({"evidence": -0.1}, "--evidence -0.1"),
         ({"positions": 129}, "--positions 129 is too large: recordings have 128"),
         ({"learning_rate": float("inf")}, "--learning-rate inf"),
         ({"seed": -1}, "--seed -1"),
@@ -474,3 +476,20 @@ def test_bad_weights_are_refused(tmp_path: pathlib.Path) -> None:
 def test_another_model_is_refused(data: pathlib.Path) -> None:
     with pytest.raises(BadRecording, match="use another --output"):
         Manifest.open(data, "some/other-model")
+
+
+def test_evidence_counts_where_the_whole_answer_lies_ahead(data: pathlib.Path) -> None:
+    known = load_recordings(data, "held-out", [SEEKER])[0]
+    evidence = list(known.entry.evidence)
+    for answer, asked in ((64, {4}), (48, {4, 5}), (80, set())):  # of 128 recorded tokens, which begin at block 0
+        recording = dataclasses.replace(known, entry=dataclasses.replace(known.entry, answer_tokens=answer))
+        for block in range(BLOCKS):
+            label, wanted = recording.label(block), recording.wanted(block, 0.5)
+            ahead = block in asked
+            assert torch.equal(wanted[evidence], label[evidence].clamp(min=0.5) if ahead else label[evidence])
+            others = [page for page in range(len(label)) if page not in evidence]
+            assert torch.equal(wanted[others], label[others])
+            assert torch.equal(recording.wanted(block, 0.0), label)
+    batches = Batches([dataclasses.replace(known, entry=dataclasses.replace(known.entry, answer_tokens=64))], 16, 6)
+    batches.evidence = 0.9
+    assert int((batches(batches.rows())["label"] == 0.9).sum()) >= len(evidence) - 1
