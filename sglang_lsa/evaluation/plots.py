@@ -42,7 +42,7 @@ def plot_footprint(path: pathlib.Path, found: Sequence[dict[str, Any]], model: s
         axis.set_title(f"{length:,} tokens")
         axis.set_xlabel("device memory, % of all KV")
     axes[0][0].set_ylabel("accuracy")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="center right")
     figure.suptitle(model, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -50,41 +50,59 @@ def plot_footprint(path: pathlib.Path, found: Sequence[dict[str, Any]], model: s
 
 
 def plot_depth(path: pathlib.Path, rows: Sequence[dict[str, Any]], model: str) -> bool:
-    """Accuracy of samples with one place to find, by its depth and the length, a panel an arm. False: there is none."""
+    """Accuracy of samples with one place to find, by its depth and the length: a panel for every arm and budget.
+
+    Returns:
+        False: there are no such samples, and no picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     placed = [r for r in rows if r["depth"] is not None and r["score"] is not None and r["model"] == model]
-    labels, lengths = list(dict.fromkeys(r["label"] for r in placed)), sorted({r["length"] for r in placed})
+    lengths = sorted({r["length"] for r in placed})
     if not placed:
         return False
+    arms = [FULL, *dict.fromkeys(r["arm"] for r in placed if r["arm"] != FULL)]
+    budgets = sorted({r["budget"] for r in placed if r["arm"] != FULL}, reverse=True) or [1.0]
     figure, axes = plt.subplots(
-        1, len(labels), figsize=(2.2 * len(labels) + 1, 3), sharey=True, squeeze=False, layout="constrained"
+        len(budgets),
+        len(arms),
+        figsize=(1.7 * len(arms) + 1.5, 2.1 * len(budgets) + 0.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     image = None
-    for axis, label in zip(axes[0], labels, strict=True):
-        grid = np.full((DEPTHS, len(lengths)), np.nan)
-        for band in range(DEPTHS):
-            for column, length in enumerate(lengths):
-                own = [
-                    r["score"]
-                    for r in placed
-                    if r["label"] == label
-                    and r["length"] == length
-                    and min(int(r["depth"] * DEPTHS), DEPTHS - 1) == band
-                ]
-                if own:
-                    grid[band, column] = 100 * np.mean(own)
-        image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        axis.set_title(label, fontsize=9)
-        axis.set_xticks(range(len(lengths)), [f"{length // 1024}K" for length in lengths], fontsize=8)
-        axis.set_yticks(range(DEPTHS), [f"{100 * band // DEPTHS}%" for band in range(DEPTHS)], fontsize=8)
-    axes[0][0].set_ylabel("depth of the answer")
+    for budget, row in zip(budgets, axes, strict=True):
+        for arm, axis in zip(arms, row, strict=True):
+            own = [r for r in placed if r["arm"] == arm and (arm == FULL or r["budget"] == budget)]
+            grid = accuracy_by_depth(own, lengths)
+            image = axis.imshow(100 * grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+            axis.set_title(arm if arm == FULL else f"{arm} {budget:.1%}", fontsize=9)
+            axis.set_xticks(range(len(lengths)), [f"{length / 1024:.0f}K" for length in lengths], fontsize=8)
+            axis.set_yticks(range(DEPTHS), [f"{100 * band // DEPTHS}%" for band in range(DEPTHS)], fontsize=8)
+        row[0].set_ylabel("depth of the answer", fontsize=8)
     if image is not None:
-        figure.colorbar(image, ax=axes[0].tolist(), label="accuracy")
+        figure.colorbar(image, ax=axes.ravel().tolist(), label="accuracy")
     figure.suptitle(model, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def accuracy_by_depth(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> np.ndarray:
+    """Mean scores, ``[DEPTHS, lengths]``; NaN where nothing was asked."""
+    grid = np.full((DEPTHS, len(lengths)), np.nan)
+    for band in range(DEPTHS):
+        for column, length in enumerate(lengths):
+            own = [
+                row["score"]
+                for row in rows
+                if row["length"] == length and min(int(row["depth"] * DEPTHS), DEPTHS - 1) == band
+            ]
+            if own:
+                grid[band, column] = np.mean(own)
+    return grid
