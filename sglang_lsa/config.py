@@ -46,6 +46,12 @@ class LSAConfig:
         "Decode steps of a request's first window; each one after it is twice as long, up to --lsa-window. What is "
         "chosen right after a prompt knows only the question. Default: no window is shorter than the others.",
     )
+    dense_steps: int = _option(
+        0,
+        "Decode steps right after a prompt that read all of its pages, if they are on the device; the first set is "
+        "then predicted from the beginning of the answer. For answers that copy or collect from a context. So long a "
+        "request takes as much of the device pool as with full attention.",
+    )
     prefetch_steps: int = _option(
         16,
         "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window. "
@@ -193,6 +199,7 @@ class RequestOptions:
         sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
             with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
+        dense_steps: decode steps that read everything before the first set is predicted.
     """
 
     policy: str
@@ -201,6 +208,7 @@ class RequestOptions:
     prefill: str = "exact"
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
+    dense_steps: int = 0
 
     @property
     def dense(self) -> bool:
@@ -217,8 +225,8 @@ class RequestOptions:
         """
         asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
         if asked is None:
-            return cls(str(config.policy), config.budget, prefill=config.prefill)
-        known = ("enabled", "budget", "policy", "prefill", "sets", "record")
+            return cls(str(config.policy), config.budget, prefill=config.prefill, dense_steps=config.dense_steps)
+        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps")
         if not isinstance(asked, dict):
             raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
         unknown = sorted(set(asked) - set(known))
@@ -246,7 +254,10 @@ class RequestOptions:
             raise ValueError(f"custom_params.lsa.record is {record}: this server was not started with --lsa-record")
         if record and sets:
             raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
-        return cls(str(policy), float(budget), enabled, prefill, sets, record)
+        dense_steps = asked.get("dense_steps", config.dense_steps)
+        if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
+            raise ValueError(f"custom_params.lsa.dense_steps is {dense_steps!r}: use a number of steps, 0 or more")
+        return cls(str(policy), float(budget), enabled, prefill, sets, record, dense_steps)
 
 
 def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
@@ -344,6 +355,7 @@ _LEAST: dict[str, float] = {
     "min_pages": 1,
     "window": 1,
     "first_window": 1,
+    "dense_steps": 0,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

@@ -97,12 +97,17 @@ class Lookahead:
         """Time that scoring took on the device."""
 
     def begin(self, request: Request) -> None:
-        """The prompt is prefilled: the first decode window is predicted from it, as soon as possible."""
+        """The prompt is prefilled: the first decode window is predicted from it, as soon as possible, or from the
+        first ``dense_steps`` tokens of the answer."""
         request.steps_left, request.computed, request.lead = 0, request.tokens, self.lead
         if request.given is not None:
             self._await_given(request)
             if request.steps_left > self.lead:
                 return
+        elif request.dense_steps and not request.incomplete:
+            # What is predicted during its last steps would hardly know the answer: a quarter must do for the pages.
+            request.steps_left, request.lead = request.dense_steps, min(self.lead, request.dense_steps // 4)
+            return
         with self._timed():
             self._start(request)
 

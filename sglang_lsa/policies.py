@@ -109,6 +109,8 @@ class Request:
     """Resident sets that it named itself and has not read yet."""
     record: int = 0
     """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
+    dense_steps: int = 0
+    """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
     stalls: int = 0
     shrunk: int = 0
     """How often its set was made smaller than its budget because the device pool was full."""

@@ -132,7 +132,7 @@ class Prefill:
             request.first_observed, request.prompt_tokens = prefix, len(ids)
             request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
             request.name_sets(options.sets)
-            request.record = options.record
+            request.record, request.dense_steps = options.record, options.dense_steps
             self.requests[req.rid] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)

@@ -51,6 +51,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "min_pages": (["3"], 3),
     "window": (["32"], 32),
     "first_window": (["3"], 3),
+    "dense_steps": (["16"], 16),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
@@ -205,6 +206,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": 1.5}, r"window is 1\.5: use a value of type int"),
     ({"window": True}, "window is True: use a value of type int"),
     ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
+    ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
     ({"prefetch_steps": 64}, "--lsa-prefetch-steps 64 is not less than --lsa-window 64: lower it"),
@@ -503,6 +505,21 @@ def test_a_copy_is_equal() -> None:
     config = LSAConfig(observe_layers=(1, 2))
     assert copy.deepcopy(config) == config
     arrived_by_pickle.clear()
+
+
+# --- dense steps -----------------------------------------------------------------------------------------------------
+
+
+def test_dense_steps_of_a_request() -> None:
+    assert RequestOptions.parse(None, LSAConfig(dense_steps=8)).dense_steps == 8
+    assert RequestOptions.parse({"lsa": {"budget": 0.1}}, LSAConfig(dense_steps=8)).dense_steps == 8
+    assert RequestOptions.parse({"lsa": {"dense_steps": 0}}, LSAConfig(dense_steps=8)).dense_steps == 0
+
+
+@pytest.mark.parametrize("steps", [-1, True, "8", 1.5, None])
+def test_impossible_dense_steps(steps: object) -> None:
+    with pytest.raises(ValueError, match=r"dense_steps is .*: use a number of steps, 0 or more"):
+        RequestOptions.parse({"lsa": {"dense_steps": steps}}, LSAConfig())
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from sglang_lsa.resident_table import ResidentTable
 
 PHYSICAL, VIRTUAL = 24, 160
 WINDOW = 4
+LONG, LEAD, LAG = 8, 5, 2
+"""Decode steps of a window; steps before it at which a refresh starts; steps after which its scores are read."""
 
 
 class Wanted:
@@ -130,6 +132,7 @@ class Server:
         dense: bool = False,
         sets: Sequence[GivenSet] = (),
         promised: int | None = None,
+        dense_steps: int = 0,
     ) -> Request:
         """
         Args:
@@ -138,6 +141,7 @@ class Server:
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
         request.name_sets(sets)
+        request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
         assert self.pager.hold(rid, request.pages)
         self.write(request.pages)
@@ -270,6 +274,33 @@ def test_a_set_stays_for_a_window() -> None:
         assert len(request.history) == request.window + 1
     assert server.lookahead.refreshes == 5
     assert server.wanted.calls == 5
+
+
+@pytest.mark.parametrize(("lead", "lag", "steps"), [(0, 0, 1), (0, 0, 6), (LEAD, LAG, 6), (LEAD, LAG, 40)])
+def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(lead: int, lag: int, steps: int) -> None:
+    server = Server(lead, lag, window=LONG)
+    server.wanted.positions = [2]
+    request = server.prefill("a", 10 * PAGE_SIZE, dense_steps=steps)
+    asked_at = None
+    for step in range(1, steps + 1):
+        assert (request.tail_start, request.positions.tolist()) == (0, [])
+        assert server.held_positions(request) == list(range(len(request.pages)))
+        server.decode(request)
+        asked_at = asked_at or (step if server.wanted.calls else None)
+    assert asked_at == steps - min(lead, steps // 4)
+    server.decode(request)
+    server.decode(request)
+    assert 2 in request.positions
+    assert request.tail_start > 0
+
+
+def test_a_prompt_that_is_not_on_the_device_cannot_be_read_densely() -> None:
+    server = Server()
+    server.wanted.positions = [2]
+    request = server.prefill("a", 10 * PAGE_SIZE, dense_steps=5, promised=6)
+    server.decode(request)
+    assert request.tail_start > 0
+    assert 2 in request.positions
 
 
 def test_first_windows_have_different_lengths() -> None:
@@ -905,10 +936,6 @@ def test_sets_that_are_not_read_warm_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- as on a GPU: a refresh takes several steps -----------------------------------------------------------------------
-
-
-LONG, LEAD, LAG = 8, 5, 2
-"""Decode steps of a window; steps before it at which a refresh starts; steps after which its scores are read."""
 OLD, NEW = [0, 1, 2, 3, 11], [0, 5, 6, 7]
 
 
