@@ -93,7 +93,9 @@ def selector_needs(
     return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
 
 
-def server_needs(server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int) -> Needs:
+def server_needs(
+    server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int
+) -> Needs:
     """What LSA's own buffers are made of, for a server of these SGLang arguments.
 
     Args:
