@@ -189,10 +189,8 @@ def plan_findings(server: Server) -> list[Finding]:
     from sglang_lsa.sizing import round_up_gb
 
     plan, sized = server.plan, server.config.device_tokens or server.config.device_memory_gb
-    name, seen = (
-        "memory plan",
-        (f"{plan.physical_tokens} tokens of KV on the device, {plan.virtual_tokens} in the host mirror"),
-    )
+    name = "memory plan"
+    seen = f"{plan.physical_tokens} tokens of KV on the device, {plan.virtual_tokens} in the host mirror"
     if server.device != "cuda":
         needed = server.weights.bytes + server.pool_bytes + server.overhead_bytes + server.mirror_bytes
         if needed <= server.host.free_bytes:
