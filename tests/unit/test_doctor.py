@@ -176,7 +176,7 @@ def test_trouble(name: str, words: list[str], found: dict[str, Any]) -> None:
 def test_lengths_that_fit_are_no_trouble_beside_one_that_does_not(found: dict[str, Any]) -> None:
     report = found["context longer than the mirror"]
     assert len(troubles(report)) == 1
-    assert [context["lsa"] for context in report["contexts"]] == [2, 0]
+    assert [context["lsa"] for context in report["contexts"]] == [1, 0]
 
 
 def test_the_advice_for_a_longer_context_is_enough() -> None:
