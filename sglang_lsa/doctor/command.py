@@ -130,12 +130,15 @@ def examine(args: argparse.Namespace, server_flags: Sequence[str]) -> Report:
     hooks = hook_findings()
     server: Server | None = None
     contexts: tuple[Fit, ...] = ()
-    if has_trouble((*kernels, *hooks)) and (mode is None or has_trouble(hooks)):
-        found = [
-            Finding(SECTION, "memory plan", SKIPPED, "not made", "it is made by the server's own code", "see above")
-        ]
+    made_by = "it is made by the server's own code"
+    if mode is None or has_trouble(hooks):
+        found = [Finding(SECTION, "memory plan", SKIPPED, "not made", made_by, "see above")]
     else:
-        server, contexts, found = _server(args, server_flags, gpu)
+        try:
+            server, contexts, found = _server(args, server_flags, gpu)
+        except ImportError as error:
+            seen = f"not made ({error})"
+            found = [Finding(SECTION, "memory plan", TROUBLE, seen, made_by, "see the versions above")]
     host, about_host = _host(server)
     return Report((*findings, gpu_finding, *about_host, *kernels, *hooks, *found), gpu, host, mode, server, contexts)
 

@@ -374,6 +374,15 @@ def test_without_sglang_the_rest_is_still_looked_at(monkeypatch: pytest.MonkeyPa
     assert f"{sum(f.status == TROUBLE for f in report.findings)} troubles:" in out.getvalue()
 
 
+def test_a_package_that_our_own_code_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "hook_findings", lambda: [])
+    monkeypatch.setitem(sys.modules, "sglang_lsa.doctor.server", None)
+    report = examine(doctor_arguments(), [])
+    (plan,) = [finding for finding in report.findings if finding.section == "server"]
+    assert (plan.name, plan.status) == ("memory plan", TROUBLE)
+    assert plan.seen.startswith("not made (import of sglang_lsa.doctor.server")
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
