@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SGLANG_VERSION = "0.5.17"
+FIX = f"Install it (pip install sglang=={SGLANG_VERSION}), or start without --lsa flags"
 
 
 class IncompatibleSGLang(RuntimeError):
@@ -37,16 +38,20 @@ class Hook:
     until: str
     test: str
 
-    def check(self) -> None:
-        """Raise IncompatibleSGLang unless the target exists and takes the parameters that we rely on."""
+    def problem(self) -> str | None:
+        """Why the target cannot be wrapped: it is not there, or takes other parameters than we rely on; else None."""
         try:
             symbol = pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError) as error:
-            raise IncompatibleSGLang(_message(self.target, f"not found ({error})")) from None
+            return f"not found ({error})"
         parameters = inspect.signature(symbol).parameters
         missing = [name for name in self.parameters if name not in parameters]
-        if missing:
-            raise IncompatibleSGLang(_message(self.target, f"takes ({', '.join(parameters)}), not {missing[0]!r}"))
+        return f"takes ({', '.join(parameters)}), not {missing[0]!r}" if missing else None
+
+    def check(self) -> None:
+        """Raise IncompatibleSGLang unless the target exists and takes the parameters that we rely on."""
+        if (problem := self.problem()) is not None:
+            raise IncompatibleSGLang(_message(self.target, problem))
 
 
 def check_version(installed: str) -> None:
@@ -56,7 +61,4 @@ def check_version(installed: str) -> None:
 
 
 def _message(target: str, seen: str) -> str:
-    return (
-        f"{target} {seen}; sglang-lsa was written for SGLang {SGLANG_VERSION}. "
-        f"Install it (pip install sglang=={SGLANG_VERSION}), or start without --lsa flags."
-    )
+    return f"{target} {seen}; sglang-lsa was written for SGLang {SGLANG_VERSION}. {FIX}."

@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more and not getattr(args, "server_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args.more = more
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
     try:
@@ -60,6 +63,42 @@ def _demo(args: argparse.Namespace) -> int:
     except DemoFailed as error:
         print(f"sglang-lsa demo: {error}", file=sys.stderr)
         return 1
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "whether a server with these flags would start here, what it would hold in which memory, and how many contexts "
+        "it would run; loads nothing (about 20 seconds)"
+    )
+    command = commands.add_parser(
+        "doctor",
+        help=text,
+        description=text[0].upper() + text[1:],
+        epilog="All other flags are the server's: --model-path (default: the embedded model), --lsa-*, SGLang's own. "
+        "Exit status: 0 all is well, 1 trouble, 2 wrong usage.",
+        allow_abbrev=False,  # the server's flags could begin with one of ours
+    )
+    command.add_argument(
+        "--context-tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="how many contexts of so many tokens, prompt and answer, run at the same time; it is trouble if none does",
+    )
+    command.add_argument(
+        "--gpu-memory-gb", type=float, metavar="G", help="plan for a GPU of this size, which need not be here"
+    )
+    command.add_argument(
+        "--free-host-memory-gb", type=float, metavar="G", help="plan for a host with so much free memory, likewise"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
+    command.set_defaults(run=_doctor, server_flags=True)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from sglang_lsa.doctor.command import from_arguments
+
+    return from_arguments(args, args.more)
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -392,6 +431,7 @@ def _device(args: argparse.Namespace) -> str:
 
 COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     _add_demo,
+    _add_doctor,
     _add_bench,
     _add_record,
     _add_train,

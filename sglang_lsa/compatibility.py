@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import pathlib
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
@@ -71,7 +71,15 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
 
 
 class Unsupported(ValueError):
-    """The server was asked for something that LSA cannot do; nothing was loaded."""
+    """The server was asked for something that LSA cannot do; nothing was loaded.
+
+    Attributes:
+        problems: one line each, with the value seen and what to do.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("LSA cannot start:\n  " + "\n  ".join(problems))
+        self.problems = tuple(problems)
 
 
 def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> None:
@@ -129,7 +137,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
     if config.record is not None:
         problems += folder_problems(config.record)
     if problems:
-        raise Unsupported("LSA cannot start:\n  " + "\n  ".join(problems))
+        raise Unsupported(problems)
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from sglang_lsa.config import LSAConfig
 
@@ -21,19 +22,30 @@ def with_defaults(argv: list[str]) -> list[str]:
     return [*defaults, *argv]
 
 
-def main(argv: list[str] | None = None) -> None:
-    sys.argv[1:] = with_defaults(sys.argv[1:] if argv is None else argv)
-    from sglang.launch_server import run_server
+def server_arguments(argv: list[str]) -> Any:
+    """SGLang's ServerArgs for this command line, resolved and checked, with LSA on; installs the hooks.
+
+    Raises:
+        ValueError: LSA or SGLang cannot work with these arguments.
+        SystemExit: an argument does not exist or cannot be read; the parser has said which.
+    """
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
 
     from sglang_lsa.plugin import install
 
     load_plugins()
     install()  # does nothing when SGLang found the plugin; raises when it could not be installed
+    return prepare_server_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    sys.argv[1:] = with_defaults(sys.argv[1:] if argv is None else argv)
+    from sglang.launch_server import run_server
+    from sglang.srt.utils import kill_process_tree
+
     try:
-        server_args = prepare_server_args(sys.argv[1:])
+        server_args = server_arguments(sys.argv[1:])
     except ValueError as error:
         raise SystemExit(f"sglang-lsa: {error}") from error
     try:

@@ -17,7 +17,7 @@ from sglang_lsa.policies import Policy, Refresh, Request, Window
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
 from sglang_lsa.selection import affordable, always_kept, budget_pages, expected_coverage, select, widened
-from sglang_lsa.sizing import LARGEST_SHARE
+from sglang_lsa.sizing import largest_set, set_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ class Lookahead:
         return budget_pages(context, *self._bounds(context, budget))
 
     def _bounds(self, context: int, budget: float) -> tuple[float, int]:
-        return min(budget, self.largest_set / context), min(self.config.min_pages, int(self.largest_set))
+        return set_bounds(context, budget, self.config.min_pages, self.largest_set)
 
     def _recall(self, request: Request, new: Refresh) -> bool:
         """Hold the new set beside the old one, and send for what is not on the device.
@@ -455,7 +455,7 @@ class Lookahead:
     @property
     def largest_set(self) -> float:
         """Pages of the largest resident set that is predicted."""
-        return min(self.pager.ledger.physical_pages * LARGEST_SHARE, self.table.max_pages)
+        return largest_set(self.pager.ledger.physical_pages, self.table.max_pages)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from sglang_lsa.prefill import Prefill
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.reading import RESIDENT
 from sglang_lsa.resident_table import PAGES, ResidentTable
-from sglang_lsa.sizing import graph_tokens, max_resident_pages
+from sglang_lsa.sizing import graph_tokens, longest_dense, max_resident_pages
 from sglang_lsa.staging import Staging, sums_bytes
 from sglang_lsa.status import describe_finished
 
@@ -115,14 +115,14 @@ class LSARuntime:
                 hidden_size,
             )
         self.metrics = metrics
-        longest_dense = pager.ledger.physical_pages * PAGE_SIZE // 2
-        if config.min_context > longest_dense:
+        longest = longest_dense(pager.ledger.physical_pages)
+        if config.min_context > longest:
             logger.warning(
                 "LSA: --lsa-min-context %d is more than half of the device pool; requests are pruned from %d tokens on",
                 config.min_context,
-                longest_dense,
+                longest,
             )
-            config = dataclasses.replace(config, min_context=longest_dense)
+            config = dataclasses.replace(config, min_context=longest)
         lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
         thresholds = {"indexer": towers.config.threshold} if config.indexer else {}
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)

@@ -28,11 +28,16 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def lsa(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
-    """LSA with a device pool of 150 pages and a host mirror of five times that; checks its ledger after every batch."""
+def flags_of_lsa(model_path: str) -> list[str]:
+    """What the server ``lsa`` is started with."""
     flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
-    flags += ["--lsa-host-memory-gb", "1.1", "--lsa-min-context", "1024", "--lsa-debug"]
-    with ServerProcess(LSA, flags, logs / "lsa.log") as server:
+    return [*flags, "--lsa-host-memory-gb", "1.1", "--lsa-min-context", "1024", "--lsa-debug"]
+
+
+@pytest.fixture(scope="session")
+def lsa(flags_of_lsa: list[str], logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """LSA with a device pool of 150 pages and a host mirror of five times that; checks its ledger after every batch."""
+    with ServerProcess(LSA, flags_of_lsa, logs / "lsa.log") as server:
         yield server.wait_until_ready()
 
 

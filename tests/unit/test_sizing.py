@@ -180,7 +180,9 @@ def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.M
         monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens)
     needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
-    assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2 + 3 * 4 * 64
+    assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2
+    assert needs.indexer_bytes == 3 * 4 * 64
+    assert needs.overhead(config, 4096, 64 * 100)["indexer"] == 101 * 3 * 4 * 64
     assert needs.row_bytes == ring * 2 * 32 * 128 * 2
 
 
@@ -199,15 +201,14 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
         kv_heads=2,
         head_dim=8,
         itemsize=4,
+        map_bytes=8,
     )
     overhead = needs.overhead(config, physical * 64, virtual * 64)
     keys, values = ([torch.zeros((physical + 1) * 64, 2, 8) for _ in range(3)] for _ in range(2))
     request_table = torch.zeros((rows, context), dtype=torch.int32)
     runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, 128)
     runtime.reserve_graph_tokens(4)
-    seen = overhead_bytes(runtime)
-    seen["tables"] -= (virtual + 1) * 4  # on a GPU the page map is int32
-    assert seen == overhead
+    assert overhead_bytes(runtime) == overhead
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,14 @@ def test_the_buffers_are_taken_from_the_budget() -> None:
     assert made.physical_tokens % 64 == 0
     assert made.physical_tokens * TOKEN_BYTES + total <= 10_000 * TOKEN_BYTES
     assert without.physical_tokens - made.physical_tokens <= -(-total // TOKEN_BYTES) + 2 * 64
+
+
+def test_on_a_cpu_the_buffers_are_told_and_take_nothing_from_the_pool() -> None:
+    options: dict[str, Any] = {"token_bytes": TOKEN_BYTES, "budgeted_tokens": 10_000, "context_tokens": 8192}
+    config = LSAConfig(host_memory_gb=0.25, device_tokens=9984)
+    made = plan_memory(config, **options, device="cpu", needs=NEEDS)
+    assert made.physical_tokens == 9984
+    assert made.overhead == NEEDS.overhead(config, 9984, made.virtual_tokens)
 
 
 def test_a_small_device_pool_leaves_room_for_the_buffers_anyway() -> None:

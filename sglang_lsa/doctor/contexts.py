@@ -1,0 +1,78 @@
+"""How many contexts fit: on stock SGLang and with LSA, in the same device bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.selection import budget_pages
+from sglang_lsa.sizing import MemoryPlan, largest_set, longest_dense, max_resident_pages, set_bounds
+
+DEVICE, HOST, REQUESTS = "device pool", "host mirror", "--max-running-requests"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Contexts of ``tokens`` tokens, prompt and answer together, that can run at the same time.
+
+    Attributes:
+        stock: with their whole KV in the device pool; what LSA's buffers take on the device is KV, too.
+        lsa: with a resident set each in the device pool and all of their pages in the host mirror.
+        limit: what ends ``lsa``: ``device pool``, ``host mirror`` or ``--max-running-requests``.
+        resident_pages: of one context, at most; all of its pages when it is not pruned.
+        pages: of one context.
+    """
+
+    tokens: int
+    stock: int
+    lsa: int
+    limit: str
+    resident_pages: int
+    pages: int
+
+
+def fit(
+    config: LSAConfig,
+    plan: MemoryPlan,
+    tokens: int,
+    *,
+    context_tokens: int,
+    chunk_tokens: int | None,
+    max_requests: int,
+    on_gpu: bool,
+) -> Fit:
+    """Count contexts as admission does: a resident set and one page to grow into for each that decodes, and for the
+    last one what its prompt needs while it is prefilled. Prefixes that contexts share are not counted on.
+
+    Args:
+        context_tokens: longest context that SGLang's table has room for.
+        chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
+        max_requests: that run at the same time with LSA.
+        on_gpu: LSA's buffers are taken from the device pool.
+    """
+    physical, virtual, pages = (
+        plan.physical_tokens // PAGE_SIZE,
+        plan.virtual_tokens // PAGE_SIZE,
+        pages_spanned(tokens),
+    )
+    bytes_ = plan.physical_tokens * plan.token_bytes + (sum(plan.overhead.values()) if on_gpu else 0)
+    stock = bytes_ // plan.token_bytes // tokens
+    dense = config.policy == "full" or config.budget >= 1 or tokens < min(config.min_context, longest_dense(physical))
+    if dense:
+        resident = demand = pages
+    else:
+        largest = largest_set(physical, max_resident_pages(context_tokens, physical))
+        resident = budget_pages(pages, *set_bounds(pages, config.budget, config.min_pages, largest))
+        chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens)), physical // 2)
+        demand = min(pages, max(chunk + 1, resident))
+        if chunk_tokens is None and pages > chunk:  # computed in one pass, in place
+            demand = pages
+    last = physical - 1 - demand
+    limits = {
+        DEVICE: 1 + last // (resident + 1) if last >= 0 else 0,
+        HOST: virtual // pages,
+        REQUESTS: max_requests,
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return Fit(tokens, stock, limits[limit], limit, resident, pages)

@@ -1,0 +1,246 @@
+"""The server that these flags would start: its arguments as SGLang resolves them, and its memory plan. Loads nothing.
+
+Arguments go through the server's own code with the hooks installed in this process, and the plan is made by
+:mod:`sglang_lsa.sizing`, which the server calls when its model is loaded. What the server measures then is estimated
+here: the device memory that is free before the weights are loaded, and the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_lsa import compatibility, sizing
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.doctor.contexts import Fit, fit
+from sglang_lsa.doctor.machine import Gpu
+from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, weights_of
+from sglang_lsa.launch_server import server_arguments, with_defaults
+from sglang_lsa.radix_ext import host_mirror
+from sglang_lsa.radix_ext.host_mirror import GB
+from sglang_lsa.sizing import MemoryPlan, kv_token_bytes, plan_memory, server_needs
+
+CUDA_CONTEXT_BYTES = GB // 2
+"""Assumed to be gone from a GPU before weights are loaded."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of the device on which the server would run, in bytes; on a CPU that is the host's.
+
+    Attributes:
+        total_bytes: of the device.
+        free_bytes: before the weights are loaded.
+        how: ``measured`` here, or ``assumed`` from ``--gpu-memory-gb``.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Free memory of the host in bytes, ``measured`` here or ``assumed`` from ``--free-host-memory-gb``."""
+
+    free_bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was not started; sizes are the server's own, from estimates of what it will measure.
+
+    Attributes:
+        name: the model as given.
+        config: of LSA.
+        context_tokens: longest context of the model; ``table_tokens`` is what SGLang's table has room for.
+        host: free memory of the host, which the mirror is made of.
+        static_share: SGLang's ``--mem-fraction-static``, given or chosen by SGLang.
+        budgeted_bytes: of the device, for KV and for LSA's buffers.
+        chunk_tokens: of prefill; None when prompts are not cut.
+        max_requests: that run at the same time.
+        dtype: of KV.
+    """
+
+    name: str
+    device: str
+    config: LSAConfig
+    memory: DeviceMemory
+    host: HostMemory
+    weights: Weights
+    static_share: float
+    budgeted_bytes: int
+    budgeted_tokens: int
+    plan: MemoryPlan
+    context_tokens: int
+    table_tokens: int
+    chunk_tokens: int | None
+    max_requests: int
+    dtype: str
+
+    @property
+    def page_bytes(self) -> int:
+        return self.plan.token_bytes * PAGE_SIZE
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of the device pool, its padding page included."""
+        return self.plan.physical_tokens * self.plan.token_bytes + self.page_bytes
+
+    @property
+    def mirror_bytes(self) -> int:
+        """Of the host mirror, its padding page included."""
+        return self.plan.virtual_tokens * self.plan.token_bytes + self.page_bytes
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Of LSA's buffers on the device."""
+        return sum(self.plan.overhead.values())
+
+    @property
+    def unused_bytes(self) -> int:
+        """Of the budget, what neither KV nor LSA's buffers take."""
+        return max(0, self.budgeted_bytes - self.pool_bytes - self.overhead_bytes)
+
+    def fit(self, tokens: int) -> Fit:
+        """How many contexts of so many tokens run at the same time."""
+        return fit(
+            self.config,
+            self.plan,
+            tokens,
+            context_tokens=self.table_tokens,
+            chunk_tokens=self.chunk_tokens,
+            max_requests=self.max_requests,
+            on_gpu=self.device == "cuda",
+        )
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is planned for instead of what this machine has, in bytes; None where this machine counts."""
+
+    gpu_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+def resolve(argv: Sequence[str], assumed: Assumed) -> Any:
+    """SGLang's arguments for this command line, as the server would have them.
+
+    Raises:
+        ValueError, SystemExit: see :func:`sglang_lsa.launch_server.server_arguments`.
+    """
+    device = [] if assumed.gpu_bytes is None else ["--device", "cuda"]
+    defaults = ["--log-level", "error", *device]  # what the user gave comes later, and wins
+    with _as_if(assumed):
+        return server_arguments([*defaults, *with_defaults(list(argv))])
+
+
+def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
+    """Plan the memory of a server.
+
+    Args:
+        server_args: from :func:`resolve`.
+        gpu: of this machine.
+
+    Raises:
+        ValueError: the server would not start with so much memory, or its weights cannot be sized.
+    """
+    from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
+    from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
+
+    model, config = server_args.get_model_config(), server_args.lsa_config
+    _, dtype = configure_kv_cache_dtype(
+        server_args_kv_cache_dtype=server_args.kv_cache_dtype,
+        model=None,
+        model_dtype=model.dtype,
+        is_draft_worker=False,
+        is_dflash=False,
+        speculative_draft_attention_backend=None,
+    )
+    shape = {
+        "layers": max(model.num_hidden_layers, model.num_attention_layers),
+        "itemsize": dtype.itemsize,
+        "tp_size": server_args.tp_size,
+    }
+    extra, token_bytes = get_req_to_token_extra_context_len(server_args), kv_token_bytes(model, **shape)
+    dummy = server_args.load_format == "dummy"
+    weights = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
+    memory = _device_memory(server_args.device, gpu, assumed)
+    budgeted = int(memory.free_bytes * server_args.mem_fraction_static) - weights.bytes
+    if budgeted <= 0:
+        raise ValueError(
+            f"the weights ({weights.bytes / GB:.2f} GB) leave no memory for KV: the device has "
+            f"{memory.free_bytes / GB:.2f} GB free, of which --mem-fraction-static {server_args.mem_fraction_static} "
+            "may be used: raise that, or take a larger GPU or a smaller model"
+        )
+    limit = server_args.max_total_tokens
+    tokens = min(budgeted // token_bytes, limit if limit is not None else budgeted) // PAGE_SIZE * PAGE_SIZE
+    with _as_if(assumed):
+        plan = plan_memory(
+            config,
+            token_bytes=token_bytes,
+            budgeted_tokens=tokens,
+            context_tokens=model.context_len,
+            device=server_args.device,
+            needs=server_needs(server_args, model, extra_context=extra, **shape),
+        )
+        host = HostMemory(host_mirror.available_host_memory(), ASSUMED if assumed.host_bytes is not None else MEASURED)
+    chunk = server_args.chunked_prefill_size or 0
+    return Server(
+        name=server_args.model_path,
+        device=server_args.device,
+        config=config,
+        memory=memory,
+        host=host,
+        weights=weights,
+        static_share=server_args.mem_fraction_static,
+        budgeted_bytes=budgeted,
+        budgeted_tokens=tokens,
+        plan=plan,
+        context_tokens=model.context_len,
+        table_tokens=model.context_len + extra,
+        chunk_tokens=chunk if chunk > 0 else None,
+        max_requests=server_args.max_running_requests,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _device_memory(device: str, gpu: Gpu | None, assumed: Assumed) -> DeviceMemory:
+    if device == "cuda" and assumed.gpu_bytes is not None:
+        return DeviceMemory(assumed.gpu_bytes, assumed.gpu_bytes - CUDA_CONTEXT_BYTES, ASSUMED)
+    if device == "cuda" and gpu is not None:
+        return DeviceMemory(gpu.total_bytes, gpu.free_bytes, MEASURED)
+    if assumed.host_bytes is not None:
+        return DeviceMemory(assumed.host_bytes, assumed.host_bytes, ASSUMED)
+    import psutil
+    from sglang.srt.utils.common import get_available_gpu_memory
+
+    return DeviceMemory(psutil.virtual_memory().total, int(get_available_gpu_memory("cpu", 0) * GB), MEASURED)
+
+
+@contextmanager
+def _as_if(assumed: Assumed) -> Iterator[None]:
+    """SGLang and LSA decide as if this machine had what is assumed.
+
+    By the size of the GPU, SGLang chooses chunks, CUDA graphs and ``--mem-fraction-static``; nothing runs on it here.
+    """
+    from sglang.srt import server_args
+
+    values: list[tuple[Any, str, Any]] = []
+    if assumed.gpu_bytes is not None:
+        megabytes = assumed.gpu_bytes / (1 << 20)
+        values += [(server_args, "get_device_memory_capacity", lambda device=None: megabytes)]
+        values += [(compatibility, "_cuda", lambda: True)]
+    if assumed.host_bytes is not None:
+        values += [(module, "available_host_memory", lambda: assumed.host_bytes) for module in (sizing, host_mirror)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in values]
+    for module, name, value in values:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
