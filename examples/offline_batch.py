@@ -11,10 +11,11 @@ parameters. Prompts are computed together; a prefix that they share is computed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
-import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import sglang as sgl
@@ -25,6 +26,8 @@ from sglang_lsa.embedded_model import embedded_model_path
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 NUMBERS = {"amber-falcon": "7316452", "calm-harbor": "4829163", "jolly-lantern": "2958714", "keen-meadow": "1846305"}
 DEFAULT_LSA = {"budget": 0.2, "min_context": 1024}
+TOGETHER = 32
+"""Prompts that are given to the engine at a time; it remembers the last 64."""
 
 
 def made_up_prompts() -> list[dict[str, Any]]:
@@ -60,14 +63,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer")
     args = parser.parse_args()
     prompts = read_prompts(args.input) if args.input else made_up_prompts()
+    if not prompts:
+        raise SystemExit(f"{args.input} has no line: write one prompt a line")
 
     engine = sgl.Engine(model_path=args.model_path or str(embedded_model_path()), lsa_config=args.lsa, **args.engine)
 
     def status() -> dict[str, Any]:
         return engine.get_server_info()["internal_states"][0]["lsa"]
 
-    try:
-        before, rids = status(), [uuid.uuid4().hex for _ in prompts]
+    def answers_to(some: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Prompts with their answers, and what LSA saved for each."""
+        rids = [uuid.uuid4().hex for _ in some]
         parameters = [
             {
                 "temperature": 0,
@@ -75,24 +81,34 @@ def main() -> None:
                 **{name: value for name, value in asked.items() if name not in ("prompt", "lsa")},
                 "custom_params": {"lsa": asked.get("lsa", {})},
             }
-            for asked in prompts
+            for asked in some
         ]
-        answers = engine.generate([asked["prompt"] for asked in prompts], parameters, rid=rids)
+        answers = engine.generate([asked["prompt"] for asked in some], parameters, rid=rids)
+        now = status()
+        for asked, rid, answer in zip(some, rids, answers, strict=True):
+            yield {**asked, "answer": answer["text"], "rid": rid, "saved": savings(now, [rid])}
+
+    try:
+        before, total = status(), []
+        with args.output.open("w") if args.output else contextlib.nullcontext() as output:
+            for first in range(0, len(prompts), TOGETHER):
+                for answered in answers_to(prompts[first : first + TOGETHER]):
+                    total.append(answered["saved"])
+                    if output:
+                        print(json.dumps({**answered, "saved": str(answered["saved"])}), file=output)
+                    else:
+                        print(f"...{answered['prompt'][-70:]!r}: {answered['answer']!r}\n    {answered['saved']}")
         after = status()
-        out = args.output.open("w") if args.output else sys.stdout
-        for asked, rid, answer in zip(prompts, rids, answers, strict=True):
-            saved = savings(after, [rid])
-            shown = asked | {"answer": answer["text"], "rid": rid} | {"saved": str(saved)}
-            print(json.dumps(shown) if args.output else f"{asked['prompt'][-70:]!r}: {answer['text']!r}", file=out)
-        if args.output:
-            out.close()
         if args.status:
             args.status.write_text(json.dumps(after, indent=1))
-        print(f"\n{len(prompts)} prompts: {savings(after, rids[-64:])}")
+        print(f"\n{len(prompts)} prompts: {sum(total[1:], total[0])}")
         print(work(before, after))
     finally:
         engine.shutdown()
 
 
 if __name__ == "__main__":  # the engine's processes import this file again
-    main()
+    try:
+        main()
+    except ValueError as error:  # a configuration or a prompt's options that are refused
+        raise SystemExit(f"offline_batch.py: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import urllib.error
 import urllib.request
@@ -81,6 +82,11 @@ class Savings:
     def share(self) -> float:
         """Device bytes as a share of what full attention needs."""
         return self.device_bytes / self.full_bytes if self.full_bytes else 1.0
+
+    def __add__(self, other: Savings) -> Savings:
+        """Of both, on the same server."""
+        counts = ("requests", "context_pages", "resident_pages", "prompt_tokens", "cached_tokens")
+        return dataclasses.replace(self, **{name: getattr(self, name) + getattr(other, name) for name in counts})
 
     def __str__(self) -> str:
         return (

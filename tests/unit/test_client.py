@@ -37,6 +37,12 @@ def test_savings_add_up() -> None:
     assert str(saved) == "20 of 100 pages resident: 0.0 MB on the device instead of 0.1 (20.5%)"
 
 
+def test_savings_of_two_statuses() -> None:
+    parts = (status(entry("a", 40, 8, 2500, 64)), "a"), (status(entry("b", 60, 12, 3800, 2048)), "b")
+    one, other = (savings(shown, [rid]) for shown, rid in parts)
+    assert one + other == Savings(2, 100, 20, 6300, 2112, 1000, 5.0)
+
+
 def test_keys_of_an_indexer_count() -> None:
     assert savings(status(entry("a", 10, 10), indexer=7000), ["a"]).device_bytes == 10 * 1000 + 10 * 12
 
