@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from prompts import needle, prose
 from serving import TIE, Answer, complete_together, flush_cache, gap_at_first_difference, run_example
@@ -93,7 +95,8 @@ def test_throughput_beside_stock(stock: ServerProcess, lsa: ServerProcess) -> No
     flags = ("--requests", 2, "--words", 1200, "--tokens", 8, "--stock", stock.url)
     printed = run_example("throughput", lsa, *flags)
     status = lsa.get("/lsa/status")
-    rows = {line[:16].strip(): [float(cell.rstrip("x")) for cell in line[16:].split()] for line in printed.splitlines()}
+    table = re.findall(r"^ *(\S[^\n]*?)((?: +[\d.]+x?){2,3})$", printed, flags=re.M)
+    rows = {name: [float(cell.rstrip("x")) for cell in cells.split()] for name, cells in table}
     for name in ("output tokens/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms"):
         ours, theirs, ratio = rows[name]
         assert ours > 0 and theirs > 0
