@@ -16,17 +16,17 @@ import shlex
 import subprocess
 import sys
 
+from sglang_lsa.cli import main as sglang_lsa
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 
-def run(*command: object) -> None:
-    """Show a command and run it; ends this program if it fails."""
-    words = [str(word) for word in command]
-    print(f"\n$ {shlex.join(words)}", flush=True)
-    python = {"sglang-lsa": ["-m", "sglang_lsa.cli"], "python": []}[words[0]]
-    if code := subprocess.run([sys.executable, *python, *words[1:]]).returncode:
-        raise SystemExit(f"train_indexer.py: the command above failed with status {code}")
+def run(*arguments: object) -> None:
+    """Show a command and do what it does; ends this program if it fails."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ sglang-lsa {shlex.join(words)}", flush=True)
+    if code := sglang_lsa(words):
+        raise SystemExit(code)
 
 
 def main() -> None:
@@ -46,11 +46,11 @@ def main() -> None:
     texts = ["--texts", args.texts] if args.texts else []
 
     run(
-        *("sglang-lsa", "record", "--model", model, "--output", recordings, "--families", *args.families),
+        *("record", "--model", model, "--output", recordings, "--families", *args.families),
         *("--lengths", *args.lengths, "--each", args.each, *texts, f"--server-args={args.server_args}"),
     )
-    run("sglang-lsa", "train", recordings, "--output", indexer, "--steps", args.steps)
-    run("sglang-lsa", "recall", recordings, "--indexer", indexer, "--output", args.output / "recall.json")
+    run("train", recordings, "--output", indexer, "--steps", args.steps)
+    run("recall", recordings, "--indexer", indexer, "--output", args.output / "recall.json")
 
     flags = ["--model-path", model, "--lsa-indexer", str(indexer), "--lsa-min-context", "1024"]
     flags += shlex.split(args.server_args)
@@ -60,8 +60,10 @@ def main() -> None:
             server.wait_until_ready()
         except ServerFailed as error:
             raise SystemExit(f"train_indexer.py: {error}") from None
-        ask = pathlib.Path(__file__).with_name("compare_budgets.py")
-        run("python", ask, "--url", server.url, "--tokens", args.ask_tokens)
+        ask = [str(pathlib.Path(__file__).with_name("compare_budgets.py")), "--url", server.url]
+        ask += ["--tokens", str(args.ask_tokens)]
+        print(f"\n$ python {shlex.join(ask)}", flush=True)
+        raise SystemExit(subprocess.run([sys.executable, *ask]).returncode)
 
 
 if __name__ == "__main__":
