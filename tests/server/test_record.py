@@ -91,7 +91,7 @@ def test_an_indexer_is_trained_as_in_the_example(model_path: str, tmp_path: path
     done = subprocess.run(
         [
             *(sys.executable, str(EXAMPLES / "train_indexer.py"), "--output", str(tmp_path), "--model", model_path),
-            *("--lengths", "900", "--each", "1", "--steps", "6", "--ask-tokens", "1500"),
+            *("--lengths", "900", "--each", "1", "--steps", "6", "--ask-tokens", "1200"),
             f"--server-args={flags}",
         ],
         capture_output=True,
