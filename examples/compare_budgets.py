@@ -3,19 +3,19 @@
     python -m sglang_lsa.launch_server --port 30000        # in another terminal
     python examples/compare_budgets.py --url http://127.0.0.1:30000 --document notes.txt --question "Who paid?"
 
-Without a document, a number is hidden in 6,000 tokens of filler.
+Without a document, a number is hidden in filler.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import urllib.request
 import uuid
 from typing import Any
 
 import openai
+
+from sglang_lsa.client import NoServer, get_status, savings
 
 ASKED: dict[str, dict[str, Any]] = {
     "full attention": {"enabled": False},
@@ -34,9 +34,12 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:30000")
     parser.add_argument("--document", type=pathlib.Path, help="a text file; default: filler with a hidden number")
     parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--tokens", type=int, default=6000, help="of the filler, about; default: 6000")
     parser.add_argument("--max-tokens", type=int, default=40)
     args = parser.parse_args()
-    document = args.document.read_text() if args.document else FILLER * 90 + FACT + FILLER * 150
+    lines = args.tokens // 25
+    document = args.document.read_text() if args.document else FILLER * (lines // 3) + FACT + FILLER * (lines * 2 // 3)
+    get_status(args.url)
     client = openai.OpenAI(base_url=f"{args.url}/v1", api_key="none")
     model = client.models.list().data[0].id
     for name, options in ASKED.items():
@@ -48,11 +51,12 @@ def main() -> None:
             temperature=0,
             extra_body={"rid": rid, "custom_params": {"lsa": options}},
         )
-        with urllib.request.urlopen(f"{args.url}/lsa/status") as status:
-            (request,) = (entry for entry in json.load(status)["finished"] if entry["rid"] == rid)
-        read = f"{request['resident_pages']} of {request['context_pages']} pages"
-        print(f"{name:>16}  {read:>16}  {(answer.choices[0].message.content or '').strip()!r}")
+        saved = savings(get_status(args.url), [rid])
+        print(f"{name:>16}  {saved}  {(answer.choices[0].message.content or '').strip()!r}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (NoServer, openai.OpenAIError) as error:
+        raise SystemExit(f"compare_budgets.py: {error}") from None

@@ -98,6 +98,8 @@ class Request:
     prompt_tokens: int = 0
     """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
     prefill: str = IN_PLACE
+    cached_tokens: int = 0
+    """Tokens of its prompt that were not computed, because the radix tree had them."""
     cached_pages: int = 0
     """Pages that the radix tree had when it was admitted."""
     prefix_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

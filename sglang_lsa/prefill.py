@@ -129,7 +129,7 @@ class Prefill:
             ids = req.full_untruncated_fill_ids
             seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
             request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)
-            request.first_observed, request.prompt_tokens = prefix, len(ids)
+            request.first_observed, request.cached_tokens, request.prompt_tokens = prefix, prefix, len(ids)
             request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
             request.name_sets(options.sets)
             request.record, request.dense_steps = options.record, options.dense_steps

@@ -101,6 +101,7 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
     return {
         "rid": request.rid,
         "context_tokens": request.tokens,
+        "cached_tokens": request.cached_tokens,
         "context_pages": context,
         "resident_pages": resident,
         "budget_pages": context if dense else budget_pages(context, request.budget, runtime.config.min_pages),

@@ -1,4 +1,5 @@
-"""``sgl.Engine(lsa_config=...)``, and refusals at start. SGLang's own launcher serves the fixture ``small``."""
+"""``sgl.Engine(lsa_config=...)`` in ``examples/offline_batch.py``, and refusals at start. SGLang's own launcher serves
+the fixture ``small``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from prompts import needle
@@ -16,53 +16,46 @@ from sglang_lsa.server_process import ServerFailed, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-ENGINE = """
-import json, sys
-import sglang as sgl
-if __name__ == "__main__":
-    model, indexer, prompt = sys.argv[1:]
-    config = {"indexer": indexer, "device_tokens": 6400, "host_memory_gb": 0.5, "min_context": 512, "debug": True}
-    engine = sgl.Engine(
-        model_path=model,
-        lsa_config=config,
-        skip_server_warmup=True,
-        disable_radix_cache=True,
-        chunked_prefill_size=1024,
-    )
-    def ask(**lsa):
-        params = {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True, "custom_params": {"lsa": lsa}}
-        return engine.generate(prompt, params)["text"]
-    answers = {"indexer": ask(), "full": ask(enabled=False), "quest": ask(policy="quest")}
-    state = engine.get_server_info()["internal_states"][0]["lsa"]
-    print("RESULT " + json.dumps({"answers": answers, "state": state}))
-    engine.shutdown()
-"""
+EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "offline_batch.py"
+ASKED: dict[str, dict[str, object]] = {"indexer": {}, "full": {"enabled": False}, "quest": {"policy": "quest"}}
 
 
 def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
-    """With the shipped indexer, chunked prefill and no radix tree: the whole path runs, and reading everything is not
-    affected by it."""
-    script = tmp_path / "engine.py"
-    script.write_text(textwrap.dedent(ENGINE))
-    prompt = needle(1800, 0.5, 6).prompt
+    """The example of a batch, with the shipped indexer, chunked prefill and no radix tree: the whole path runs, and
+    reading everything is not affected by it."""
+    sample = needle(1800, 0.5, 6)
+    lines = [{"prompt": sample.prompt, "lsa": lsa, "ignore_eos": True} for lsa in ASKED.values()]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = {"indexer": "smollm2-135m-instruct", "device_tokens": 6400, "host_memory_gb": 0.5, "min_context": 512}
+    engine = {"skip_server_warmup": True, "disable_radix_cache": True, "chunked_prefill_size": 1024}
     done = subprocess.run(
-        [sys.executable, str(script), model_path, "smollm2-135m-instruct", prompt],
+        [
+            *(sys.executable, str(EXAMPLE), "--model-path", model_path, "--max-tokens", "80"),
+            *("--lsa", json.dumps(config | {"debug": True}), "--engine", json.dumps(engine)),
+            *("--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "answers.jsonl")),
+            *("--status", str(tmp_path / "status.json")),
+        ],
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-    assert line, done.stderr[-3000:]
-    result = json.loads(line.removeprefix("RESULT "))
-    finished = [r for r in result["state"]["finished"] if r["context_pages"] > 20]
-    assert [r["policy"] for r in finished] == ["indexer", "full", "quest"]
-    assert finished[0]["resident_pages"] < finished[0]["context_pages"] == finished[1]["resident_pages"]
-    assert result["state"]["fallbacks"] == 0
-    assert all(needle(1800, 0.5, 6).answer in result["answers"][how] for how in ("full", "indexer"))
-    assert 0 < finished[0]["coverage"] <= 1
-    assert finished[1]["coverage"] is finished[2]["coverage"] is None
-    assert finished[0]["history"] != finished[2]["history"]
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = dict(zip(ASKED, map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()), strict=True))
+    status = json.loads((tmp_path / "status.json").read_text())
+    finished = {entry["rid"]: entry for entry in status["finished"]}
+    asked = {how: finished[answer["rid"]] for how, answer in answers.items()}
+    assert {how: entry["policy"] for how, entry in asked.items()} == {how: how for how in ASKED}
+    assert asked["indexer"]["resident_pages"] < asked["indexer"]["context_pages"] == asked["full"]["resident_pages"]
+    assert status["fallbacks"] == 0
+    assert all(sample.answer in answers[how]["answer"] for how in ("full", "indexer"))
+    assert 0 < asked["indexer"]["coverage"] <= 1
+    assert asked["full"]["coverage"] is asked["quest"]["coverage"] is None
+    assert asked["indexer"]["history"] != asked["quest"]["history"]
+    for entry, answer in zip(asked.values(), answers.values(), strict=True):
+        assert answer["saved"].startswith(f"{entry['resident_pages']} of {entry['context_pages']} pages resident: ")
+    resident, context = (sum(entry[f"{kind}_pages"] for entry in asked.values()) for kind in ("resident", "context"))
+    assert f"3 prompts: {resident} of {context} pages resident: " in done.stdout
 
 
 def test_refused_at_start(model_path: str, tmp_path: pathlib.Path) -> None:

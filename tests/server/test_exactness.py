@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from prompts import needle, prose
-from serving import TIE, Answer, complete_together, flush_cache, gap_at_first_difference
+from serving import TIE, Answer, complete_together, flush_cache, gap_at_first_difference, run_example
 from transformers import AutoTokenizer
 
+from sglang_lsa.client import savings
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -84,3 +87,23 @@ def compare(reference: list[list[Answer]], answers: list[list[Answer]], name: st
     print(f"{name}: {len(pairs) - len(gaps)} of {len(pairs)} equal to stock; gaps where others part: {gaps}")
     assert all(gap < TIE for gap in gaps.values()), "an answer parts from stock's where stock leaves no doubt"
     assert len(gaps) <= len(pairs) // 4
+
+
+def test_throughput_beside_stock(stock: ServerProcess, lsa: ServerProcess) -> None:
+    """``examples/throughput.py`` asks both servers, and says that their pools differ."""
+    before = lsa.get("/lsa/status")["radix"]
+    flags = ("--requests", 2, "--words", 1200, "--tokens", 8, "--stock", stock.url)
+    printed = run_example("throughput", lsa, *flags)
+    status = lsa.get("/lsa/status")
+    table = re.findall(r"^ *(\S[^\n]*?)((?: +[\d.]+x?){2,3})$", printed, flags=re.M)
+    rows = {name: [float(cell.rstrip("x")) for cell in cells.split()] for name, cells in table}
+    for name in ("output tokens/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms"):
+        ours, theirs, ratio = rows[name]
+        assert ours > 0 and theirs > 0
+        assert ratio == pytest.approx(ours / theirs, rel=0.05, abs=0.006)
+    assert rows["pool MB"][0] == pytest.approx(status["physical"]["kv_bytes"] / 1e6, abs=1.2)
+    assert rows["pool MB"][1] > 2 * rows["pool MB"][0]
+    assert "Not a fair comparison" in printed
+    assert str(savings(status, [entry["rid"] for entry in status["finished"][-2:]])) in printed
+    asked = status["radix"]["prompt_tokens"] - before["prompt_tokens"]
+    assert f"of {asked:,} prompt tokens" in printed

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -11,11 +14,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.record import Manifest, record
 from sglang_lsa.indexer.recording import BLOCK, read_recording
 from sglang_lsa.training.data import retrieval_heads
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 LAYERS, OBSERVED = 6, (2, 4)
 FLAGS = "--dtype float32 --chunked-prefill-size 384 --lsa-device-tokens 4096 --lsa-host-memory-gb 0.2 --lsa-debug "
 FLAGS += "--json-model-override-args '{\"num_hidden_layers\": 6}' --lsa-observe-layers 2,4"
@@ -79,15 +84,40 @@ def test_recordings_equal_transformers(
         torch.testing.assert_close(tensors["mass"].float(), mass, atol=2e-3, rtol=0)
 
 
-def test_layers_are_found_where_none_are_named(model_path: str, tmp_path: pathlib.Path) -> None:
-    """With a few short prompts first, whose recordings stay beside the others."""
+def test_an_indexer_is_trained_as_in_the_example(model_path: str, tmp_path: pathlib.Path) -> None:
+    """``examples/train_indexer.py`` records, trains, measures, serves and asks. No layers are named: they are found
+    with a few short prompts, whose recordings stay beside the others."""
     flags = FLAGS.replace(" --lsa-observe-layers 2,4", "")
-    assert ask(tmp_path, model_path, families=["facts"], server_args=flags) == 1
-    probed = Manifest.open(tmp_path / "probe")
+    done = subprocess.run(
+        [
+            *(sys.executable, str(EXAMPLES / "train_indexer.py"), "--output", str(tmp_path), "--model", model_path),
+            *("--lengths", "900", "--each", "1", "--steps", "6", "--ask-tokens", "1200"),
+            f"--server-args={flags}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    recordings = tmp_path / "recordings"
+    probed = Manifest.open(recordings / "probe")
     assert {entry.family for entry in probed.entries.values()} == {"facts", "pairs", "records"}
-    heads = retrieval_heads(tmp_path / "probe", 999, observed_only=False)
-    facts, _ = read_recording(Manifest.open(tmp_path).file("train-facts-900-0"), ())
-    assert facts.layers == tuple(sorted(list(dict.fromkeys(layer for layer, _ in heads))[:2]))
+    heads = retrieval_heads(recordings / "probe", 999, observed_only=False)
+    facts, _ = read_recording(Manifest.open(recordings).file("train-facts-900-0"), ())
+    assert facts.layers == tuple(sorted(list(dict.fromkeys(layer for layer, _ in heads))[:4]))
+    assert set(read_checkpoint_config(tmp_path / "indexer").layers) <= set(facts.layers)
+    assert (tmp_path / "recall.json").stat().st_size
+    commands = [line.split()[1:4] for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert [words[1] for words in commands[:3]] == ["record", "train", "recall"]
+    full, default, seven = (saved_line(done.stdout, name) for name in ("full attention", "server's default", "7 %"))
+    assert full[0] == full[1] == default[1] > default[0] >= seven[0]
+
+
+def saved_line(printed: str, name: str) -> tuple[int, int]:
+    """Resident and all pages in the line of ``examples/compare_budgets.py`` that is named so."""
+    (line,) = (line for line in printed.splitlines() if name in line)
+    resident, context = re.search(r"(\d+) of (\d+) pages resident", line).groups()  # type: ignore[union-attr]
+    return int(resident), int(context)
 
 
 def test_a_server_that_does_not_record_says_so(lsa) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Sequence
 
@@ -21,6 +24,18 @@ def generate(server: ServerProcess, prompt: str, tokens: int = 24, rid: str | No
         **({"rid": rid} if rid else {}),
     }
     return server.post("/generate", body)
+
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+
+
+def run_example(name: str, server: ServerProcess | str, *flags: object, status: int = 0) -> str:
+    """What an example prints that asks ``server`` (or a URL): on stdout, or on stderr where it is to fail."""
+    url = server if isinstance(server, str) else server.url
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--url", url, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr[-3000:]
+    return done.stderr if status else done.stdout
 
 
 def flush_cache(server: ServerProcess) -> None:
