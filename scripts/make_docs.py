@@ -33,6 +33,7 @@ REQUEST = {
         "0 or more tokens",
         "How many of the prompt's last tokens are recorded as if they had been generated; needs `--lsa-record`.",
     ),
+    "dense_steps": ("the server's", "0 or more steps", "Decode steps that read everything before its first set."),
 }
 """Keys of ``custom_params.lsa``: default, allowed values ("" for those of the flag), meaning."""
 
