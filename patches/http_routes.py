@@ -10,7 +10,10 @@ def add_routes() -> None:
     from fastapi import APIRouter
     from sglang.srt.entrypoints import http_server
 
+    from sglang_lsa.patches.control_route import add_control_route
+
     router = APIRouter()
+    add_control_route(router)
 
     @router.get("/lsa/status")
     async def status() -> dict[str, Any]:
