@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_lsa.control import MAX_BYTES, is_foreign, parse_changes
 
 
-def add_control_route(router: APIRouter) -> None:
-    """Add the route to ``router``."""
+def add_control_route(app: FastAPI) -> None:
+    """Add the route to SGLang's application itself: SGLang looks for an endpoint's auth level on the application's own
+    routes, and takes what current FastAPI includes with a router for endpoints without one, open to any API key."""
 
-    @router.post("/lsa/config")
+    @app.post("/lsa/config")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # as /flush_cache: the admin key if there is one, else the API key if any
     async def configure(request: Request) -> dict[str, Any]:
         """Change fields of the configuration, all of them or none; returns what is in force then."""

@@ -13,7 +13,6 @@ def add_routes() -> None:
     from sglang_lsa.patches.control_route import add_control_route
 
     router = APIRouter()
-    add_control_route(router)
 
     @router.get("/lsa/status")
     async def status() -> dict[str, Any]:
@@ -22,3 +21,4 @@ def add_routes() -> None:
         return states[0]["lsa"]
 
     http_server.app.include_router(router)
+    add_control_route(http_server.app)

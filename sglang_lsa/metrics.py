@@ -122,6 +122,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
     """Values of all metrics now; counters as totals since the start."""
     pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
     sizes = [request.residency() for request in runtime.requests.values()]
+    shares = [resident / context for context, resident in sizes if context]
     return {
         "lsa_device_pages": ledger.physical_pages,
         "lsa_device_pages_held": ledger.held_pages,
@@ -134,7 +135,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_context_pages": sum(context for context, _ in sizes),
         "lsa_coverage": min((told for r in runtime.requests.values() if (told := r.coverage) is not None), default=1.0),
         "lsa_resident_pages": sum(resident for _, resident in sizes),
-        "lsa_resident_share": sum(resident / context for context, resident in sizes if context) / max(1, len(sizes)),
+        "lsa_resident_share": sum(shares) / max(1, len(shares)),
         "lsa_budget": runtime.config.budget,
         "lsa_recalled_pages": ledger.recalls,
         "lsa_recalled_bytes": ledger.recalls * pager.page_bytes,

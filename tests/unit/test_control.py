@@ -153,6 +153,34 @@ def test_pages_of_other_sites(origin: str | None, site: str | None, host: str | 
     assert is_foreign(origin, site, host) is foreign
 
 
+# What SGLang does before the route is asked: by the server's keys (API key, admin key) and the key in the request.
+LOCKS = {
+    (None, None): {None: True, "api": True, "admin": True, "wrong": True},
+    ("api", None): {None: False, "api": True, "admin": False, "wrong": False},
+    (None, "admin"): {None: False, "api": False, "admin": True, "wrong": False},
+    ("api", "admin"): {None: False, "api": False, "admin": True, "wrong": False},
+}
+
+
+@pytest.mark.parametrize(("api_key", "admin_key"), LOCKS)
+def test_keys(api_key: str | None, admin_key: str | None) -> None:
+    """SGLang's own lock, in front of the real route. Who gets past it is told that a body without a type is none."""
+    from fastapi import FastAPI
+    from sglang.srt.utils.auth import add_api_key_middleware
+    from starlette.testclient import TestClient
+
+    from sglang_lsa.patches.control_route import add_control_route
+
+    app = FastAPI()
+    add_control_route(app)
+    if api_key or admin_key:
+        add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_key)
+    client = TestClient(app)
+    for key, passes in LOCKS[api_key, admin_key].items():
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        assert client.post("/lsa/config", headers=headers).status_code == (415 if passes else 401), key
+
+
 # --- one owner -------------------------------------------------------------------------------------------------------
 
 
