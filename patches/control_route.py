@@ -11,8 +11,11 @@ from sglang_lsa.control import MAX_BYTES, is_foreign, parse_changes
 
 
 def add_control_route(app: FastAPI) -> None:
-    """Add the route to SGLang's application itself: SGLang looks for an endpoint's auth level on the application's own
-    routes, and takes what current FastAPI includes with a router for endpoints without one, open to any API key."""
+    """Add the route to SGLang's application itself, not to a router that it includes.
+
+    SGLang looks for an endpoint's auth level on the application's own routes. What current FastAPI includes with a
+    router is not among them, and would be open to the plain API key, or to everybody where there is only an admin key.
+    """
 
     @app.post("/lsa/config")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)  # as /flush_cache: the admin key if there is one, else the API key if any
