@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+import yaml
 from prompts import prose
 from serving import generate, wait_until_idle
 
@@ -99,6 +100,30 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_prefix_hit_tokens": radix["hit_tokens"],
         "lsa_config_changes": status["config_changes"],
     }
+
+
+PROMETHEUS = {
+    "2.42": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "3.5": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+}
+"""What a Prometheus of this version accepts."""
+
+
+@pytest.mark.parametrize("accepts", PROMETHEUS.values(), ids=PROMETHEUS.keys())
+def test_prometheus_stores_them_under_these_names(scraped, lsa: ServerProcess, accepts: str) -> None:
+    """After the relabelling in ``prometheus.yml``: the client may have written ``sglang_``."""
+    request = urllib.request.Request(lsa.url + "/metrics/", headers={"Accept": accepts})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+        lines = answer.read().decode().splitlines()
+    (rule,) = yaml.safe_load((EXAMPLES / "prometheus.yml").read_text())["scrape_configs"][0]["metric_relabel_configs"]
+    written = {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    stored = {re.sub(rf"^{rule['regex']}$", rule["replacement"].replace("$1", r"\1"), name) for name in written}
+    families, _ = scraped
+    assert {sample.name for family in families.values() for sample in family.samples} <= stored
 
 
 @pytest.mark.parametrize("file", ["dashboard.json", "alerts.yaml"])

@@ -126,6 +126,12 @@ def test_prometheus_reads_the_alerts_of_this_folder() -> None:
     (job,) = config["scrape_configs"]
     assert job["static_configs"][0]["targets"] == ["127.0.0.1:30000"]
     assert job.get("metrics_path", "/metrics") == "/metrics"
+    (rule,) = job["metric_relabel_configs"]
+    assert (rule["source_labels"], rule["target_label"]) == (["__name__"], "__name__")
+    for name in EXPORTED:
+        assert re.fullmatch(rule["regex"], name) is None, "what is right stays"
+        seen = re.fullmatch(rule["regex"], name.replace(":", "_"))
+        assert seen is not None and rule["replacement"].replace("$1", seen[1]) == name
 
 
 def test_the_containers_find_their_files() -> None:
