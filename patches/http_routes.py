@@ -10,6 +10,8 @@ def add_routes() -> None:
     from fastapi import APIRouter
     from sglang.srt.entrypoints import http_server
 
+    from sglang_lsa.patches.control_route import add_control_route
+
     router = APIRouter()
 
     @router.get("/lsa/status")
@@ -19,3 +21,4 @@ def add_routes() -> None:
         return states[0]["lsa"]
 
     http_server.app.include_router(router)
+    add_control_route(http_server.app)

@@ -17,10 +17,13 @@ from sglang_lsa.patches import (
     schedule_batch_check_decode_mem,
     scheduler_get_internal_state,
     scheduler_init_req_max_new_tokens,
+    scheduler_init_request_dispatcher,
+    scheduler_on_idle,
     scheduler_run_batch,
     server_args_add_cli_args,
     server_args_from_cli_args,
     server_args_init,
+    tokenizer_control_mixin_init_communicators,
     tokenizer_manager_validate_one_request,
 )
 from sglang_lsa.patches.hook import Hook, IncompatibleSGLang, check_version
@@ -38,11 +41,14 @@ SERVING: tuple[Hook, ...] = (
     scheduler_run_batch.HOOK,
     scheduler_init_req_max_new_tokens.HOOK,
     scheduler_get_internal_state.HOOK,
+    scheduler_init_request_dispatcher.HOOK,
+    scheduler_on_idle.HOOK,
     prefill_adder_add_one_req.HOOK,
     prefill_adder_add_chunked_req.HOOK,
     model_runner_forward.HOOK,
     schedule_batch_check_decode_mem.HOOK,
     tokenizer_manager_validate_one_request.HOOK,
+    tokenizer_control_mixin_init_communicators.HOOK,
 )
 
 

@@ -10,6 +10,7 @@ def validate_custom_params(result, self, obj, input_ids):
     config = getattr(self.server_args, "lsa_config", None)  # absent for a stock Engine beside one with LSA
     params = getattr(obj, "sampling_params", None)
     if config is not None and isinstance(params, dict):
+        # As it was at start: whether a request is refused depends only on what cannot change (indexer, record).
         RequestOptions.parse(params.get("custom_params"), config)
 
 

@@ -43,21 +43,21 @@ class Admission:
     pages for one chunk, and then for its resident set. Either has what it needs promised to it before it starts, so
     that nothing can overtake it, and an idle server takes any prompt that SGLang takes.
 
+    The configuration is the lookahead's, since it may change (``sglang_lsa.control``).
+
     Args:
-        config: with ``min_context`` as it applies.
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
         vocabulary: token ids from this on do not exist; None if that is not known.
     """
 
     def __init__(
         self,
-        config: LSAConfig,
         pager: Pager,
         lookahead: Lookahead,
         chunk_tokens: int | None,
         vocabulary: int | None = None,
     ):
-        self.config, self.pager, self.lookahead, self.vocabulary = config, pager, lookahead, vocabulary
+        self.pager, self.lookahead, self.vocabulary = pager, lookahead, vocabulary
         self.pages = pager.ledger.physical_pages
         self.chunk_tokens = chunk_tokens
         self.admitted: dict[str, Admitted] = {}
@@ -69,12 +69,30 @@ class Admission:
         self._promised_prefixes: set[int] = set()
         self._warmed: dict[str, None] = {}
 
+    @property
+    def config(self) -> LSAConfig:
+        """The one in force."""
+        return self.lookahead.config
+
     # -- prompts -------------------------------------------------------------------------------------------------
+
+    def options(self, req: Any) -> RequestOptions:
+        """What this request asked for; what it left open is as the server's configuration was when it arrived.
+
+        It keeps that until it ends, retractions included: it was refused or admitted by these numbers, so a later
+        change of the configuration must not make a set larger than was promised, or a prompt impossible that waits.
+
+        Raises:
+            ValueError: it asked for something impossible.
+        """
+        if not hasattr(req, "lsa_options"):
+            req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        return req.lsa_options
 
     def refusal(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
         try:
-            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            options = self.options(req)
         except ValueError as error:
             return str(error)
         if options.record and not NAME.fullmatch(req.rid):
@@ -122,7 +140,7 @@ class Admission:
         return found
 
     def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
-        options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+        options = self.options(req)
         prefix = pages_of(req.prefix_indices[::PAGE_SIZE])
         tokens = len(req.full_untruncated_fill_ids)
         pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1

@@ -147,7 +147,7 @@ class LSAConfig:
         unknown = sorted(set(values) - set(fields))
         if unknown:
             raise ValueError(f"{source}: unknown key {unknown[0]!r}: use one of {', '.join(fields)}")
-        return cls(**{name: _coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
+        return cls(**{name: coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> LSAConfig:
@@ -379,7 +379,12 @@ def _flag(name: str) -> str:
     return "--lsa-" + name.replace("_", "-")
 
 
-def _coerce(name: str, declared: str, value: Any, source: str) -> Any:
+def coerce(name: str, declared: str, value: Any, source: str) -> Any:
+    """``value`` as the type that the field ``name`` declares.
+
+    Raises:
+        ValueError: it has another type; the message begins with ``source``.
+    """
     base = declared.removesuffix(" | None")
     if value is None and declared.endswith("| None"):
         return None

@@ -73,7 +73,9 @@ class Lookahead:
         lag: int = 0,
         thresholds: Mapping[str, float] | None = None,
     ):
-        self.config, self.pager, self.table, self.policies = config, pager, table, policies
+        self.config = config
+        """The configuration in force: everything else reads it here, so that a change of it reaches all at once."""
+        self.pager, self.table, self.policies = pager, table, policies
         self.lead, self.lag, self.thresholds = lead, lag, thresholds or {}
         self.step = 0
         self.running = 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
 from sglang_lsa.policies import Request
@@ -39,7 +39,6 @@ class Prefill:
 
     def __init__(
         self,
-        config: LSAConfig,
         pager: Pager,
         lookahead: Lookahead,
         admission: Admission,
@@ -47,7 +46,7 @@ class Prefill:
         requests: dict[str, Request],
         req_to_token: torch.Tensor,
     ):
-        self.config, self.pager, self.lookahead, self.admission = config, pager, lookahead, admission
+        self.pager, self.lookahead, self.admission = pager, lookahead, admission
         self.staging, self.requests, self.req_to_token = staging, requests, req_to_token
         self.readings: list[Reading] | None = None
         """What each request of the pass being queued reads before its own tokens; None when that is all, in place."""
@@ -60,6 +59,11 @@ class Prefill:
         self.resident_prompts = 0
         self.radix_hit_tokens = 0
         self.prompt_tokens = 0
+
+    @property
+    def config(self) -> LSAConfig:
+        """The one in force."""
+        return self.lookahead.config
 
     def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> None:
         """Every page that this pass reads in place or writes gets a place on the device.
@@ -125,7 +129,7 @@ class Prefill:
     def _enter(self, req: Any, admitted: Admitted, tokens: int, prefix: int, pages: np.ndarray) -> Request:
         request = self.requests.get(req.rid)
         if request is None:
-            options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            options = self.admission.options(req)
             ids = req.full_untruncated_fill_ids
             seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
             request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)

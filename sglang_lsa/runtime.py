@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from sglang_lsa.admission import Admission
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.control import Value, changed
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.indexer.recorder import Recorder
@@ -72,7 +74,7 @@ class LSARuntime:
         hidden_size: int = 0,
         metrics: Metrics | None = None,
     ):
-        self.config, self.pager, self.req_to_token = config, pager, req_to_token
+        self.pager, self.req_to_token = pager, req_to_token
         rows, self.max_context = req_to_token.shape
         keys = pager.keys
         layers = observed_layers(config, len(keys))
@@ -127,11 +129,11 @@ class LSARuntime:
         thresholds = {"indexer": towers.config.threshold} if config.indexer else {}
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)
         self.requests: dict[str, Request] = {}
-        self.admission = Admission(config, pager, self.lookahead, chunk_tokens, vocabulary)
+        self.admission = Admission(pager, self.lookahead, chunk_tokens, vocabulary)
         self.staging = Staging(pager.mirror.pages, config.staging_pages, pager.device, lambda: pager.compute())
         self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
         """Device bytes that prompts need to read the host mirror; no context enters."""
-        self.prefill = Prefill(config, pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
+        self.prefill = Prefill(pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
         if self.on_gpu:
             self._compile_kernels()
         self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
@@ -140,7 +142,29 @@ class LSARuntime:
         """Batches whose requests were failed because memory ran out while they were computed."""
         self.host_evicted_pages = 0
         """Pages that the radix tree gave up because host memory was full."""
+        self.config_changes = 0
+        self.config_changed_at: float | None = None
+        """When the configuration last changed, in seconds since 1970; None if it is as it was at start."""
         self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def config(self) -> LSAConfig:
+        """The one in force, with ``min_context`` as it applies."""
+        return self.lookahead.config
+
+    def reconfigure(self, values: Mapping[str, Value]) -> None:
+        """Change fields of the configuration, all of them or none; see ``sglang_lsa.control``.
+
+        Raises:
+            ValueError: the configuration would be impossible; nothing was changed.
+        """
+        before, after = self.config, changed(self.config, values)
+        self.lookahead.config = after
+        self.config_changes += 1
+        self.config_changed_at = time.time()
+        for name in values:
+            logger.info("LSA: %s changed from %s to %s", name, getattr(before, name), getattr(after, name))
+        self._update_metrics()
 
     def can_decode(self, reqs: Iterable[Any]) -> bool:
         """Whether every one of ``reqs`` that is about to open a page gets one; see ``Admission.can_decode``."""
@@ -332,6 +356,10 @@ class LSARuntime:
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
             self.finished_requests += 1
             self.finished.append(describe_finished(self, request))
+        self._update_metrics()
+
+    def on_idle(self) -> None:
+        """No request is there, and what the last one had is freed."""
         self._update_metrics()
 
     def release(self) -> None:

@@ -20,7 +20,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "policy": runtime.config.policy,
         "budget": runtime.config.budget,
         "window": runtime.config.window,
-        "config": dataclasses.asdict(runtime.lookahead.config),
+        **config_in_force(runtime),
         "rows": runtime.table.rows,
         "page_size": PAGE_SIZE,
         "page_bytes": pager.page_bytes,
@@ -79,6 +79,15 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
     }
 
 
+def config_in_force(runtime: LSARuntime) -> dict[str, Any]:
+    """The configuration, how often it was changed since the start, and when last (seconds since 1970)."""
+    return {
+        "config": dataclasses.asdict(runtime.config),
+        "config_changes": runtime.config_changes,
+        "config_changed_at": runtime.config_changed_at,
+    }
+
+
 def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
     """Device bytes that LSA needs beside KV pages, by purpose."""
     v2p = runtime.pager.v2p
@@ -107,6 +116,7 @@ def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
         "budget_pages": context if dense else budget_pages(context, request.budget, runtime.config.min_pages),
         "window": request.window,
         "policy": "full" if dense else request.policy,
+        "budget": request.budget,
         "stalls": request.stalls,
         "shrunk": request.shrunk,
         "coverage": request.coverage,

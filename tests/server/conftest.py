@@ -51,6 +51,15 @@ def small(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
         yield server.wait_until_ready()
 
 
+@pytest.fixture(scope="session")
+def keyed(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """LSA behind an API key (``secret``) and an administrator's (``topsecret``)."""
+    flags = ["--model-path", model_path, *SERVED, "--api-key", "secret", "--admin-api-key", "topsecret"]
+    flags += ["--lsa-device-tokens", "4096", "--lsa-host-memory-gb", "0.5", "--lsa-min-context", "1024"]
+    with ServerProcess(LSA, flags, logs / "keyed.log") as server:
+        yield server.wait_until_ready()
+
+
 @pytest.fixture(scope="module")
 def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
     """SGLang as released, without any LSA flag, on the same model."""

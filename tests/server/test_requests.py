@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
 
 import openai
 import pytest
@@ -113,23 +112,3 @@ def test_status_and_server_info(lsa: ServerProcess) -> None:
     assert status["virtual"]["pages"] > 2 * status["physical"]["pages"]
     assert status["host"]["mirror_bytes"] <= 1.1 * 2**30
     json.dumps(status)
-
-
-def test_metrics(lsa: ServerProcess) -> None:
-    from prometheus_client.parser import text_string_to_metric_families
-
-    from sglang_lsa.metrics import COUNTERS, GAUGES
-
-    lsa.post("/generate", {"text": prose(300, 5), "sampling_params": {"max_new_tokens": 4}})
-    text = urllib.request.urlopen(lsa.url + "/metrics", timeout=60).read().decode()
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    status = lsa.get("/lsa/status")
-    values = {}
-    for name in (*GAUGES, *COUNTERS):
-        (sample,) = families["sglang:" + name].samples
-        assert sample.labels["model_name"] == "smollm2"
-        values[name] = sample.value
-    assert values["lsa_device_pages"] == status["physical"]["pages"]
-    assert values["lsa_stored_pages"] == status["stores"]["pages"]
-    assert values["lsa_recalled_pages"] == status["recalls"]["pages"]
-    assert "sglang:num_running_reqs" in families, "SGLang's own metrics stay"

@@ -59,7 +59,7 @@ class Server:
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         table = ResidentTable(4, physical // 2 + 1)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
-        self.admission = Admission(self.config, self.pager, self.lookahead, chunk)
+        self.admission = Admission(self.pager, self.lookahead, chunk)
         self.chunk = chunk
         self.next_page = 1
 

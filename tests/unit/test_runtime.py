@@ -138,6 +138,7 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     values = measure(runtime)
     assert sorted(values) == sorted([*GAUGES, *COUNTERS])
     shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes, "lsa_coverage": 1.0}
+    shown |= {"lsa_virtual_pages": 64, "lsa_host_mirror_bytes": runtime.pager.mirror.nbytes, "lsa_budget": 0.135}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)
 
@@ -149,12 +150,15 @@ def test_counters_are_those_of_their_owners() -> None:
     runtime.prefill.streamed_passes, runtime.staging.staged_pages, runtime.prefill.resident_prompts = 4, 5, 6
     runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.shrunk = 7, 8, 9
     runtime.host_evicted_pages, runtime.lookahead.failures, runtime.failed_batches = 10, 11, 12
-    runtime.prefill.radix_hit_tokens = 13
+    runtime.prefill.radix_hit_tokens, runtime.prefill.prompt_tokens = 13, 14
+    runtime.graphless_steps, runtime.config_changes, runtime.pager.transfer.recall_seconds = 15, 16, 17.0
+    runtime.lookahead.host_seconds, runtime.lookahead.device_seconds = 18.0, 19.0
     values = measure(runtime)
     names = ("warmed_pages", "promised_pages", "streamed_passes", "streamed_pages", "resident_prompts")
     names += ("admission_waits", "retractions", "shrunk_sets", "host_evicted_pages", "refresh_failures")
-    names += ("failed_batches", "prefix_hit_tokens")
-    assert [values[f"lsa_{name}"] for name in names] == list(range(2, 14))
+    names += ("failed_batches", "prefix_hit_tokens", "prompt_tokens", "graphless_steps", "config_changes")
+    names += ("recall_seconds", "refresh_host_seconds", "refresh_device_seconds")
+    assert [values[f"lsa_{name}"] for name in names] == list(range(2, 20))
     shown = status(runtime)
     page = runtime.pager.page_bytes
     assert shown["prefill"] == {
@@ -166,6 +170,17 @@ def test_counters_are_those_of_their_owners() -> None:
     assert shown["pressure"] == {"admission_waits": 7, "shrunk_sets": 9, "retractions": 8, "host_evicted_pages": 10}
     assert shown["failures"] == {"refreshes": 11, "batches": 12}
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
+
+
+def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
+    runtime = make_runtime()
+    for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
+        request = Request(rid, 1, 0, "quest", 0.5, False, tokens=pages * PAGE_SIZE)
+        request.tail_start, request.positions = pages, np.arange(resident)
+        runtime.requests[rid] = request
+    values = measure(runtime)
+    assert (values["lsa_context_pages"], values["lsa_resident_pages"]) == (18, 12)
+    assert values["lsa_resident_share"] == (1 + 0.25) / 2, "one without a page yet does not count"
 
 
 # --- trouble ---------------------------------------------------------------------------------------------------------

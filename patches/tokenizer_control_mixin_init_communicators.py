@@ -1,0 +1,27 @@
+"""The HTTP process can ask the schedulers to change their configuration, and waits for all of them."""
+
+from __future__ import annotations
+
+from sglang_lsa.patches.hook import Hook
+
+
+def add_config_communicator(result, self, server_args):
+    from sglang.srt.managers.communicator import FanOutCommunicator
+    from sglang.utils import TypeBasedDispatcher
+
+    from sglang_lsa.patches.config_messages import LSAConfigReqOutput
+
+    communicator = FanOutCommunicator(self._dispatch_to_scheduler, server_args.dp_size)  # one request at a time
+    self.lsa_config_communicator = communicator
+    self._result_dispatcher += TypeBasedDispatcher([(LSAConfigReqOutput, communicator.handle_recv)])
+
+
+HOOK = Hook(
+    target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators",
+    kind="after",
+    function=add_config_communicator,
+    parameters=("self", "server_args"),
+    why="What schedulers answer must find its way to the HTTP request that asked.",
+    until="SGLang lets plugins add control messages.",
+    test="tests/server/test_control.py::test_a_change_is_answered_with_what_is_in_force",
+)
