@@ -10,7 +10,7 @@ from prompts import Needle, needle
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-SAMPLES = 20
+SAMPLES = 12
 TOKENS = 4200
 ARMS = ("full", "quest", "recency", "random")
 
