@@ -10,7 +10,10 @@ def add_routes() -> None:
     from fastapi import APIRouter
     from sglang.srt.entrypoints import http_server
 
+    from sglang_lsa.patches.view_route import add_view_route
+
     router = APIRouter()
+    add_view_route(router)
 
     @router.get("/lsa/status")
     async def status() -> dict[str, Any]:
