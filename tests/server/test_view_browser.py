@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +120,7 @@ def test_the_map_shows_the_states(tab: Any) -> None:
     """Every state in its colour; the updates before stay above, aligned by page; a longer request has wider columns."""
     first = [SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]
     source = Fixed(first)
-    with viewing(tab, source, 0.05) as server:
+    with viewing(tab, source, 0.05):
         tab.wait_for_selector("canvas.now")
         until(tab, "document.querySelector('canvas.now').width === 8")
         expected = colours(tab)
@@ -146,7 +148,7 @@ def test_the_map_shows_the_states(tab: Any) -> None:
 
 
 def test_hovering_names_the_page(tab: Any) -> None:
-    with viewing(tab, Fixed([SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]), 0.05) as server:
+    with viewing(tab, Fixed([SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED, HOST, RESIDENT]), 0.05):
         until(tab, "document.querySelector('canvas.now')?.width === 8")
         box = tab.locator("canvas.now").bounding_box()
         for page, words in enumerate(
@@ -164,7 +166,7 @@ def test_ids_are_text(tab: Any) -> None:
     """Whoever sends a request chooses its id."""
     source = Fixed([SINK, HOST], rid=EVIL)
     source.policy = "<b>bold</b>"
-    with viewing(tab, source, 0.05) as server:
+    with viewing(tab, source, 0.05):
         wait_for_updates(tab, 3)
         assert tab.inner_text(".request .name") == EVIL
         assert "<b>bold</b>" in tab.inner_text(".request dl")
@@ -173,7 +175,7 @@ def test_ids_are_text(tab: Any) -> None:
 
 
 def test_a_hundred_requests(tab: Any) -> None:
-    with viewing(tab, Crowd(100), 0.1) as server:
+    with viewing(tab, Crowd(100), 0.1):
         wait_for_updates(tab, 80)
         assert tab.locator(".request").count() == 100
         assert tab.inner_text("#running") == "Running requests: 100"
@@ -196,7 +198,7 @@ def test_nothing_grows(tab: Any) -> None:
             request["rid"] = f"{request['rid']}-{crowd.updates // 50}"
         return json.dumps(frame)
 
-    with viewing(tab, ask, 0.004) as server:
+    with viewing(tab, ask, 0.004):
         wait_for_updates(tab, 300)
         count = "document.querySelectorAll('*').length + performance.getEntries().length"
         before = tab.evaluate(count)
@@ -230,7 +232,7 @@ def test_an_error_is_shown_and_left_again(tab: Any) -> None:
             json.dumps({"error": "the scheduler could not describe itself"}) if broken[0] else json.dumps(crowd.next())
         )
 
-    with viewing(tab, ask, 0.05) as server:
+    with viewing(tab, ask, 0.05):
         until(tab, "document.querySelector('#state').className === 'bad'")
         assert tab.inner_text("#state").endswith("the scheduler could not describe itself")
         broken[0] = False
@@ -262,21 +264,25 @@ def test_a_real_server(lsa: ServerProcess, tab: Any) -> None:
 
 @pytest.mark.server
 def test_the_page_asks_for_the_key(keyed: ServerProcess, tab: Any) -> None:
-    """Its address is refused without the key, as all are; a page that was opened with it asks for it to read on."""
-    tab.set_extra_http_headers({"Authorization": "Bearer secret"})
-    tab.goto(keyed.url + "/lsa")
-    wait_for_updates(tab, 1)
-    tab.set_extra_http_headers({})
-    tab.evaluate("stop.abort()")
-    tab.evaluate("start()")
-    tab.wait_for_selector("#key", state="visible")
-    for key, words in (("wrong", "the server refused this key"), ("secret", "live")):
-        tab.fill("#secret", key)
-        tab.press("#secret", "Enter")
-        until(tab, f"document.querySelector('#state').textContent === {words!r}")
-    assert tab.is_hidden("#key")
-    assert tab.input_value("#secret") == ""
-    assert "secret" not in tab.url
+    """``sglang-lsa view`` serves the page of a server that wants its key; what is typed there goes to the server."""
+    command = [sys.executable, "-m", "sglang_lsa.cli", "view", keyed.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().removeprefix("Open ").strip()
+        tab.goto(address)
+        tab.wait_for_selector("#key", state="visible")
+        for key, words in (("wrong", "the server refused this key"), ("secret", "live")):
+            tab.fill("#secret", key)
+            tab.press("#secret", "Enter")
+            until(tab, f"document.querySelector('#state').textContent === {words!r}")
+        assert tab.is_hidden("#key")
+        assert tab.input_value("#secret") == ""
+        assert tab.url == address, "the key is in no address"
+        tab.goto("about:blank")
+    finally:
+        process.terminate()
+        process.wait(20)
     refused = [text for text in tab.troubles if "401" in text]
     assert len(refused) == len(tab.troubles) == 2, "the browser logs refused requests, and nothing else went wrong"
     tab.troubles.clear()

@@ -11,19 +11,24 @@ import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 
+from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.ledger import Ledger
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.server_process import free_port
 from sglang_lsa.view import snapshot as snapshot_module
 from sglang_lsa.view import tree as tree_module
 from sglang_lsa.view.answer import snapshot_text
 from sglang_lsa.view.events import Broadcast, TooManyStreams, encode_event
+from sglang_lsa.view.forward import application
 from sglang_lsa.view.guard import content_security_policy, refusal
 from sglang_lsa.view.routes import PAGE
 from sglang_lsa.view.snapshot import (
@@ -472,3 +477,67 @@ def test_the_page_knows_the_states_of_the_snapshot() -> None:
     assert (HOST, CACHED, ARRIVING, RESIDENT, RECALLED, SINK) == (0, 1, 2, 3, 4, 5)
     assert tree_module.FIELDS == ("parent", "pages", "readers", "heat", "device_pages", "host_pages")
     assert "nodes.map(([parent, pages, readers, heat, device, host])" in text
+
+
+# --- the page of a server that wants its key -----------------------------------------------------------------------
+
+
+async def forwarded(server: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and text of what ``sglang-lsa view`` answers."""
+    runner = web.AppRunner(application(server))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{runner.addresses[0][1]}{path}", headers=headers) as answer,
+        ):
+            return answer.status, await answer.text()
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "words"),
+    [
+        ("/lsa", {}, 200, "sglang-lsa: live view"),
+        ("/lsa", {"Host": "evil.example"}, 403, "is not this machine's"),
+        ("/lsa/events", {"Host": "evil.example:80"}, 403, "is not this machine's"),
+        ("/lsa/events", {"Origin": "http://evil.example"}, 403, "another origin"),
+        ("/lsa/events", {"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
+        ("/lsa/events", {}, 502, "cannot be reached"),
+        ("/lsa/status", {}, 404, ""),
+    ],
+)
+def test_the_forwarder(path: str, headers: dict[str, str], status: int, words: str) -> None:
+    """Over a server that is not there."""
+    seen, text = asyncio.run(forwarded(f"http://127.0.0.1:{free_port()}", path, headers))
+    assert seen == status
+    assert words in text
+
+
+def test_the_forwarder_passes_the_key_on() -> None:
+    async def scenario() -> None:
+        async def events(request: web.Request) -> web.Response:
+            known = request.headers.get("Authorization") == "Bearer secret"
+            return web.Response(text="data: 1\n\n", content_type="text/event-stream", status=200 if known else 401)
+
+        app = web.Application()
+        app.add_routes([web.get("/lsa/events", events)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        assert await forwarded(url, "/lsa/events", {"Authorization": "Bearer secret"}) == (200, "data: 1\n\n")
+        assert (await forwarded(url, "/lsa/events", {}))[0] == 401
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("text", ["server", "ftp://server", "http://", "http://server/?key=secret"])
+def test_bad_addresses_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["view", text])
+    assert "is no address of a server: write http://host:port" in capsys.readouterr().err
