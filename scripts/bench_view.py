@@ -4,9 +4,9 @@
 
 Two parts. The page over 100 made-up requests (the real page, routes and events) and over 8 real ones of the embedded
 model: milliseconds of script per update in headless Chromium. The same 8 requests decoding with nobody watching, with
-a client that only reads the stream, and with the page open in Chromium, in turns: tokens per second. Chromium runs on
-the same cores as a CPU server, so that the page's figure there is the browser's cost as well as the view's; the reading
-client's is the server's alone.
+a client that only reads the stream, and with the page open in Chromium, in turns: tokens per second. Chromium takes
+time of the cores that a CPU server computes on, which it does not where it runs on another machine: so the page is also
+opened in a second Chromium of the lowest priority.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
+import psutil  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from prompts import needle, prose  # noqa: E402
 from view_pages import ARGUMENTS, CHROMIUM, Crowd, ViewServer  # noqa: E402
@@ -38,9 +39,10 @@ from sglang_lsa.embedded_model import embedded_model_path  # noqa: E402
 from sglang_lsa.server_process import LSA, ServerProcess  # noqa: E402
 
 REQUESTS = 8
-PICTURE_TOKENS = 450
+NAMES = [*(f"agent-{number}" for number in range(1, 5)), *(f"report-{number}" for number in range(1, 5))]
+PICTURE_TOKENS = 650
 """Enough for a minute of updates on two cores."""
-FLAGS = ["--skip-server-warmup", "--max-running-requests", str(REQUESTS), "--lsa-device-tokens", "9600"]
+FLAGS = ["--skip-server-warmup", "--max-running-requests", str(REQUESTS), "--lsa-device-tokens", "6400"]
 FLAGS += ["--lsa-host-memory-gb", "2", "--lsa-min-context", "1024", "--lsa-budget", "0.2"]
 OBSERVE = """
 window.took = [];
@@ -62,18 +64,27 @@ def main() -> int:
         return 1
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        others = descendants()
+        behind = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        for process in descendants() - others:  # what they start later has their priority
+            os.setpriority(os.PRIO_PROCESS, process, 19)
         result: dict[str, Any] = {
             "cores": os.cpu_count(),
             "chromium": browser.version,
             "commit": commit(),
             "synthetic": {"requests": 100, **synthetic(browser)},
         }
-        result["real"] = {"requests": REQUESTS, "answer_tokens": args.tokens, **real(browser, args)}
+        result["real"] = {"requests": REQUESTS, "answer_tokens": args.tokens, **real(browser, behind, args)}
         browser.close()
+        behind.close()
     print(json.dumps(result, indent=1))
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def descendants() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def commit() -> str:
@@ -99,7 +110,7 @@ def synthetic(browser: Any) -> dict[str, float]:
         while page.evaluate("took.length") < 60:
             page.wait_for_timeout(200)
         took = page.evaluate("took")
-    page.close()
+        page.close()
     return scripting(took)
 
 
@@ -109,7 +120,7 @@ def open_page(browser: Any, height: int = 1250) -> Any:
     return page
 
 
-def real(browser: Any, args: argparse.Namespace) -> dict[str, Any]:
+def real(browser: Any, behind: Any, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model-path", str(embedded_model_path()), *FLAGS]
         with ServerProcess(LSA, flags, pathlib.Path(folder) / "server.log") as server:
@@ -117,12 +128,12 @@ def real(browser: Any, args: argparse.Namespace) -> dict[str, Any]:
             prompts = make_prompts()
             for prompt in prompts:  # from now on only decode counts: the tree has the prompts
                 answer(server, prompt, 1, "warm")
-            speeds: dict[str, list[float]] = {"closed": [], "reading": [], "open": []}
+            speeds: dict[str, list[float]] = {"closed": [], "reading": [], "open": [], "open_behind": []}
             took: list[float] = []
             for turn in range(args.repeats):
-                order = list(speeds)[turn % 3 :] + list(speeds)[: turn % 3]
+                order = list(speeds)[turn % 4 :] + list(speeds)[: turn % 4]
                 for how in order:
-                    with watching(browser, server, how, took) as page:
+                    with watching(behind if how == "open_behind" else browser, server, how, took) as page:
                         speeds[how].append(decode(server, prompts, args.tokens, page))
             if args.picture is not None:
                 take_picture(browser, server, prompts, args.picture)
@@ -147,21 +158,26 @@ def answer(server: ServerProcess, prompt: str, tokens: int, rid: str) -> dict[st
 
 def decode(server: ServerProcess, prompts: list[str], tokens: int, page: Any) -> float:
     """Tokens per second of all requests together, from the first answer asked for to the last one given."""
+    ends = []
+
+    def one(prompt: str, name: str) -> None:
+        answer(server, prompt, tokens, name)
+        ends.append(time.perf_counter())
+
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        names = [f"agent-{number + 1}" if number < 4 else f"report-{number - 3}" for number in range(len(prompts))]
-        running = [pool.submit(answer, server, p, tokens, name) for p, name in zip(prompts, names, strict=True)]
+        running = [pool.submit(one, prompt, name) for prompt, name in zip(prompts, NAMES, strict=True)]
+        while page is not None and not all(future.done() for future in running):
+            page.wait_for_timeout(1000)  # the browser's driver works only while it is called
         for future in running:
-            while page is not None and not future.done():
-                page.wait_for_timeout(50)  # the browser's driver works only while it is called
             future.result()
-    return len(prompts) * tokens / (time.perf_counter() - began)
+    return len(prompts) * tokens / (max(ends) - began)
 
 
 @contextlib.contextmanager
 def watching(browser: Any, server: ServerProcess, how: str, took: list[float]) -> Iterator[Any]:
     """``closed``: nobody; ``reading``: a client of the stream; ``open``: the page, whose times go to ``took``."""
-    if how == "open":
+    if how.startswith("open"):
         page = open_page(browser)
         page.goto(server.url + "/lsa")
         try:
@@ -172,11 +188,16 @@ def watching(browser: Any, server: ServerProcess, how: str, took: list[float]) -
     elif how == "reading":
         with urllib.request.urlopen(server.url + "/lsa/events", timeout=600) as stream:
             end = threading.Event()
-            reader = threading.Thread(target=lambda: [None for _ in iter(stream.readline, b"") if not end.is_set()])
-            reader.daemon = True
+
+            def read() -> None:
+                while stream.readline() and not end.is_set():
+                    pass
+
+            reader = threading.Thread(target=read)
             reader.start()
             yield None
             end.set()
+            reader.join()
     else:
         yield None
 
@@ -190,12 +211,11 @@ def take_picture(browser: Any, server: ServerProcess, prompts: list[str], file: 
         nonlocal taken
         updates = page.evaluate("Math.min(...[...shown.values()].map(row => row.rows.length))")
         if not taken and page.locator(".request").count() == REQUESTS and updates >= 45:
-            page.screenshot(path=file)
+            page.screenshot(path=file, full_page=True)
             taken = True
 
     with ThreadPoolExecutor(len(prompts)) as pool:
-        names = [f"agent-{number + 1}" if number < 4 else f"report-{number - 3}" for number in range(len(prompts))]
-        running = [pool.submit(answer, server, p, PICTURE_TOKENS, name) for p, name in zip(prompts, names, strict=True)]
+        running = [pool.submit(answer, server, p, PICTURE_TOKENS, name) for p, name in zip(prompts, NAMES, strict=True)]
         while not all(future.done() for future in running):
             page.wait_for_timeout(500)
             look()
