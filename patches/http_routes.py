@@ -11,8 +11,10 @@ def add_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
     from sglang_lsa.patches.control_route import add_control_route
+    from sglang_lsa.patches.view_route import add_view_route
 
     router = APIRouter()
+    add_view_route(router)
 
     @router.get("/lsa/status")
     async def status() -> dict[str, Any]:

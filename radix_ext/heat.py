@@ -38,6 +38,10 @@ class Heat:
         self.values[new] = max(self.values[new], self.values[old])
         self.values[old] = 0.0
 
+    def relative(self, pages: np.ndarray) -> np.ndarray:
+        """Heat of ``pages`` in selections made just now, float64 ``[n]``."""
+        return self.values[pages] / self._unit
+
     def hottest(self, pages: np.ndarray, count: int) -> np.ndarray:
         """At most ``count`` of ``pages`` that were ever selected, hottest first."""
         hot = pages[self.values[pages] > 0]

@@ -17,6 +17,10 @@ Pages = np.ndarray
 """Virtual or physical page ids, int64 ``[n]``."""
 
 
+NEVER = -1
+"""In place of the number of a forward pass."""
+
+
 class LedgerError(RuntimeError):
     """An invariant of the ledger does not hold; always a bug, never a consequence of load."""
 
@@ -82,6 +86,7 @@ class Ledger:
         self._pins = np.zeros(self.virtual_pages + 1, dtype=np.int32)
         self._last_use = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._last_reader = np.zeros(self.virtual_pages + 1, dtype=np.int64)
+        self._recalled = np.full(self.virtual_pages + 1, NEVER, dtype=np.int64)
         self._holders: dict[str, set[int]] = {}
         self._generation = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._arriving = np.zeros(self.physical_pages + 1, dtype=bool)
@@ -166,6 +171,7 @@ class Ledger:
         self._mirrored[v] = False
         self._last_use[v] = 0
         self._last_reader[v] = 0
+        self._recalled[v] = NEVER
         self.heat.forget(v)
 
     def release(self, pages: Iterable[int]) -> None:
@@ -210,6 +216,7 @@ class Ledger:
         recall = absent[self._mirrored[absent]]
         fresh = absent[~self._mirrored[absent]]
         self.recalls += len(recall)
+        self._recalled[recall] = self._started
         return Plan((recall, self.v2p[recall]), (fresh, self.v2p[fresh]))
 
     def drop(self, holder: str, pages: Iterable[int] | None = None) -> None:
@@ -270,6 +277,11 @@ class Ledger:
     def on_device(self, pages: Iterable[int]) -> np.ndarray:
         """Which of these pages have a place on the device; see :meth:`arriving` for whether they have come."""
         return self.v2p[_ids(pages)] > 0
+
+    def recalled(self, pages: Iterable[int]) -> np.ndarray:
+        """How many forward passes had started when each of these pages last came from the host mirror, int64 ``[n]``;
+        -1 for pages that never did."""
+        return self._recalled[_ids(pages)]
 
     def worth_fetching(self, pages: Pages) -> Pages:
         """Those of ``pages``, given hottest first, that can come to the device without giving up a hotter page."""

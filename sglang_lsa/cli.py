@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from urllib.parse import urlsplit
 
 from sglang_lsa import SGLANG_VERSION, __version__
 from sglang_lsa.embedded_model import MODEL_NAME, EmbeddedModelError, embedded_model_path
@@ -109,6 +110,34 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _model(args: argparse.Namespace) -> int:
     print(embedded_model_path())
+    return 0
+
+
+def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "show the live view of a server that wants its API key: the page asks for it, and this command passes it on"
+    command = commands.add_parser("view", help=text, description=text[0].upper() + text[1:])
+    command.add_argument("server", type=_address, metavar="URL", help="of the server, such as http://host:30000")
+    command.add_argument("--port", type=int, default=0, help="on this machine; default: any that is free")
+    command.set_defaults(run=_view)
+
+
+def _address(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address of a server: write http://host:port")
+    return text
+
+
+def _view(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from sglang_lsa.view.forward import serve
+
+    try:
+        asyncio.run(serve(args.server, args.port, lambda address: print(f"Open {address}", flush=True)))
+    except OSError as error:
+        print(f"sglang-lsa view: port {args.port}: {error.strerror}: choose another --port", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -438,6 +467,7 @@ COMMANDS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], 
     _add_eval,
     _add_recall,
     _add_model,
+    _add_view,
 )
 
 

@@ -100,6 +100,7 @@ class LSAConfig:
     cache_outputs: bool = _option(
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
+    disable_view: bool = _option(False, "Do not serve the live view at /lsa.")
     debug: bool = _option(False, "Check the page ledger after every batch (slow).")
 
     def __post_init__(self) -> None:

@@ -184,7 +184,7 @@ class Lookahead:
         request.window += 1
         self.refreshes += 1
         complete, context = pages_complete(request.computed), pages_spanned(request.computed)
-        new = Refresh(complete, context, due=self.step, scores=None)
+        new = Refresh(complete, context, due=self.step, scores=None, asked=self.pager.ledger.passes)
         if request.given:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
@@ -348,6 +348,7 @@ class Lookahead:
         """Let go of the old set and let decode attention read the new one."""
         assert new.positions is not None
         self.remap(request, new.positions, new.tail_start, new.ranks)
+        request.set_asked = new.asked
         if new.tail_start:
             self.pager.ledger.retain(request.rid, new.needed(request.pages))
             self.pager.ledger.heat.select(request.pages[new.positions])

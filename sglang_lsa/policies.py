@@ -46,6 +46,8 @@ class Refresh:
     """The request cannot decode without it."""
     late: bool = False
     """Its window has begun without it."""
+    asked: int = 0
+    """Forward passes that had started when it was predicted."""
 
     def needed(self, pages: np.ndarray) -> np.ndarray:
         """Those of the request's ``pages`` that decode would read."""
@@ -123,6 +125,8 @@ class Request:
     collapsed: int = 0
     """How often only its first and last pages were worth keeping."""
     failures: int = 0
+    set_asked: int = 0
+    """Forward passes that had started when the set that it reads was predicted; pages recalled since came for it."""
 
     def name_sets(self, sets: Sequence[GivenSet]) -> None:
         """The request says itself what its windows read."""

@@ -43,9 +43,9 @@ def lsa(flags_of_lsa: list[str], logs: pathlib.Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def small(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
-    """32 pages on the device, seven times that on the host, float32, from SGLang's own launcher; see ``soak``."""
+    """32 pages on the device, seven times that on the host, float32, from SGLang's launcher; see ``soak``. No view."""
     config = logs / "lsa.json"
-    config.write_text(json.dumps({**LSA_CONFIG, "debug": True}))
+    config.write_text(json.dumps({**LSA_CONFIG, "debug": True, "disable_view": True}))
     flags = ["--model-path", model_path, "--served-model-name", "smollm2", *FLAGS, "--lsa-config", str(config)]
     with ServerProcess("sglang.launch_server", flags, logs / "small.log") as server:
         yield server.wait_until_ready()

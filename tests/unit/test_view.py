@@ -1,0 +1,543 @@
+"""The live view without a server: what a snapshot holds and how large it can be, the tree, streams, and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import tracemalloc
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from aiohttp import web
+
+from sglang_lsa.cli import main
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.policies import Request
+from sglang_lsa.radix_ext.ledger import Ledger
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.server_process import free_port
+from sglang_lsa.view import snapshot as snapshot_module
+from sglang_lsa.view import tree as tree_module
+from sglang_lsa.view.answer import snapshot_text
+from sglang_lsa.view.events import Broadcast, TooManyStreams, encode_event
+from sglang_lsa.view.forward import application
+from sglang_lsa.view.guard import content_security_policy, refusal
+from sglang_lsa.view.routes import PAGE
+from sglang_lsa.view.snapshot import (
+    ARRIVING,
+    CACHED,
+    HOST,
+    MOST_COLUMNS,
+    MOST_REQUESTS,
+    RECALLED,
+    RESIDENT,
+    SINK,
+    encode,
+    page_states,
+    pages_per_column,
+    snapshot,
+)
+from sglang_lsa.view.tree import TreePicture
+
+
+def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options: object) -> LSARuntime:
+    keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
+    table = torch.zeros((rows, (virtual + 1) * PAGE_SIZE), dtype=torch.int32)
+    config = LSAConfig.from_mapping({"min_pages": 1, **options})
+    return LSARuntime(config, Pager(keys, values, virtual, PAGE_SIZE), table, 2, 1.0)
+
+
+def add_request(runtime: LSARuntime, rid: str, pages: np.ndarray, **fields: Any) -> Request:
+    request = Request(rid, 1, 0, "quest", 0.5, False, tokens=len(pages) * PAGE_SIZE, pages=pages, **fields)
+    runtime.requests[rid] = request
+    return request
+
+
+def mirrored(runtime: LSARuntime, pages: np.ndarray, holder: str = "writer") -> None:
+    """These pages are written, mirrored, and needed by nobody; they stay on the device for now."""
+    runtime.pager.ledger.allocate(pages)
+    assert runtime.pager.hold(holder, pages)
+    runtime.pager.store(pages)
+    runtime.pager.forget(holder)
+
+
+# --- where pages are -------------------------------------------------------------------------------------------------
+
+
+def test_states_of_pages() -> None:
+    """A request of 10 pages on a device of 12: 6 others push some of its pages out, and two of those are recalled."""
+    runtime = make_runtime()
+    ledger = runtime.pager.ledger
+    own, others = np.arange(1, 11), np.arange(20, 26)
+    mirrored(runtime, own)
+    mirrored(runtime, others)  # 12 device pages: 4 of the request's pages left
+    runtime.pager.ledger.forward_finished(ledger.forward_started())
+    gone = own[~ledger.on_device(own)]
+    assert len(gone) == 4
+    request = add_request(runtime, "r", own, window=1, tail_start=9, set_asked=ledger.passes)
+    request.positions = np.union1d([0], gone[:2] - 1)  # page ids are positions + 1
+    assert runtime.pager.hold("r", request.read_pages())
+    (states,) = page_states(runtime, [request])
+    assert states[0] == SINK
+    assert states[9] == RESIDENT  # its tail
+    assert {int(page) - 1 for page in gone[:2] if page != 1} == set(np.flatnonzero(states == RECALLED).tolist())
+    absent = np.flatnonzero(~ledger.on_device(own))
+    assert (states[absent] == HOST).all()
+    rest = sorted(set(range(10)) - {0, 9} - set((gone[:2] - 1).tolist()) - set(absent.tolist()))
+    assert len(rest) > 0 and (states[rest] == CACHED).all()
+    ledger._arriving[ledger.v2p[own[9]]] = True  # what a copy in flight does on a GPU
+    assert page_states(runtime, [request])[0][9] == ARRIVING
+
+
+def test_what_an_earlier_window_recalled_is_resident() -> None:
+    runtime = make_runtime()
+    ledger = runtime.pager.ledger
+    own = np.arange(1, 9)
+    mirrored(runtime, own)
+    mirrored(runtime, np.arange(20, 32))
+    ledger.forward_finished(ledger.forward_started())
+    assert not ledger.on_device(own).any()
+    request = add_request(runtime, "r", own, window=1, tail_start=8, set_asked=ledger.passes)
+    request.positions = np.array([2, 3])
+    assert runtime.pager.hold("r", own[[2, 3]])
+    assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RECALLED, RECALLED]
+    ledger.forward_finished(ledger.forward_started())
+    request.set_asked = ledger.passes
+    assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RESIDENT, RESIDENT]
+    request.set_asked = 0  # it has no set yet: what its prompt's prefix recalled is for no window
+    assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RESIDENT, RESIDENT]
+
+
+def test_a_page_handed_out_again_was_never_recalled() -> None:
+    ledger = Ledger(8, 2)
+    ledger.allocate([1, 2])
+    ledger.hold("a", [1, 2])
+    ledger.mirrored([1, 2])
+    ledger.drop("a")
+    ledger.allocate([3, 4])
+    ledger.hold("b", [3, 4])
+    ledger.drop("b")
+    ledger.mirrored([3, 4])
+    ledger.forward_started()
+    ledger.forward_finished(1)
+    ledger.hold("a", [1])
+    assert ledger.recalled([1, 2]).tolist() == [1, -1]
+    ledger.drop("a")
+    ledger.release([1])
+    ledger.allocate([1])
+    assert ledger.recalled([1]).tolist() == [-1]
+
+
+def test_a_streamed_prompt_reads_what_is_not_here() -> None:
+    runtime = make_runtime()
+    own = np.arange(1, 9)
+    mirrored(runtime, own)
+    mirrored(runtime, np.arange(20, 32))
+    request = add_request(runtime, "r", own)  # no set yet: everything from page 0 on
+    (states,) = page_states(runtime, [request])
+    assert (states == HOST).all()
+    assert snapshot(runtime)["requests"][0]["phase"] == "prefill"
+
+
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+def decode(text: str) -> list[tuple[int, int | None]]:
+    """State and share of each column, read as the page does."""
+    codes = [ord(character) - 48 for character in text]
+    return [(code, None) if code < 3 else (3 + (code - 3) // 10, (code - 3) % 10 + 1) for code in codes]
+
+
+def test_encode_one_page_a_column() -> None:
+    states = np.array([SINK, HOST, CACHED, ARRIVING, RESIDENT, RECALLED], dtype=np.uint8)
+    assert decode(encode(states, 1)) == [(5, 10), (0, None), (1, None), (2, None), (3, 10), (4, 10)]
+    assert encode(states[:0], 1) == ""
+
+
+def test_encode_several_pages_a_column() -> None:
+    states = np.array(
+        [HOST, HOST, HOST, HOST, RESIDENT, HOST, HOST, RECALLED, CACHED, HOST, HOST, ARRIVING, RESIDENT], dtype=np.uint8
+    )
+    assert decode(encode(states, 4)) == [(HOST, None), (RECALLED, 5), (ARRIVING, None), (RESIDENT, 10)]
+    one_of_many = np.array([RESIDENT] + [HOST] * 31, dtype=np.uint8)
+    assert decode(encode(one_of_many, 32)) == [(RESIDENT, 1)], "one page of many is still seen"
+
+
+@pytest.mark.parametrize("pages", [1, 63, 511, 512, 513, 1024, 1025, 5000, 16384, 100_000])
+def test_maps_are_bounded(pages: int) -> None:
+    column = pages_per_column(pages)
+    states = np.random.default_rng(pages).integers(0, 6, pages).astype(np.uint8)
+    text = encode(states, column)
+    assert MOST_COLUMNS // 2 < len(text) <= MOST_COLUMNS or column == 1
+    assert len(text) == -(-pages // column) <= MOST_COLUMNS
+    assert column & (column - 1) == 0
+    assert [state for state, _ in decode(text)] == [
+        int(states[start : start + column].max()) for start in range(0, pages, column)
+    ]
+    assert not set(text) & {'"', "\\"} and text.isascii(), "JSON needs no escapes"
+
+
+# --- snapshots -------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_plain_json_on_one_line() -> None:
+    runtime = make_runtime()
+    mirrored(runtime, np.arange(1, 6))
+    add_request(runtime, 'a"\n\ndata: <img src=x onerror=alert(1)>', np.arange(1, 6), window=0, tail_start=4)
+    text = snapshot_text(runtime, SimpleNamespace())
+    seen = json.loads(text)
+    assert seen["requests"][0]["rid"].startswith('a"\n\ndata: <img')
+    assert seen["tree"] == {"nodes": [], "more": 0}
+    event = encode_event(text)
+    assert event.count(b"\n") == 2 and event.endswith(b"\n\n"), "an id cannot end an event"
+    assert seen["values"]["device_pages"] == 12
+
+
+def test_snapshots_are_bounded() -> None:
+    """200 requests of 4,000 pages with ids of 10,000 characters."""
+    runtime = make_runtime(physical=100, virtual=4200, rows=2)
+    ledger = runtime.pager.ledger
+    pages = np.arange(1, 4001)
+    ledger.allocate(pages)
+    for number in range(200):
+        add_request(runtime, f"{number:05d}" * 2000, pages, window=1, tail_start=3999)
+    text = snapshot_text(runtime, SimpleNamespace())
+    seen = json.loads(text)
+    assert len(seen["requests"]) == MOST_REQUESTS and seen["more_requests"] == 200 - MOST_REQUESTS
+    assert max(len(request["rid"]) for request in seen["requests"]) <= snapshot_module.LONGEST_NAME
+    assert len(text) < MOST_REQUESTS * (MOST_COLUMNS + 600) + 4000
+
+
+def test_a_snapshot_that_fails_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = make_runtime()
+    add_request(runtime, "r", np.array([99]))  # a page that there is not
+    assert "could not describe itself" in json.loads(snapshot_text(runtime, SimpleNamespace()))["error"]
+    assert "snapshot for the live view failed" in caplog.text
+
+
+def test_a_snapshot_changes_nothing() -> None:
+    runtime = make_runtime()
+    mirrored(runtime, np.arange(1, 6))
+    request = add_request(runtime, "r", np.arange(1, 6), window=0, tail_start=4)
+    request.positions = np.array([0, 2])
+    before = [array.copy() for array in (runtime.pager.ledger.v2p, runtime.pager.ledger.heat.values)]
+    first = snapshot(runtime)
+    second = snapshot(runtime)
+    assert {**first, "time": 0} == {**second, "time": 0}
+    assert all(
+        (a == b).all()
+        for a, b in zip(before, (runtime.pager.ledger.v2p, runtime.pager.ledger.heat.values), strict=True)
+    )
+    assert request.positions.tolist() == [0, 2]
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """Nodes as SGLang's ``RadixCache`` has them; virtual page 1 + n is the n-th that is handed out."""
+
+    def __init__(self) -> None:
+        self.next, self.ids = 1, 0
+        self.root_node = self._node(None, 0)
+
+    def _node(self, parent: Any, pages: int) -> Any:
+        slots = torch.arange(self.next * PAGE_SIZE, (self.next + pages) * PAGE_SIZE)
+        self.next += pages
+        self.ids += 1
+        return SimpleNamespace(id=self.ids, parent=parent, children={}, value=slots, lock_ref=0)
+
+    def add(self, parent: Any, pages: int) -> Any:
+        node = self._node(parent, pages)
+        parent.children[node.id] = node
+        return node
+
+    def split(self, node: Any, pages: int) -> Any:
+        """As SGLang does: the first part is a new node, the rest keeps its identity."""
+        first = self._node(node.parent, 0)
+        first.value, node.value = node.value[: pages * PAGE_SIZE], node.value[pages * PAGE_SIZE :]
+        del node.parent.children[node.id]
+        first.parent.children[first.id] = first
+        first.children[node.id] = node
+        node.parent = first
+        return first
+
+
+def test_the_tree() -> None:
+    tree, ledger = Tree(), Ledger(40, 10)
+    system = tree.add(tree.root_node, 4)
+    agent = tree.add(system, 2)
+    tree.add(tree.root_node, 3)
+    pages = np.arange(1, 10)
+    ledger.allocate(pages)
+    ledger.hold("a", pages)
+    ledger.mirrored(pages)
+    ledger.heat.select(np.array([2]))
+    ledger.heat.select(np.array([2]))
+    system.lock_ref, agent.lock_ref = 2, 1
+    picture = TreePicture()
+    nodes = picture.take(tree, ledger)["nodes"]
+    assert [node[:3] for node in nodes] == [[-1, 4, 2], [-1, 3, 0], [0, 2, 1]]
+    assert nodes[0][3] == pytest.approx(2, abs=0.01) and nodes[1][3] == 0
+    assert [node[4:] for node in nodes] == [[4, 4], [3, 3], [2, 2]]
+    tree.split(system, 1)
+    nodes = picture.take(tree, ledger)["nodes"]
+    assert [node[:3] for node in nodes] == [[-1, 3, 0], [-1, 1, 0], [1, 3, 2], [2, 2, 1]]
+    assert nodes[1][3] == 0 and nodes[2][3] > 1, "the hot page is in the second part"
+
+
+def test_the_picture_of_a_large_tree_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_module, "MOST_VISITED", 1500)
+    tree, ledger = Tree(), Ledger(3000, 2000)
+    prefixes = [tree.add(tree.root_node, 1) for _ in range(20)]
+    leaves = [tree.add(prefix, 1) for prefix in prefixes for _ in range(90)]
+    ledger.allocate(np.arange(1, tree.next))
+    read = leaves[777]
+    read.lock_ref = read.parent.lock_ref = 1
+    picture = TreePicture()
+    for _ in range(8):  # some of them are learned each time
+        shown = picture.take(tree, ledger)
+    assert len(shown["nodes"]) == tree_module.MOST_NODES
+    assert shown["more"] == 1820 - tree_module.MOST_NODES
+    assert sum(node[2] for node in shown["nodes"]) == 2, "what is being read is shown"
+    assert all(node[0] < position for position, node in enumerate(shown["nodes"]))
+    assert len(picture._pages) <= 1500
+    for prefix in prefixes:
+        prefix.children.clear()
+    assert picture.take(tree, ledger)["more"] == 0
+    assert len(picture._pages) == 20, "nodes that are gone are forgotten"
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Answers with how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.error: Exception | None = None
+
+    async def __call__(self) -> str:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return json.dumps(self.asked)
+
+
+def test_one_poller_for_all_streams() -> None:
+    async def scenario() -> None:
+        ask = Counter()
+        broadcast = Broadcast(ask, seconds=0.01)
+        streams = [broadcast.open() for _ in range(5)]
+        events = [broadcast.events(stream) for stream in streams]
+        for number in range(1, 6):
+            seen = {await anext(event) for event in events}
+            assert seen == {encode_event(str(number))}
+        assert ask.asked == 5
+        for stream in streams:
+            broadcast.close(stream)
+            broadcast.close(stream)
+        assert broadcast.poller is not None
+        await asyncio.wait_for(broadcast.poller, 5)
+        assert ask.asked <= 6
+        assert broadcast.poller is None
+        again = broadcast.open()
+        assert await again.next() == encode_event(str(ask.asked))
+        broadcast.close(again)
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_page_misses_events_and_costs_nothing() -> None:
+    """500 events of 100 KB that it does not read: one is kept."""
+
+    async def scenario() -> None:
+        async def ask() -> str:
+            return json.dumps("x" * 100_000)
+
+        broadcast = Broadcast(ask, seconds=0)
+        slow, quick = broadcast.open(), broadcast.open()
+        await quick.next()
+        tracemalloc.start()
+        for _ in range(500):
+            await quick.next()
+        now, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert now < 1_500_000
+        assert slow.missed >= 500
+        assert quick.missed == 0
+        assert await slow.next() == encode_event(json.dumps("x" * 100_000))
+        broadcast.close(slow)
+        broadcast.close(quick)
+
+    asyncio.run(scenario())
+
+
+def test_streams_are_limited() -> None:
+    async def scenario() -> None:
+        broadcast = Broadcast(Counter(), seconds=0.01, most=2)
+        first, second = broadcast.open(), broadcast.open()
+        with pytest.raises(TooManyStreams, match="2 pages are open, the most there may be: close one"):
+            broadcast.open()
+        broadcast.close(first)
+        third = broadcast.open()
+        broadcast.close(second)
+        broadcast.close(third)
+        assert not broadcast.streams
+
+    asyncio.run(scenario())
+
+
+def test_a_scheduler_that_does_not_answer_is_shown_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        ask = Counter()
+        ask.error = RuntimeError("gone")
+        broadcast = Broadcast(ask, seconds=0.01)
+        stream = broadcast.open()
+        event = json.loads((await stream.next()).decode().removeprefix("data: "))
+        assert event == {"error": "the scheduler did not answer: RuntimeError('gone')"}
+        ask.error = None
+        while (newest := await stream.next()).startswith(b'data: {"error"'):
+            pass
+        assert newest == encode_event(str(ask.asked))
+        broadcast.close(stream)
+
+    asyncio.run(scenario())
+    assert "asking the scheduler for the live view failed" in caplog.text
+
+
+# --- who is answered -------------------------------------------------------------------------------------------------
+
+NAVIGATION = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+
+REQUESTS: list[tuple[dict[str, str], bool, int | None]] = [
+    # (headers, for the page itself, status of the refusal)
+    ({}, False, None),
+    ({"sec-fetch-site": "same-origin"}, False, None),
+    ({"sec-fetch-site": "none"}, True, None),
+    ({"origin": "http://server:30000"}, False, None),
+    ({"origin": "https://SERVER:30000"}, False, None),
+    ({"origin": "http://server:30001"}, False, 403),
+    ({"origin": "http://evil.example"}, False, 403),
+    ({"origin": "http://evil.example"}, True, 403),
+    ({"origin": "null"}, False, 403),
+    ({"origin": "file://server:30000"}, False, 403),
+    ({"origin": "http://[server:30000"}, False, 403),
+    ({"origin": ""}, False, 403),
+    ({"sec-fetch-site": "cross-site"}, False, 403),
+    ({"sec-fetch-site": "same-site"}, False, 403),
+    (NAVIGATION, True, None),
+    (NAVIGATION, False, 403),
+    ({**NAVIGATION, "sec-fetch-dest": "iframe"}, True, 403),
+    ({"content-length": "0"}, False, None),
+    ({"content-length": "1"}, False, 413),
+    ({"content-length": "many"}, False, 413),
+    ({"transfer-encoding": "chunked"}, True, 413),
+]
+
+
+@pytest.mark.parametrize(("headers", "opened", "status"), REQUESTS, ids=str)
+def test_refusals(headers: dict[str, str], opened: bool, status: int | None) -> None:
+    found = refusal({"host": "server:30000", **headers}, opened)
+    assert (found and found[0]) == status
+    assert refusal(headers, opened) is not None or "origin" not in headers, "an origin needs a host to agree with"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_file_that_its_policy_allows() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    policy = content_security_policy(text)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert len(re.findall(r"<script\b", text)) == len(re.findall(r"<style\b", text)) == 1
+    for rule in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'", "form-action 'none'"):
+        assert rule in policy
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", text), "nothing is loaded from elsewhere"
+    assert not re.search(r"\bon\w+=\"|style=\"", text), "the policy forbids inline handlers and styles"
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "localStorage", "cookie"):
+        assert word not in text
+
+
+def test_the_page_knows_the_states_of_the_snapshot() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"SHARES = {snapshot_module.SHARES};" in text
+    assert 'COLOURS = ["host", "cached", "arriving", "resident", "recalled", "sink"]' in text
+    assert (HOST, CACHED, ARRIVING, RESIDENT, RECALLED, SINK) == (0, 1, 2, 3, 4, 5)
+    assert tree_module.FIELDS == ("parent", "pages", "readers", "heat", "device_pages", "host_pages")
+    assert "nodes.map(([parent, pages, readers, heat, device, host])" in text
+
+
+# --- the page of a server that wants its key -----------------------------------------------------------------------
+
+
+async def forwarded(server: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and text of what ``sglang-lsa view`` answers."""
+    runner = web.AppRunner(application(server))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{runner.addresses[0][1]}{path}", headers=headers) as answer,
+        ):
+            return answer.status, await answer.text()
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "words"),
+    [
+        ("/lsa", {}, 200, "sglang-lsa: live view"),
+        ("/lsa", {"Host": "evil.example"}, 403, "is not this machine's"),
+        ("/lsa/events", {"Host": "evil.example:80"}, 403, "is not this machine's"),
+        ("/lsa/events", {"Origin": "http://evil.example"}, 403, "another origin"),
+        ("/lsa/events", {"Sec-Fetch-Site": "cross-site"}, 403, "another site"),
+        ("/lsa/events", {}, 502, "cannot be reached"),
+        ("/lsa/status", {}, 404, ""),
+    ],
+)
+def test_the_forwarder(path: str, headers: dict[str, str], status: int, words: str) -> None:
+    """Over a server that is not there."""
+    seen, text = asyncio.run(forwarded(f"http://127.0.0.1:{free_port()}", path, headers))
+    assert seen == status
+    assert words in text
+
+
+def test_the_forwarder_passes_the_key_on() -> None:
+    async def scenario() -> None:
+        async def events(request: web.Request) -> web.Response:
+            known = request.headers.get("Authorization") == "Bearer secret"
+            return web.Response(text="data: 1\n\n", content_type="text/event-stream", status=200 if known else 401)
+
+        app = web.Application()
+        app.add_routes([web.get("/lsa/events", events)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        assert await forwarded(url, "/lsa/events", {"Authorization": "Bearer secret"}) == (200, "data: 1\n\n")
+        assert (await forwarded(url, "/lsa/events", {}))[0] == 401
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("text", ["server", "ftp://server", "http://", "http://server/?key=secret"])
+def test_bad_addresses_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["view", text])
+    assert "is no address of a server: write http://host:port" in capsys.readouterr().err
