@@ -10,7 +10,8 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+
+from sglang_lsa.control import is_foreign
 
 HEADERS = {
     "Cache-Control": "no-store",
@@ -31,23 +32,13 @@ def refusal(headers: Mapping[str, str], opened: bool = False) -> tuple[int, str]
     """
     if headers.get("transfer-encoding") or headers.get("content-length", "0").strip() not in ("", "0"):
         return 413, "this address takes no body: send a plain GET"
-    origin = headers.get("origin")
-    if origin is not None and not _same_host(origin, headers.get("host", "")):
+    if is_foreign(headers.get("origin"), None, headers.get("host")):
         return 403, "pages of another origin may not read the live view: open /lsa on the server itself"
     site = headers.get("sec-fetch-site", "none")
     navigation = opened and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     if site not in ("none", "same-origin") and not navigation:
         return 403, "pages of another site may not read the live view: open /lsa on the server itself"
     return None
-
-
-def _same_host(origin: str, host: str) -> bool:
-    """Whether ``origin`` is this server's: host and port, but not the scheme, which a proxy may change."""
-    try:
-        parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and bool(host) and parts.netloc.lower() == host.lower()
-    except ValueError:
-        return False
 
 
 def content_security_policy(page: str) -> str:
