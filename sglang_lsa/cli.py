@@ -361,6 +361,9 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--longbench-v2", type=pathlib.Path, metavar="FILE", help="its published data.json")
     command.add_argument("--longmemeval", type=pathlib.Path, metavar="FILE", help="a published file of it")
     command.add_argument("--bfcl", type=pathlib.Path, metavar="DIR", help="folder of the package bfcl-eval: its memory")
+    command.add_argument(
+        "--tau2", type=pathlib.Path, metavar="DIR", help="folder of the package inspect_evals: its bank's handbook"
+    )
     command.add_argument("--together", type=int, default=4, metavar="N", help="samples at a time; default: 4")
     command.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin none after that time")
     command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")

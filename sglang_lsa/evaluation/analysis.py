@@ -55,6 +55,14 @@ def windows(sets: str, evidence: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
+def evidence_kept(sets: str, evidence: Sequence[int]) -> float | None:
+    """Share of the evidence's pages that were resident, mean over the sets; None if no evidence or no set is known."""
+    if not evidence or not sets:
+        return None
+    missing = [len(window["missing"]) for window in windows(sets, evidence)]
+    return 1 - sum(missing) / len(missing) / len(evidence)
+
+
 def blame(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each suite, task and arm: how many answers got worse, and in how many of them a page of the evidence was not
     resident in the first window, in a later one only, or never (the evidence was there, and the answer is worse for

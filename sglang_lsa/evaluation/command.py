@@ -74,7 +74,7 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
         together=args.together,
         seconds=args.seconds,
         api_key=args.api_key,
-        files=Files(args.longbench_v2, args.longmemeval, args.bfcl),
+        files=Files(args.longbench_v2, args.longmemeval, args.bfcl, args.tau2),
     )
 
 
@@ -85,9 +85,11 @@ class Files:
     longbench_v2: pathlib.Path | None = None
     longmemeval: pathlib.Path | None = None
     bfcl: pathlib.Path | None = None
+    tau2: pathlib.Path | None = None
 
     def samples(self, count: Count, lengths: Sequence[int]) -> Iterator[Sample]:
-        """All of them, whatever their length; those of ``bfcl`` filled up to each of the lengths that it can have.
+        """All of them, whatever their length; those of ``bfcl`` and ``tau2`` filled up to every length that they
+        can have.
 
         Raises:
             ValueError: a file is something else.
@@ -100,6 +102,10 @@ class Files:
             for length in lengths:
                 with contextlib.suppress(agentic.Unsuitable):
                     yield from agentic.bfcl_memory(self.bfcl, count, length)
+        if self.tau2 is not None:
+            for length in lengths:
+                with contextlib.suppress(agentic.Unsuitable):
+                    yield from agentic.banking(self.tau2, count, length)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.arms import Arm, asked_of
 from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
 from sglang_lsa.evaluation.footprint import footprint
@@ -167,10 +168,12 @@ def about(question: Question, model: str, name: str, arm: Arm | None) -> dict[st
 
 
 def judged(question: Question, stored: dict[str, Any]) -> dict[str, Any]:
-    """What the server said, and the score; None where there is nothing to judge."""
+    """What the server said, the score, and the share of the evidence that was resident; None where there is nothing to
+    judge, or no evidence."""
     turn = question.asked
     score = METRICS[turn.metric](stored["answer"], turn.references) if turn.references else None
-    return stored | {"score": score}
+    kept = evidence_kept(stored.get("sets") or "", question.evidence)
+    return stored | {"score": score, "evidence_kept": kept}
 
 
 async def settings_of(server: Endpoint) -> dict[str, Any]:

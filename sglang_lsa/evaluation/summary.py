@@ -15,12 +15,14 @@ LEAST_FULL = 30.0
 """A task of which full attention itself gets fewer points of 100 is reported, and does not count in averages."""
 AVERAGE = "average"
 RESAMPLES = 10_000
-MEANS = ("footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot")
+MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot")
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows ``suite, task, length, model, arm, budget, accuracy, delta, delta_ci_low, delta_ci_high, n, counted`` and
-    means of footprint, bytes and times; points of 100, a 95 % interval by bootstrap over samples.
+    means of the share of the evidence that was resident, footprint, bytes and times; points of 100, a 95 % interval by
+    bootstrap over samples. Of tasks without right answers, which tell how much of the evidence is kept, accuracy and
+    what is derived from it are None.
 
     Only questions that every arm of their task answered count. Then, for every length, the average over the tasks that
     count: of each suite, and of suite ``all``; of arms that all of these tasks have.
@@ -30,7 +32,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     scored = complete([row for row in rows if row["score"] is not None])
     cells = _group(scored, _cell)
-    found: list[dict[str, Any]] = []
+    found = [_unscored(own) for own in _group([r for r in rows if r["score"] is None], _arm_of_cell).values()]
     averaged: dict[tuple[str, str, int], list[_Cell]] = {}
     for (model, suite, task, length), members in sorted(cells.items()):
         cell = _Cell(members)
@@ -55,6 +57,10 @@ def complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if labels <= {row["label"] for row in own}:
                 found += own
     return found
+
+
+def _arm_of_cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return *_cell(row), row["label"]
 
 
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,20 +122,35 @@ def _row(
 ) -> dict[str, Any]:
     low, high = np.percentile(drawn, [2.5, 97.5])
     accuracy = float(np.mean(accuracies))
+    scores: dict[str, float | None] = {
+        "accuracy": round(accuracy, 2),
+        "delta": round(accuracy - float(np.mean(full)), 2),
+        "delta_ci_low": round(float(low), 2),
+        "delta_ci_high": round(float(high), 2),
+    }
+    return _described(about, rows, scores)
+
+
+def _described(
+    about: dict[str, Any], rows: Sequence[dict[str, Any]], scores: dict[str, float | None]
+) -> dict[str, Any]:
     first = rows[0]
     return {
         **about,
         "arm": first["arm"],
         "budget": first["budget"],
-        "accuracy": round(accuracy, 2),
-        "delta": round(accuracy - float(np.mean(full)), 2),
-        "delta_ci_low": round(float(low), 2),
-        "delta_ci_high": round(float(high), 2),
+        **scores,
         "n": len(rows),
         **{name: _mean(row.get(name) for row in rows) for name in MEANS},
         "commit": first["commit"],
         "command": first["command"],
     }
+
+
+def _unscored(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    about = {name: rows[0][name] for name in ("suite", "task", "length", "model")}
+    nothing: dict[str, float | None] = dict.fromkeys(("accuracy", "delta", "delta_ci_low", "delta_ci_high"))
+    return _described({**about, "counted": False}, rows, nothing)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -167,6 +188,9 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(row: dict[str, Any]) -> str:
+    if row["accuracy"] is None:
+        kept = row["evidence_kept"]
+        return f"evidence {kept:.0%} (n {row['n']})" if kept is not None else f"(n {row['n']})"
     mark = "" if row["counted"] else " *"
     if row["arm"] == FULL:
         return f"{row['accuracy']:.1f} (n {row['n']}){mark}"
@@ -180,5 +204,6 @@ def write_markdown(path: pathlib.Path, found: Sequence[dict[str, Any]]) -> None:
         markdown(found)
         + "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
         "questions, and the device memory of the KV, selector keys, queries and tables, of what all KV takes. A star: "
-        f"full attention itself is below {LEAST_FULL:.0f} there, so the task does not count in averages.\n"
+        f"full attention itself is below {LEAST_FULL:.0f} there, so the task does not count in averages. "
+        "*Evidence*: the share of its pages that was resident, of tasks without a right answer.\n"
     )

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from sglang_lsa.evaluation.command import Files
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.suites import agentic, longbench_v2, longmemeval
 from sglang_lsa.evaluation.task import Sample
@@ -192,7 +193,7 @@ def test_banking(bank: pathlib.Path, length: int, tasks: list[int]) -> None:
     sample = samples[0]
     (turn,) = sample.turns
     assert (sample.suite, sample.task, sample.length, sample.together) == ("agentic", "banking", length, False)
-    assert (turn.question, turn.references, turn.new_tokens) == ("You want a card.", (), 1)
+    assert (turn.question, turn.references, turn.new_tokens) == ("You want a card.", (), 8)
     assert METRICS[turn.metric]("anything", turn.references) == 0
     rule = "# Rule {0}\n\n" + " ".join(["Fee of {0}."] * 6)
     assert sorted(evidence(sample)) == [rule.format(20), rule.format(3)]
@@ -211,6 +212,11 @@ def test_banking_too_long_or_too_short(bank: pathlib.Path) -> None:
         list(agentic.banking(bank, words, 80))
     with pytest.raises(ValueError, match=r"all texts together have 630 tokens: use"):
         list(agentic.banking(bank, words, 5000))
+
+
+def test_banking_is_asked_at_every_length_that_has_room(bank: pathlib.Path) -> None:
+    files = Files(tau2=bank)
+    assert {sample.length for sample in files.samples(words, [80, 250, 400])} == {250, 400}
 
 
 def test_find() -> None:

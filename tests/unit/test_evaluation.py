@@ -12,7 +12,7 @@ import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.embedded_model import embedded_model_path
-from sglang_lsa.evaluation.analysis import blame, lost, windows
+from sglang_lsa.evaluation.analysis import blame, evidence_kept, lost, windows
 from sglang_lsa.evaluation.arms import ARMS, Arm, asked_of, parse_arms
 from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions, write
 from sglang_lsa.evaluation.footprint import footprint, mean_resident
@@ -231,6 +231,30 @@ def test_summary_is_paired_and_averages_what_full_attention_can_do() -> None:
     assert found["easy", "s", "full"]["delta"] == 0
     text = markdown(list(found.values()))
     assert "| m | s | hard | lsa 10.0% | 100.0 (" in text and text.count(" *") == 2
+
+
+def test_tasks_without_right_answers_tell_what_was_kept() -> None:
+    rows = rows_of("bank", {"full": [None, None], "lsa 10%": [None, None]}, evidence_kept=0.25)  # type: ignore[list-item]
+    found = summarise(rows + rows_of("easy", {"full": [1, 1], "lsa 10%": [1, 1]}))
+    bank = next(row for row in found if row["task"] == "bank" and row["arm"] == "lsa")
+    assert (bank["accuracy"], bank["delta_ci_low"], bank["evidence_kept"], bank["n"]) == (None, None, 0.25, 2)
+    assert next(row for row in found if row["task"] == AVERAGE and row["arm"] == "lsa")["tasks"] == 1
+    assert "| m | s | bank | lsa 10.0% | evidence 25% (n 2) |" in markdown(found)
+
+
+@pytest.mark.parametrize(
+    ("sets", "evidence", "kept"),
+    [
+        ("100:3:0,1", (0, 2), 0.5),
+        ("100:3:0,1;164:4:2", (0, 2), 0.5),
+        ("100:3:0,2;164:4:", (0, 2), 0.5),
+        ("100:0:", (0, 2), 1.0),
+        ("100:3:0,1", (), None),
+        ("", (0, 2), None),
+    ],
+)
+def test_evidence_kept(sets: str, evidence: tuple[int, ...], kept: float | None) -> None:
+    assert evidence_kept(sets, evidence) == kept
 
 
 def test_tasks_can_be_kept_out_of_averages() -> None:

@@ -216,11 +216,15 @@ def same(text: str) -> str:
     return text.translate(SAME).lower()
 
 
+NEW_TOKENS_OF_BANKING = 8
+"""So many that a resident set is read, also on a GPU, where the first one takes two or three steps."""
+
+
 def banking(folder: pathlib.Path, count: Count, length: int) -> Iterator[Sample]:
     """One sample a task of the bank's customers in ``inspect_evals``: pages of the handbook, and what a customer wants.
 
-    For recall of selectors only: the evidence is all documents that the task's authors marked as required, and there
-    are no references, so any answer has the score 0.
+    For what selectors keep: the evidence is all documents that the task's authors marked as required, and there is no
+    right answer, so that nothing is scored.
 
     Args:
         folder: of the package; see :func:`find`.
@@ -258,6 +262,13 @@ def banking(folder: pathlib.Path, count: Count, length: int) -> Iterator[Sample]
                     spans.append((len(context), len(context) + len(texts[place])))
                 context += texts[place]
         made += 1
-        yield Sample(name, SUITE, "banking", length, context, (Turn(question, (), 1, "any", evidence=tuple(spans)),))
+        yield Sample(
+            name,
+            SUITE,
+            "banking",
+            length,
+            context,
+            (Turn(question, (), NEW_TOKENS_OF_BANKING, "any", evidence=tuple(spans)),),
+        )
     if not made:
-        raise ValueError(f"{length} tokens are too few for any task of {tasks_path}: use a longer length")
+        raise Unsuitable(f"{length} tokens are too few for any task of {tasks_path}: use a longer length")
