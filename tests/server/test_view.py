@@ -73,7 +73,7 @@ def test_the_page(lsa: ServerProcess, unchanged: None) -> None:
         assert response.read() == PAGE.read_bytes()
 
 
-def test_an_idle_server(lsa: ServerProcess, unchanged: None) -> None:
+def test_an_idle_server(lsa: ServerProcess) -> None:
     flush(lsa)
     with answer(lsa, "/lsa/events") as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")

@@ -22,6 +22,8 @@ def test_a_cached_prompt_chooses_the_same_pages(model_path: str, tmp_path: pathl
     assert 32 < tokens % 64 < voters
     ids = np.random.default_rng(0).integers(1000, 40_000, tokens).tolist()
     flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-indexer", INDEXER, "--lsa-min-context", "1024"]
+    # In bfloat16 a cached prefix changes the last bits, and pages whose scores are nearly equal change places.
+    flags += ["--dtype", "float32"]
     flags += ["--lsa-device-tokens", "9600", "--lsa-host-memory-gb", "1", "--chunked-prefill-size", "4096"]
     answers: dict[str, Any] = {}
     with ServerProcess(LSA, flags, tmp_path / "log") as server:
