@@ -74,7 +74,6 @@ def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess, mode
     everything = groups(model_path)
     first = AutoTokenizer.from_pretrained(model_path)("Zebra " + prose(CHUNK + 64, 7))["input_ids"][: CHUNK + 64]
     reference = answer_all(stock, everything, first)
-    stock.stop()
     compare(reference, answer_all(lsa, everything, first, {"lsa": {"budget": 1.0}}), "budget 1.0")
     some = slice(1, -2)
     switched_off = answer_all(lsa, everything[some], first, {"lsa": {"enabled": False}})
