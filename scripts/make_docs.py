@@ -34,6 +34,11 @@ REQUEST = {
         "How many of the prompt's last tokens are recorded as if they had been generated; needs `--lsa-record`.",
     ),
     "dense_steps": ("the server's", "0 or more steps", "Decode steps that read everything before its first set."),
+    "watch": (
+        "`[]`",
+        "page numbers, at most 256",
+        "Pages whose score and rank `/lsa/status` tells of the finished request, for every set that was predicted.",
+    ),
 }
 """Keys of ``custom_params.lsa``: default, allowed values ("" for those of the flag), meaning."""
 

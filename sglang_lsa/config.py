@@ -16,6 +16,8 @@ PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
+MOST_WATCHED = 256
+"""Pages whose scores a request may ask for."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
@@ -51,6 +53,11 @@ class LSAConfig:
         "Decode steps right after a prompt that read all of its pages, if they are on the device; the first set is "
         "then predicted from the beginning of the answer. For answers that copy or collect from a context. So long a "
         "request takes as much of the device pool as with full attention.",
+    )
+    read_ahead: int = _option(
+        0,
+        "Pages after the best scored one that a set predicted from generated tokens has as well, for answers that go "
+        "through a passage.",
     )
     prefetch_steps: int = _option(
         16,
@@ -201,6 +208,7 @@ class RequestOptions:
             with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
+        watch: pages whose scores ``/lsa/status`` tells of the finished request, for evaluation.
     """
 
     policy: str
@@ -210,6 +218,7 @@ class RequestOptions:
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
     dense_steps: int = 0
+    watch: tuple[int, ...] = ()
 
     @property
     def dense(self) -> bool:
@@ -227,7 +236,7 @@ class RequestOptions:
         asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
         if asked is None:
             return cls(str(config.policy), config.budget, prefill=config.prefill, dense_steps=config.dense_steps)
-        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps")
+        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps", "watch")
         if not isinstance(asked, dict):
             raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
         unknown = sorted(set(asked) - set(known))
@@ -258,7 +267,13 @@ class RequestOptions:
         dense_steps = asked.get("dense_steps", config.dense_steps)
         if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
             raise ValueError(f"custom_params.lsa.dense_steps is {dense_steps!r}: use a number of steps, 0 or more")
-        return cls(str(policy), float(budget), enabled, prefill, sets, record, dense_steps)
+        watch = asked.get("watch", [])
+        pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
+        if not pages or len(watch) > MOST_WATCHED:
+            raise ValueError(
+                f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers"
+            )
+        return cls(str(policy), float(budget), enabled, prefill, sets, record, dense_steps, tuple(watch))
 
 
 def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
@@ -357,6 +372,7 @@ _LEAST: dict[str, float] = {
     "window": 1,
     "first_window": 1,
     "dense_steps": 0,
+    "read_ahead": 0,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

@@ -16,7 +16,17 @@ from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Refresh, Request, Window
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.selection import affordable, always_kept, budget_pages, expected_coverage, select, widened
+from sglang_lsa.selection import (
+    Watched,
+    affordable,
+    always_kept,
+    budget_pages,
+    expected_coverage,
+    read_ahead,
+    select,
+    watched,
+    widened,
+)
 from sglang_lsa.sizing import largest_set, set_bounds
 
 logger = logging.getLogger(__name__)
@@ -24,6 +34,8 @@ logger = logging.getLogger(__name__)
 SCORE_LAG = 2
 """Forward passes between the one whose queries are scored and the one before which the scores are read, on a GPU. By
 then the overlap scheduler has waited for the first anyway, so that reading them does not."""
+BLIND = ("", "recency", "random")
+"""Policies whose scores do not come from what a request looks at."""
 NEVER = 1 << 62
 """Steps left of a window that is not followed by another."""
 
@@ -190,6 +202,7 @@ class Lookahead:
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
         elif not request.dense and (request.incomplete or request.tokens >= self.config.min_context):
             new.scores = self.score(request, complete)
+            new.generating = request.computed > request.prompt_tokens
             new.due += self.lag
         request.next = new
         self.on_their_way[request.rid] = request
@@ -251,9 +264,13 @@ class Lookahead:
         scores = new.scores.values()
         self.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
-        found = self.choose(new.values, new.context, request.budget, "" if new.scores.failed else request.policy)
+        policy = "" if new.scores.failed else request.policy
+        ahead = self.config.read_ahead if new.generating and policy not in BLIND else 0
+        found = self.choose(new.values, new.context, request.budget, policy, ahead)
         new.positions, new.ranks = found.positions, found.ranks
         new.tail_start = new.complete
+        if request.watch:
+            new.watched = watched(request.watch, new.values, new.positions, np.isinf(new.ranks))
         request.coverage = found.coverage
         request.widened += found.widened
         self.widened += found.widened
@@ -266,7 +283,7 @@ class Lookahead:
             )
         request.collapsed += found.collapsed
 
-    def choose(self, scores: np.ndarray, context: int, budget: float, policy: str = "") -> Chosen:
+    def choose(self, scores: np.ndarray, context: int, budget: float, policy: str = "", ahead: int = 0) -> Chosen:
         """The best pages within the budget, and within what the device pool is meant for.
 
         Args:
@@ -274,6 +291,7 @@ class Lookahead:
             context: pages of the request, a partly filled last one included.
             budget: fraction of them.
             policy: whose scores these are.
+            ahead: pages after the best one that come next, see ``selection.read_ahead``.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
         share, least = self._bounds(context, budget)
@@ -285,10 +303,11 @@ class Lookahead:
             most = budget_pages(context, *self._bounds(context, max(budget, self.config.fallback_budget)))
             size = widened(scores, stay, bound, most, self.config.min_coverage)
         threshold = self._threshold(policy)
-        positions = select(scores, context, budget=share, min_pages=size, threshold=threshold, **sizes)
+        wanted = read_ahead(scores, stay, ahead)
+        positions = select(wanted, context, budget=share, min_pages=size, threshold=threshold, **sizes)
         collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
         coverage = expected_coverage(scores, positions, stay) if policy in self.thresholds else None
-        ranks = np.where(stay[positions], np.inf, scores[positions])
+        ranks = np.where(stay[positions], np.inf, wanted[positions])
         return Chosen(positions, ranks, collapsed, size > bound, coverage)
 
     def _threshold(self, policy: str) -> float:
@@ -347,14 +366,21 @@ class Lookahead:
     def _switch(self, request: Request, new: Refresh) -> None:
         """Let go of the old set and let decode attention read the new one."""
         assert new.positions is not None
-        self.remap(request, new.positions, new.tail_start, new.ranks)
+        self.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
         request.set_asked = new.asked
         if new.tail_start:
             self.pager.ledger.retain(request.rid, new.needed(request.pages))
             self.pager.ledger.heat.select(request.pages[new.positions])
         self._end(request)
 
-    def remap(self, request: Request, positions: np.ndarray, tail_start: int, ranks: np.ndarray | None = None) -> None:
+    def remap(
+        self,
+        request: Request,
+        positions: np.ndarray,
+        tail_start: int,
+        ranks: np.ndarray | None = None,
+        watched: Watched | None = None,
+    ) -> None:
         """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
         still_dense = request.tail_start == tail_start == 0
         if not still_dense:
@@ -365,7 +391,7 @@ class Lookahead:
             del self.incomplete[request.rid]
         if request.windows and not request.windows[-1].tokens:
             request.windows.pop()  # no step has read it
-        request.windows.append(Window(tail_start, positions))
+        request.windows.append(Window(tail_start, positions, watched=watched))
 
     def _stall(self, request: Request) -> None:
         request.stalls += 1

@@ -17,6 +17,7 @@ from sglang_lsa.observe import PageKeys, QueryObserver
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.radix_ext.transfer import ids_on
 from sglang_lsa.reading import IN_PLACE
+from sglang_lsa.selection import Watched
 
 HISTORY_WINDOWS = 32
 """Windows whose resident positions are remembered per request."""
@@ -34,6 +35,8 @@ class Refresh:
     """Number of the step before which its scores are read."""
     scores: Fetch | None
     """None for a set that is not predicted: everything, or what the request names itself."""
+    generating: bool = False
+    """It was predicted from generated tokens, not from a prompt alone."""
     positions: np.ndarray | None = None
     tail_start: int = 0
     values: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -42,6 +45,7 @@ class Refresh:
     """Scores of ``positions``; pages that must stay have infinite ones."""
     held: bool = False
     """Its pages are held beside those of the set before it, and sent for."""
+    watched: Watched | None = None
     urgent: bool = False
     """The request cannot decode without it."""
     late: bool = False
@@ -63,6 +67,7 @@ class Window:
     positions: np.ndarray
     tokens: int = 0
     """Context of the first decode step that read it, in tokens; 0 before that step."""
+    watched: Watched | None = None
 
     def as_given(self) -> GivenSet:
         return GivenSet(self.tokens, self.tail_start, tuple(self.positions.tolist()))
@@ -115,6 +120,8 @@ class Request:
     """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
     dense_steps: int = 0
     """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
+    watch: tuple[int, ...] = ()
+    """Pages whose scores it asked for."""
     stalls: int = 0
     shrunk: int = 0
     """How often its set was made smaller than its budget because the device pool was full."""

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What pages that a request asked about were worth when a set was chosen.
+
+    Attributes:
+        pages: page, its score (None for one that is no number), and how many pages that may be left out scored higher.
+        lowest: score of the last page of the set that is there for its score; None if there is none.
+    """
+
+    pages: tuple[tuple[int, float | None, int], ...]
+    lowest: float | None
 
 
 def budget_pages(context_pages: int, budget: float, min_pages: int) -> int:
@@ -82,6 +98,45 @@ def select(
     best_first = latest_first[np.argsort(-usable[latest_first], kind="stable")]
     keep[best_first[: bound - int(keep.sum())]] = True
     return np.flatnonzero(keep[:complete])
+
+
+def read_ahead(scores: np.ndarray, stay: np.ndarray, count: int) -> np.ndarray:
+    """Scores in which only the best page is worth more than the pages that follow it.
+
+    An answer that copies, or goes through, a passage is at its next page within the next window, and nothing that has
+    been generated looks at that page before.
+
+    Args:
+        scores: ``[complete_pages]``; NaN and -inf are not worth keeping.
+        stay: bool ``[complete_pages or more]``, pages that are kept whatever their score; none of them is the best.
+        count: pages that follow; 0 changes nothing.
+    """
+    worth = np.where(stay[: len(scores)] | np.isnan(scores), -np.inf, scores)
+    if not count or not len(worth) or (best := worth.max()) == -np.inf:
+        return scores
+    after = int(worth.argmax()) + 1
+    raised = scores.copy()
+    raised[after : after + count] = np.fmax(raised[after : after + count], np.nextafter(best, -np.inf))
+    return raised
+
+
+def watched(pages: Sequence[int], scores: np.ndarray, positions: np.ndarray, stays: np.ndarray) -> Watched:
+    """The standing of some pages when a set was chosen.
+
+    Args:
+        pages: that somebody asks about; those that are not complete yet are left out.
+        scores: ``[complete_pages]`` without NaN.
+        positions: the set, see :func:`select`.
+        stays: bool ``[len(positions)]``, those that are in the set whatever their score.
+    """
+    rivals = np.delete(scores, positions[stays])
+    found = []
+    for page in pages:
+        if page < len(scores):
+            score = float(scores[page])
+            found.append((page, score if np.isfinite(score) else None, int((rivals > score).sum())))
+    chosen = scores[positions[~stays]]
+    return Watched(tuple(found), float(chosen.min()) if len(chosen) and np.isfinite(chosen.min()) else None)
 
 
 def expected_coverage(shares: np.ndarray, positions: np.ndarray, stay: np.ndarray) -> float:

@@ -135,6 +135,11 @@ def describe_finished(runtime: LSARuntime, request: Request) -> dict[str, Any]:
         "prompt_tokens": request.prompt_tokens,
         "history": request.history,
         "sets": ";".join(str(window.as_given()) for window in request.windows if window.tokens),
+        "watched": [
+            {"tokens": window.tokens, **dataclasses.asdict(window.watched)}
+            for window in request.windows
+            if window.tokens and window.watched
+        ],
     }
 
 

@@ -15,8 +15,7 @@ def lost(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for every question and arm that scored less than full attention did.
 
     Returns:
-        The question, both answers, and ``windows``: of each, the context in tokens at which it begins, how many pages
-        were resident, and which pages of the evidence were ``missing``.
+        The question, both answers, and ``windows``: see :func:`windows`.
     """
     by_question: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -37,21 +36,32 @@ def lost(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                         "answer": row["answer"],
                         "full_answer": full["answer"],
                         "evidence": row["evidence"],
-                        "windows": windows(row.get("sets") or "", row["evidence"]),
+                        "windows": windows(row.get("sets") or "", row["evidence"], row.get("watched") or ()),
                     }
                 )
     return found
 
 
-def windows(sets: str, evidence: Sequence[int]) -> list[dict[str, Any]]:
-    """What of the evidence each resident set lacked; ``sets`` as in ``/lsa/status``."""
+def windows(sets: str, evidence: Sequence[int], watched: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """What of the evidence each resident set lacked; ``sets`` and ``watched`` as in ``/lsa/status``.
+
+    Returns:
+        Of each set the context in ``tokens`` at which it begins, how many pages were ``resident``, which pages of the
+        evidence were ``missing``; and where that is known ``scores`` of these, each ``[page, score, rank]`` with the
+        number of pages that scored higher, and the ``lowest`` score that was enough.
+    """
     found = []
+    known = {window["tokens"]: window for window in watched}
     for part in filter(None, sets.split(";")):
         at, tail, positions = part.split(":")
         chosen = {int(page) for page in positions.split(",") if page}
         missing = [page for page in evidence if page not in chosen and page < int(tail)]
         pages = len(chosen) + pages_spanned(int(at)) - int(tail)
-        found.append({"tokens": int(at), "resident": pages, "missing": missing})
+        window = {"tokens": int(at), "resident": pages, "missing": missing}
+        if missing and (scored := known.get(int(at))) is not None:
+            window["scores"] = [page for page in scored["pages"] if page[0] in missing]
+            window["lowest"] = scored["lowest"]
+        found.append(window)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from sglang_lsa.config import MOST_WATCHED
 from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.arms import Arm, asked_of
 from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
@@ -117,6 +118,8 @@ class Evaluation:
             async with self.slots:
                 rid = f"{question.name}-{name.replace(' ', '-')}-{time.monotonic_ns()}"
                 options = arm.options(question, self.settings["lsa"])
+                if question.evidence and "policy" in options:  # changes no answer, so that the key is without it
+                    options = options | {"watch": list(question.evidence)[:MOST_WATCHED]}
                 answer = await self.server.complete(question.ids, new_tokens, rid, options, rid if arm.apart else None)
                 seen = await self.look_at(rid, arm, len(question.ids), answer.tokens)
         first, last = answer.seconds
@@ -141,6 +144,7 @@ class Evaluation:
         return {
             **footprint(arm.name, entry["sets"], prompt_tokens, new_tokens, status),
             "sets": entry["sets"],
+            "watched": entry["watched"],
             "stalls": entry["stalls"],
             "shrunk": entry["shrunk"],
         }

@@ -52,6 +52,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "window": (["32"], 32),
     "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
+    "read_ahead": (["2"], 2),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
@@ -208,6 +209,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": True}, "window is True: use a value of type int"),
     ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
     ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
+    ({"read_ahead": -1}, "--lsa-read-ahead -1 is too small: use 0 or more"),
     ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
     ({"prefetch_steps": 64}, "--lsa-prefetch-steps 64 is not less than --lsa-window 64: lower it"),
@@ -521,6 +523,20 @@ def test_dense_steps_of_a_request() -> None:
 def test_impossible_dense_steps(steps: object) -> None:
     with pytest.raises(ValueError, match=r"dense_steps is .*: use a number of steps, 0 or more"):
         RequestOptions.parse({"lsa": {"dense_steps": steps}}, LSAConfig())
+
+
+# --- watched pages ---------------------------------------------------------------------------------------------------
+
+
+def test_pages_to_watch() -> None:
+    assert RequestOptions.parse({"lsa": {"watch": [3, 0]}}, LSAConfig()).watch == (3, 0)
+    assert RequestOptions.parse({"lsa": {}}, LSAConfig()).watch == ()
+
+
+@pytest.mark.parametrize("pages", [None, 3, "3", [-1], [True], [1.0], [1 << 31], list(range(257))])
+def test_impossible_pages_to_watch(pages: object) -> None:
+    with pytest.raises(ValueError, match=r"watch is .*: use a list of at most 256 page numbers"):
+        RequestOptions.parse({"lsa": {"watch": pages}}, LSAConfig())
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

@@ -335,6 +335,17 @@ def test_analysis_says_what_was_missing_and_when() -> None:
     assert [row[name] for name in names] == [5, 2, 1, 1, 1]
 
 
+def test_analysis_says_what_missed_pages_were_worth() -> None:
+    watched = [
+        {"tokens": 641, "pages": [[3, 0.5, 0], [9, 0.1, 4]], "lowest": 0.25},
+        {"tokens": 700, "pages": [[3, 0.5, 0]], "lowest": None},
+    ]
+    assert windows("641:10:0,3;705:10:1", [3, 9], watched) == [
+        {"tokens": 641, "resident": 3, "missing": [9], "scores": [[9, 0.1, 4]], "lowest": 0.25},
+        {"tokens": 705, "resident": 3, "missing": [3, 9]},
+    ]
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 

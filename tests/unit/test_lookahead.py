@@ -17,6 +17,7 @@ from sglang_lsa.policies import Policy, Random, Recency, Request
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.resident_table import ResidentTable
+from sglang_lsa.selection import Watched
 
 PHYSICAL, VIRTUAL = 24, 160
 WINDOW = 4
@@ -133,6 +134,7 @@ class Server:
         sets: Sequence[GivenSet] = (),
         promised: int | None = None,
         dense_steps: int = 0,
+        watch: tuple[int, ...] = (),
     ) -> Request:
         """
         Args:
@@ -140,6 +142,7 @@ class Server:
         """
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
+        request.prompt_tokens, request.watch = tokens, watch
         request.name_sets(sets)
         request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
@@ -292,6 +295,30 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
     server.decode(request)
     assert 2 in request.positions
     assert request.tail_start > 0
+
+
+@pytest.mark.parametrize(("policy", "later"), [("wanted", [0, 3, 4, 6]), ("recency", [0, 7, 8, 9])])
+def test_sets_predicted_from_generated_tokens_read_ahead(policy: str, later: list[int]) -> None:
+    """The first one knows only the prompt: nothing is being gone through yet."""
+    server = Server(read_ahead=1)
+    server.wanted.values = {3: 0.9, 6: 0.5}
+    request = server.prefill("a", 10 * PAGE_SIZE + 5, policy=policy)
+    first = server.read(request)
+    while request.window == 0:
+        server.decode(request)
+    assert first == ([0, 3, 6] if policy == "wanted" else later)
+    assert server.read(request) == later
+
+
+def test_a_request_learns_what_pages_it_watches_were_worth() -> None:
+    server = Server(read_ahead=1)
+    server.wanted.values = {3: 0.9, 6: 0.5}
+    request = server.prefill("a", 10 * PAGE_SIZE + 5, watch=(3, 4, 6, 10))
+    while request.window == 0:
+        server.decode(request)
+    first, second = (window.watched for window in request.windows)
+    assert first == Watched(((3, 0.9, 0), (4, 0.0, 2), (6, 0.5, 1)), 0.5)
+    assert second == Watched(((3, 0.9, 0), (4, 0.0, 2), (6, 0.5, 1)), 0.0)
 
 
 def test_a_prompt_that_is_not_on_the_device_cannot_be_read_densely() -> None:

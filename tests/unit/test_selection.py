@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_lsa.selection import affordable, always_kept, budget_pages, expected_coverage, select, widened
+from sglang_lsa.selection import (
+    Watched,
+    affordable,
+    always_kept,
+    budget_pages,
+    expected_coverage,
+    read_ahead,
+    select,
+    watched,
+    widened,
+)
 
 REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 
@@ -297,3 +307,62 @@ def test_sets_are_widened_until_they_cover_enough(coverage: float, bound: int, m
 @pytest.mark.parametrize("shares", [np.zeros(6), np.full(6, np.nan)], ids=["zeros", "no numbers"])
 def test_scores_that_say_nothing_widen_as_far_as_allowed(shares: np.ndarray) -> None:
     assert widened(shares, STAY, 2, 5, 0.5) == 5
+
+
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+NAN, NONE = float("nan"), float("-inf")
+ENDS = np.array([True, False, False, False, False, False, True, True])
+"""Eight pages, of which the seventh and the growing eighth are the last ones."""
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "order"),
+    [
+        ([9, 1, 5, 0, 3, 2, 0], 0, [2, 4, 5]),
+        ([9, 1, 5, 0, 3, 2, 0], 1, [2, 3, 4]),
+        ([9, 1, 5, 0, 2, 3, 0], 2, [2, 4, 3]),
+        ([9, 1, 5, NAN, 3, 2, 0], 1, [2, 3, 4]),
+        ([9, 1, 5, NONE, 3, 2, 0], 1, [2, 3, 4]),
+        ([9, 5, 5, 1, 3, 2, 0], 1, [2, 1, 4]),
+        ([9, 1, 2, 0, 3, 5, 0], 2, [5, 4, 2]),
+        ([9, NAN, NAN, NAN, NAN, NAN, 8], 2, []),
+    ],
+)
+def test_the_pages_after_the_best_come_next(scores: list[float], count: int, order: list[int]) -> None:
+    """Whatever the first and the last pages score."""
+    raised = read_ahead(np.array(scores, dtype=np.float64), ENDS, count)
+    worth = np.where(ENDS[:7] | ~np.isfinite(raised), NONE, raised)
+    latest_first = np.arange(7)[::-1]
+    best_first = latest_first[np.argsort(-worth[::-1], kind="stable")]
+    assert [page for page in best_first.tolist() if worth[page] > NONE][:3] == order
+
+
+def test_reading_ahead_leaves_the_scores_alone() -> None:
+    scores = np.array([0.0, 5.0, 1.0, 2.0])
+    read_ahead(scores, np.zeros(4, dtype=bool), 2)
+    assert scores.tolist() == [0.0, 5.0, 1.0, 2.0]
+
+
+def test_one_place_goes_to_the_best_page() -> None:
+    raised = read_ahead(np.array([0.0, 5, 1, 0, 0]), np.array([True, False, False, False, True]), 2)
+    assert chosen(raised, budget=0.6) == [0, 1, 4]
+
+
+def test_nothing_to_read_ahead() -> None:
+    assert read_ahead(np.zeros(0), np.zeros(1, dtype=bool), 2).tolist() == []
+
+
+# --- pages that somebody asks about ----------------------------------------------------------------------------------
+
+
+def test_what_pages_were_worth() -> None:
+    scores = np.array([9, 0.25, 4, NONE, 3, 8])
+    positions, stays = np.array([0, 2, 4, 5]), np.array([True, False, False, True])
+    assert watched((1, 2, 3, 5, 6), scores, positions, stays) == Watched(
+        ((1, 0.25, 2), (2, 4.0, 0), (3, None, 3), (5, 8.0, 0)), 3.0
+    )
+
+
+def test_a_set_of_first_and_last_pages_has_no_lowest_score() -> None:
+    assert watched((), np.ones(3), np.array([0]), np.array([True])) == Watched((), None)
