@@ -70,6 +70,11 @@ def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_pa
         assert (tmp_path / name).stat().st_size > 0
     errors = json.loads((tmp_path / "errors.json").read_text())
     assert any(entry["arm"] == "recency" and entry["windows"][0]["missing"] for entry in errors["answers"])
+    missed = [w for entry in errors["answers"] if entry["arm"] == "window" for w in entry["windows"] if w["missing"]]
+    assert missed, "the last pages have no needle"
+    for window in missed:
+        assert [page for page, _, _ in window["scores"]] == window["missing"]
+        assert all(score < window["lowest"] and rank > 0 for _, score, rank in window["scores"])
 
     before = lsa.get("/lsa/status")["radix"]
     assert evaluate(lsa, tmp_path) == rows
