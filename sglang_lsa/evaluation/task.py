@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sglang_lsa.evaluation.haystack import Haystack
 
@@ -94,7 +94,6 @@ class Task:
     make: Make
     least: int = 1024
     averaged: bool = True
-    note: str = field(default="", compare=False)
     like: str = ""
 
     def sample(self, length: int, number: int, haystack: Haystack, count: Count, overhead: int = 64) -> Sample:

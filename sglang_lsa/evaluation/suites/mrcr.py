@@ -171,9 +171,6 @@ def fill_slots(rng: random.Random, sentence: str, topic: str) -> str:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "mrcr", f"{needles}needle", functools.partial(make, needles=needles), least=2560, note="copy one of several"
-        )
-        for needles in NEEDLES
+        Task("mrcr", f"{needles}needle", functools.partial(make, needles=needles), least=2560) for needles in NEEDLES
     )
 }

@@ -102,6 +102,6 @@ def hide(rng: random.Random, characters: int, haystack: Haystack, needle: str, q
 
 
 TASKS: dict[str, Task] = {
-    "one_hop": Task("nolima", "one_hop", make_one_hop, note="landmark to city, habit to profession or diet"),
-    "two_hop": Task("nolima", "two_hop", make_two_hop, note="landmark to country"),
+    "one_hop": Task("nolima", "one_hop", make_one_hop),
+    "two_hop": Task("nolima", "two_hop", make_two_hop),
 }

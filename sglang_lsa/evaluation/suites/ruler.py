@@ -48,7 +48,6 @@ COINED = (len(ONSETS) * len(VOWELS) * len(CODAS)) ** 2
 """So many words can be coined."""
 SHORT = 8_000
 """Characters of a list of words below which words are repeated less: 4,000 to 5,500 tokens, by how digits are split."""
-EVERYWHERE = "needs attention to everything"
 
 
 def distinct(draw: Callable[[], str], number: int) -> list[str]:
@@ -273,7 +272,5 @@ MAKES: dict[str, Make] = {
     "cwe": common_words,
     "fwe": frequent_words,
 }
-TASKS = {
-    name: Task("ruler", name, make, note=EVERYWHERE if name in ("cwe", "fwe") else "") for name, make in MAKES.items()
-}
+TASKS = {name: Task("ruler", name, make) for name, make in MAKES.items()}
 """The tasks that need nothing but a haystack; for the other two see ``ruler_qa``."""

@@ -153,7 +153,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for name, make in MAKES.items()
     for task in (
-        Task("scbench", name, make, note="a conversation of 5 turns"),
-        Task("scbench", f"{name}_shared", shared(make), note="5 requests that share the context", like=name),
+        Task("scbench", name, make),
+        Task("scbench", f"{name}_shared", shared(make), like=name),
     )
 }
