@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sglang_lsa.config import MOST_WATCHED
 from sglang_lsa.evaluation.analysis import evidence_kept
-from sglang_lsa.evaluation.arms import Arm, asked_of
+from sglang_lsa.evaluation.arms import FULL, Arm, asked_of
 from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
 from sglang_lsa.evaluation.footprint import footprint
 from sglang_lsa.evaluation.metrics import METRICS
@@ -107,7 +107,10 @@ class Evaluation:
         if arm is None:
             return key(self.model, self.others[name].url, question.ids, question.asked.new_tokens)
         options = arm.options(question, self.settings["lsa"])
-        return key(self.model, self.settings, question.ids, question.asked.new_tokens, options, arm.apart)
+        settings = self.settings
+        if arm.name == FULL:  # it reads everything, however the server chooses pages
+            settings = {name: value for name, value in settings.items() if name not in ("lsa", "indexer")}
+        return key(self.model, settings, question.ids, question.asked.new_tokens, options, arm.apart)
 
     async def ask_one(self, question: Question, name: str, arm: Arm | None) -> None:
         """Ask, and put into the store what the server said: nothing that is known without it."""
