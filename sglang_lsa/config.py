@@ -56,8 +56,8 @@ class LSAConfig:
     )
     read_ahead: int = _option(
         0,
-        "Pages after the best scored one that a set predicted from generated tokens has as well, for answers that go "
-        "through a passage.",
+        "Of so many best scored pages, a set that is predicted from generated tokens has the ones that follow as well: "
+        "for answers that go through a passage.",
     )
     prefetch_steps: int = _option(
         16,
@@ -208,6 +208,7 @@ class RequestOptions:
             with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
+        read_ahead: best pages of which its sets have the ones that follow as well, once it generates.
         watch: pages whose scores ``/lsa/status`` tells of the finished request, for evaluation.
     """
 
@@ -218,6 +219,7 @@ class RequestOptions:
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
     dense_steps: int = 0
+    read_ahead: int = 0
     watch: tuple[int, ...] = ()
 
     @property
@@ -235,8 +237,14 @@ class RequestOptions:
         """
         asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
         if asked is None:
-            return cls(str(config.policy), config.budget, prefill=config.prefill, dense_steps=config.dense_steps)
-        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps", "watch")
+            return cls(
+                str(config.policy),
+                config.budget,
+                prefill=config.prefill,
+                dense_steps=config.dense_steps,
+                read_ahead=config.read_ahead,
+            )
+        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps", "read_ahead", "watch")
         if not isinstance(asked, dict):
             raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
         unknown = sorted(set(asked) - set(known))
@@ -257,23 +265,28 @@ class RequestOptions:
         sets = _parse_sets(asked.get("sets", ""))
         if sets and (not enabled or policy == "full"):
             raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
-        record = asked.get("record", 0)
-        if isinstance(record, bool) or not isinstance(record, int) or record < 0:
-            raise ValueError(f"custom_params.lsa.record is {record!r}: use a number of tokens, 0 or more")
+        record = _count(asked, "record", 0, "tokens")
         if record and not config.record:
             raise ValueError(f"custom_params.lsa.record is {record}: this server was not started with --lsa-record")
         if record and sets:
             raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
-        dense_steps = asked.get("dense_steps", config.dense_steps)
-        if isinstance(dense_steps, bool) or not isinstance(dense_steps, int) or dense_steps < 0:
-            raise ValueError(f"custom_params.lsa.dense_steps is {dense_steps!r}: use a number of steps, 0 or more")
+        dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
+        read_ahead = _count(asked, "read_ahead", config.read_ahead, "pages")
         watch = asked.get("watch", [])
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
         if not pages or len(watch) > MOST_WATCHED:
             raise ValueError(
                 f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers"
             )
-        return cls(str(policy), float(budget), enabled, prefill, sets, record, dense_steps, tuple(watch))
+        counts = (record, dense_steps, read_ahead)
+        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
+
+
+def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:
+    value = asked.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"custom_params.lsa.{name} is {value!r}: use a number of {unit}, 0 or more")
+    return value
 
 
 def _parse_sets(text: Any) -> tuple[GivenSet, ...]:

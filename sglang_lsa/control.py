@@ -15,10 +15,10 @@ from sglang_lsa.config import LSAConfig, coerce
 
 Value = int | float | str | None
 
-OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps")
+OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps", "read_ahead")
 """A request that leaves these open takes them from the server when it arrives, and keeps them: by them it is refused or
 admitted, so changing them later would break what admission promised."""
-OF_A_SET = ("threshold", "fallback_budget", "min_coverage", "read_ahead")
+OF_A_SET = ("threshold", "fallback_budget", "min_coverage")
 """Read whenever a set is chosen, so running requests follow with their next window. None of them makes a set larger
 than the device pool can take at that moment: a set that was widened is cut down again under pressure."""
 CHANGEABLE = (*OF_A_REQUEST, *OF_A_SET)

@@ -265,7 +265,7 @@ class Lookahead:
         self.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = "" if new.scores.failed else request.policy
-        ahead = self.config.read_ahead if new.generating and policy not in BLIND else 0
+        ahead = request.read_ahead if new.generating and policy not in BLIND else 0
         found = self.choose(new.values, new.context, request.budget, policy, ahead)
         new.positions, new.ranks = found.positions, found.ranks
         new.tail_start = new.complete
@@ -291,7 +291,7 @@ class Lookahead:
             context: pages of the request, a partly filled last one included.
             budget: fraction of them.
             policy: whose scores these are.
-            ahead: pages after the best one that come next, see ``selection.read_ahead``.
+            ahead: best pages whose followers come next, see ``selection.read_ahead``.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
         share, least = self._bounds(context, budget)

@@ -120,6 +120,8 @@ class Request:
     """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
     dense_steps: int = 0
     """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
+    read_ahead: int = 0
+    """Best pages of which its sets have the ones that follow as well, once it generates."""
     watch: tuple[int, ...] = ()
     """Pages whose scores it asked for."""
     stalls: int = 0

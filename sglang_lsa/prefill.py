@@ -136,7 +136,8 @@ class Prefill:
             request.first_observed, request.cached_tokens, request.prompt_tokens = prefix, prefix, len(ids)
             request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
             request.name_sets(options.sets)
-            request.record, request.dense_steps, request.watch = options.record, options.dense_steps, options.watch
+            request.record, request.dense_steps = options.record, options.dense_steps
+            request.read_ahead, request.watch = options.read_ahead, options.watch
             self.requests[req.rid] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)

@@ -101,22 +101,24 @@ def select(
 
 
 def read_ahead(scores: np.ndarray, stay: np.ndarray, count: int) -> np.ndarray:
-    """Scores in which only the best page is worth more than the pages that follow it.
+    """Scores in which the pages that follow the best ones come right after these.
 
     An answer that copies, or goes through, a passage is at its next page within the next window, and nothing that has
     been generated looks at that page before.
 
     Args:
         scores: ``[complete_pages]``; NaN and -inf are not worth keeping.
-        stay: bool ``[complete_pages or more]``, pages that are kept whatever their score; none of them is the best.
-        count: pages that follow; 0 changes nothing.
+        stay: bool ``[complete_pages or more]``, pages that are kept whatever their score; no best page is one of them.
+        count: of best pages, each of which is followed by one; 0 changes nothing.
     """
     worth = np.where(stay[: len(scores)] | np.isnan(scores), -np.inf, scores)
-    if not count or not len(worth) or (best := worth.max()) == -np.inf:
+    best = np.argsort(-worth, kind="stable")[:count]
+    best = best[worth[best] > -np.inf]
+    if not len(best):
         return scores
-    after = int(worth.argmax()) + 1
+    after = best[best + 1 < len(scores)] + 1
     raised = scores.copy()
-    raised[after : after + count] = np.fmax(raised[after : after + count], np.nextafter(best, -np.inf))
+    raised[after] = np.fmax(raised[after], np.nextafter(worth[best[-1]], -np.inf))
     return raised
 
 

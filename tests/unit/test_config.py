@@ -510,19 +510,21 @@ def test_a_copy_is_equal() -> None:
     arrived_by_pickle.clear()
 
 
-# --- dense steps -----------------------------------------------------------------------------------------------------
+# --- dense steps and reading ahead -----------------------------------------------------------------------------------
 
 
-def test_dense_steps_of_a_request() -> None:
-    assert RequestOptions.parse(None, LSAConfig(dense_steps=8)).dense_steps == 8
-    assert RequestOptions.parse({"lsa": {"budget": 0.1}}, LSAConfig(dense_steps=8)).dense_steps == 8
-    assert RequestOptions.parse({"lsa": {"dense_steps": 0}}, LSAConfig(dense_steps=8)).dense_steps == 0
+@pytest.mark.parametrize("name", ["dense_steps", "read_ahead"])
+def test_steps_and_pages_of_a_request(name: str) -> None:
+    config = LSAConfig.from_mapping({name: 8})
+    for asked, value in ((None, 8), ({"lsa": {"budget": 0.1}}, 8), ({"lsa": {name: 0}}, 0)):
+        assert getattr(RequestOptions.parse(asked, config), name) == value
 
 
-@pytest.mark.parametrize("steps", [-1, True, "8", 1.5, None])
-def test_impossible_dense_steps(steps: object) -> None:
-    with pytest.raises(ValueError, match=r"dense_steps is .*: use a number of steps, 0 or more"):
-        RequestOptions.parse({"lsa": {"dense_steps": steps}}, LSAConfig())
+@pytest.mark.parametrize("name", ["dense_steps", "read_ahead"])
+@pytest.mark.parametrize("value", [-1, True, "8", 1.5, None])
+def test_impossible_steps_and_pages(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|pages), 0 or more"):
+        RequestOptions.parse({"lsa": {name: value}}, LSAConfig())
 
 
 # --- watched pages ---------------------------------------------------------------------------------------------------

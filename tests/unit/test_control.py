@@ -43,7 +43,10 @@ BAD_BODIES = {
     "number": (b"0.2", "the body is 0.2: send an object"),
     "null": (b"null", "the body is None: send an object"),
     "empty": (b"{}", "the body is {}: send an object"),
-    "unknown_key": (b'{"buget": 0.2}', "unknown key 'buget': use one or more of policy, budget, prefill, dense_steps"),
+    "unknown_key": (
+        b'{"buget": 0.2}',
+        "unknown key 'buget': use one or more of policy, budget, prefill, dense_steps, read_ahead",
+    ),
     "odd_key": (b'{"\\ud800": 0.2}', "unknown key '\\ud800'"),
     "budget_text": (b'{"budget": "0.2"}', "POST /lsa/config: budget is '0.2': use a value of type float"),
     "budget_true": (b'{"budget": true}', "budget is True: use a value of type float"),

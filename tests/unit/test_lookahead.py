@@ -134,6 +134,7 @@ class Server:
         sets: Sequence[GivenSet] = (),
         promised: int | None = None,
         dense_steps: int = 0,
+        read_ahead: int = 0,
         watch: tuple[int, ...] = (),
     ) -> Request:
         """
@@ -142,7 +143,7 @@ class Server:
         """
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
-        request.prompt_tokens, request.watch = tokens, watch
+        request.prompt_tokens, request.read_ahead, request.watch = tokens, read_ahead, watch
         request.name_sets(sets)
         request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
@@ -300,9 +301,9 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
 @pytest.mark.parametrize(("policy", "later"), [("wanted", [0, 3, 4, 6]), ("recency", [0, 7, 8, 9])])
 def test_sets_predicted_from_generated_tokens_read_ahead(policy: str, later: list[int]) -> None:
     """The first one knows only the prompt: nothing is being gone through yet."""
-    server = Server(read_ahead=1)
+    server = Server()
     server.wanted.values = {3: 0.9, 6: 0.5}
-    request = server.prefill("a", 10 * PAGE_SIZE + 5, policy=policy)
+    request = server.prefill("a", 10 * PAGE_SIZE + 5, policy=policy, read_ahead=1)
     first = server.read(request)
     while request.window == 0:
         server.decode(request)
@@ -311,9 +312,9 @@ def test_sets_predicted_from_generated_tokens_read_ahead(policy: str, later: lis
 
 
 def test_a_request_learns_what_pages_it_watches_were_worth() -> None:
-    server = Server(read_ahead=1)
+    server = Server()
     server.wanted.values = {3: 0.9, 6: 0.5}
-    request = server.prefill("a", 10 * PAGE_SIZE + 5, watch=(3, 4, 6, 10))
+    request = server.prefill("a", 10 * PAGE_SIZE + 5, read_ahead=1, watch=(3, 4, 6, 10))
     while request.window == 0:
         server.decode(request)
     first, second = (window.watched for window in request.windows)
