@@ -101,7 +101,7 @@ def select(
 
 
 def read_ahead(scores: np.ndarray, stay: np.ndarray, count: int) -> np.ndarray:
-    """Scores in which the pages that follow the best ones come right after these.
+    """Scores in which each of the best pages has the page that follows it right behind.
 
     An answer that copies, or goes through, a passage is at its next page within the next window, and nothing that has
     been generated looks at that page before.
@@ -113,12 +113,9 @@ def read_ahead(scores: np.ndarray, stay: np.ndarray, count: int) -> np.ndarray:
     """
     worth = np.where(stay[: len(scores)] | np.isnan(scores), -np.inf, scores)
     best = np.argsort(-worth, kind="stable")[:count]
-    best = best[worth[best] > -np.inf]
-    if not len(best):
-        return scores
-    after = best[best + 1 < len(scores)] + 1
+    best = best[(worth[best] > -np.inf) & (best + 1 < len(scores))]
     raised = scores.copy()
-    raised[after] = np.fmax(raised[after], np.nextafter(worth[best[-1]], -np.inf))
+    raised[best + 1] = np.fmax(scores[best + 1], np.nextafter(worth[best], -np.inf))
     return raised
 
 
