@@ -53,7 +53,7 @@ def make(task: Task, characters: int, haystack: Haystack, seed: int = 0) -> Made
 
 def needed(sample: Sample, turn: Turn) -> list[str]:
     """What must be in the evidence, span by span."""
-    if sample.suite == "mrcr":
+    if sample.suite == "mrcr" or sample.task == "passage":
         return [turn.references[0]]
     if sample.task.startswith("vt"):
         return [f"Let {name} be equal to" for name in turn.references]
@@ -241,6 +241,18 @@ def test_entries_are_in_order(haystack: Haystack) -> None:
     assert score(turn, "\n".join(turn.golden.split("\n")[: longgen.ASKED // 2])) == 0.5
     gaps = [after[0] - before[1] for before, after in itertools.pairwise(turn.evidence)]
     assert sum(gap > 50 for gap in gaps) > 10
+
+
+def test_a_passage_has_nine_windows(haystack: Haystack) -> None:
+    """And it is one: half of it scores about half, another passage nothing."""
+    sample = longgen.TASKS["passage"].sample(4096, 0, haystack, count)
+    (turn,) = sample.turns
+    letter = f"{turn.start} {turn.references[0]}"
+    assert spans(turn, sample.context) == [letter] and sample.context.count(letter) == 1
+    assert 9 * 64 <= count(letter) < turn.new_tokens
+    half = turn.references[0][: len(turn.references[0]) // 2]
+    assert 0.3 < score(turn, half) < 0.75
+    assert score(turn, turn.references[1]) == 0
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
