@@ -55,7 +55,7 @@ class LSAConfig:
         "request takes as much of the device pool as with full attention.",
     )
     read_ahead: int = _option(
-        0,
+        2,
         "Of so many best scored pages, a set that is predicted from generated tokens has the ones that follow as well: "
         "for answers that go through a passage.",
     )

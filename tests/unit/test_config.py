@@ -52,7 +52,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "window": (["32"], 32),
     "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
-    "read_ahead": (["2"], 2),
+    "read_ahead": (["3"], 3),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
