@@ -219,7 +219,7 @@ class RequestOptions:
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
     dense_steps: int = 0
-    read_ahead: int = 0
+    read_ahead: int = LSAConfig.read_ahead
     watch: tuple[int, ...] = ()
 
     @property
