@@ -3,9 +3,8 @@
     python scripts/bench_view.py --output docs/results/view.json --picture docs/view.png
 
 Two parts. The page over 100 made-up requests (the real page, routes and events) and over 8 real ones of the embedded
-model: milliseconds of script per update in headless Chromium, by the clock on the wall and, where a server computes on
-the same cores, also in time of the page's own thread. The same 8 requests decoding with nobody watching, with a client
-that only reads the stream, and with the page open in Chromium, in turns: tokens per second. Chromium takes
+model: milliseconds of script per update in headless Chromium. The same 8 requests decoding with nobody watching, with
+a client that only reads the stream, and with the page open in Chromium, in turns: tokens per second. Chromium takes
 time of the cores that a CPU server computes on, which it does not where it runs on another machine: so the page is also
 opened in a second Chromium of the lowest priority.
 """
@@ -131,23 +130,17 @@ def real(browser: Any, behind: Any, args: argparse.Namespace) -> dict[str, Any]:
                 answer(server, prompt, 1, "warm")
             speeds: dict[str, list[float]] = {"closed": [], "reading": [], "open": [], "open_behind": []}
             took: list[float] = []
-            computed: list[float] = []
             for turn in range(args.repeats):
                 order = list(speeds)[turn % 4 :] + list(speeds)[: turn % 4]
                 for how in order:
                     with watching(behind if how == "open_behind" else browser, server, how, took) as page:
-                        speeds[how].append(decode(server, prompts, args.tokens, page, computed))
+                        speeds[how].append(decode(server, prompts, args.tokens, page))
             if args.picture is not None:
                 take_picture(browser, server, prompts, args.picture)
     rates = {how: [round(value, 2) for value in values] for how, values in speeds.items()}
     closed = statistics.median(speeds["closed"])
     ratios = {how: round(statistics.median(values) / closed, 4) for how, values in speeds.items()}
-    return {
-        **scripting(took),
-        "own_thread": scripting(computed),
-        "tokens_per_second": rates,
-        "median_of_closed": ratios,
-    }
+    return {**scripting(took), "tokens_per_second": rates, "median_of_closed": ratios}
 
 
 def make_prompts() -> list[str]:
@@ -163,11 +156,9 @@ def answer(server: ServerProcess, prompt: str, tokens: int, rid: str) -> dict[st
     return server.post("/generate", {"text": prompt, "rid": rid, "sampling_params": sampling})
 
 
-def decode(server: ServerProcess, prompts: list[str], tokens: int, page: Any, computed: list[float]) -> float:
-    """Tokens per second of all requests together, from the first answer asked for to the last one given; to
-    ``computed`` goes, of every update of the page, how long its script ran."""
+def decode(server: ServerProcess, prompts: list[str], tokens: int, page: Any) -> float:
+    """Tokens per second of all requests together, from the first answer asked for to the last one given."""
     ends = []
-    clock = ThreadClock(page) if page is not None else None
 
     def one(prompt: str, name: str) -> None:
         answer(server, prompt, tokens, name)
@@ -178,33 +169,9 @@ def decode(server: ServerProcess, prompts: list[str], tokens: int, page: Any, co
         running = [pool.submit(one, prompt, name) for prompt, name in zip(prompts, NAMES, strict=True)]
         while page is not None and not all(future.done() for future in running):
             page.wait_for_timeout(1000)  # the browser's driver works only while it is called
-            computed.extend(clock.since_last_update())
         for future in running:
             future.result()
     return len(prompts) * tokens / (max(ends) - began)
-
-
-class ThreadClock:
-    """Script of a page in time of its own thread: what else ran on the cores meanwhile does not count."""
-
-    def __init__(self, page: Any):
-        self.page, self.session = page, page.context.new_cdp_session(page)
-        self.session.send("Performance.enable", {"timeDomain": "threadTicks"})
-        self.updates, self.milliseconds = self.read()
-
-    def read(self) -> tuple[int, float]:
-        updates = self.page.evaluate("took.length")
-        metrics = self.session.send("Performance.getMetrics")["metrics"]
-        return updates, 1000 * next(metric["value"] for metric in metrics if metric["name"] == "ScriptDuration")
-
-    def since_last_update(self) -> list[float]:
-        """Nothing, or milliseconds of all script since there was an update, this look at it included."""
-        updates, milliseconds = self.read()
-        if updates == self.updates:
-            return []
-        spent = (milliseconds - self.milliseconds) / (updates - self.updates)
-        self.updates, self.milliseconds = updates, milliseconds
-        return [spent]
 
 
 @contextlib.contextmanager
