@@ -55,7 +55,7 @@ class LSAConfig:
         "request takes as much of the device pool as with full attention.",
     )
     read_ahead: int = _option(
-        2,
+        0,
         "Of so many best scored pages, a set that is predicted from generated tokens has the ones that follow as well: "
         "for answers that go through a passage.",
     )
@@ -219,7 +219,7 @@ class RequestOptions:
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
     dense_steps: int = 0
-    read_ahead: int = LSAConfig.read_ahead
+    read_ahead: int = 0
     watch: tuple[int, ...] = ()
 
     @property
