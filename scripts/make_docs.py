@@ -39,6 +39,11 @@ REQUEST = {
         "0 or more pages",
         "Of so many best scored pages, sets that are predicted from its answer have the ones that follow as well.",
     ),
+    "prompt_lookup": (
+        "the server's",
+        "0 or more tokens",
+        "Where so many tokens at the end of its text have occurred in it before, what follows there stays.",
+    ),
     "watch": (
         "`[]`",
         "page numbers, at most 256",

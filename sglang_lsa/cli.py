@@ -353,6 +353,13 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     usual = "default: all but evidence, and lsa only with --indexer or --url"
     command.add_argument("--arms", nargs="+", choices=arms, help=usual)
     command.add_argument("--budgets", nargs="+", type=float, default=[0.135], metavar="SHARE", help="default: 0.135")
+    command.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="the arm lsa with options of a request, as one more arm, lsa_NAME; can be given more than once",
+    )
     command.add_argument("--apart", action="store_true", help="the first arm also without sharing of prefixes")
     command.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="running text; default: speeches")
     command.add_argument(

@@ -59,6 +59,11 @@ class LSAConfig:
         "Of so many best scored pages, a set that is predicted from generated tokens has the ones that follow as well: "
         "for answers that go through a passage.",
     )
+    prompt_lookup: int = _option(
+        0,
+        "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
+        "there are in the next set: for answers that copy a passage. 0 does not look.",
+    )
     prefetch_steps: int = _option(
         16,
         "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window. "
@@ -66,6 +71,11 @@ class LSAConfig:
     )
     sink_pages: int = _option(1, "First pages of a request that always stay.")
     recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
+    prompt_pages: int = _option(
+        2,
+        "Last pages of a request's prompt that always stay, however long its answer gets (at most a quarter of the "
+        "set): a model that no longer sees what it was asked for loses its way.",
+    )
     fallback_budget: float | None = _option(
         None,
         "Upper bound, as a fraction like --lsa-budget, of a set that an indexer expects to cover too little; see "
@@ -209,6 +219,7 @@ class RequestOptions:
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
         read_ahead: best pages of which its sets have the ones that follow as well, once it generates.
+        prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
         watch: pages whose scores ``/lsa/status`` tells of the finished request, for evaluation.
     """
 
@@ -220,6 +231,7 @@ class RequestOptions:
     record: int = 0
     dense_steps: int = 0
     read_ahead: int = 0
+    prompt_lookup: int = 0
     watch: tuple[int, ...] = ()
 
     @property
@@ -243,8 +255,9 @@ class RequestOptions:
                 prefill=config.prefill,
                 dense_steps=config.dense_steps,
                 read_ahead=config.read_ahead,
+                prompt_lookup=config.prompt_lookup,
             )
-        known = ("enabled", "budget", "policy", "prefill", "sets", "record", "dense_steps", "read_ahead", "watch")
+        known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(asked, dict):
             raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
         unknown = sorted(set(asked) - set(known))
@@ -272,13 +285,14 @@ class RequestOptions:
             raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
         dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
         read_ahead = _count(asked, "read_ahead", config.read_ahead, "pages")
+        prompt_lookup = _count(asked, "prompt_lookup", config.prompt_lookup, "tokens")
         watch = asked.get("watch", [])
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
         if not pages or len(watch) > MOST_WATCHED:
             raise ValueError(
                 f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers"
             )
-        counts = (record, dense_steps, read_ahead)
+        counts = (record, dense_steps, read_ahead, prompt_lookup)
         return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
 
 
@@ -386,9 +400,11 @@ _LEAST: dict[str, float] = {
     "first_window": 1,
     "dense_steps": 0,
     "read_ahead": 0,
+    "prompt_lookup": 0,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,
+    "prompt_pages": 0,
     "min_context": 0,
     "query_tokens": 1,
     "staging_pages": 1,

@@ -14,6 +14,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.fetch import Fetch
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Refresh, Request, Window
+from sglang_lsa.prompt_lookup import pages_next
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
 from sglang_lsa.selection import (
@@ -196,7 +197,7 @@ class Lookahead:
         request.window += 1
         self.refreshes += 1
         complete, context = pages_complete(request.computed), pages_spanned(request.computed)
-        new = Refresh(complete, context, due=self.step, scores=None, asked=self.pager.ledger.passes)
+        new = Refresh(request.computed, complete, context, due=self.step, scores=None, asked=self.pager.ledger.passes)
         if request.given:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
@@ -265,8 +266,12 @@ class Lookahead:
         self.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = "" if new.scores.failed else request.policy
-        ahead = request.read_ahead if new.generating and policy not in BLIND else 0
-        found = self.choose(new.values, new.context, request.budget, policy, ahead)
+        ahead, upcoming = 0, np.zeros(0, dtype=np.int64)
+        if policy not in BLIND:
+            ahead = request.read_ahead if new.generating else 0
+            upcoming = self._upcoming(request, new)
+        prompt = pages_spanned(request.prompt_tokens)
+        found = self.choose(new.values, new.context, request.budget, policy, prompt, ahead, upcoming)
         new.positions, new.ranks = found.positions, found.ranks
         new.tail_start = new.complete
         if request.watch:
@@ -283,7 +288,24 @@ class Lookahead:
             )
         request.collapsed += found.collapsed
 
-    def choose(self, scores: np.ndarray, context: int, budget: float, policy: str = "", ahead: int = 0) -> Chosen:
+    def _upcoming(self, request: Request, new: Refresh) -> np.ndarray:
+        """Complete pages that the request reads next if it goes on copying; what is known depends on steps only."""
+        if not request.prompt_lookup:
+            return np.zeros(0, dtype=np.int64)
+        steps = self.lead + self.config.window
+        pages = pages_next(request.text(new.computed), request.prompt_lookup, steps)
+        return pages[pages < new.complete]
+
+    def choose(
+        self,
+        scores: np.ndarray,
+        context: int,
+        budget: float,
+        policy: str = "",
+        prompt: int = 0,
+        ahead: int = 0,
+        upcoming: Sequence[int] | np.ndarray = (),
+    ) -> Chosen:
         """The best pages within the budget, and within what the device pool is meant for.
 
         Args:
@@ -291,12 +313,15 @@ class Lookahead:
             context: pages of the request, a partly filled last one included.
             budget: fraction of them.
             policy: whose scores these are.
+            prompt: pages of its prompt.
             ahead: best pages whose followers come next, see ``selection.read_ahead``.
+            upcoming: pages that come before all that are there for their score.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
         share, least = self._bounds(context, budget)
         bound = budget_pages(context, share, least)
         sizes = {"sink_pages": self.config.sink_pages, "recent_pages": self.config.recent_pages}
+        sizes |= {"prompt": prompt, "prompt_pages": self.config.prompt_pages}
         stay = always_kept(context, bound, **sizes)
         size = bound
         if policy in self.thresholds and self.config.fallback_budget:
@@ -304,6 +329,7 @@ class Lookahead:
             size = widened(scores, stay, bound, most, self.config.min_coverage)
         threshold = self._threshold(policy)
         wanted = read_ahead(scores, stay, ahead)
+        wanted[np.asarray(upcoming, dtype=np.int64)] = np.finfo(wanted.dtype).max
         positions = select(wanted, context, budget=share, min_pages=size, threshold=threshold, **sizes)
         collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
         coverage = expected_coverage(scores, positions, stay) if policy in self.thresholds else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +27,8 @@ HISTORY_WINDOWS = 32
 class Refresh:
     """A resident set on its way: first its scores, then its positions, then its pages."""
 
+    computed: int
+    """Tokens of the request whose KV was computed when it was predicted, or would be by the passes queued before."""
     complete: int
     """Complete pages of the request when it was predicted; later ones belong to the tail."""
     context: int
@@ -71,6 +73,10 @@ class Window:
 
     def as_given(self) -> GivenSet:
         return GivenSet(self.tokens, self.tail_start, tuple(self.positions.tolist()))
+
+
+def _unknown(tokens: int) -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -122,6 +128,10 @@ class Request:
     """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
     read_ahead: int = 0
     """Best pages of which its sets have the ones that follow as well, once it generates."""
+    prompt_lookup: int = 0
+    """Tokens at the end of its text that must have occurred before for what followed them to stay; 0 does not look."""
+    text: Callable[[int], np.ndarray] = _unknown
+    """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
     watch: tuple[int, ...] = ()
     """Pages whose scores it asked for."""
     stalls: int = 0

@@ -137,7 +137,9 @@ class Prefill:
             request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
             request.name_sets(options.sets)
             request.record, request.dense_steps = options.record, options.dense_steps
-            request.read_ahead, request.watch = options.read_ahead, options.watch
+            request.read_ahead, request.prompt_lookup = options.read_ahead, options.prompt_lookup
+            request.text = lambda tokens: text_of(req, tokens)
+            request.watch = options.watch
             self.requests[req.rid] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)
@@ -239,3 +241,9 @@ class Prefill:
         here[request.prefix_positions] = True
         here[cached:] = True
         return here
+
+
+def text_of(req: Any, tokens: int) -> np.ndarray:
+    """The first ``tokens`` token ids of a request, or those of them that the scheduler knows, int64 ``[n]``."""
+    prompt, generated = (np.asarray(ids, dtype=np.int64) for ids in (req.origin_input_ids, req.output_ids))
+    return np.concatenate((prompt, generated))[:tokens]

@@ -26,8 +26,16 @@ def budget_pages(context_pages: int, budget: float, min_pages: int) -> int:
     return min(context_pages, max(min_pages, int(context_pages * budget)))
 
 
-def always_kept(context_pages: int, bound: int, sink_pages: int, recent_pages: int) -> np.ndarray:
-    """Which pages stay whatever their score: sink and recent ones, as many as a set of ``bound`` pages has room for.
+def always_kept(
+    context_pages: int, bound: int, sink_pages: int, recent_pages: int, prompt: int = 0, prompt_pages: int = 0
+) -> np.ndarray:
+    """Which pages stay whatever their score, as many as a set of ``bound`` pages has room for.
+
+    Sink and recent ones, and the prompt's last ones, where the question is.
+
+    Args:
+        prompt: pages of the prompt.
+        prompt_pages: last ones of them that stay; at most a quarter of the set.
 
     Returns:
         bool ``[context_pages]``.
@@ -37,6 +45,7 @@ def always_kept(context_pages: int, bound: int, sink_pages: int, recent_pages: i
     keep = np.zeros(context_pages, dtype=bool)
     keep[:sink] = True
     keep[context_pages - recent :] = True
+    keep[max(0, prompt - min(prompt_pages, bound // 4)) : prompt] = True
     return keep
 
 
@@ -63,12 +72,15 @@ def select(
     min_pages: int,
     sink_pages: int,
     recent_pages: int,
+    prompt: int = 0,
+    prompt_pages: int = 0,
     threshold: float = float("-inf"),
 ) -> np.ndarray:
     """Choose the resident set.
 
-    Sink and recent pages always stay; the rest of the budget goes to the best scores above ``threshold``, ties to
-    the more recent page. The last, partly filled page belongs to every set and counts as a recent one.
+    Sink and recent pages and the prompt's last ones always stay; the rest of the budget goes to the best scores above
+    ``threshold``, ties to the more recent page. The last, partly filled page belongs to every set and counts as a
+    recent one.
 
     Args:
         scores: ``[complete_pages]``, higher is better. NaN and -inf are not worth keeping.
@@ -77,6 +89,7 @@ def select(
         min_pages: the bound is never below this many pages.
         sink_pages: first pages that always stay; at most half of the set.
         recent_pages: last pages that always stay; at most a quarter of the set, but always one.
+        prompt, prompt_pages: as in :func:`always_kept`.
 
     Returns:
         Sorted positions in ``[0, complete_pages)``, int64.
@@ -90,7 +103,7 @@ def select(
     bound = budget_pages(context_pages, budget, min_pages)
     if bound >= context_pages:
         return np.arange(complete, dtype=np.int64)
-    keep = always_kept(context_pages, bound, sink_pages, recent_pages)
+    keep = always_kept(context_pages, bound, sink_pages, recent_pages, prompt, prompt_pages)
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])

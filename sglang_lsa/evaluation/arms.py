@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +13,7 @@ from sglang_lsa.evaluation.questions import Question
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.selection import budget_pages
 
-FULL, EVIDENCE = "full", "evidence"
+FULL, LSA, EVIDENCE = "full", "lsa", "evidence"
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,24 @@ class Arm:
 
     Attributes:
         apart: its requests share no pages with others: each computes its whole prompt.
+        variant: name of an arm with options of its own; empty for the arm as it is.
+        extra: these options, as JSON.
     """
 
     name: str
     budget: float
     apart: bool = False
+    variant: str = ""
+    extra: str = "{}"
 
     def options(self, question: Question, config: Mapping[str, Any]) -> dict[str, Any]:
         """``custom_params.lsa`` of the request, to a server of this configuration."""
-        return ARMS[self.name](question, self.budget, config)
+        return ARMS[self.name](question, self.budget, config) | json.loads(self.extra)
 
     @property
     def title(self) -> str:
         """Name in the results."""
-        return f"{self.name}_apart" if self.apart else self.name
+        return "_".join(filter(None, (self.name, self.variant, "apart" if self.apart else "")))
 
     def __str__(self) -> str:
         return self.title if self.name == FULL else f"{self.title} {self.budget:.1%}"
@@ -53,7 +59,9 @@ def _last_pages(question: Question, budget: float, config: Mapping[str, Any]) ->
 
 
 def _evidence(question: Question, budget: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sets": named_sets(question, budget, config, (0, *question.evidence))}
+    prompt = pages_spanned(len(question.ids))
+    asked = range(max(0, prompt - config["prompt_pages"]), prompt)
+    return {"sets": named_sets(question, budget, config, (0, *asked, *question.evidence))}
 
 
 def named_sets(question: Question, budget: float, config: Mapping[str, Any], wanted: Sequence[int]) -> str:
@@ -82,7 +90,7 @@ def named_sets(question: Question, budget: float, config: Mapping[str, Any], wan
 
 ARMS: dict[str, Callable[[Question, float, Mapping[str, Any]], dict[str, Any]]] = {
     FULL: lambda question, budget, config: {"enabled": False},
-    "lsa": _policy("indexer"),
+    LSA: _policy("indexer"),
     "quest": _policy("quest"),
     "window": _policy("recency"),
     "random": _policy("random"),
@@ -90,18 +98,20 @@ ARMS: dict[str, Callable[[Question, float, Mapping[str, Any]], dict[str, Any]]] 
     EVIDENCE: _evidence,
 }
 """``lsa`` is the trained indexer, ``window`` the last pages and the first ones (StreamingLLM), ``recency`` the last
-pages only, ``evidence`` the first page, pages that the answer is in, and the last ones."""
+pages only, ``evidence`` the first page, the question's, pages that the answer is in, and the last ones."""
 
 
-def parse_arms(names: list[str], budgets: list[float], apart: bool = False) -> list[Arm]:
+def parse_arms(names: list[str], budgets: list[float], apart: bool = False, variants: Sequence[str] = ()) -> list[Arm]:
     """Full attention first, whose prompts bring the context into the radix tree; then every arm at every budget.
 
     Args:
         apart: the first arm once more at the first budget, without sharing.
+        variants: ``NAME=JSON``, the arm ``lsa`` with these options of a request.
 
     Raises:
-        ValueError: an unknown arm or an impossible budget.
+        ValueError: an unknown arm, an impossible budget or variant.
     """
+    named = [_variant(given) for given in variants]
     for name in names:
         if name not in ARMS:
             raise ValueError(f"--arms {name}: there is no such arm: use some of {', '.join(ARMS)}")
@@ -109,4 +119,21 @@ def parse_arms(names: list[str], budgets: list[float], apart: bool = False) -> l
         if not 0 < budget <= 1:
             raise ValueError(f"--budgets {budget} is out of range: use shares of a context's pages in (0, 1]")
     others = [Arm(name, budget) for budget in budgets for name in dict.fromkeys(names) if name != FULL]
+    others += [Arm(LSA, budget, variant=name, extra=extra) for budget in budgets for name, extra in named]
     return [Arm(FULL, 1.0), *others, *([replace(others[0], apart=True)] if apart and others else [])]
+
+
+def _variant(given: str) -> tuple[str, str]:
+    name, found, written = given.partition("=")
+    try:
+        extra = json.loads(written) if found else None
+    except ValueError:
+        extra = None
+    if not re.fullmatch("[a-z0-9]+", name) or name == "apart" or not isinstance(extra, dict) or not extra:
+        raise ValueError(
+            f"--variant {given}: write NAME=JSON, a name of small letters and digits and options of a request, such as "
+            """near='{"read_ahead": 2}'"""
+        )
+    if {"policy", "budget"} & set(extra):
+        raise ValueError(f"--variant {given}: leave policy and budget to --arms and --budgets")
+    return name, json.dumps(extra, sort_keys=True)

@@ -64,7 +64,7 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
         Console(width=160),
         model=model,
         name=args.name or args.model or MODEL_NAME,
-        arms=parse_arms(arms, args.budgets, args.apart),
+        arms=parse_arms(arms, args.budgets, args.apart, args.variant),
         output=args.output,
         command=command_line(),
         indexer=args.indexer,

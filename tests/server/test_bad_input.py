@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "not_json": (b'{"text": "Hello"', ""),
     "an_array": (b"[1, 2]", ""),
     "no_prompt": ({"sampling_params": {"max_new_tokens": 4}}, ""),
-    "unknown_option": (options(buget=0.3), "unknown key 'buget': use enabled, budget, policy, prefill, sets"),
+    "unknown_option": (options(buget=0.3), "unknown key 'buget': use policy, budget, enabled, prefill, sets"),
     "options_no_object": (asking(custom_params={"lsa": 0.3}), "custom_params.lsa is 0.3: use an object"),
     "budget_zero": (options(budget=0), "budget 0 is out of range: use a number in (0, 1]"),
     "budget_negative": (options(budget=-0.5), "budget -0.5 is out of range"),

@@ -14,7 +14,7 @@ from sglang_lsa.server_process import ServerProcess
 pytestmark = pytest.mark.server
 
 BAD_OPTIONS = {
-    "unknown_key": ({"buget": 0.3}, "use enabled, budget, policy, prefill, sets"),
+    "unknown_key": ({"buget": 0.3}, "use policy, budget, enabled, prefill, sets"),
     "not_an_object": (0.3, "use an object"),
     "budget_zero": ({"budget": 0}, "(0, 1]"),
     "budget_above_one": ({"budget": 1.5}, "(0, 1]"),

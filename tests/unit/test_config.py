@@ -53,9 +53,11 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
     "read_ahead": (["3"], 3),
+    "prompt_lookup": (["6"], 6),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
+    "prompt_pages": (["1"], 1),
     "fallback_budget": (["0.5"], 0.5),
     "min_coverage": (["0.75"], 0.75),
     "threshold": (["-0.5"], -0.5),
@@ -328,10 +330,10 @@ def test_request_options(custom_params: Any, expected: RequestOptions) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (True, r"custom_params\.lsa is True: use an object with enabled, budget, policy, prefill, sets"),
+        (True, r"custom_params\.lsa is True: use an object with policy, budget, enabled, prefill, sets"),
         ("off", r"custom_params\.lsa is 'off': use an object"),
         ([], r"custom_params\.lsa is \[\]: use an object"),
-        ({"budgets": 1}, r"custom_params\.lsa has unknown key 'budgets': use enabled, budget, policy, prefill, sets"),
+        ({"budgets": 1}, r"custom_params\.lsa has unknown key 'budgets': use policy, budget, enabled, prefill, sets"),
         ({"window": 8}, "unknown key 'window'"),
         ({"enabled": 1}, r"custom_params\.lsa\.enabled is 1: use true or false"),
         ({"enabled": None}, r"custom_params\.lsa\.enabled is None: use true or false"),
@@ -513,17 +515,17 @@ def test_a_copy_is_equal() -> None:
 # --- dense steps and reading ahead -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dense_steps", "read_ahead"])
+@pytest.mark.parametrize("name", ["dense_steps", "read_ahead", "prompt_lookup"])
 def test_steps_and_pages_of_a_request(name: str) -> None:
     config = LSAConfig.from_mapping({name: 8})
     for asked, value in ((None, 8), ({"lsa": {"budget": 0.1}}, 8), ({"lsa": {name: 0}}, 0)):
         assert getattr(RequestOptions.parse(asked, config), name) == value
 
 
-@pytest.mark.parametrize("name", ["dense_steps", "read_ahead"])
+@pytest.mark.parametrize("name", ["dense_steps", "read_ahead", "prompt_lookup"])
 @pytest.mark.parametrize("value", [-1, True, "8", 1.5, None])
 def test_impossible_steps_and_pages(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|pages), 0 or more"):
+    with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|pages|tokens), 0 or more"):
         RequestOptions.parse({"lsa": {name: value}}, LSAConfig())
 
 

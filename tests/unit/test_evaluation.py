@@ -84,7 +84,7 @@ def test_named_sets_keep_to_the_budget(name: str, budget: float, length: int) ->
     last = (length - 1) // 64
     evidence = tuple(sorted({last // 3, last // 2}))
     question = Question(Sample("s", "s", "t", length, "", (turn,)), 0, tuple(range(length)), evidence)
-    config = {"window": 64, "min_pages": 4, "recent_pages": 4}
+    config = {"window": 64, "min_pages": 4, "recent_pages": 4, "prompt_pages": 0}
     options = Arm(name, budget).options(question, config)
     parsed = RequestOptions.parse({"lsa": options}, LSAConfig())
     assert [given.tokens for given in parsed.sets] == list(range(length, length + 200 + 64, 64))
@@ -109,6 +109,23 @@ def test_every_arm_is_one_that_the_server_takes() -> None:
     unknown = dataclasses.replace(question, evidence=())
     assert [arm.name for arm in asked_of(parse_arms(["evidence", "quest"], [0.1]), unknown)] == ["full", "quest"]
     assert [str(arm) for arm in parse_arms(["quest", "full"], [0.1, 0.05])] == ["full", "quest 10.0%", "quest 5.0%"]
+
+
+def test_a_variant_is_the_trained_indexer_with_options_of_a_request() -> None:
+    turn = Turn("", ("x",), 20)
+    question = Question(Sample("s", "s", "t", 4096, "", (turn,)), 0, tuple(range(4000)), (3,))
+    *_, one, other = parse_arms(["quest"], [0.1, 0.2], variants=['near={"read_ahead": 2}'])
+    assert (str(one), str(other), one.name) == ("lsa_near 10.0%", "lsa_near 20.0%", "lsa")
+    config = dataclasses.asdict(LSAConfig(indexer="somewhere"))
+    assert other.options(question, config) == {"policy": "indexer", "budget": 0.2, "read_ahead": 2}
+
+
+@pytest.mark.parametrize("given", ["near", "near=", "near=2", "near={}", "=[]", "a b={}", "apart={}", "x={"])
+def test_wrong_variants_are_refused(given: str) -> None:
+    with pytest.raises(ValueError, match=r"--variant .*: write NAME=JSON"):
+        parse_arms(["quest"], [0.1], variants=[given])
+    with pytest.raises(ValueError, match="leave policy and budget"):
+        parse_arms(["quest"], [0.1], variants=['x={"budget": 0.1}'])
 
 
 @pytest.mark.parametrize(

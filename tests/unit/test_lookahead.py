@@ -100,6 +100,7 @@ class Server:
 
     def __init__(self, lead: int = 0, lag: int = 0, **options: object) -> None:
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
+        defaults["prompt_pages"] = 0
         self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
         keys, values = ([torch.zeros((PHYSICAL + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
@@ -135,6 +136,8 @@ class Server:
         promised: int | None = None,
         dense_steps: int = 0,
         read_ahead: int = 0,
+        prompt_lookup: int = 0,
+        text: Sequence[int] = (),
         watch: tuple[int, ...] = (),
     ) -> Request:
         """
@@ -144,6 +147,7 @@ class Server:
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
         request.prompt_tokens, request.read_ahead, request.watch = tokens, read_ahead, watch
+        request.prompt_lookup, request.text = prompt_lookup, lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
         request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
@@ -308,6 +312,46 @@ def test_sets_predicted_from_generated_tokens_read_ahead(policy: str, later: lis
     while request.window == 0:
         server.decode(request)
     assert first == ([0, 3, 6] if policy == "wanted" else later)
+    assert server.read(request) == later
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+@pytest.mark.parametrize(("policy", "later"), [("wanted", [0, 2, 3, 6]), ("quest", [0, 2, 3, 6]), ("recency", None)])
+def test_a_text_that_copies_keeps_what_comes_next(policy: str, later: list[int] | None, lead: int) -> None:
+    """Its last eight tokens are those before the last one of page 2."""
+    server = Server(lead, lead)
+    server.lookahead.policies["quest"] = server.wanted  # type: ignore[index]
+    server.wanted.values = {3: 0.9, 6: 0.5}
+    prompt = list(range(10 * PAGE_SIZE + 5))
+    text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
+    request = server.prefill("a", len(prompt), policy=policy, prompt_lookup=8, text=text)
+    for _ in range(2 + 2 * lead):
+        server.decode(request)
+    first = server.read(request)
+    assert first == ([0, 3, 6] if later else [0, 7, 8, 9])
+    for _ in range(4 * WINDOW):
+        server.decode(request)
+    assert server.read(request) == (later or first)
+
+
+def test_what_is_copied_is_told_by_what_is_computed() -> None:
+    """Not by what the scheduler knows by then, which depends on time."""
+    server = Server()
+    prompt = list(range(10 * PAGE_SIZE + 5))
+    text = [*prompt, *prompt[100:108]]
+    first = server.prefill("a", len(prompt), prompt_lookup=8, text=text)
+    later = server.prefill("b", len(text), prompt_lookup=8, text=text)
+    assert (server.read(first), server.read(later)) == ([0], [0, 1])
+
+
+@pytest.mark.parametrize(("pages", "later"), [(0, [0, 3]), (1, [0, 3, 9]), (2, [0, 3, 8, 9]), (9, [0, 3, 8, 9])])
+def test_the_question_stays(pages: int, later: list[int]) -> None:
+    """Of a prompt of ten pages and a generation of four, with room for eight."""
+    server = Server(budget=0.6, prompt_pages=pages)
+    server.wanted.positions = [3]
+    request = server.prefill("a", 10 * PAGE_SIZE)
+    for _ in range(4 * PAGE_SIZE - 2):
+        server.decode(request)
     assert server.read(request) == later
 
 

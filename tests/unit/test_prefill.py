@@ -90,7 +90,7 @@ class Server:
 
     def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
-        config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "debug": True, **options})
+        config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1) for _ in range(2)] for _ in range(2))
         self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         table = torch.zeros((9, VIRTUAL * PAGE_SIZE), dtype=torch.int32)

@@ -1,0 +1,46 @@
+"""Prompt lookup: a text that repeats a part of its context reads next what follows that part there.
+
+The idea of prompt lookup decoding, for pages instead of draft tokens. Pure; knows neither SGLang nor a device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_lsa.config import PAGE_SIZE
+
+LONGEST = 64
+"""Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
+
+
+def continued_at(ids: np.ndarray, least: int) -> int | None:
+    """Where the end of a text occurred before, and went on.
+
+    Args:
+        ids: ``[n]`` tokens of the text.
+        least: tokens at its end that must occur as they are, 1 or more.
+
+    Returns:
+        Position after the longest earlier occurrence, in ``[least, n)``; None without one.
+    """
+    ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
+    matched = 1
+    while len(ends) and matched < LONGEST:
+        longer = ends[ends >= matched]
+        longer = longer[ids[longer - matched] == ids[len(ids) - 1 - matched]]
+        if not len(longer):
+            break
+        ends, matched = longer, matched + 1
+    return int(ends[-1]) + 1 if len(ends) and matched >= least else None
+
+
+def pages_next(ids: np.ndarray, least: int, tokens: int) -> np.ndarray:
+    """Pages of the ``tokens`` tokens that come next if the text goes on as it did before; empty if nothing tells.
+
+    Returns:
+        Ascending, int64.
+    """
+    at = continued_at(ids, least)
+    if at is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.arange(at // PAGE_SIZE, (at + tokens - 1) // PAGE_SIZE + 1)

@@ -1,0 +1,70 @@
+"""Where the end of a text occurred before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.prompt_lookup import LONGEST, continued_at, pages_next
+
+A, B = list(range(100, 120)), list(range(200, 220))
+
+
+def at(ids: list[int], least: int = 4) -> int | None:
+    return continued_at(np.array(ids, dtype=np.int64), least)
+
+
+@pytest.mark.parametrize(
+    ("ids", "position"),
+    [
+        ([], None),
+        ([1], None),
+        ([1, 2, 3, 4], None),
+        ([*A, *B], None),
+        ([*A, *B, *A[:3]], None),
+        ([*A, *B, *A[:4]], 4),
+        ([*A, *B, *A[3:9]], 9),
+        ([7, *A[:4], 8, *A[:4]], 5),
+        ([*A, *B, *A], 20),
+        ([1, 1, 1, 1], None),
+        ([1, 1, 1, 1, 1], 4),
+    ],
+)
+def test_the_end_of_a_text(ids: list[int], position: int | None) -> None:
+    assert at(ids) == position
+
+
+def test_the_longest_occurrence_counts() -> None:
+    longer, shorter = [*A[:10], 1], [9, *A[5:10], 2]
+    assert at([*longer, *shorter, *A[:10]]) == 10
+
+
+def test_of_equal_ones_the_latest_counts() -> None:
+    assert at([*A, *B, *A, *A[3:9]]) == 49
+    repeated = list(range(1000, 1000 + LONGEST))
+    assert at([5, *repeated, *B, 6, *repeated, *A, 5, *repeated]) == len(repeated) * 2 + len(B) + 2
+
+
+def test_whatever_the_text_the_occurrence_is_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        ids = rng.integers(0, 3, rng.integers(1, 60))
+        found = continued_at(ids, 3)
+        possible = [n for n in range(3, len(ids)) if (ids[n - 3 : n] == ids[-3:]).all()]
+        assert (found is None) == (not possible)
+        assert found is None or found in possible
+
+
+@pytest.mark.parametrize(
+    ("start", "tokens", "pages"),
+    [(0, 1, [0]), (0, PAGE_SIZE, [0, 1]), (56, 64, [1]), (57, 64, [1, 2]), (3 * PAGE_SIZE + 10, 80, [3, 4])],
+)
+def test_pages_that_come_next(start: int, tokens: int, pages: list[int]) -> None:
+    context = np.arange(1000, 1000 + 10 * PAGE_SIZE)
+    text = np.concatenate((context, context[start : start + 8]))
+    assert pages_next(text, 8, tokens).tolist() == pages
+
+
+def test_no_page_comes_next() -> None:
+    assert pages_next(np.arange(1000), 8, 64).tolist() == []
