@@ -34,11 +34,6 @@ REQUEST = {
         "How many of the prompt's last tokens are recorded as if they had been generated; needs `--lsa-record`.",
     ),
     "dense_steps": ("the server's", "0 or more steps", "Decode steps that read everything before its first set."),
-    "read_ahead": (
-        "the server's",
-        "0 or more pages",
-        "Of so many best scored pages, sets that are predicted from its answer have the ones that follow as well.",
-    ),
     "prompt_lookup": (
         "the server's",
         "0 or more tokens",

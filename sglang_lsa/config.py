@@ -54,13 +54,8 @@ class LSAConfig:
         "then predicted from the beginning of the answer. For answers that copy or collect from a context. So long a "
         "request takes as much of the device pool as with full attention.",
     )
-    read_ahead: int = _option(
-        0,
-        "Of so many best scored pages, a set that is predicted from generated tokens has the ones that follow as well: "
-        "for answers that go through a passage.",
-    )
     prompt_lookup: int = _option(
-        0,
+        6,
         "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
         "there are in the next set: for answers that copy a passage. 0 does not look.",
     )
@@ -218,7 +213,6 @@ class RequestOptions:
             with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
-        read_ahead: best pages of which its sets have the ones that follow as well, once it generates.
         prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
         watch: pages whose scores ``/lsa/status`` tells of the finished request, for evaluation.
     """
@@ -230,8 +224,7 @@ class RequestOptions:
     sets: tuple[GivenSet, ...] = ()
     record: int = 0
     dense_steps: int = 0
-    read_ahead: int = 0
-    prompt_lookup: int = 0
+    prompt_lookup: int = LSAConfig.prompt_lookup
     watch: tuple[int, ...] = ()
 
     @property
@@ -254,7 +247,6 @@ class RequestOptions:
                 config.budget,
                 prefill=config.prefill,
                 dense_steps=config.dense_steps,
-                read_ahead=config.read_ahead,
                 prompt_lookup=config.prompt_lookup,
             )
         known = [field.name for field in dataclasses.fields(cls)]
@@ -284,7 +276,6 @@ class RequestOptions:
         if record and sets:
             raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
         dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
-        read_ahead = _count(asked, "read_ahead", config.read_ahead, "pages")
         prompt_lookup = _count(asked, "prompt_lookup", config.prompt_lookup, "tokens")
         watch = asked.get("watch", [])
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
@@ -292,7 +283,7 @@ class RequestOptions:
             raise ValueError(
                 f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers"
             )
-        counts = (record, dense_steps, read_ahead, prompt_lookup)
+        counts = (record, dense_steps, prompt_lookup)
         return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
 
 
@@ -399,7 +390,6 @@ _LEAST: dict[str, float] = {
     "window": 1,
     "first_window": 1,
     "dense_steps": 0,
-    "read_ahead": 0,
     "prompt_lookup": 0,
     "prefetch_steps": 0,
     "sink_pages": 0,

@@ -23,7 +23,6 @@ from sglang_lsa.selection import (
     always_kept,
     budget_pages,
     expected_coverage,
-    read_ahead,
     select,
     watched,
     widened,
@@ -203,7 +202,6 @@ class Lookahead:
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
         elif not request.dense and (request.incomplete or request.tokens >= self.config.min_context):
             new.scores = self.score(request, complete)
-            new.generating = request.computed > request.prompt_tokens
             new.due += self.lag
         request.next = new
         self.on_their_way[request.rid] = request
@@ -266,12 +264,9 @@ class Lookahead:
         self.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = "" if new.scores.failed else request.policy
-        ahead, upcoming = 0, np.zeros(0, dtype=np.int64)
-        if policy not in BLIND:
-            ahead = request.read_ahead if new.generating else 0
-            upcoming = self._upcoming(request, new)
         prompt = pages_spanned(request.prompt_tokens)
-        found = self.choose(new.values, new.context, request.budget, policy, prompt, ahead, upcoming)
+        upcoming = self._upcoming(request, new) if policy not in BLIND else ()
+        found = self.choose(new.values, new.context, request.budget, policy, prompt, upcoming)
         new.positions, new.ranks = found.positions, found.ranks
         new.tail_start = new.complete
         if request.watch:
@@ -303,7 +298,6 @@ class Lookahead:
         budget: float,
         policy: str = "",
         prompt: int = 0,
-        ahead: int = 0,
         upcoming: Sequence[int] | np.ndarray = (),
     ) -> Chosen:
         """The best pages within the budget, and within what the device pool is meant for.
@@ -314,7 +308,6 @@ class Lookahead:
             budget: fraction of them.
             policy: whose scores these are.
             prompt: pages of its prompt.
-            ahead: best pages whose followers come next, see ``selection.read_ahead``.
             upcoming: pages that come before all that are there for their score.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -328,7 +321,7 @@ class Lookahead:
             most = budget_pages(context, *self._bounds(context, max(budget, self.config.fallback_budget)))
             size = widened(scores, stay, bound, most, self.config.min_coverage)
         threshold = self._threshold(policy)
-        wanted = read_ahead(scores, stay, ahead)
+        wanted = scores.copy()
         wanted[np.asarray(upcoming, dtype=np.int64)] = np.finfo(wanted.dtype).max
         positions = select(wanted, context, budget=share, min_pages=size, threshold=threshold, **sizes)
         collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound

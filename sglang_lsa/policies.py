@@ -37,8 +37,6 @@ class Refresh:
     """Number of the step before which its scores are read."""
     scores: Fetch | None
     """None for a set that is not predicted: everything, or what the request names itself."""
-    generating: bool = False
-    """It was predicted from generated tokens, not from a prompt alone."""
     positions: np.ndarray | None = None
     tail_start: int = 0
     values: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -126,8 +124,6 @@ class Request:
     """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
     dense_steps: int = 0
     """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
-    read_ahead: int = 0
-    """Best pages of which its sets have the ones that follow as well, once it generates."""
     prompt_lookup: int = 0
     """Tokens at the end of its text that must have occurred before for what followed them to stay; 0 does not look."""
     text: Callable[[int], np.ndarray] = _unknown

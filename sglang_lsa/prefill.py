@@ -137,9 +137,8 @@ class Prefill:
             request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
             request.name_sets(options.sets)
             request.record, request.dense_steps = options.record, options.dense_steps
-            request.read_ahead, request.prompt_lookup = options.read_ahead, options.prompt_lookup
+            request.prompt_lookup, request.watch = options.prompt_lookup, options.watch
             request.text = lambda tokens: text_of(req, tokens)
-            request.watch = options.watch
             self.requests[req.rid] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)

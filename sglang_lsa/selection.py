@@ -113,25 +113,6 @@ def select(
     return np.flatnonzero(keep[:complete])
 
 
-def read_ahead(scores: np.ndarray, stay: np.ndarray, count: int) -> np.ndarray:
-    """Scores in which each of the best pages has the page that follows it right behind.
-
-    An answer that copies, or goes through, a passage is at its next page within the next window, and nothing that has
-    been generated looks at that page before.
-
-    Args:
-        scores: ``[complete_pages]``; NaN and -inf are not worth keeping.
-        stay: bool ``[complete_pages or more]``, pages that are kept whatever their score; no best page is one of them.
-        count: of best pages, each of which is followed by one; 0 changes nothing.
-    """
-    worth = np.where(stay[: len(scores)] | np.isnan(scores), -np.inf, scores)
-    best = np.argsort(-worth, kind="stable")[:count]
-    best = best[(worth[best] > -np.inf) & (best + 1 < len(scores))]
-    raised = scores.copy()
-    raised[best + 1] = np.fmax(scores[best + 1], np.nextafter(worth[best], -np.inf))
-    return raised
-
-
 def watched(pages: Sequence[int], scores: np.ndarray, positions: np.ndarray, stays: np.ndarray) -> Watched:
     """The standing of some pages when a set was chosen.
 

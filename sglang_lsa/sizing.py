@@ -108,11 +108,12 @@ def server_needs(
     """
     graphs = server_args.cuda_graph_config.decode
     on_gpu = server_args.device == "cuda"
+    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
     return selector_needs(
         server_args.lsa_config,
-        rows=server_args.max_running_requests + 1,
+        rows=requests + 1,
         chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
-        graph_batch=(graphs.max_bs or max(graphs.bs)) if on_gpu and graphs.backend != "disabled" else 0,
+        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
         context_tokens=model.context_len + extra_context,
         layers=layers,
         q_heads=model.num_attention_heads // tp_size,

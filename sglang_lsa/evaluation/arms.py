@@ -132,7 +132,7 @@ def _variant(given: str) -> tuple[str, str]:
     if not re.fullmatch("[a-z0-9]+", name) or name == "apart" or not isinstance(extra, dict) or not extra:
         raise ValueError(
             f"--variant {given}: write NAME=JSON, a name of small letters and digits and options of a request, such as "
-            """near='{"read_ahead": 2}'"""
+            """first='{"dense_steps": 16}'"""
         )
     if {"policy", "budget"} & set(extra):
         raise ValueError(f"--variant {given}: leave policy and budget to --arms and --budgets")

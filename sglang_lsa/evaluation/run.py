@@ -228,7 +228,8 @@ def run(
 
     async def session() -> list[dict[str, Any]]:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=3600)
-        connector = aiohttp.TCPConnector(limit=0)
+        # The server closes connections that were idle for some seconds, perhaps just when the next question is sent.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as http:
             endpoints = {name: Endpoint(http, other, api_key=api_key) for name, other in (others or {}).items()}
             server = Endpoint(http, url, api_key=api_key)

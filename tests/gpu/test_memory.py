@@ -128,7 +128,7 @@ def test_late_copies_and_passes_change_no_answer(started: dict[str, ServerProces
         sets[name] = [finished[rid] for rid in rids]
     status = started["slow"].get("/lsa/status")
     print({name: status[name] for name in ("recalls", "stalls", "prefill", "pressure", "failures")})
-    assert status["recalls"]["pages"] > 20
+    assert status["recalls"]["pages"] > 10
     comparable = [number for number in range(len(prompts)) if sets["slow"][number] == sets["small"][number]]
     assert len(comparable) >= 3
     for number in comparable:

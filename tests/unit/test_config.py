@@ -52,8 +52,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "window": (["32"], 32),
     "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
-    "read_ahead": (["3"], 3),
-    "prompt_lookup": (["6"], 6),
+    "prompt_lookup": (["0"], 0),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
@@ -211,7 +210,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": True}, "window is True: use a value of type int"),
     ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
     ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
-    ({"read_ahead": -1}, "--lsa-read-ahead -1 is too small: use 0 or more"),
+    ({"prompt_lookup": -1}, "--lsa-prompt-lookup -1 is too small: use 0 or more"),
     ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
     ({"prefetch_steps": 64}, "--lsa-prefetch-steps 64 is not less than --lsa-window 64: lower it"),
@@ -512,20 +511,20 @@ def test_a_copy_is_equal() -> None:
     arrived_by_pickle.clear()
 
 
-# --- dense steps and reading ahead -----------------------------------------------------------------------------------
+# --- dense steps and prompt lookup -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dense_steps", "read_ahead", "prompt_lookup"])
+@pytest.mark.parametrize("name", ["dense_steps", "prompt_lookup"])
 def test_steps_and_pages_of_a_request(name: str) -> None:
     config = LSAConfig.from_mapping({name: 8})
     for asked, value in ((None, 8), ({"lsa": {"budget": 0.1}}, 8), ({"lsa": {name: 0}}, 0)):
         assert getattr(RequestOptions.parse(asked, config), name) == value
 
 
-@pytest.mark.parametrize("name", ["dense_steps", "read_ahead", "prompt_lookup"])
+@pytest.mark.parametrize("name", ["dense_steps", "prompt_lookup"])
 @pytest.mark.parametrize("value", [-1, True, "8", 1.5, None])
 def test_impossible_steps_and_pages(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|pages|tokens), 0 or more"):
+    with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|tokens), 0 or more"):
         RequestOptions.parse({"lsa": {name: value}}, LSAConfig())
 
 

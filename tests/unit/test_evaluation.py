@@ -114,10 +114,10 @@ def test_every_arm_is_one_that_the_server_takes() -> None:
 def test_a_variant_is_the_trained_indexer_with_options_of_a_request() -> None:
     turn = Turn("", ("x",), 20)
     question = Question(Sample("s", "s", "t", 4096, "", (turn,)), 0, tuple(range(4000)), (3,))
-    *_, one, other = parse_arms(["quest"], [0.1, 0.2], variants=['near={"read_ahead": 2}'])
+    *_, one, other = parse_arms(["quest"], [0.1, 0.2], variants=['near={"dense_steps": 2}'])
     assert (str(one), str(other), one.name) == ("lsa_near 10.0%", "lsa_near 20.0%", "lsa")
     config = dataclasses.asdict(LSAConfig(indexer="somewhere"))
-    assert other.options(question, config) == {"policy": "indexer", "budget": 0.2, "read_ahead": 2}
+    assert other.options(question, config) == {"policy": "indexer", "budget": 0.2, "dense_steps": 2}
 
 
 @pytest.mark.parametrize("given", ["near", "near=", "near=2", "near={}", "=[]", "a b={}", "apart={}", "x={"])

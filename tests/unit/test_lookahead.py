@@ -135,7 +135,6 @@ class Server:
         sets: Sequence[GivenSet] = (),
         promised: int | None = None,
         dense_steps: int = 0,
-        read_ahead: int = 0,
         prompt_lookup: int = 0,
         text: Sequence[int] = (),
         watch: tuple[int, ...] = (),
@@ -146,7 +145,7 @@ class Server:
         """
         self.requests += 1
         request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
-        request.prompt_tokens, request.read_ahead, request.watch = tokens, read_ahead, watch
+        request.prompt_tokens, request.watch = tokens, watch
         request.prompt_lookup, request.text = prompt_lookup, lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
         request.dense_steps = dense_steps
@@ -302,19 +301,6 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
     assert request.tail_start > 0
 
 
-@pytest.mark.parametrize(("policy", "later"), [("wanted", [0, 3, 4, 6]), ("recency", [0, 7, 8, 9])])
-def test_sets_predicted_from_generated_tokens_read_ahead(policy: str, later: list[int]) -> None:
-    """The first one knows only the prompt: nothing is being gone through yet."""
-    server = Server()
-    server.wanted.values = {3: 0.9, 6: 0.5}
-    request = server.prefill("a", 10 * PAGE_SIZE + 5, policy=policy, read_ahead=1)
-    first = server.read(request)
-    while request.window == 0:
-        server.decode(request)
-    assert first == ([0, 3, 6] if policy == "wanted" else later)
-    assert server.read(request) == later
-
-
 @pytest.mark.parametrize("lead", [0, 2])
 @pytest.mark.parametrize(("policy", "later"), [("wanted", [0, 2, 3, 6]), ("quest", [0, 2, 3, 6]), ("recency", None)])
 def test_a_text_that_copies_keeps_what_comes_next(policy: str, later: list[int] | None, lead: int) -> None:
@@ -358,12 +344,12 @@ def test_the_question_stays(pages: int, later: list[int]) -> None:
 def test_a_request_learns_what_pages_it_watches_were_worth() -> None:
     server = Server()
     server.wanted.values = {3: 0.9, 6: 0.5}
-    request = server.prefill("a", 10 * PAGE_SIZE + 5, read_ahead=1, watch=(3, 4, 6, 10))
+    request = server.prefill("a", 10 * PAGE_SIZE + 5, watch=(3, 4, 6, 10))
     while request.window == 0:
         server.decode(request)
     first, second = (window.watched for window in request.windows)
     assert first == Watched(((3, 0.9, 0), (4, 0.0, 2), (6, 0.5, 1)), 0.5)
-    assert second == Watched(((3, 0.9, 0), (4, 0.0, 2), (6, 0.5, 1)), 0.0)
+    assert second == first
 
 
 def test_a_prompt_that_is_not_on_the_device_cannot_be_read_densely() -> None:

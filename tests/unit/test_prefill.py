@@ -158,6 +158,7 @@ class Server:
             rid=rid,
             req_pool_idx=row,
             origin_input_ids=list(range(tokens)),
+            output_ids=[],
             full_untruncated_fill_ids=list(range(tokens)),
             prefix_indices=slots.flatten(),
             sampling_params=SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=100),

@@ -15,7 +15,6 @@ from sglang_lsa.selection import (
     always_kept,
     budget_pages,
     expected_coverage,
-    read_ahead,
     select,
     watched,
     widened,
@@ -153,6 +152,24 @@ def test_always_kept(context_pages: int, bound: int, sink: int, recent: int, kep
     assert np.flatnonzero(stay).tolist() == kept
 
 
+@pytest.mark.parametrize(
+    ("prompt", "pages", "bound", "kept"),
+    [
+        pytest.param(10, 2, 8, [0, 8, 9, 19], id="as asked for"),
+        pytest.param(10, 9, 8, [0, 8, 9, 19], id="a quarter of the set at most"),
+        pytest.param(10, 2, 3, [0, 19], id="a set without room for it"),
+        pytest.param(20, 2, 8, [0, 18, 19], id="nothing is generated yet"),
+        pytest.param(1, 2, 8, [0, 19], id="a prompt of one page"),
+        pytest.param(0, 2, 8, [0, 19], id="no prompt"),
+    ],
+)
+def test_the_end_of_the_prompt_is_kept(prompt: int, pages: int, bound: int, kept: list[int]) -> None:
+    stay = always_kept(20, bound, 1, 1, prompt, pages)
+    assert np.flatnonzero(stay).tolist() == kept
+    options = {"min_pages": bound, "budget": 0.01, "prompt": prompt, "prompt_pages": pages}
+    assert chosen([0] * 20, threshold=0.0, **options) == kept
+
+
 # --- the best that fit -----------------------------------------------------------------------------------------------
 
 
@@ -235,6 +252,21 @@ def test_the_set_is_bounded_sorted_and_keeps_both_ends(call: tuple[np.ndarray, d
 
 
 @REPEATABLE
+@given(calls(), st.integers(0, 60), st.integers(0, 9))
+def test_what_stays_fits_into_the_set(call: tuple[np.ndarray, dict[str, Any]], prompt: int, pages: int) -> None:
+    scores, options = call
+    context = options["context_pages"]
+    options |= {"prompt": min(prompt, context), "prompt_pages": pages}
+    positions = select(scores, **options)
+    bound = budget_pages(context, options["budget"], options["min_pages"])
+    sizes = {name: options[name] for name in ("sink_pages", "recent_pages", "prompt", "prompt_pages")}
+    stay = always_kept(context, bound, **sizes)
+    assert stay.sum() <= max(bound, 1)
+    assert set(np.flatnonzero(stay[: len(scores)]).tolist()) <= set(positions.tolist())
+    assert len(positions) + context - len(scores) <= max(bound, context - len(scores))
+
+
+@REPEATABLE
 @given(calls())
 def test_what_is_left_out_is_worse_or_below_the_threshold(call: tuple[np.ndarray, dict[str, Any]]) -> None:
     scores, options = call
@@ -309,58 +341,11 @@ def test_scores_that_say_nothing_widen_as_far_as_allowed(shares: np.ndarray) -> 
     assert widened(shares, STAY, 2, 5, 0.5) == 5
 
 
-# --- reading ahead ---------------------------------------------------------------------------------------------------
-
-NAN, NONE = float("nan"), float("-inf")
-ENDS = np.array([True, False, False, False, False, False, True, True])
-"""Eight pages, of which the seventh and the growing eighth are the last ones."""
-
-
-@pytest.mark.parametrize(
-    ("scores", "count", "order"),
-    [
-        ([9, 1, 5, 0, 3, 2, 0], 0, [2, 4, 5]),
-        ([9, 1, 5, 0, 3, 2, 0], 1, [2, 3, 4]),
-        ([9, 3, 0, 5, 0, 2, 0], 2, [3, 4, 1]),
-        ([9, 3, 0, 5, 0, 2, 0], 99, [3, 4, 1]),
-        ([9, 1, 5, 4, 0, 2, 0], 2, [2, 3, 4]),
-        ([9, 1, 5, NAN, 3, 2, 0], 1, [2, 3, 4]),
-        ([9, 1, 5, NONE, 3, 2, 0], 1, [2, 3, 4]),
-        ([9, 5, 5, 1, 3, 2, 0], 1, [2, 1, 4]),
-        ([9, 1, 2, 0, 3, 5, 0], 1, [5, 4, 2]),
-        ([9, 1, NAN, NONE, NAN, NAN, 8], 4, [1, 2]),
-        ([9, NAN, NAN, NAN, NAN, NAN, 8], 2, []),
-    ],
-)
-def test_the_pages_after_the_best_come_next(scores: list[float], count: int, order: list[int]) -> None:
-    """Whatever the first and the last pages score."""
-    raised = read_ahead(np.array(scores, dtype=np.float64), ENDS, count)
-    worth = np.where(ENDS[:7] | ~np.isfinite(raised), NONE, raised)
-    latest_first = np.arange(7)[::-1]
-    best_first = latest_first[np.argsort(-worth[::-1], kind="stable")]
-    assert [page for page in best_first.tolist() if worth[page] > NONE][:3] == order
-
-
-def test_reading_ahead_leaves_the_scores_alone() -> None:
-    scores = np.array([0.0, 5.0, 1.0, 2.0])
-    read_ahead(scores, np.zeros(4, dtype=bool), 2)
-    assert scores.tolist() == [0.0, 5.0, 1.0, 2.0]
-
-
-def test_one_place_goes_to_the_best_page() -> None:
-    raised = read_ahead(np.array([0.0, 5, 1, 0, 0]), np.array([True, False, False, False, True]), 2)
-    assert chosen(raised, budget=0.6) == [0, 1, 4]
-
-
-def test_nothing_to_read_ahead() -> None:
-    assert read_ahead(np.zeros(0), np.zeros(1, dtype=bool), 2).tolist() == []
-
-
 # --- pages that somebody asks about ----------------------------------------------------------------------------------
 
 
 def test_what_pages_were_worth() -> None:
-    scores = np.array([9, 0.25, 4, NONE, 3, 8])
+    scores = np.array([9, 0.25, 4, -np.inf, 3, 8])
     positions, stays = np.array([0, 2, 4, 5]), np.array([True, False, False, True])
     assert watched((1, 2, 3, 5, 6), scores, positions, stays) == Watched(
         ((1, 0.25, 2), (2, 4.0, 0), (3, None, 3), (5, 8.0, 0)), 3.0

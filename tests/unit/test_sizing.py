@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_lsa import observe, sizing
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
 from sglang_lsa.radix_ext.pager import Pager
@@ -22,6 +23,7 @@ from sglang_lsa.sizing import (
     max_resident_pages,
     plan_memory,
     selector_needs,
+    server_needs,
 )
 from sglang_lsa.status import overhead_bytes
 
@@ -209,6 +211,36 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
     runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, 128)
     runtime.reserve_graph_tokens(4)
     assert overhead_bytes(runtime) == overhead
+
+
+@pytest.mark.parametrize(("graphs", "batch"), [((None, [1, 8, 256]), 96), ((512, None), 96), ((64, None), 64)])
+def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] | None], batch: int) -> None:
+    """What ``/lsa/status`` said on an H100: Qwen2.5-Coder-0.5B-Instruct, its indexer, 96 requests at a time.
+
+    SGLang captures no graph for more requests than can run.
+    """
+    decode = SimpleNamespace(backend="full", max_bs=graphs[0], bs=graphs[1])
+    config = LSAConfig(indexer="qwen2.5-coder-0.5b-instruct", min_context=1024)
+    server_args = SimpleNamespace(
+        lsa_config=config,
+        device="cuda",
+        cuda_graph_config=SimpleNamespace(decode=decode),
+        max_running_requests=96,
+        chunked_prefill_size=8192,
+        max_prefill_tokens=16384,
+    )
+    model = SimpleNamespace(
+        context_len=32768, num_attention_heads=14, head_dim=64, get_num_kv_heads=lambda tp_size: 2 // tp_size
+    )
+    needs = server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
+    assert needs.overhead(config, 786_432, 19_113 * PAGE_SIZE) == {
+        "page_keys": 39_145_472,
+        "queries": 44_498_944,
+        "tables": 277_052,
+        "graph_indices": (786_432 + batch) * 4,
+        "staging": 46_596_096,
+        "indexer": 117_436_416,
+    }
 
 
 @pytest.mark.parametrize(
