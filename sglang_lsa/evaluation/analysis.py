@@ -65,6 +65,26 @@ def windows(sets: str, evidence: Sequence[int], watched: Iterable[dict[str, Any]
     return found
 
 
+def union_of_sets(of_turns: Iterable[str]) -> float | None:
+    """Share of a context that the first sets of several questions about it have together, each page counted once.
+
+    Args:
+        of_turns: ``sets`` of each question, as in ``/lsa/status``.
+
+    Returns:
+        None if a question has no set, or read everything.
+    """
+    together, pages = set[int](), 0
+    for sets in of_turns:
+        first = next((part for part in sets.split(";") if part and part.split(":")[1] != "0"), None)
+        if first is None:
+            return None
+        at, tail, positions = first.split(":")
+        pages = max(pages, pages_spanned(int(at)))
+        together |= {int(page) for page in positions.split(",") if page} | set(range(int(tail), pages_spanned(int(at))))
+    return len(together) / pages if pages else None
+
+
 def evidence_kept(sets: str, evidence: Sequence[int]) -> float | None:
     """Share of the evidence's pages that were resident, mean over the sets; None if no evidence or no set is known."""
     if not evidence or not sets:

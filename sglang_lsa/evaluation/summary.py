@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_lsa.evaluation.analysis import union_of_sets
 from sglang_lsa.evaluation.arms import EVIDENCE, FULL
 
 LEAST_FULL = 30.0
@@ -21,8 +22,9 @@ MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes",
 def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows ``suite, task, length, model, arm, budget, accuracy, delta, delta_ci_low, delta_ci_high, n, counted`` and
     means of the share of the evidence that was resident, footprint, bytes and times; points of 100, a 95 % interval by
-    bootstrap over samples. Of tasks without right answers, which tell how much of the evidence is kept, accuracy and
-    what is derived from it are None.
+    bootstrap over samples. Of tasks with several questions about one context also ``resident_union``, the share of it
+    that their first sets have together. Of tasks without right answers, which tell how much of the evidence is kept,
+    accuracy and what is derived from it are None.
 
     Only questions that every arm of their task answered count. Then, for every length, the average over the tasks that
     count: of each suite, and of suite ``all``; of arms that all of these tasks have.
@@ -97,6 +99,7 @@ class _Cell:
             return []
         return [
             _row(about, own, [self.accuracy(label)], [self.accuracy(FULL)], self.resampled_delta(label))
+            | {"resident_union": _union(own)}
             for label, own in self.rows_of.items()
         ]
 
@@ -145,6 +148,12 @@ def _described(
         "commit": first["commit"],
         "command": first["command"],
     }
+
+
+def _union(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Mean of samples with several questions about one context; None if there are none."""
+    samples = _group(rows, lambda row: row["sample"]).values()
+    return _mean(union_of_sets(row.get("sets") or "" for row in own) for own in samples if len(own) > 1)
 
 
 def _unscored(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.embedded_model import embedded_model_path
-from sglang_lsa.evaluation.analysis import blame, evidence_kept, lost, windows
+from sglang_lsa.evaluation.analysis import blame, evidence_kept, lost, union_of_sets, windows
 from sglang_lsa.evaluation.arms import ARMS, Arm, asked_of, parse_arms
 from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions, write
 from sglang_lsa.evaluation.footprint import footprint, mean_resident
@@ -397,3 +397,44 @@ def test_samples_of_files_go_where_they_fit(tokenizer: Any) -> None:
     assert len(few) == sum(question.sample.length == 64 for question in asked)
     one = make_questions(dataclasses.replace(plan, samples=1), tokenizer, files)
     assert len(one) == len({(q.sample.suite, q.sample.task, q.sample.length) for q in asked})
+
+
+# --- several questions about one context -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_turns", "share"),
+    [
+        (["640:8:0,3"], 0.4),
+        (["640:8:0,3", "640:8:0,3"], 0.4),
+        (["640:8:0,3", "640:8:0,5"], 0.5),
+        (["640:0:;642:8:0,3;700:9:1,2,4", "641:9:0"], 5 / 11),
+        (["640:8:0,3", ""], None),
+        (["640:8:0,3", "640:0:"], None),
+        ([], None),
+    ],
+)
+def test_pages_that_several_questions_have_together(of_turns: list[str], share: float | None) -> None:
+    assert union_of_sets(of_turns) == share
+
+
+def test_tasks_of_several_questions_tell_what_they_have_together() -> None:
+    def row(sample: str, turn: int, label: str, sets: str) -> dict[str, Any]:
+        about = {"model": "m", "suite": "s", "task": "t", "length": 4096, "averaged": True, "commit": "", "command": ""}
+        return about | {
+            "sample": sample,
+            "turn": turn,
+            "label": label,
+            "arm": label,
+            "budget": 0.1,
+            "score": 1.0,
+            "sets": sets,
+        }
+
+    sets = ("640:8:0,3", "640:8:0,5", "640:8:0,3", "640:8:0,3")
+    rows = [row(f"s{n // 2}", n % 2, "lsa", one) for n, one in enumerate(sets)]
+    rows += [row(f"s{n // 2}", n % 2, "full", "") for n in range(4)]
+    found = {r["arm"]: r["resident_union"] for r in summarise(rows) if r["task"] == "t"}
+    assert found == {"lsa": pytest.approx(0.45), "full": None}
+    single = [r for r in rows if r["turn"] == 0]
+    assert all(r["resident_union"] is None for r in summarise(single) if r["task"] == "t")
