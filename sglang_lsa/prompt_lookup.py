@@ -11,6 +11,8 @@ from sglang_lsa.config import PAGE_SIZE
 
 LONGEST = 64
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
+MOST = 1024
+"""Occurrences that are told apart, the latest ones: a text that repeats itself all over must not cost time."""
 
 
 def continued_at(ids: np.ndarray, least: int) -> int | None:
@@ -25,8 +27,10 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
     """
     ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
     matched = 1
-    while len(ends) and matched < LONGEST:
-        longer = ends[ends >= matched]
+    while len(ends) and matched < max(LONGEST, least):
+        if matched >= least:
+            ends = ends[-MOST:]
+        longer = ends[np.searchsorted(ends, matched) :]
         longer = longer[ids[longer - matched] == ids[len(ids) - 1 - matched]]
         if not len(longer):
             break

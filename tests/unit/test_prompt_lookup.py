@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.prompt_lookup import LONGEST, continued_at, pages_next
+from sglang_lsa.prompt_lookup import LONGEST, MOST, continued_at, pages_next
 
 A, B = list(range(100, 120)), list(range(200, 220))
 
@@ -44,6 +44,20 @@ def test_of_equal_ones_the_latest_counts() -> None:
     assert at([*A, *B, *A, *A[3:9]]) == 49
     repeated = list(range(1000, 1000 + LONGEST))
     assert at([5, *repeated, *B, 6, *repeated, *A, 5, *repeated]) == len(repeated) * 2 + len(B) + 2
+
+
+@pytest.mark.parametrize("least", [LONGEST - 1, LONGEST, LONGEST + 1, 3 * LONGEST])
+def test_more_tokens_than_tell_occurrences_apart_can_be_asked_for(least: int) -> None:
+    part = list(range(1000, 1000 + least))
+    assert at([7, *part, *A, 8, *part], least) == least + 1
+    assert at([7, *part[1:], *A, 8, *part], least) is None
+
+
+def test_a_text_of_one_token_takes_no_time() -> None:
+    """Its end has occurred a million times; nothing but the latest of these matters."""
+    assert at([7] * 100_000, 6) == 99_999
+    few = [7] * (MOST + 2 * LONGEST)
+    assert at([*few, 8, *few]) == 2 * len(few)
 
 
 def test_whatever_the_text_the_occurrence_is_one() -> None:
