@@ -36,7 +36,7 @@ REQUEST = {
     "dense_steps": ("the server's", "0 or more steps", "Decode steps that read everything before its first set."),
     "prompt_lookup": (
         "the server's",
-        "0 or more tokens",
+        "0 to 64 tokens",
         "Where so many tokens at the end of its text have occurred in it before, what follows there stays.",
     ),
     "watch": (

@@ -17,6 +17,7 @@ PAGE_SIZE = 64
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 MOST_WATCHED = 256
+MOST_LOOKED_UP = 64
 """Pages whose scores a request may ask for."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
@@ -57,7 +58,7 @@ class LSAConfig:
     prompt_lookup: int = _option(
         6,
         "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
-        "there are in the next set: for answers that copy a passage. 0 does not look.",
+        "there are in the next set: for answers that copy a passage. At most 64; 0 does not look.",
     )
     prefetch_steps: int = _option(
         16,
@@ -139,6 +140,8 @@ class LSAConfig:
                 raise ValueError(f"{_flag(name)} {value} is no size: use a finite number")
             if value is not None and value < least:
                 raise ValueError(f"{_flag(name)} {value} is too small: use {least} or more")
+        if self.prompt_lookup > MOST_LOOKED_UP:
+            raise ValueError(f"--lsa-prompt-lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.prefetch_steps >= self.window:
             if self.prefetch_steps != type(self).prefetch_steps:
                 raise ValueError(
@@ -277,6 +280,10 @@ class RequestOptions:
             raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
         dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
         prompt_lookup = _count(asked, "prompt_lookup", config.prompt_lookup, "tokens")
+        if prompt_lookup > MOST_LOOKED_UP:
+            raise ValueError(
+                f"custom_params.lsa.prompt_lookup is {prompt_lookup}: use a number of tokens, {MOST_LOOKED_UP} or less"
+            )
         watch = asked.get("watch", [])
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
         if not pages or len(watch) > MOST_WATCHED:

@@ -268,9 +268,10 @@ class Lookahead:
         upcoming = self._upcoming(request, new) if policy not in BLIND else ()
         found = self.choose(new.values, new.context, request.budget, policy, prompt, upcoming)
         new.positions, new.ranks = found.positions, found.ranks
+        unscored = np.isinf(new.ranks) | np.isin(new.positions, upcoming)
         new.tail_start = new.complete
         if request.watch:
-            new.watched = watched(request.watch, new.values, new.positions, np.isinf(new.ranks))
+            new.watched = watched(request.watch, new.values, new.positions, unscored)
         request.coverage = found.coverage
         request.widened += found.widened
         self.widened += found.widened
@@ -308,7 +309,7 @@ class Lookahead:
             budget: fraction of them.
             policy: whose scores these are.
             prompt: pages of its prompt.
-            upcoming: pages that come before all that are there for their score.
+            upcoming: pages that come before all that are there for their score, the first of them first.
         """
         scores = np.where(np.isnan(scores), -np.inf, scores)
         share, least = self._bounds(context, budget)
@@ -322,7 +323,7 @@ class Lookahead:
             size = widened(scores, stay, bound, most, self.config.min_coverage)
         threshold = self._threshold(policy)
         wanted = scores.copy()
-        wanted[np.asarray(upcoming, dtype=np.int64)] = np.finfo(wanted.dtype).max
+        wanted[np.asarray(upcoming, dtype=np.int64)] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(upcoming))
         positions = select(wanted, context, budget=share, min_pages=size, threshold=threshold, **sizes)
         collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
         coverage = expected_coverage(scores, positions, stay) if policy in self.thresholds else None

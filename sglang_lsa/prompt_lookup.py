@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import MOST_LOOKED_UP, PAGE_SIZE
 
-LONGEST = 64
+LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
-MOST = 1024
-"""Occurrences that are told apart, the latest ones: a text that repeats itself all over must not cost time."""
+FEW, MOST = 6, 1024
+"""Of occurrences that agree in ``FEW`` tokens the latest ``MOST`` are looked at: a text that repeats itself all over
+must not cost time."""
 
 
 def continued_at(ids: np.ndarray, least: int) -> int | None:
@@ -20,15 +21,15 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
 
     Args:
         ids: ``[n]`` tokens of the text.
-        least: tokens at its end that must occur as they are, 1 or more.
+        least: tokens at its end that must occur as they are, in ``[1, LONGEST]``.
 
     Returns:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
     ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
     matched = 1
-    while len(ends) and matched < max(LONGEST, least):
-        if matched >= least:
+    while len(ends) and matched < LONGEST:
+        if matched == FEW:
             ends = ends[-MOST:]
         longer = ends[np.searchsorted(ends, matched) :]
         longer = longer[ids[longer - matched] == ids[len(ids) - 1 - matched]]

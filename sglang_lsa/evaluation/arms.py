@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.evaluation.questions import Question
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.selection import budget_pages
@@ -112,6 +112,8 @@ def parse_arms(names: list[str], budgets: list[float], apart: bool = False, vari
         ValueError: an unknown arm, an impossible budget or variant.
     """
     named = [_variant(given) for given in variants]
+    if len(dict(named)) < len(named):
+        raise ValueError(f"--variant {', '.join(name for name, _ in named)}: give each another name")
     for name in names:
         if name not in ARMS:
             raise ValueError(f"--arms {name}: there is no such arm: use some of {', '.join(ARMS)}")
@@ -136,4 +138,8 @@ def _variant(given: str) -> tuple[str, str]:
         )
     if {"policy", "budget"} & set(extra):
         raise ValueError(f"--variant {given}: leave policy and budget to --arms and --budgets")
+    try:
+        RequestOptions.parse({"lsa": extra}, LSAConfig())
+    except ValueError as error:
+        raise ValueError(f"--variant {given}: {error}") from None
     return name, json.dumps(extra, sort_keys=True)

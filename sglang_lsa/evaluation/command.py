@@ -58,13 +58,16 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"--{name} {getattr(args, name)} is too small: use 1 or more")
     usual = ["quest", "window", "recency", "random"]
     arms = args.arms or (["lsa", *usual] if args.indexer or args.url else usual)
+    asked_arms = parse_arms(arms, args.budgets, args.apart, args.variant)
+    for name in others.keys() & {arm.title for arm in asked_arms}:
+        raise ValueError(f"--endpoint {name}={others[name]}: --variant has that name: use another")
     plan = Plan(tuple(args.suites), tuple(args.tasks), tuple(args.lengths), args.samples, args.texts, args.qa)
     return evaluate(
         plan,
         Console(width=160),
         model=model,
         name=args.name or args.model or MODEL_NAME,
-        arms=parse_arms(arms, args.budgets, args.apart, args.variant),
+        arms=asked_arms,
         output=args.output,
         command=command_line(),
         indexer=args.indexer,

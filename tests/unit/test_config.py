@@ -210,6 +210,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": True}, "window is True: use a value of type int"),
     ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
     ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
+    ({"prompt_lookup": 65}, "--lsa-prompt-lookup 65 is too large: use 64 or less"),
     ({"prompt_lookup": -1}, "--lsa-prompt-lookup -1 is too small: use 0 or more"),
     ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
@@ -526,6 +527,12 @@ def test_steps_and_pages_of_a_request(name: str) -> None:
 def test_impossible_steps_and_pages(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{name} is .*: use a number of (steps|tokens), 0 or more"):
         RequestOptions.parse({"lsa": {name: value}}, LSAConfig())
+
+
+def test_more_tokens_than_are_looked_up() -> None:
+    assert RequestOptions.parse({"lsa": {"prompt_lookup": 64}}, LSAConfig()).prompt_lookup == 64
+    with pytest.raises(ValueError, match=r"prompt_lookup is 65: use a number of tokens, 64 or less"):
+        RequestOptions.parse({"lsa": {"prompt_lookup": 65}}, LSAConfig())
 
 
 # --- watched pages ---------------------------------------------------------------------------------------------------

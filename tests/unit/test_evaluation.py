@@ -126,6 +126,10 @@ def test_wrong_variants_are_refused(given: str) -> None:
         parse_arms(["quest"], [0.1], variants=[given])
     with pytest.raises(ValueError, match="leave policy and budget"):
         parse_arms(["quest"], [0.1], variants=['x={"budget": 0.1}'])
+    with pytest.raises(ValueError, match=r"--variant x=.*unknown key 'dense'"):
+        parse_arms(["quest"], [0.1], variants=['x={"dense": 1}'])
+    with pytest.raises(ValueError, match="--variant x, x: give each another name"):
+        parse_arms(["quest"], [0.1], variants=['x={"dense_steps": 1}', 'x={"dense_steps": 2}'])
 
 
 @pytest.mark.parametrize(

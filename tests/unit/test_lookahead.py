@@ -320,6 +320,19 @@ def test_a_text_that_copies_keeps_what_comes_next(policy: str, later: list[int] 
     assert server.read(request) == (later or first)
 
 
+def test_what_is_copied_first_comes_first() -> None:
+    """With room for one page beside the first and the last ones."""
+    server = Server(budget=0.3)
+    server.wanted.values = {6: 0.9}
+    prompt = list(range(10 * PAGE_SIZE + 5))
+    text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
+    request = server.prefill("a", len(text), prompt_lookup=8, text=text, watch=(6,))
+    assert server.read(request) == [0, 2]
+    assert server.lookahead.choose(np.zeros(10), 11, 0.3, "wanted", upcoming=[4, 2]).positions.tolist() == [0, 4]
+    (window,) = request.windows
+    assert window.watched == Watched(((6, 0.9, 0),), None)
+
+
 def test_what_is_copied_is_told_by_what_is_computed() -> None:
     """Not by what the scheduler knows by then, which depends on time."""
     server = Server()
