@@ -8,7 +8,7 @@ from sglang_lsa.patches.prefill_adder_add_one_req import limit_chunk, prefills_o
 
 
 def add_chunked_req(original, self, req):
-    how = self.tree_cache.lsa.admission.next_chunk(req)
+    how = self.tree_cache.lsa.admission.admitted_as(req)
     limit_chunk(self, how)
     room = min(self.rem_chunk_tokens, int(self.rem_total_tokens)) // PAGE_SIZE * PAGE_SIZE
     if room > 0:

@@ -31,10 +31,12 @@ class Plan:
 
     ``recall`` pages have their only copy in the host mirror and must be copied in; ``fresh`` pages have no content
     yet and are about to be written by a forward pass. Pairs of arrays ``(virtual, physical)``, each ``[n]``.
+    ``claimed`` is how many pages were held by nobody before.
     """
 
     recall: tuple[Pages, Pages]
     fresh: tuple[Pages, Pages]
+    claimed: int
 
 
 @dataclass
@@ -210,6 +212,7 @@ class Ledger:
         held = self._holders.setdefault(holder, set()) if len(v) else set()
         added = list(set(v.tolist()) - held)
         held.update(added)
+        claimed = int((self._pins[added] == 0).sum())
         self._pins[added] += 1
         self._clock += 1
         self._last_use[v] = self._clock
@@ -217,27 +220,41 @@ class Ledger:
         fresh = absent[~self._mirrored[absent]]
         self.recalls += len(recall)
         self._recalled[recall] = self._started
-        return Plan((recall, self.v2p[recall]), (fresh, self.v2p[fresh]))
+        return Plan((recall, self.v2p[recall]), (fresh, self.v2p[fresh]), claimed)
 
-    def drop(self, holder: str, pages: Iterable[int] | None = None) -> None:
-        """``holder`` no longer needs ``pages`` (all of its pages, if None). Unknown holders and pages are ignored."""
+    def drop(self, holder: str, pages: Iterable[int] | None = None) -> int:
+        """``holder`` no longer needs ``pages`` (all of its pages, if None). Unknown holders and pages are ignored.
+
+        Returns:
+            How many pages nobody holds any more.
+        """
         held = self._holders.get(holder)
         if held is None:
-            return
-        self._unpin(holder, held, list(held if pages is None else held.intersection(_ids(pages).tolist())))
+            return 0
+        return self._unpin(holder, held, list(held if pages is None else held.intersection(_ids(pages).tolist())))
 
-    def retain(self, holder: str, pages: Iterable[int]) -> None:
-        """``holder`` needs none of its pages but these."""
+    def retain(self, holder: str, pages: Iterable[int]) -> int:
+        """``holder`` needs none of its pages but these.
+
+        Returns:
+            How many pages nobody holds any more.
+        """
         held = self._holders.get(holder)
-        if held is not None:
-            self._unpin(holder, held, list(held.difference(_ids(pages).tolist())))
+        return 0 if held is None else self._unpin(holder, held, list(held.difference(_ids(pages).tolist())))
 
-    def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> None:
+    def read_next(self, pages: Pages) -> None:
+        """The next forward pass reads these pages, held or not: they stay on the device until it is done."""
+        self._last_reader[pages] = self._started + 1
+
+    def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> int:
         """The same tokens now live in other virtual pages (the radix tree already had them): move holds across.
 
         A device copy moves along when the new page has none, so nothing is recalled.
+
+        Returns:
+            How many pages nobody holds any more.
         """
-        held = self._holders.get(holder, set())
+        held, let_go = self._holders.get(holder, set()), 0
         for before, after in zip(_ids(old).tolist(), _ids(new).tolist(), strict=True):
             if before == after:
                 continue
@@ -245,13 +262,16 @@ class Ledger:
             if self.v2p[before] and not self.v2p[after] and self._pins[before] == (before in held):
                 self._map(np.array([after]), self._detach(np.array([before])))
                 self._last_use[after], self._last_use[before] = self._last_use[before], 0
-                self._last_reader[after] = self._started
+                self._last_reader[after] = max(self._last_reader[before], self._started)
             if before in held:
                 if not self.v2p[after]:
                     raise LedgerError(f"{after} replaces {before} but is not on the device")
-                self.drop(holder, [before])
-                self.hold(holder, [after])
+                let_go += self.drop(holder, [before])
+                plan = self.hold(holder, [after])
+                assert plan is not None, "it is on the device"
+                let_go -= plan.claimed
                 held = self._holders[holder]
+        return let_go
 
     def mirrored(self, pages: Iterable[int]) -> None:
         """The host mirror now holds the final content of these pages."""
@@ -377,12 +397,13 @@ class Ledger:
         order = np.lexsort((candidates, self._last_use[candidates], self.heat.values[candidates]))
         return candidates[order][:count]
 
-    def _unpin(self, holder: str, held: set[int], gone: list[int]) -> None:
+    def _unpin(self, holder: str, held: set[int], gone: list[int]) -> int:
         held.difference_update(gone)
         self._pins[gone] -= 1
-        self._last_reader[gone] = self._started
+        self._last_reader[gone] = np.maximum(self._last_reader[gone], self._started)
         if not held:
             del self._holders[holder]
+        return int((self._pins[gone] == 0).sum())
 
     def _map(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p

@@ -11,6 +11,7 @@ import torch
 
 from sglang_lsa.radix_ext.host_mirror import HostMirror
 from sglang_lsa.radix_ext.ledger import Ledger
+from sglang_lsa.radix_ext.reservations import Reservations
 from sglang_lsa.radix_ext.transfer import HostTransfer, StreamTransfer, Transfer, upload
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,17 @@ class Pager:
         """``[virtual_pages + 1]`` for kernels. On a CPU it shares memory with the ledger; on a GPU :meth:`flush` brings
         it up to date."""
         self.transfer: Transfer = HostTransfer(keys, values, self.mirror.pages)
+        self.asynchronous = on_gpu
+        """Forward passes and copies are queued, and done some time later."""
+        self.new_event: Callable[[], Any] = torch.cuda.Event
+        """Makes what tells that everything queued so far on a stream is done."""
         self.compute: Callable[[], Any] = lambda: torch.cuda.current_stream(self.device)
         """The stream on which the model runs (GPU)."""
         if on_gpu:
             self.v2p = torch.zeros(virtual_pages + 1, dtype=torch.int32, device=self.device)
             self.transfer = StreamTransfer(keys, values, self.mirror.pages, lambda: self.compute())
-        self.reserved: dict[str, int] = {}
-        """Device pages promised to prompts that are still being prefilled, by request."""
+        self.reservations = Reservations()
+        """Device pages promised to prompts that are still being prefilled."""
         self.stored_pages = 0
         self.prefetched_pages = 0
         """Pages recalled for a coming window; other recalls are prefixes, which prefill waits for."""
@@ -53,8 +58,8 @@ class Pager:
         """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
         """Of these, pages that were not there when their window began."""
-        self._passes: list[tuple[int, torch.cuda.Event]] = []
-        self._idle_events: list[torch.cuda.Event] = []
+        self._passes: list[tuple[int, Any]] = []
+        self._idle_events: list[Any] = []
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -67,10 +72,10 @@ class Pager:
 
     def forward_queued(self, number: int) -> None:
         """Forward pass ``number`` of the ledger is done, or (GPU) is the last thing queued on the compute stream."""
-        if self.device.type != "cuda":
+        if not self.asynchronous:
             self.ledger.forward_finished(number)
             return
-        event = self._idle_events.pop() if self._idle_events else torch.cuda.Event()
+        event = self._idle_events.pop() if self._idle_events else self.new_event()
         event.record(self.compute())
         self._passes.append((number, event))
 
@@ -108,6 +113,7 @@ class Pager:
         plan = self.ledger.hold(holder, pages)
         if plan is None:
             return False
+        self.reservations.spend(holder, plan.claimed)
         virtual, physical = plan.recall
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
@@ -118,14 +124,22 @@ class Pager:
         return True
 
     def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
-        """Like :meth:`hold`, but never takes pages promised to prompts, nor the last ``spare`` ones.
+        """Like :meth:`hold`, but never takes pages promised to others, nor the last ``spare`` ones.
 
         For what can wait: a resident set that is not brought in costs a window, a page to write to costs a request.
         """
         wanted = int((~self.ledger.is_held(pages)).sum())
-        if wanted and wanted + spare > self.unpromised_pages:
+        if wanted and wanted + spare > self.room_for(holder):
             return False
         return self.hold(holder, pages, for_later=True)
+
+    def retain(self, holder: str, pages: Iterable[int]) -> None:
+        """``holder`` needs none of its pages but these."""
+        self.reservations.spend(holder, -self.ledger.retain(holder, pages))
+
+    def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> None:
+        """The same tokens of ``holder`` now live in other virtual pages, see :meth:`Ledger.substitute`."""
+        self.reservations.spend(holder, -self.ledger.substitute(holder, old, new))
 
     def arrived(self, pages: np.ndarray) -> bool:
         """Whether the content of all of these pages is on the device."""
@@ -172,13 +186,14 @@ class Pager:
     def forget(self, holder: str) -> None:
         """``holder`` is gone (finished, aborted, retracted): it needs nothing any more."""
         self.ledger.drop(holder)
-        self.reserved.pop(holder, None)
+        self.reservations.settle(holder)
 
     def reset(self) -> None:
         """Forget every page. Raises LedgerError, with nothing changed, while one is held or read."""
         self.settle()
         self.ledger.reset()
-        self.reserved.clear()
+        for holder in self.reservations.holders():
+            self.reservations.settle(holder)
 
     def release(self) -> None:
         """Wait for what is in flight and unlock the mirror; nothing is copied any more."""
@@ -189,12 +204,20 @@ class Pager:
     @property
     def unpromised_pages(self) -> int:
         """Device pages that can be had now and that no prompt in prefill is waiting for."""
-        return self.ledger.obtainable_pages - sum(self.reserved.values())
+        return self.ledger.obtainable_pages - self.reservations.total
+
+    def room_for(self, holder: str) -> int:
+        """Device pages that ``holder`` can have now: those that are promised to nobody, and those that are to it."""
+        return self.unpromised_pages + self.reservations.owed(holder)
+
+    def room_later(self, holder: str) -> int:
+        """The same once everything in flight is done; does not depend on how fast that is."""
+        return self.unpromised_later + self.reservations.owed(holder)
 
     @property
     def unpromised_later(self) -> int:
         """The same once everything in flight is done; does not depend on how fast that is."""
-        return self.ledger.obtainable_later - sum(self.reserved.values())
+        return self.ledger.obtainable_later - self.reservations.total
 
     @property
     def page_bytes(self) -> int:

@@ -36,6 +36,15 @@ class Admitted:
     chunk_tokens: int | None = None
 
 
+def key_of(req: Any) -> str:
+    """By what everything on this side knows a request that was admitted; "" for one that was not.
+
+    A client may use a ``rid`` again while the scheduler still has its first use: SGLang's HTTP process forgets it as
+    soon as the client hangs up.
+    """
+    return getattr(req, "lsa_key", "")
+
+
 class Admission:
     """Counts device pages: SGLang counts tokens of the host mirror, of which there are more.
 
@@ -67,7 +76,6 @@ class Admission:
         self.pressed = 0
         """Decode steps for which SGLang was asked to retract a request, because there was no page to grow into."""
         self._promised_prefixes: set[int] = set()
-        self._warmed: dict[str, None] = {}
 
     @property
     def config(self) -> LSAConfig:
@@ -82,19 +90,26 @@ class Admission:
         It keeps that until it ends, retractions included: it was refused or admitted by these numbers, so a later
         change of the configuration must not make a set larger than was promised, or a prompt impossible that waits.
 
-        Raises:
-            ValueError: it asked for something impossible.
+        What it asked for is read once, when it arrives. One whose options were refused has those of a request that
+        asked for nothing: SGLang still computes a token of what it aborts.
         """
         if not hasattr(req, "lsa_options"):
-            req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            self._read_options(req)
         return req.lsa_options
+
+    def _read_options(self, req: Any) -> str | None:
+        try:
+            req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            return None
+        except ValueError as error:
+            req.lsa_options = RequestOptions.parse(None, self.config)
+            return str(error)
 
     def refusal(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
-        try:
-            options = self.options(req)
-        except ValueError as error:
-            return str(error)
+        if (problem := self._read_options(req)) is not None:
+            return problem
+        options = self.options(req)
         if options.record and not NAME.fullmatch(req.rid):
             return (
                 f"custom_params.lsa.record: the rid {req.rid!r:.80} becomes a file name: use letters, digits, - and _"
@@ -136,7 +151,7 @@ class Admission:
         found = self._choose(req, running, batch, chunk_tokens)
         if found is None and not batch:
             self.waits += 1
-            self._warm(req.rid, pages_of(req.prefix_indices[::PAGE_SIZE]))
+            self._warm(req, pages_of(req.prefix_indices[::PAGE_SIZE]))
         return found
 
     def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
@@ -156,7 +171,9 @@ class Admission:
 
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
-            if (demand := resident + own + 1) < self.pages:
+            # What the prompt reads of its prefix, and then its first set: neither is larger.
+            largest = max(resident, self.lookahead.set_pages(len(prefix), options.budget))
+            if (demand := largest + own + 1) < self.pages:
                 return admit(RESIDENT, demand, all(other == RESIDENT for other in batch), chunk)
         in_place, one_pass = self._new_pages(prefix, pages), chunk_tokens is None and least > chunk
         if in_place <= room or one_pass or not prunable:
@@ -169,29 +186,34 @@ class Admission:
 
     def promise(self, req: Any, admitted: Admitted) -> None:
         """This prompt was admitted: keep device pages for it until it decodes."""
-        self.admitted[req.rid] = admitted
-        self.pager.reserved[req.rid] = admitted.demand
+        uses = 1
+        req.lsa_key = req.rid
+        while req.lsa_key in self.admitted:
+            uses += 1
+            req.lsa_key = f"{req.rid} ({uses})"
+        self.admitted[req.lsa_key] = admitted
+        self.pager.reservations.promise(req.lsa_key, admitted.demand)
         self._promised_prefixes.update(admitted.prefix.tolist() if admitted.how == IN_PLACE else ())
         if admitted.how != IN_PLACE:
-            self._warm(req.rid, admitted.prefix)
+            self._warm(req, admitted.prefix)
 
-    def next_chunk(self, req: Any) -> Admitted:
-        """How the prompt goes on that SGLang is in the middle of."""
-        return self.admitted[req.rid]
+    def admitted_as(self, req: Any) -> Admitted:
+        """How a prompt that was admitted is prefilled."""
+        return self.admitted[key_of(req)]
 
     def batch_formed(self) -> None:
         """The prompts admitted in this pass are about to be computed."""
         self._promised_prefixes.clear()
 
-    def forget(self, rid: str) -> None:
+    def forget(self, req: Any) -> None:
         """The request is gone."""
-        self.admitted.pop(rid, None)
-        self._warmed.pop(rid, None)
+        self.admitted.pop(key_of(req), None)
+        req.lsa_key, req.lsa_warmed = "", False
 
-    def _warm(self, rid: str, prefix: np.ndarray) -> None:
+    def _warm(self, req: Any, prefix: np.ndarray) -> None:
         """Bring in what past requests over this prefix selected, once for each request."""
-        if rid not in self._warmed:
-            self._warmed[rid] = None
+        if not getattr(req, "lsa_warmed", False):
+            req.lsa_warmed = True
             hot = self.pager.ledger.heat.hottest(prefix, int(self.lookahead.largest_set))
             self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
 

@@ -15,6 +15,7 @@ from sglang_lsa.fetch import Fetch
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Refresh, Request, Window
 from sglang_lsa.prompt_lookup import pages_next
+from sglang_lsa.radix_ext.ledger import LedgerError
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.resident_table import ResidentTable
 from sglang_lsa.selection import (
@@ -156,7 +157,7 @@ class Lookahead:
     def await_first(self, request: Request) -> None:
         """Some pages of this request have left the device: it cannot decode before it has a resident set."""
         request.incomplete = True
-        self.incomplete[request.rid] = request
+        self.incomplete[request.key] = request
 
     def complete_first(self, decoding: Iterable[str]) -> None:
         """These requests are about to decode: those that cannot be read whole get their first set now.
@@ -186,8 +187,8 @@ class Lookahead:
 
     def forget(self, request: Request) -> None:
         """The request is gone."""
-        self.on_their_way.pop(request.rid, None)
-        self.incomplete.pop(request.rid, None)
+        self.on_their_way.pop(request.key, None)
+        self.incomplete.pop(request.key, None)
 
     # -- a refresh, stage by stage -------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class Lookahead:
             new.scores = self.score(request, complete)
             new.due += self.lag
         request.next = new
-        self.on_their_way[request.rid] = request
+        self.on_their_way[request.key] = request
         if new.due <= self.step:
             self._advance(request)
 
@@ -220,10 +221,12 @@ class Lookahead:
         if new.positions is None:
             self._choose(request, new)
         new.held = self._recall(request, new)
-        if new.held or self._can_wait(request, new):
+        if not new.held and self._can_wait(request, new):
             return
-        new.held = self._recall_less(request, new)
-        if not new.held:
+        new.held = new.held or self._recall_less(request, new)
+        if new.held:
+            self.pager.reservations.settle(request.key)  # what admission promised for a first set is held
+        else:
             self._stall(request)
             self._end(request)  # the old set stays for one more window
 
@@ -268,7 +271,7 @@ class Lookahead:
         upcoming = self._upcoming(request, new) if policy not in BLIND else ()
         found = self.choose(new.values, new.context, request.budget, policy, prompt, upcoming)
         new.positions, new.ranks = found.positions, found.ranks
-        unscored = np.isinf(new.ranks) | np.isin(new.positions, upcoming)
+        unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
         new.tail_start = new.complete
         if request.watch:
             new.watched = watched(request.watch, new.values, new.positions, unscored)
@@ -348,12 +351,7 @@ class Lookahead:
         """
         if new.tail_start == request.tail_start == 0 and not request.incomplete:
             return True  # it holds all of its pages
-        promised = self.pager.reserved.pop(request.rid, 0)  # for its first set, by admission
-        if self.pager.hold_if_spare(request.rid, new.needed(request.pages), self._spare(request)):
-            return True
-        if promised:
-            self.pager.reserved[request.rid] = promised
-        return False
+        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
 
     def _recall_less(self, request: Request, new: Refresh) -> bool:
         """The same with what fits: the best of the new pages and, in place of the others, the best of the old set.
@@ -362,13 +360,12 @@ class Lookahead:
         """
         if new.positions is None or new.ranks is None:
             return False
-        self.pager.reserved.pop(request.rid, None)
         wanted = len(new.positions)
         old = np.setdiff1d(request.positions[request.positions < new.complete], new.positions)
         positions, ranks = np.append(new.positions, old), np.append(new.ranks, new.values[old])
         costs = ~self.pager.ledger.is_held(request.pages[positions])
         tail = request.pages[new.tail_start :]
-        room = self.pager.unpromised_pages - self._spare(request) - int((~self.pager.ledger.is_held(tail)).sum())
+        room = self.pager.room_for(request.key) - self._spare(request) - int((~self.pager.ledger.is_held(tail)).sum())
         kept = affordable(ranks, costs, max(0, room))[:wanted]
         least = 0 if request.incomplete else min(self.config.min_pages - len(tail), wanted)
         fresh = np.isin(positions[kept], request.positions, invert=True).any()
@@ -378,7 +375,7 @@ class Lookahead:
         new.positions, new.ranks = positions[kept][order], ranks[kept][order]
         request.shrunk += 1
         self.shrunk += 1
-        return self.pager.hold_if_spare(request.rid, new.needed(request.pages), self._spare(request))
+        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
 
     def _spare(self, request: Request) -> int:
         return 0 if request.window == 0 else self.running
@@ -389,7 +386,7 @@ class Lookahead:
         self.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
         request.set_asked = new.asked
         if new.tail_start:
-            self.pager.ledger.retain(request.rid, new.needed(request.pages))
+            self.pager.retain(request.key, new.needed(request.pages))
             self.pager.ledger.heat.select(request.pages[new.positions])
         self._end(request)
 
@@ -408,7 +405,7 @@ class Lookahead:
         request.positions, request.tail_start, request.ranks = positions, tail_start, ranks
         if request.incomplete:
             request.incomplete = False
-            del self.incomplete[request.rid]
+            del self.incomplete[request.key]
         if request.windows and not request.windows[-1].tokens:
             request.windows.pop()  # no step has read it
         request.windows.append(Window(tail_start, positions, watched=watched))
@@ -422,7 +419,7 @@ class Lookahead:
         length, request.lead = self.next_window(request)
         request.steps_left += length
         request.next = None
-        self.on_their_way.pop(request.rid, None)
+        self.on_their_way.pop(request.key, None)
         if request.given is not None:
             self._await_given(request)
 
@@ -453,17 +450,20 @@ class Lookahead:
             return
         try:
             stage(request, new)
+        except LedgerError:
+            raise
         except Exception:
             self.failures += 1
             request.failures += 1
             logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
-            self.pager.ledger.retain(request.rid, request.read_pages())
+            self.pager.retain(request.key, request.read_pages())
             self._end(request)
 
     def _keep_tail(self, request: Request) -> None:
         tail_start = pages_complete(request.computed)
         self.remap(request, np.zeros(0, dtype=np.int64), tail_start)
-        self.pager.ledger.retain(request.rid, request.pages[tail_start:])
+        self.pager.retain(request.key, request.pages[tail_start:])
+        self.pager.reservations.settle(request.key)
         self._stall(request)
 
     def shrink(self, requests: Sequence[Request], wanted: int) -> None:
@@ -478,6 +478,8 @@ class Lookahead:
                 return
             try:
                 freed += self._halve(request)
+            except LedgerError:
+                raise
             except Exception:
                 self.failures += 1
                 logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
@@ -486,7 +488,7 @@ class Lookahead:
         """Returns how many device pages nobody holds any more."""
         assert request.ranks is not None
         tail = pages_spanned(request.tokens) - request.tail_start
-        stay = int(np.isinf(request.ranks).sum())
+        stay = int(np.isposinf(request.ranks).sum())
         size = max(len(request.positions) // 2, self.config.min_pages - tail, stay)
         if size >= len(request.positions):
             return 0
@@ -496,7 +498,7 @@ class Lookahead:
         needed = [request.read_pages()]
         if request.next is not None and request.next.held:
             needed.append(request.next.needed(request.pages))
-        self.pager.ledger.retain(request.rid, np.concatenate(needed))
+        self.pager.retain(request.key, np.concatenate(needed))
         request.shrunk += 1
         self.shrunk += 1
         return held - self.pager.ledger.held_pages

@@ -151,7 +151,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_fallbacks": lookahead.fallbacks,
         "lsa_widened_sets": lookahead.widened,
         "lsa_collapsed_sets": lookahead.collapsed,
-        "lsa_promised_pages": sum(pager.reserved.values()),
+        "lsa_promised_pages": pager.reservations.total,
         "lsa_staging_bytes": runtime.staging_bytes,
         "lsa_warmed_pages": pager.warmed_pages,
         "lsa_streamed_passes": runtime.prefill.streamed_passes,

@@ -89,6 +89,8 @@ class Request:
     policy: str
     budget: float
     dense: bool
+    key: str = ""
+    """By which everything on this side knows it: ``rid``, unless an earlier request with that one is still here."""
     tokens: int = 0
     """Context, the tokens included that the forward pass being queued computes."""
     computed: int = 0
@@ -142,6 +144,9 @@ class Request:
     failures: int = 0
     set_asked: int = 0
     """Forward passes that had started when the set that it reads was predicted; pages recalled since came for it."""
+
+    def __post_init__(self) -> None:
+        self.key = self.key or self.rid
 
     def name_sets(self, sets: Sequence[GivenSet]) -> None:
         """The request says itself what its windows read."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_lsa.admission import Admission
+from sglang_lsa.admission import Admission, key_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.control import Value, changed
 from sglang_lsa.indexer.model import MemoryIndexer
@@ -140,6 +140,10 @@ class LSARuntime:
         self.finished_requests = 0
         self.failed_batches = 0
         """Batches whose requests were failed because memory ran out while they were computed."""
+        self.integrity_failures = 0
+        """Times that an idle server found its own records inconsistent."""
+        self._checked = True
+        """Since the last forward pass."""
         self.host_evicted_pages = 0
         """Pages that the radix tree gave up because host memory was full."""
         self.config_changes = 0
@@ -194,6 +198,7 @@ class LSARuntime:
             new_pages: virtual pages that SGLang allocated for this batch, in the order of its requests.
         """
         self.pager.poll()
+        self._checked = False
         lengths = batch.seq_lens_cpu.tolist()
         if batch.forward_mode.is_extend():
             with self.on_stream():
@@ -208,7 +213,7 @@ class LSARuntime:
             with self.on_stream():
                 self.lookahead.begin_step()
                 if batch.forward_mode.is_decode():
-                    self.lookahead.complete_first(req.rid for req in batch.reqs)
+                    self.lookahead.complete_first(key_of(req) for req in batch.reqs)
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
@@ -221,13 +226,13 @@ class LSARuntime:
     def _before_decode(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
         taken = 0
         for req, tokens in zip(batch.reqs, lengths, strict=True):
-            request = self.requests[req.rid]
+            request = self.requests[key_of(req)]
             request.tokens = tokens
             if tokens % PAGE_SIZE == 1:
                 opened = new_pages[taken : taken + 1]
                 taken += 1
                 request.pages = np.concatenate((request.pages, opened))
-                self.prefill.hold(req.rid, opened)
+                self.prefill.hold(request.key, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
 
@@ -241,7 +246,7 @@ class LSARuntime:
             with self.on_stream():
                 self.recorder.end_pass()
         self.pager.forward_queued(number)
-        requests = [self.requests[req.rid] for req in batch.reqs if req.rid in self.requests]
+        requests = [self.requests[key] for req in batch.reqs if (key := key_of(req)) in self.requests]
         if batch.forward_mode.is_extend():
             with self.on_stream():
                 for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
@@ -318,7 +323,7 @@ class LSARuntime:
             tokens: how many tokens of the request have KV.
             known: int64 ``[n * page]`` the tree's slots of its first tokens.
         """
-        request = self.requests.get(req.rid)
+        request = self.requests.get(key_of(req))
         # What was prefilled so far; under the overlap scheduler the request may have opened another page since.
         own = request.pages if request is not None else self.virtual_pages(req, tokens)
         before = own[: pages_spanned(tokens)]
@@ -327,7 +332,7 @@ class LSARuntime:
         after[: len(shared)] = shared
         if (before == after).all():
             return
-        self.pager.ledger.substitute(req.rid, before, after)
+        self.pager.substitute(key_of(req), before, after)
         if request is None:
             return
         request.pages = np.concatenate((after, own[len(before) :]))
@@ -340,17 +345,18 @@ class LSARuntime:
 
     def is_exact(self, req: Any) -> bool:
         """Whether the request's prompt was computed over all of its tokens, so that others may use its KV."""
-        admitted = self.admission.admitted.get(req.rid)
+        admitted = self.admission.admitted.get(key_of(req))
         return admitted is None or admitted.how != RESIDENT
 
     def request_gone(self, req: Any) -> None:
         """The request finished, was aborted or retracted; its KV is about to be released."""
-        if self.recorder is not None and req.rid in self.requests:
+        key = key_of(req)
+        if self.recorder is not None and key in self.requests:
             with self.on_stream():
-                self.recorder.close(req, self.requests[req.rid].pages, self.pager.ledger.v2p)
-        self.pager.forget(req.rid)
-        self.admission.forget(req.rid)
-        request = self.requests.pop(req.rid, None)
+                self.recorder.close(req, self.requests[key].pages, self.pager.ledger.v2p)
+        self.pager.forget(key)
+        self.admission.forget(req)
+        request = self.requests.pop(key, None)
         if request is not None:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
@@ -359,7 +365,23 @@ class LSARuntime:
         self._update_metrics()
 
     def on_idle(self) -> None:
-        """No request is there, and what the last one had is freed."""
+        """No request is there, and what the last one had is freed: the time to look whether everything is in order.
+
+        What is found ends a server only with ``--lsa-debug``, as SGLang's own check for leaks does only when it is told
+        to be strict.
+
+        Raises:
+            LedgerError, RuntimeError: with ``--lsa-debug``, naming what is inconsistent.
+        """
+        if not self._checked:
+            self._checked = True
+            try:
+                self.check()
+            except RuntimeError as error:
+                self.integrity_failures += 1
+                logger.error("LSA: the idle server's records are inconsistent, please report it: %s", error)
+                if self.config.debug:
+                    raise
         self._update_metrics()
 
     def release(self) -> None:
@@ -376,7 +398,7 @@ class LSARuntime:
             slots = self.req_to_token[request.row, : request.tokens : PAGE_SIZE]
             if not np.array_equal(pages_of(slots), request.pages):
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
-            if request.windows and not self.pager.ledger.held_by(request.rid).issuperset(request.read_pages()):
+            if request.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
                 raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
 
     def _compile_kernels(self) -> None:

@@ -30,7 +30,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "held": ledger.held_pages,
             "cached": ledger.device_pages - ledger.held_pages,
             "free": ledger.physical_pages - ledger.device_pages,
-            "promised": sum(pager.reserved.values()),
+            "promised": pager.reservations.total,
             "kv_bytes": (ledger.physical_pages + 1) * pager.page_bytes,
             "overhead_bytes": overhead_bytes(runtime),
         },

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
@@ -114,13 +115,13 @@ class Recorder:
         firsts = batch.prefix_lens if batch.forward_mode.is_extend() else [tokens - 1 for tokens in lengths]
         offset = 0
         for req, first, tokens in zip(batch.reqs, firsts, lengths, strict=True):
-            request = requests[req.rid]
+            request = requests[key_of(req)]
             if request.record and first == 0:
-                self.documents[req.rid] = self._open(request, req.sampling_params.max_new_tokens)
-            if req.rid in self.documents:
+                self.documents[request.key] = self._open(request, req.sampling_params.max_new_tokens)
+            if request.key in self.documents:
                 pages = torch.from_numpy(v2p[request.pages].astype(np.int64))
                 slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:tokens]
-                self.parts.append(Part(self.documents[req.rid], offset, first, tokens, slots.to(self.table.device)))
+                self.parts.append(Part(self.documents[request.key], offset, first, tokens, slots.to(self.table.device)))
             offset += tokens - first
 
     def _open(self, request: Request, new_tokens: int) -> Document:
@@ -168,7 +169,7 @@ class Recorder:
             pages: its virtual pages.
             v2p: the ledger's map.
         """
-        document = self.documents.pop(req.rid, None)
+        document = self.documents.pop(key_of(req), None)
         if document is None or not req.finished() or req.finished_reason.to_json()["type"] == "abort":
             return
         input_ids = [*req.origin_input_ids, *req.output_ids]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promises import owed
 
 from sglang_lsa.admission import Admission, Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
@@ -431,15 +432,15 @@ def test_what_is_promised_cannot_be_had_by_others(pages: int) -> None:
     admitted = server.choose(first)
     assert admitted is not None
     server.admission.promise(first, admitted)
-    assert server.pager.reserved == {"first": admitted.demand}
-    assert server.admission.next_chunk(first) is admitted
+    assert owed(server.pager) == {"first": admitted.demand}
+    assert server.admission.admitted_as(first) is admitted
     assert server.pager.unpromised_pages == PHYSICAL - admitted.demand
     room = PHYSICAL - admitted.demand - 1 - 1
     second = request(room * PAGE_SIZE, rid="second")
     assert how(server.choose(second, 1)) == (IN_PLACE, room, None)
     assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is None
 
-    server.admission.forget("first")
+    server.admission.forget(first)
     server.pager.forget("first")
     assert server.admission.admitted == {}
     assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is not None
@@ -487,7 +488,7 @@ def test_a_waiting_prompt_brings_in_the_hot_pages_of_its_prefix_once() -> None:
     server.hold("running", 1)
     assert on_device(server, prefix) == prefix[[11, 15]].tolist(), "the coldest gave way"
     server.pager.forget("running")
-    server.pager.reserved["other"] = 10
+    server.pager.reservations.promise("other", 10)
     assert server.choose(req) is None
     assert on_device(server, prefix) == prefix[[11, 15]].tolist()
     assert (server.admission.waits, server.pager.warmed_pages) == (2, 3)
@@ -497,7 +498,7 @@ def test_hot_pages_do_not_take_what_is_promised() -> None:
     server = Server()
     prefix = server.cached_in_the_mirror_only(20)
     select(server, *prefix)
-    server.pager.reserved["other"] = 20
+    server.pager.reservations.promise("other", 20)
     assert server.choose(request(22 * PAGE_SIZE, prefix)) is None
     assert on_device(server, prefix) == prefix[[16, 17, 18, 19]].tolist()
 
@@ -506,7 +507,7 @@ def test_hot_pages_take_no_more_than_a_set() -> None:
     server = Server()
     prefix = server.cached_in_the_mirror_only(20)
     select(server, *prefix)
-    server.pager.reserved["other"] = 10
+    server.pager.reservations.promise("other", 10)
     assert server.choose(request(22 * PAGE_SIZE, prefix, budget=1.0)) is None
     assert on_device(server, prefix) == prefix[-PHYSICAL // 2 :].tolist()
 
@@ -540,7 +541,7 @@ def test_a_request_that_is_gone_may_warm_again() -> None:
     select(server, prefix[7])
     assert server.choose(req) is None
     assert server.pager.warmed_pages == 0, "once"
-    server.admission.forget(req.rid)
+    server.admission.forget(req)
     assert server.choose(req) is None
     assert on_device(server, prefix) == [prefix[7]]
 
@@ -576,7 +577,7 @@ def test_every_request_that_opens_a_page_needs_one(committed: list[int], free: i
 def test_what_is_promised_is_not_decoded_into() -> None:
     server = Server()
     server.hold("running", PHYSICAL - 3)
-    server.pager.reserved["prompt"] = 2
+    server.pager.reservations.promise("prompt", 2)
     assert server.admission.can_decode(running(64), pytest.fail)
     assert not server.admission.can_decode(running(64, 64), lambda pages: None)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promises import owed
 from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
 
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
@@ -274,13 +275,13 @@ def test_clear_resets_everything() -> None:
     slots = allocator.alloc(3 * PAGE)
     assert allocator.pager.hold("a", [1, 2])
     allocator.pager.forget("a")
-    allocator.pager.reserved["b"] = 1
+    allocator.pager.reservations.promise("b", 1)
     allocator.free_group_begin()
     allocator.free(slots)
     allocator.clear()
     assert allocator.available_size() == PAGES * PAGE
     assert allocator.pager.ledger.allocated_pages == allocator.pager.ledger.device_pages == 0
-    assert allocator.pager.reserved == {}
+    assert owed(allocator.pager) == {}
     assert allocator.take_new_pages().tolist() == []
     assert_in_step(allocator)
     assert allocator.alloc(PAGE).tolist() == list(range(PAGE, 2 * PAGE))

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
 from sglang_lsa.lookahead import Lookahead
@@ -155,7 +156,7 @@ class Server:
         self.pager.store(request.pages[: pages_complete(tokens)])
         if promised is not None:
             self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
-            self.pager.reserved[rid] = promised
+            self.pager.reservations.promise(rid, promised)
             self.lookahead.await_first(request)
             self.push_off(request)
         self.lookahead.begin(request)
@@ -1389,7 +1390,7 @@ def streamed(lead: int = LEAD, lag: int = LAG, promised: int = 6, **options: obj
     if lag:
         server.queued.compute()
         assert server.held_positions(request) == [12]
-        assert server.pager.reserved == {"a": promised}
+        assert owed(server.pager) == {"a": promised}
         assert server.lookahead.incomplete == server.lookahead.on_their_way == {"a": request}
     return server, request
 
@@ -1414,7 +1415,7 @@ def test_on_a_cpu_the_first_set_is_there_before_the_first_step() -> None:
     server.wanted.positions = [3, 6]
     request = server.prefill("a", PROMPT, promised=6)
     is_complete(server, request, FIRST)
-    assert server.pager.reserved == {}
+    assert owed(server.pager) == {}
     assert (request.window, request.stalls, request.shrunk) == (0, 0, 0)
 
 
@@ -1423,7 +1424,7 @@ def test_the_first_step_waits_for_scores_and_pages() -> None:
     first_step(server, request)
     is_complete(server, request, FIRST)
     assert server.pager.transfer.required == 1
-    assert server.pager.reserved == {}, "what was promised is used"
+    assert owed(server.pager) == {}, "what was promised is used"
     assert (request.window, request.stalls, request.shrunk, server.pager.late_pages) == (0, 0, 0, 0)
     server.after_decode(request)
     assert request.windows[-1].tokens == PROMPT + 1
@@ -1435,7 +1436,7 @@ def test_what_has_come_meanwhile_is_not_waited_for() -> None:
     for _ in range(LAG):
         server.lookahead.begin_step()
     assert request.next is not None and request.next.held
-    assert server.pager.reserved == {}
+    assert owed(server.pager) == {}
     server.pager.transfer.arrive()
     first_step(server, request)
     is_complete(server, request, FIRST)
@@ -1449,7 +1450,7 @@ def test_only_requests_that_decode_are_completed() -> None:
     assert request.incomplete
     assert server.lookahead.incomplete == {"a": request}
     assert server.held_positions(request) == [12]
-    assert server.pager.reserved == {"a": 6}
+    assert owed(server.pager) == {"a": 6}
 
 
 def test_a_short_request_that_cannot_be_read_whole_gets_a_set() -> None:
@@ -1466,13 +1467,13 @@ def test_the_promise_stands_until_the_set_is_held() -> None:
     for _ in range(LAG):
         server.lookahead.begin_step()
     assert request.next is not None and request.next.positions is not None and not request.next.held
-    assert server.pager.reserved == {"a": 6}
+    assert owed(server.pager) == {"a": 6}
     assert (request.stalls, request.shrunk) == (0, 0)
     server.pager.forget("neighbour")
     server.pager.ledger.release(others)
     server.lookahead.begin_step()
     assert request.next.held
-    assert server.pager.reserved == {}
+    assert owed(server.pager) == {}
 
 
 def test_pages_in_flight_are_waited_for() -> None:
@@ -1486,7 +1487,7 @@ def test_pages_in_flight_are_waited_for() -> None:
     assert server.pager.ledger.obtainable_pages == 0
     first_step(server, request)
     is_complete(server, request, FIRST)
-    assert server.pager.reserved == {}
+    assert owed(server.pager) == {}
     assert server.pager.transfer.storing == []
     assert request.shrunk == 0
 
@@ -1496,7 +1497,7 @@ def test_pages_in_flight_are_waited_for() -> None:
 )
 def test_a_first_set_is_as_large_as_fits(room: int, positions: list[int]) -> None:
     server, request = streamed()
-    server.pager.reserved.clear()  # a promise that was not kept
+    server.pager.reservations.settle("a")  # a promise that was not kept
     server.leave(room)
     first_step(server, request)
     is_complete(server, request, positions)
@@ -1519,7 +1520,7 @@ def test_when_nothing_works_the_tail_is_read(gpu: bool, stage: str, monkeypatch:
     for _ in range(2 * LONG):
         server.decode(request)
     assert server.read(request) == FIRST
-    assert server.pager.reserved == {}
+    assert owed(server.pager) == {}
 
 
 def test_a_first_set_that_the_table_refuses_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1556,7 +1557,7 @@ def test_a_request_forgotten_before_its_first_set() -> None:
     server, request = streamed()
     server.pager.forget("a")
     server.lookahead.forget(request)
-    assert server.lookahead.incomplete == server.lookahead.on_their_way == server.pager.reserved == {}
+    assert server.lookahead.incomplete == server.lookahead.on_their_way == owed(server.pager) == {}
     server.lookahead.begin_step()
     server.lookahead.complete_first(["a"])
     assert server.pager.ledger.holders() == []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from promises import owed
 
 from sglang_lsa.radix_ext.ledger import LedgerError
 from sglang_lsa.radix_ext.pager import Pager
@@ -148,7 +149,7 @@ def test_stored_pages_are_counted() -> None:
 def test_promised_pages_cannot_be_had() -> None:
     pager = make_pager()
     assert pager.unpromised_pages == 4
-    pager.reserved["a"] = 3
+    pager.reservations.promise("a", 3)
     assert pager.unpromised_pages == 1
     pager.forget("a")
     assert pager.unpromised_pages == 4
@@ -167,7 +168,7 @@ def test_forget_keeps_what_others_hold() -> None:
 def test_reset() -> None:
     pager = make_pager()
     use(pager, "a", 1, 2)
-    pager.reserved["b"] = 1
+    pager.reservations.promise("b", 1)
     pager.forget("a")
     pager.reset()
     assert pager.unpromised_pages == 4
@@ -178,10 +179,10 @@ def test_reset() -> None:
 def test_a_reset_that_is_refused_changes_nothing() -> None:
     pager = make_pager()
     use(pager, "a", 1)
-    pager.reserved["b"] = 1
+    pager.reservations.promise("b", 1)
     with pytest.raises(LedgerError, match="hold pages"):
         pager.reset()
-    assert pager.reserved == {"b": 1}
+    assert owed(pager) == {"b": 1}
 
 
 def test_the_table_that_attention_reads_is_the_ledgers() -> None:

@@ -620,14 +620,14 @@ def test_a_streamed_prompt_bounds_its_chunk(chunk: int | None, pages: int, kind:
     assert adder.seen == [seen]
     assert adder.rem_chunk_tokens == seen
     assert adder.admission.admitted[req.rid].how == kind
-    assert adder.pager.reserved == {req.rid: adder.admission.admitted[req.rid].demand}
+    assert adder.pager.reservations.owed(req.rid) == adder.admission.admitted[req.rid].demand
 
 
 def test_a_prompt_that_sglang_does_not_take_is_promised_nothing() -> None:
     adder = Adder(256)
     adder.refuses = True
     assert adder.add_one(prompt(3)) == "refused"
-    assert (adder.admission.admitted, adder.pager.reserved) == ({}, {})
+    assert (adder.admission.admitted, adder.pager.reservations.total) == ({}, 0)
     adder.refuses = False
     adder.add_one(prompt(60))
     assert adder.admission.admitted["a"].how == STREAMED, "it is alone: the other was not taken"
@@ -640,7 +640,7 @@ def test_a_prompt_that_the_pool_cannot_take_now_leaves_admission_open() -> None:
     adder = Adder(256)
     adder.hold(20)
     assert adder.add_one(prompt(60)) is AddReqResult.OTHER
-    assert (adder.seen, adder.pager.reserved) == ([], {})
+    assert (adder.seen, adder.pager.reservations.total) == ([], 0)
     assert adder.rem_chunk_tokens == 256
     assert adder.add_one(prompt(3, "short"))[0] == "taken"
 

@@ -44,13 +44,15 @@ class Server:
         self.recorder = Recorder(folder, OBSERVED, POSITIONS, self.keys, Q_HEADS, DIM**-0.5, self.table, 99)
         self.req = SimpleNamespace(
             rid="asked",
+            lsa_key="asked",
             sampling_params=SimpleNamespace(max_new_tokens=0),
             origin_input_ids=list(range(tokens)),
             output_ids=[],
             finished=lambda: True,
             finished_reason=SimpleNamespace(to_json=lambda: {"type": "length"}),
         )
-        self.stranger = SimpleNamespace(rid="stranger", sampling_params=SimpleNamespace(max_new_tokens=9))
+        asked = SimpleNamespace(max_new_tokens=9)
+        self.stranger = SimpleNamespace(rid="stranger", lsa_key="stranger", sampling_params=asked)
 
     def slots(self, stop: int) -> torch.Tensor:
         pages = torch.from_numpy(self.v2p[self.request.pages].astype(np.int64))

@@ -146,7 +146,7 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
 def test_counters_are_those_of_their_owners() -> None:
     runtime = make_runtime()
     runtime.pager.warmed_pages = 2
-    runtime.pager.reserved["a"] = 3
+    runtime.pager.reservations.promise("a", 3)
     runtime.prefill.streamed_passes, runtime.staging.staged_pages, runtime.prefill.resident_prompts = 4, 5, 6
     runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.shrunk = 7, 8, 9
     runtime.host_evicted_pages, runtime.lookahead.failures, runtime.failed_batches = 10, 11, 12
@@ -231,7 +231,7 @@ def test_running_requests_shrink_before_one_is_retracted() -> None:
 
 @pytest.mark.parametrize(("how", "exact"), [(IN_PLACE, True), (STREAMED, True), (RESIDENT, False), (None, True)])
 def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exact: bool) -> None:
-    runtime, req = make_runtime(), SimpleNamespace(rid="a")
+    runtime, req = make_runtime(), SimpleNamespace(rid="a", lsa_key="a")
     if how is not None:
         runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
     assert runtime.is_exact(req) is exact
@@ -246,12 +246,13 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     runtime.requests["a"] = request
     runtime.lookahead.await_first(request)
     runtime.lookahead.on_their_way["a"] = request
-    runtime.pager.reserved["a"] = 5
+    runtime.pager.reservations.promise("a", 5)
     runtime.admission.admitted["a"] = Admitted(STREAMED, np.zeros(0, dtype=np.int64), 5)
-    runtime.request_gone(SimpleNamespace(rid="a"))
-    assert runtime.requests == runtime.pager.reserved == runtime.admission.admitted == {}
+    runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
+    assert runtime.requests == runtime.admission.admitted == {}
+    assert runtime.pager.reservations.holders() == []
     assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
     assert [(done["rid"], done["number"]) for done in runtime.finished] == [("a", 1)]
-    runtime.request_gone(SimpleNamespace(rid="a"))
+    runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
     assert runtime.finished_requests == 1
