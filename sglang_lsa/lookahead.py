@@ -192,13 +192,17 @@ class Lookahead:
 
     # -- a refresh, stage by stage -------------------------------------------------------------------------------
 
-    def _start(self, request: Request) -> None:
-        """Queue what predicts the next resident set."""
+    def _start(self, request: Request, predict: bool = False) -> None:
+        """Queue what predicts the next resident set.
+
+        Args:
+            predict: also where the request names its sets itself; those stay for their time.
+        """
         request.window += 1
         self.refreshes += 1
         complete, context = pages_complete(request.computed), pages_spanned(request.computed)
         new = Refresh(request.computed, complete, context, due=self.step, scores=None, asked=self.pager.ledger.passes)
-        if request.given:
+        if request.given and not predict:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
         elif not request.dense and (request.incomplete or request.tokens >= self.config.min_context):
@@ -469,20 +473,45 @@ class Lookahead:
     def shrink(self, requests: Sequence[Request], wanted: int) -> None:
         """Make resident sets smaller, the largest first and each by half, until ``wanted`` device pages are let go.
 
-        None becomes smaller than ``min_pages``. What was let go can be had once no forward pass reads it.
+        None becomes smaller than ``min_pages``. When that is not enough, requests that still read everything, because
+        they asked for that many steps or wait for a set of their own, get their first set now. What was let go can be
+        had once no forward pass reads it.
         """
         freed = 0
-        candidates = [request for request in requests if request.ranks is not None and request.tail_start]
-        for request in sorted(candidates, key=lambda request: -len(request.positions)):
+        smaller = [request for request in requests if request.ranks is not None and request.tail_start]
+        whole = [request for request in requests if not request.tail_start and self._may_be_pruned(request)]
+        for request, let_go in (
+            *((request, self._halve) for request in sorted(smaller, key=lambda request: -len(request.positions))),
+            *((request, self._prune_now) for request in sorted(whole, key=lambda request: -len(request.pages))),
+        ):
             if freed >= wanted:
                 return
             try:
-                freed += self._halve(request)
+                freed += let_go(request)
             except LedgerError:
                 raise
             except Exception:
                 self.failures += 1
                 logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
+
+    def _may_be_pruned(self, request: Request) -> bool:
+        decodes = request.computed == request.tokens >= self.config.min_context
+        return decodes and not request.dense and not request.incomplete
+
+    def _prune_now(self, request: Request) -> int:
+        """Returns how many device pages nobody holds any more."""
+        held = self.pager.ledger.held_pages
+        if request.next is None:
+            self._start(request, predict=True)
+        if request.next is not None:
+            request.next.due, request.next.urgent = self.step, True
+            self._attempt(request, self._choose_and_recall)
+        if request.next is not None and request.next.held:
+            request.steps_left = 0  # of those that were to read everything
+            self._attempt(request, self._switch)
+            request.shrunk += 1
+            self.shrunk += 1
+        return held - self.pager.ledger.held_pages
 
     def _halve(self, request: Request) -> int:
         """Returns how many device pages nobody holds any more."""

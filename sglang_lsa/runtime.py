@@ -389,7 +389,12 @@ class LSARuntime:
         self.pager.release()
 
     def check(self) -> None:
-        """Raise LedgerError if a page was lost, or if a request that is gone still holds one."""
+        """See whether any page was lost.
+
+        Raises:
+            RuntimeError: one was (LedgerError), or a request that is gone still holds one, or a request does not read
+                what it holds and what the resident table says.
+        """
         self.pager.ledger.check()
         strangers = set(self.pager.ledger.holders()) - set(self.requests)
         if strangers:
@@ -400,6 +405,17 @@ class LSARuntime:
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
             if request.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
                 raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
+            self._check_table(request)
+
+    def _check_table(self, request: Request) -> None:
+        count = len(request.positions)
+        with self.on_stream():
+            row = self.table.table[request.row, : PAGES + count].cpu().numpy()
+        physical = self.pager.ledger.v2p[request.pages[request.positions]]
+        shortening = (request.tail_start - count) * PAGE_SIZE
+        expected = (count, request.tail_start, *physical.tolist())
+        if tuple(row.tolist()) != expected or self.table.shortening[request.row] != shortening:
+            raise RuntimeError(f"LSA: the resident table has another set for {request.rid} than it reads")
 
     def _compile_kernels(self) -> None:
         """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""

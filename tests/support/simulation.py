@@ -262,8 +262,10 @@ class Simulation:
         chance = self.chance
         self.arrived += 1
         document = chance.randrange(3)
-        shared = chance.choice([0, 3, 10, 20, 30]) * PAGE_SIZE
+        shared = chance.choice([0, 3, 10, 13, 20, 30]) * PAGE_SIZE
         own = chance.randrange(1, 6 * PAGE_SIZE)
+        if chance.random() < 0.1:  # one that fills the device pool, and grows
+            own = max(1, (self.pager.ledger.physical_pages - 2) * PAGE_SIZE - shared)
         prompt = np.concatenate((1 + document * 1e6 + np.arange(shared), 1e9 + self.arrived * 1e6 + np.arange(own)))[
             : self.pager.ledger.virtual_pages // 3 * PAGE_SIZE
         ]
@@ -272,7 +274,7 @@ class Simulation:
         if alive and chance.random() < 0.1:
             rid = chance.choice(alive).rid  # its client hung up and asks again
             self.counts["rid again"] += 1
-        params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150]))
+        params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150, 300]))
         req = Req(rid, self.arrived, prompt, params, chance.randrange(2), [int(token) for token in prompt])
         if (reason := self.runtime.admission.refusal(req)) is not None:
             # SGLang computes one token of a request that it aborts.
@@ -510,7 +512,8 @@ class Simulation:
             if req.gone or (isinstance(item, Entry) and item.end < len(req.full_untruncated_fill_ids)):
                 continue
             req.output_ids.append(1)
-            ended = len(req.output_ids) >= req.sampling_params.max_new_tokens or self.chance.random() < 0.01
+            most = req.sampling_params.max_new_tokens
+            ended = len(req.output_ids) >= most or (most < 300 and self.chance.random() < 0.01)
             if ended or req.aborted:
                 self._end(req, insert=True)
                 self.counts["finished"] += 1

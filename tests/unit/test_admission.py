@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -492,6 +493,28 @@ def test_a_waiting_prompt_brings_in_the_hot_pages_of_its_prefix_once() -> None:
     assert server.choose(req) is None
     assert on_device(server, prefix) == prefix[[11, 15]].tolist()
     assert (server.admission.waits, server.pager.warmed_pages) == (2, 3)
+
+
+def test_a_request_is_judged_by_what_was_in_force_when_it_arrived() -> None:
+    """The HTTP process checks by the configuration at start; one that became impossible since is refused, not an error
+    in the scheduler, which still computes a token of what it aborts."""
+    server = Server()
+    server.lookahead.config = dataclasses.replace(server.config, policy="full")
+    req = request(5 * PAGE_SIZE, sets="321:4:0,2")
+    reason = server.admission.refusal(req)
+    assert reason is not None and "names sets and switches pruning off" in reason
+    req.origin_input_ids = req.full_untruncated_fill_ids = [0]
+    admitted = server.choose(req)
+    assert admitted is not None and admitted.how == IN_PLACE
+    assert server.admission.options(req).sets == ()
+
+
+def test_options_that_did_not_come_through_http_are_refused_as_a_request() -> None:
+    server = Server()
+    req = request(100, budget="much")
+    assert server.admission.options(req).budget == server.config.budget, "SGLang aborted it before it was asked about"
+    assert server.choose(req) is not None
+    assert "custom_params.lsa.budget is 'much'" in str(server.admission.refusal(request(100, budget="much")))
 
 
 def test_hot_pages_do_not_take_what_is_promised() -> None:

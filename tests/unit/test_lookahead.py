@@ -15,6 +15,7 @@ from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import align_up, pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Random, Recency, Request
+from sglang_lsa.radix_ext.ledger import LedgerError
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.resident_table import ResidentTable
@@ -790,6 +791,49 @@ def test_sets_that_were_not_predicted_do_not_shrink(kind: str) -> None:
     assert (request.shrunk, server.lookahead.shrunk, server.lookahead.failures) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(("lead", "lag"), [(0, 0), (LEAD, LAG)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["dense steps", "given later"])
+def test_a_request_that_still_reads_everything_gets_its_first_set_under_pressure(
+    kind: str, lead: int, lag: int
+) -> None:
+    """Before it is failed for want of a page."""
+    server = Server(lead, lag, window=LONG)
+    server.wanted.values = {2: 5.0, 4: 4.0}
+    steps, sets = (1000, ()) if kind == "dense steps" else (0, given_sets("1000:14:0,3"))
+    request = server.prefill("a", 12 * PAGE_SIZE, dense_steps=steps, sets=sets)
+    server.decode(request)
+    assert request.tail_start == 0
+    server.lookahead.shrink([request], 1)
+    assert server.read(request) == [0, 2, 4]
+    assert server.held_positions(request) == [0, 2, 4, 12]
+    assert (request.shrunk, server.lookahead.failures, server.lookahead.stalls) == (1, 0, 0)
+    for _ in range(12 * PAGE_SIZE + 1, 1000 if sets else 12 * PAGE_SIZE + 2 * LONG):
+        server.decode(request)
+    assert request.window >= 1, "its own set at its time, or the next prediction"
+    if sets:
+        assert request.positions.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first set on its way", "prompt not done"])
+def test_pressure_completes_a_first_set_and_leaves_prompts_alone(first: bool) -> None:
+    server = Server(LEAD, LAG, window=LONG)
+    server.wanted.values = {2: 5.0, 4: 4.0}
+    request = server.prefill("a", 12 * PAGE_SIZE)
+    assert request.next is not None and request.next.positions is None
+    if not first:
+        request.tokens += 1
+    server.lookahead.shrink([request], 1)
+    assert (request.tail_start, request.shrunk) == ((12, 1) if first else (0, 0))
+
+
+def test_pages_that_stay_are_told_from_pages_without_a_score() -> None:
+    """A page kept in place of one that did not fit may have no score; it is the first to go, not one that stays."""
+    server, large, _ = two_requests()
+    large.ranks = np.array([np.inf, -np.inf, -np.inf, -np.inf, -np.inf, np.inf])
+    server.lookahead.shrink([large], 9)
+    assert server.read(large) == [0, 2, 11]
+
+
 def test_pages_that_another_request_reads_are_not_counted_as_let_go() -> None:
     server, large, small = two_requests()
     assert server.pager.hold("reader", large.pages[[4, 6, 8]])
@@ -866,6 +910,23 @@ def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
     assert server.read(request) == [0, 5, 6, 7]
     assert (request.failures, request.window) == (1, 2)
     server.pager.ledger.check()
+
+
+def test_an_inconsistent_ledger_is_not_a_failed_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a bug, never a consequence of load: nothing goes on over it."""
+    server, large, small = two_requests()
+
+    def broken(*arguments: object, **options: object) -> bool:
+        raise LedgerError("injected")
+
+    monkeypatch.setattr(server.pager, "hold_if_spare", broken)
+    with pytest.raises(LedgerError, match="injected"):
+        for _ in range(WINDOW):
+            server.decode(large)
+    monkeypatch.setattr(server.pager, "retain", broken)
+    with pytest.raises(LedgerError, match="injected"):
+        server.lookahead.shrink([small], 1)
+    assert server.lookahead.failures == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from promises import owed
 
 from sglang_lsa import prefill as prefill_module
+from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Request
@@ -652,6 +653,63 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
     assert not server.runtime.looks_first
 
 
+@pytest.mark.parametrize(("lead", "lag"), [(0, 0), (3, 2)], ids=["cpu", "gpu"])
+def test_a_choice_that_cannot_be_brought_in_is_not_read(lead: int, lag: int) -> None:
+    """The pool is tight, the first look has hot pages, and its queries ask for others: what is read is what is held."""
+    server = Server(budget=0.2)
+    server.lookahead.lead, server.lookahead.lag = lead, lag
+    memory = server.memory(40)
+    server.push_off()
+    for page in memory[6:14]:
+        server.ledger.heat.select(np.array([page]))
+    assert server.pager.hold("earlier", memory[6:14])
+    server.pager.forget("earlier")
+    server.neighbour(server.allocate(12))
+    server.wanted.values = {page: 10.0 - page / 100 for page in (20, 22, 24, 26, 28, 30)}
+    req = resident(server, memory, budget=0.2)
+    assert server.admit(req) == [RESIDENT]
+    (read,) = server.extend(req)
+    assert read.look is not None
+    looked, chosen = positions(req, read.look, server), positions(req, read.here, server)
+    assert set(looked) < set(chosen), "pages that the look reads cannot be given up while its pass runs"
+    assert {20, 22} <= set(chosen) and len(chosen) <= 8
+    assert server.lookahead.failures == 0
+    for _ in range(3):
+        found = server.decode(req)
+        assert set(found) <= set(server.slots(req, 0, req.computed))
+
+
+def test_what_the_rest_of_a_prompt_needs_is_not_taken_for_its_prefix() -> None:
+    """It let go of pages that another request had begun to share: less than a whole set can be had."""
+    server = Server(budget=0.3, physical=24)
+    memory = server.memory(40)
+    server.push_off()
+    server.wanted.values = {position: 2.0 for position in (10, 11, 12, 13, 14, 15, 16, 17, 18)}
+    req = resident(server, memory, own=8, budget=0.3)
+    assert server.admit(req) == [RESIDENT]
+    server.extend(req, a=44 * PAGE_SIZE)
+    server.neighbour(memory[10:19])
+    server.neighbour(server.allocate(max(0, server.pager.unpromised_pages)))
+    server.wanted.values = {position: 2.0 for position in (20, 21, 22, 23, 24, 25, 26, 27, 28)}
+    (read,) = server.extend(req, a=46 * PAGE_SIZE)
+    assert len(positions(req, read.here, server)) <= 12 + 4
+    server.extend(req)
+    assert (server.lookahead.failures, owed(server.pager)) == (0, {}), "none of its own pages was missing"
+
+
+def test_what_a_prompt_still_needs_is_its_own_while_its_pass_runs() -> None:
+    """Another request's refresh, between the beginning and the end of the pass, takes none of it."""
+    server = Server(budget=1.0)
+    req = server.request(20 * PAGE_SIZE)
+    assert server.admit(req) == [IN_PLACE]
+    batch, new_pages = server.batch({"a": 4 * PAGE_SIZE}, req)
+    server.runtime.before_forward(batch, new_pages)
+    assert owed(server.pager) == {"a": 16}
+    others = server.allocate(5)
+    assert not server.pager.hold_if_spare("other", others, 0)
+    assert server.pager.hold_if_spare("other", others[:4], 0)
+
+
 def test_a_policy_that_fails_leaves_the_most_recent_pages() -> None:
     server = Server(budget=0.25)
     memory = server.memory(20)
@@ -725,6 +783,33 @@ def test_until_its_first_window_a_request_reads_what_its_prompt_read() -> None:
         slot for page in memory[[0, 7, 21, 39]] for slot in range(page * 64, page * 64 + 64)
     ]
     assert found[4 * PAGE_SIZE :] == server.slots(req, 40 * PAGE_SIZE, req.computed)
+
+
+# --- a rid that is used again ----------------------------------------------------------------------------------------
+
+
+def test_a_rid_is_used_again_while_its_first_request_is_still_here() -> None:
+    """A client hung up and asks again: SGLang's HTTP process has forgotten the first, its scheduler has not."""
+    server = Server(budget=1.0)
+    first, second = server.request(5 * PAGE_SIZE, row=1), server.request(6 * PAGE_SIZE, row=2)
+    for req in (first, second):
+        assert server.admit(req) == [IN_PLACE]
+        server.extend(req)
+    keys = [key_of(first), key_of(second)]
+    assert keys == ["a", "a (2)"]
+    assert [server.runtime.requests[key].rid for key in keys] == ["a", "a"]
+    for _ in range(3):
+        for req in (first, second):
+            assert sorted(server.decode(req)) == server.slots(req, 0, req.computed)
+    server.runtime.request_gone(first)
+    assert list(server.runtime.requests) == server.ledger.holders() == ["a (2)"]
+    assert sorted(server.decode(second)) == server.slots(second, 0, second.computed)
+    third = server.request(2 * PAGE_SIZE, row=3)
+    server.admit(third)
+    assert key_of(third) == "a"
+    server.runtime.request_gone(server.request(PAGE_SIZE, row=4))  # aborted before it was admitted
+    assert sorted(server.runtime.admission.admitted) == ["a", "a (2)"]
+    server.runtime.check()
 
 
 # --- what is remembered ----------------------------------------------------------------------------------------------

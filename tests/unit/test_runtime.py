@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,6 +236,32 @@ def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exac
     if how is not None:
         runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
     assert runtime.is_exact(req) is exact
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_idle_server_checks_its_records_once(debug: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """What it finds is counted and said; it ends the server only with ``--lsa-debug``."""
+    runtime = make_runtime(debug=debug)
+    runtime.pager.ledger.allocate([1])
+    assert runtime.pager.hold("nobody", [1])
+    runtime.on_idle()
+    assert runtime.integrity_failures == 0, "no forward pass since the start"
+    batch = SimpleNamespace(
+        reqs=[],
+        seq_lens_cpu=torch.zeros(0, dtype=torch.int64),
+        forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: False),
+    )
+    for _ in range(2):
+        runtime.pager.forward_queued(runtime.before_forward(batch, np.zeros(0, dtype=np.int64)))
+        with caplog.at_level(logging.ERROR, logger="sglang_lsa"), _raises(RuntimeError if debug else None):
+            runtime.on_idle()
+        runtime.on_idle()
+    assert runtime.integrity_failures == 2
+    assert caplog.text.count("inconsistent, please report it: LSA: requests ['nobody'] are gone but hold pages") == 2
+
+
+def _raises(error: type[Exception] | None) -> AbstractContextManager[object]:
+    return pytest.raises(error) if error is not None else nullcontext()
 
 
 def test_nothing_of_a_request_that_is_gone_is_left() -> None:
