@@ -25,17 +25,31 @@ BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
-STATE_SPACE_KEYS = (
-    "linear_num_key_heads",
-    "linear_attn_config",
-    "mamba_d_state",
-    "mamba_d_ssm",
-    "ssm_state_size",
-    "hybrid_override_pattern",
+WINDOWED = (
+    "AfmoeForCausalLM",
+    "Cohere2ForCausalLM",
+    "Cohere2MoeForCausalLM",
+    "Exaone4ForCausalLM",
+    "ExaoneMoEForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "Gemma3nForCausalLM",
+    "Gemma3nForConditionalGeneration",
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "GptOssForCausalLM",
+    "LagunaForCausalLM",
+    "MellumForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM",
+    "Olmo2ForCausalLM",
+    "Step3p5ForCausalLM",
 )
-"""Keys of Hugging Face configurations of models whose layers do not all keep KV."""
+"""Models of SGLang whose layers see the window that their configuration names. It has others, which ignore it."""
 
-KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "fp16")
+KV_DTYPES = ("auto", "bfloat16", "bf16")
 
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     # (attribute, value that is fine, what to do)
@@ -64,6 +78,9 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
     ("dllm_algorithm", None, "remove --dllm-algorithm"),
     ("is_embedding", False, "serve embedding models without LSA"),
+    ("prefill_only_disable_kv_cache", False, "remove --prefill-only-disable-kv-cache: LSA needs a KV cache"),
+    ("enable_return_routed_experts", False, "remove --enable-return-routed-experts: experts are kept by place in KV"),
+    ("kv_canary", "none", "remove --kv-canary: it knows one number of a token's place in KV, LSA has two"),
     ("tokenizer_worker_num", 1, "use --tokenizer-worker-num 1"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
@@ -71,7 +88,7 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
 
 
 class Unsupported(ValueError):
-    """The server was asked for something that LSA cannot do; nothing was loaded.
+    """The server was asked for something that LSA cannot do; it serves nothing.
 
     Attributes:
         problems: one line each, with the value seen and what to do.
@@ -120,11 +137,6 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         for name, fine, fix in REFUSED_FLAGS
         if (seen := getattr(server_args, name, fine)) != fine
     ]
-    if server_args.kv_cache_dtype not in KV_DTYPES:
-        problems.append(
-            f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
-            f"use one of {', '.join(KV_DTYPES)}"
-        )
     problems += device_problems(server_args, config)
     if config.host_memory_gb is not None:
         try:
@@ -133,13 +145,27 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             )
         except ValueError as error:
             problems.append(str(error))
-    problems += model_problems(server_args.get_model_config(), config)
+    model = server_args.get_model_config()
+    problems += kv_problems(server_args, model) + model_problems(model, config)
     if config.record is not None:
         problems += folder_problems(config.record)
     if problems:
         raise Unsupported(problems)
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
+
+
+def kv_problems(server_args: Any, model: Any) -> list[str]:
+    """What about the type of KV cannot work, one line each, as far as flags decide it."""
+    asked, computed = server_args.kv_cache_dtype, str(model.dtype).removeprefix("torch.")
+    if asked not in KV_DTYPES:
+        return [f"--kv-cache-dtype {asked}: not supported with LSA yet: use one of {', '.join(KV_DTYPES)}"]
+    if server_args.device == "cuda" and asked != "auto" and computed != "bfloat16":
+        return [
+            f"--kv-cache-dtype {asked}, but the model computes in {computed}: not supported with LSA on a GPU yet: "
+            "leave the flag out, or use --dtype bfloat16"
+        ]
+    return []
 
 
 def folder_problems(path: str) -> list[str]:
@@ -179,20 +205,35 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
 
 
 def model_problems(model: Any, config: LSAConfig) -> list[str]:
-    """What about the model cannot work, one line each. ``model`` is SGLang's ModelConfig."""
+    """What about the model surely cannot work, one line each, before anything of it is loaded.
+
+    The rest is seen when it is: see :mod:`sglang_lsa.model_guard`.
+
+    Args:
+        model: SGLang's ModelConfig.
+    """
+    from sglang_lsa.model_guard import other_cache  # imports SGLang, which has made the model's configuration
+
     problems = []
-    name = model.model_path
-    if model.is_hybrid_swa or model.sliding_window_size is not None:
+    name, text = model.model_path, model.hf_text_config
+    if model.is_hybrid_swa or (model.sliding_window_size is not None and _is_windowed(model)):
         problems.append(f"{name} has sliding-window attention: not supported with LSA yet: use a dense model")
-    if getattr(model.attention_arch, "name", "MHA") != "MHA":
+    elif model.attention_chunk_size is not None:
+        problems.append(
+            f"{name} attends within chunks of {model.attention_chunk_size} tokens: not supported with LSA yet: "
+            "use a dense model"
+        )
+    if model.attention_arch.name != "MHA":
         problems.append(
             f"{name} has {model.attention_arch.name} attention: not supported with LSA yet: use an MHA/GQA model"
         )
-    text = model.hf_text_config
-    if any(getattr(text, key, None) for key in STATE_SPACE_KEYS):
+    elif model.head_dim != model.v_head_dim:
         problems.append(
-            f"{name} has state-space or linear-attention layers: not supported with LSA yet: use a dense model"
+            f"{name} has keys of {model.head_dim} numbers and values of {model.v_head_dim}: not supported with LSA "
+            "yet: use another model"
         )
+    if (layers := other_cache(model)) is not None:
+        problems.append(f"{name} has {layers} layers: not supported with LSA yet: use a dense model")
     if getattr(model, "is_multimodal", False):
         problems.append(f"{name} takes more than text: not supported with LSA yet: use a text model")
     if not model.is_generation:
@@ -204,6 +245,26 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     return problems
+
+
+def seen_after_load(server_args: Any) -> list[str]:
+    """What the configuration names and only a loaded model shows; the server refuses it then if need be."""
+    model, notes = server_args.get_model_config(), []
+    if model.sliding_window_size is not None and not _is_windowed(model):
+        notes.append(
+            f"its configuration names a sliding window of {model.sliding_window_size} tokens: whether SGLang's model "
+            "has it is seen when it is loaded, and the server refuses it then"
+        )
+    if server_args.kv_cache_dtype == "auto" and model.quantization is not None:
+        notes.append(
+            f"it is quantized ({model.quantization}): whether it asks for FP8 KV is seen when it is loaded, and the "
+            "server refuses it then; --kv-cache-dtype bfloat16 keeps KV in bfloat16"
+        )
+    return notes
+
+
+def _is_windowed(model: Any) -> bool:
+    return any(architecture in WINDOWED for architecture in model.hf_config.architectures or ())
 
 
 def shape_of(text: Any) -> ModelShape:
