@@ -32,7 +32,6 @@ WINDOWED = (
     "Exaone4ForCausalLM",
     "ExaoneMoEForCausalLM",
     "Gemma2ForCausalLM",
-    "Gemma2ForSequenceClassification",
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
     "Gemma3nForCausalLM",

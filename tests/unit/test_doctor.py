@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from sglang_lsa import SGLANG_VERSION
 from sglang_lsa.cli import main
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.doctor import command, kernels, machine, versions
@@ -35,7 +36,7 @@ from sglang_lsa.doctor.report import show
 from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
 from sglang_lsa.doctor.versions import package_finding, version_findings
 from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
-from sglang_lsa.patches.hook import SGLANG_VERSION, Hook
+from sglang_lsa.patches.hook import Hook
 from sglang_lsa.sizing import MemoryPlan
 
 EIGHT_B = {

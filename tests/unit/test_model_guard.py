@@ -268,14 +268,18 @@ def test_models_that_surely_cannot_work(
 
 
 NOT_LISTED = {
+    "CohereForCausalLM": "the model before Cohere2, without windows",
     "DFlashDraftModel": "speculative decoding",
     "DFlashLagunaForCausalLM": "speculative decoding",
     "EmbeddingGemmaModel": "does not generate",
     "Gemma4AssistantForCausalLM": "speculative decoding",
+    "Gemma4UnifiedAssistantForCausalLM": "speculative decoding",
     "IQuestLoopCoderForCausalLM": "names its window otherwise; refused when it is loaded",
     "InklingForConditionalGeneration": "hybrid by SGLang's word",
+    "InklingForConditionalGenerationMTP": "hybrid by SGLang's word",
     "JetNemotronForCausalLM": "keeps state",
     "LlamaForCausalLMEagle3": "speculative decoding",
+    "MiMoV2MTP": "hybrid by SGLang's word",
     "NemotronHForCausalLM": "keeps state",
     "NemotronHPuzzleForCausalLM": "keeps state",
     "UnlimitedOCRForCausalLM": "hybrid by SGLang's word",
@@ -297,7 +301,8 @@ def models_with_windows() -> Iterator[str]:
 
 
 def test_every_windowed_model_of_sglang_is_known() -> None:
-    found = set(models_with_windows())
+    # SGLang's transformers backend stands for any model; what it has is seen when it is loaded.
+    found = {name for name in models_with_windows() if not name.startswith("Transformers")}
     assert len(found) > 20
     assert sorted(found - set(WINDOWED) - set(NOT_LISTED)) == []
     assert sorted(set(WINDOWED) - found) == []
