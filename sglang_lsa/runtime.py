@@ -383,7 +383,7 @@ class LSARuntime:
         """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
         padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=self.pager.device)
         self.page_keys.complete(padding, padding)
-        queries = self.observer.buffer[0, :, 0]
+        queries = self.observer.buffer[0, :, 0].clone()
         for layer in self.observer.slot_of_layer:
             self.observer.observe(layer, queries[:1], rows, rows)
         scorers: list[Policy] = [Quest(self.observer, self.page_keys, 1.0)]
