@@ -12,9 +12,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import ModelShape
-from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.observe import observed_layers
+from sglang_lsa.models import model_problems
 from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 
 logger = logging.getLogger(__name__)
@@ -24,29 +22,6 @@ BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
 """Attention backend that LSA extends, by device; users name it as they do without LSA."""
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
-
-WINDOWED = (
-    "AfmoeForCausalLM",
-    "Cohere2ForCausalLM",
-    "Cohere2MoeForCausalLM",
-    "Exaone4ForCausalLM",
-    "ExaoneMoEForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Gemma3ForConditionalGeneration",
-    "Gemma3nForCausalLM",
-    "Gemma3nForConditionalGeneration",
-    "Gemma4ForCausalLM",
-    "Gemma4ForConditionalGeneration",
-    "GptOssForCausalLM",
-    "LagunaForCausalLM",
-    "MellumForCausalLM",
-    "MiMoV2FlashForCausalLM",
-    "MiMoV2ForCausalLM",
-    "Olmo2ForCausalLM",
-    "Step3p5ForCausalLM",
-)
-"""Models of SGLang whose layers see the window that their configuration names. It has others, which ignore it."""
 
 KV_DTYPES = ("auto", "bfloat16", "bf16")
 
@@ -201,77 +176,6 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
             if backend not in fine:
                 problems.append(f"--cuda-graph-backend-{phase} {backend}: not supported {where}: use {fine[-1]}")
     return problems
-
-
-def model_problems(model: Any, config: LSAConfig) -> list[str]:
-    """What about the model surely cannot work, one line each, before anything of it is loaded.
-
-    The rest is seen when it is: see :mod:`sglang_lsa.model_guard`.
-
-    Args:
-        model: SGLang's ModelConfig.
-    """
-    from sglang_lsa.model_guard import other_cache  # imports SGLang, which has made the model's configuration
-
-    problems = []
-    name, text = model.model_path, model.hf_text_config
-    if model.is_hybrid_swa or (model.sliding_window_size is not None and _is_windowed(model)):
-        problems.append(f"{name} has sliding-window attention: not supported with LSA yet: use a dense model")
-    elif model.attention_chunk_size is not None:
-        problems.append(
-            f"{name} attends within chunks of {model.attention_chunk_size} tokens: not supported with LSA yet: "
-            "use a dense model"
-        )
-    if model.attention_arch.name != "MHA":
-        problems.append(
-            f"{name} has {model.attention_arch.name} attention: not supported with LSA yet: use an MHA/GQA model"
-        )
-    elif model.head_dim != model.v_head_dim:
-        problems.append(
-            f"{name} has keys of {model.head_dim} numbers and values of {model.v_head_dim}: not supported with LSA "
-            "yet: use another model"
-        )
-    if (layers := other_cache(model)) is not None:
-        problems.append(f"{name} has {layers} layers: not supported with LSA yet: use a dense model")
-    if getattr(model, "is_multimodal", False):
-        problems.append(f"{name} takes more than text: not supported with LSA yet: use a text model")
-    if not model.is_generation:
-        problems.append(f"{name} does not generate text: serve it without LSA")
-    try:
-        if config.indexer:
-            MemoryIndexer.load(config.indexer).config.require_model(shape_of(text))
-        observed_layers(config, text.num_hidden_layers)
-    except ValueError as error:
-        problems.append(str(error))
-    return problems
-
-
-def seen_after_load(server_args: Any) -> list[str]:
-    """What the configuration names and only a loaded model shows; the server refuses it then if need be."""
-    model, notes = server_args.get_model_config(), []
-    if model.sliding_window_size is not None and not _is_windowed(model):
-        notes.append(
-            f"its configuration names a sliding window of {model.sliding_window_size} tokens: whether SGLang's model "
-            "has it is seen when it is loaded, and the server refuses it then"
-        )
-    if server_args.kv_cache_dtype == "auto" and model.quantization is not None:
-        notes.append(
-            f"it is quantized ({model.quantization}): whether it asks for FP8 KV is seen when it is loaded, and the "
-            "server refuses it then; --kv-cache-dtype bfloat16 keeps KV in bfloat16"
-        )
-    return notes
-
-
-def _is_windowed(model: Any) -> bool:
-    return any(architecture in WINDOWED for architecture in model.hf_config.architectures or ())
-
-
-def shape_of(text: Any) -> ModelShape:
-    """Of a Hugging Face configuration of a text model."""
-    q_heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
-    return ModelShape(text.hidden_size, text.num_hidden_layers, q_heads, kv_heads, head_dim)
 
 
 def _cuda() -> bool:

@@ -2,7 +2,7 @@
 
 What a configuration names is not what SGLang runs: Mistral-7B-v0.1 names a sliding window that no layer of SGLang's
 model has, and a checkpoint may ask for FP8 KV that no flag mentions. Here the layers and the pool speak for
-themselves. Refused before anything is loaded is only what is sure then; see :mod:`sglang_lsa.compatibility`.
+themselves. Refused before anything is loaded is only what is sure then; see :mod:`sglang_lsa.models`.
 """
 
 from __future__ import annotations

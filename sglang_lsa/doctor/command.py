@@ -158,8 +158,9 @@ def _server(
     args: argparse.Namespace, server_flags: Sequence[str], gpu: Gpu | None
 ) -> tuple[Server | None, tuple[Fit, ...], list[Finding]]:
     """The server that the flags would start, how many contexts it runs, and what is to be said about both."""
-    from sglang_lsa.compatibility import Unsupported, seen_after_load
+    from sglang_lsa.compatibility import Unsupported
     from sglang_lsa.doctor.server import Assumed, plan_server, resolve
+    from sglang_lsa.models import seen_after_load
 
     assumed = Assumed(_bytes(args.gpu_memory_gb), _bytes(args.free_host_memory_gb))
     why = "the server would refuse to start"

@@ -26,11 +26,12 @@ import torch
 
 from sglang_lsa import SGLANG_VERSION, compatibility
 from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems, shape_of
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.models import shape_of
 from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
 from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
