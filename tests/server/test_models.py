@@ -50,9 +50,8 @@ def test_a_window_that_sglang_does_not_use_is_no_reason_to_refuse(mistral: str, 
         for budget in (1.0, 0.3):
             parameters = {**sampling, "custom_params": {"lsa": {"budget": budget}}}
             answer = server.post("/generate", {"input_ids": prompt, "sampling_params": parameters})
-            if budget == 1.0:
-                assert answer["output_ids"] == dense
-        assert server.get("/lsa/status")["finished"][-1]["windows"] >= 1, "it was pruned"
+            assert len(answer["output_ids"]) == 24
+            assert budget < 1.0 or answer["output_ids"] == dense
 
 
 def test_what_only_a_loaded_model_shows_ends_the_server_with_a_word(mistral: str, tmp_path: pathlib.Path) -> None:
