@@ -8,7 +8,7 @@ from sglang_lsa.patches import (
     decode_cuda_graph_runner_can_run_graph,
     forward_batch_init_new,
     kv_cache_configurator_build_allocator,
-    kv_cache_configurator_build_mha_kv_pool,
+    kv_cache_configurator_build_token_to_kv_pool,
     kv_cache_configurator_config_from_budget,
     model_runner_forward,
     model_runner_init_post_memory_pool_components,
@@ -33,7 +33,7 @@ INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_
 
 SERVING: tuple[Hook, ...] = (
     kv_cache_configurator_config_from_budget.HOOK,
-    kv_cache_configurator_build_mha_kv_pool.HOOK,
+    kv_cache_configurator_build_token_to_kv_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,
     forward_batch_init_new.HOOK,

@@ -17,8 +17,9 @@ PAGE_SIZE = 64
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 MOST_WATCHED = 256
-MOST_LOOKED_UP = 64
 """Pages whose scores a request may ask for."""
+MOST_LOOKED_UP = 64
+"""Tokens at the end of a text that a request may ask to have occurred before."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 

@@ -24,7 +24,7 @@ from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
-from sglang_lsa.kernels.page_table import physical_slots
+from sglang_lsa.kernels.page_table import decode_indices, lanes_for, physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
 from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers, observed_positions
@@ -421,7 +421,7 @@ class LSARuntime:
         """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
         padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=self.pager.device)
         self.page_keys.complete(padding, padding)
-        queries = self.observer.buffer[0, :, 0]
+        queries = self.observer.buffer[0, :, 0].clone()
         for layer in self.observer.slot_of_layer:
             self.observer.observe(layer, queries[:1], rows, rows)
         scorers: list[Policy] = [Quest(self.observer, self.page_keys, 1.0)]
@@ -433,6 +433,12 @@ class LSARuntime:
             for scorer in scorers:
                 scorer.score(request, np.zeros(pages, dtype=np.int64))
         physical_slots(rows, self.pager.v2p, PAGE_SIZE)
+        for batch in sorted({lanes_for(requests) for requests in range(1, self.table.rows)}):
+            many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
+            indptr = torch.zeros(batch + 1, dtype=torch.int32, device=rows.device)
+            tables = self.table.table, self.req_to_token, self.pager.v2p
+            for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
+                decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
         self.pager.transfer.store(padding, padding, lambda: None)
         self.pager.transfer.wait()
         for layer_by_layer in (False, True):

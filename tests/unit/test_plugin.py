@@ -24,15 +24,16 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lsa import compatibility
+from sglang_lsa import SGLANG_VERSION, compatibility
 from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems, shape_of
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
+from sglang_lsa.models import shape_of
 from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
-from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
+from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
 from sglang_lsa.patches.table import INTAKE, SERVING
@@ -232,6 +233,8 @@ REFUSED: list[tuple[str, str]] = [
     ("--page-size 1", "--page-size 1: .*use --page-size 64"),
     ("--radix-cache-backend other", "--radix-cache-backend other: .*remove --radix-cache-backend"),
     ("--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype fp8_e4m3: .*use one of auto, bfloat16"),
+    ("--enable-return-routed-experts", "--enable-return-routed-experts True: .*remove"),
+    ("--kv-canary log", "--kv-canary log: .*remove --kv-canary"),
     ("--device cuda", "--device cuda: .*use --device cpu"),
     ("--attention-backend triton", "--attention-backend triton: .*use torch_native"),
     ("--prefill-attention-backend triton", "--prefill-attention-backend triton: .*use|remove"),
@@ -537,12 +540,6 @@ def test_every_hook_file_is_in_the_table() -> None:
     assert len(set(TARGETS)) == len(TARGETS)
 
 
-def test_both_places_name_the_same_sglang() -> None:
-    import sglang_lsa
-
-    assert sglang_lsa.SGLANG_VERSION == SGLANG_VERSION
-
-
 def test_checking_a_hook_that_fits() -> None:
     fits = Hook("json.dumps", "after", len, ("obj", "indent"), "why", "until", "test")
     fits.check()
@@ -836,8 +833,14 @@ def arguments(**changed: Any) -> SimpleNamespace:
         model_path="model",
         is_hybrid_swa=False,
         sliding_window_size=None,
+        attention_chunk_size=None,
         attention_arch=SimpleNamespace(name="MHA"),
+        head_dim=64,
+        v_head_dim=64,
+        dtype="torch.bfloat16",
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"], get_text_config=lambda: text),
         hf_text_config=text,
+        linear_attn_registry_result=None,
         is_generation=True,
         num_hidden_layers=30,
     )
@@ -873,13 +876,8 @@ def test_every_listed_flag_is_refused(name: str, fine: Any, fix: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"sliding_window_size": 4096}, "model has sliding-window attention: .*use a dense model"),
-        ({"is_hybrid_swa": True}, "model has sliding-window attention"),
+        ({"is_hybrid_swa": True}, "model has sliding-window attention: .*use a dense model"),
         ({"attention_arch": SimpleNamespace(name="MLA")}, "model has MLA attention: .*use an MHA/GQA model"),
-        (
-            {"hf_text_config": SimpleNamespace(hidden_size=576, num_hidden_layers=30, mamba_d_state=16)},
-            "model has state-space or linear-attention layers: .*use a dense model",
-        ),
         ({"is_generation": False}, "model does not generate text: serve it without LSA"),
     ],
 )
@@ -953,6 +951,18 @@ def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None
     write_indexer(tmp_path)
     with pytest.raises(Unsupported, match=r"--lsa-observe-layers 1,2: the indexer .* leave the flag out"):
         attach(arguments(), LSAConfig(indexer=str(tmp_path), observe_layers=(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bf16"])
+def test_kv_of_another_type_than_the_model_is_refused_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of FlashInfer name one type for both; on a CPU what is read is converted."""
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    changed = {"kv_cache_dtype": name, "model": {"dtype": "torch.float16"}}
+    assert attach(arguments(**changed), LSAConfig())
+    changed |= {"device": "cuda", "attention_backend": "flashinfer", "model": {"dtype": "torch.float16"}}
+    with pytest.raises(Unsupported, match=f"--kv-cache-dtype {name}, but the model computes in float16: .*leave the"):
+        attach(arguments(**changed), LSAConfig())
+    assert attach(arguments(**{**changed, "model": {"dtype": "torch.bfloat16"}}), LSAConfig())
 
 
 def test_defaults_leave_what_was_given() -> None:
