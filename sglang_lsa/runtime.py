@@ -28,6 +28,7 @@ from sglang_lsa.kernels.page_table import physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
 from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers, observed_positions
+from sglang_lsa.one_request import Finished, finished
 from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
 from sglang_lsa.policies import Policy, Quest, Random, Recency, Request
 from sglang_lsa.prefill import Prefill
@@ -36,16 +37,16 @@ from sglang_lsa.reading import RESIDENT
 from sglang_lsa.resident_table import PAGES, ResidentTable
 from sglang_lsa.sizing import graph_tokens, longest_dense, max_resident_pages
 from sglang_lsa.staging import Staging, sums_bytes
-from sglang_lsa.status import describe_finished
+from sglang_lsa.status import Decoding
 
 logger = logging.getLogger(__name__)
 
 HEALTH_CHECK = "HEALTH_CHECK"
 """SGLang's prefix for the requests that it sends to itself."""
 METRICS_EVERY = 16
-"""Decode steps between two updates of the Prometheus metrics."""
+"""Forward passes between two updates of the Prometheus metrics, and between two looks at what decode needs."""
 FINISHED_REMEMBERED = 64
-"""Requests whose residency stays visible in the status after they finished."""
+"""Requests that can be asked about after they finished."""
 
 
 class LSARuntime:
@@ -136,8 +137,10 @@ class LSARuntime:
         self.prefill = Prefill(pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
         if self.on_gpu:
             self._compile_kernels()
-        self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
+        self.finished: deque[Finished] = deque(maxlen=FINISHED_REMEMBERED)
         self.finished_requests = 0
+        self.decoding: dict[int, Decoding] = {}
+        """By the number of requests that decode together."""
         self.failed_batches = 0
         """Batches whose requests were failed because memory ran out while they were computed."""
         self.host_evicted_pages = 0
@@ -259,6 +262,10 @@ class LSARuntime:
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
+        if number % METRICS_EVERY == 0 and batch.forward_mode.is_decode() and not self.pager.reserved:
+            seen = self.decoding.setdefault(len(batch.reqs), Decoding())
+            seen.samples += 1
+            seen.held_pages += self.pager.ledger.held_pages
         if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
             self._update_metrics()
 
@@ -355,7 +362,7 @@ class LSARuntime:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
             self.finished_requests += 1
-            self.finished.append(describe_finished(self, request))
+            self.finished.append(finished(self, request))
         self._update_metrics()
 
     def on_idle(self) -> None:
