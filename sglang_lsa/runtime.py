@@ -76,6 +76,7 @@ class LSARuntime:
         metrics: Metrics | None = None,
     ):
         self.pager, self.req_to_token = pager, req_to_token
+        pager.page_index.checked = config.debug
         rows, self.max_context = req_to_token.shape
         keys = pager.keys
         layers = observed_layers(config, len(keys))
@@ -314,23 +315,25 @@ class LSARuntime:
 
     # -- radix tree ----------------------------------------------------------------------------------------------
 
-    def virtual_pages(self, req: Any, tokens: int) -> np.ndarray:
-        """Virtual pages of a request's first ``tokens`` tokens, int64 ``[pages]``, read from SGLang's table."""
-        return pages_of(self.req_to_token[req.req_pool_idx, :tokens:PAGE_SIZE])
+    def pages_known(self, req: Any) -> np.ndarray | None:
+        """Virtual pages of a request's tokens in SGLang's table, int64 ``[pages]``; None if it was never computed."""
+        request = self.requests.get(req.rid)
+        return request.pages if request is not None and request.row == req.req_pool_idx else None
 
-    def pages_replaced(self, req: Any, tokens: int, known: torch.Tensor) -> None:
+    def pages_replaced(self, req: Any, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
 
         Args:
             tokens: how many tokens of the request have KV.
-            known: int64 ``[n * page]`` the tree's slots of its first tokens.
+            own: its pages as far as they are known; under the overlap scheduler it may have opened one more since.
+            shared: the tree's pages of its first tokens.
         """
         request = self.requests.get(req.rid)
-        # What was prefilled so far; under the overlap scheduler the request may have opened another page since.
-        own = request.pages if request is not None else self.virtual_pages(req, tokens)
+        if own is None:
+            slots = self.req_to_token[req.req_pool_idx, :tokens]
+            own = self.pager.page_index.pages(slots)
         before = own[: pages_spanned(tokens)]
         after = before.copy()
-        shared = pages_of(known[::PAGE_SIZE])
         after[: len(shared)] = shared
         if (before == after).all():
             return

@@ -68,6 +68,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "refresh_device_seconds": lookahead.device_seconds,
         "stalls": lookahead.stalls,
         "graphless_steps": runtime.graphless_steps,
+        "page_reads": pager.page_index.reads,
         "fallbacks": lookahead.fallbacks,
         "widened_sets": lookahead.widened,
         "collapsed_sets": lookahead.collapsed,
