@@ -19,7 +19,7 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from sglang_lsa import cli
-from sglang_lsa.bench import prefill, report, serving
+from sglang_lsa.bench import overhead, prefill, report, serving
 from sglang_lsa.bench.client import RequestFailed, Stream, run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures, stock_kv_bytes
@@ -715,3 +715,38 @@ def test_what_prefill_is_asked_to_measure(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [asked["workloads"] for asked in seen] == [["ttft", "question"], ["question"]]
     assert [asked["repeats"] for asked in seen] == [3, 5]
     assert seen[0]["output"] == tmp_path
+
+
+# --- the scheduler's own time ----------------------------------------------------------------------------------------
+
+
+def test_overhead_is_that_of_requests_that_are_pruned_and_refreshed(tmp_path: pathlib.Path) -> None:
+    """Times themselves are for machines that do nothing else."""
+    scheduler = overhead.Scheduler(2, 4096)
+    for _ in range(2):
+        scheduler.prefill(4096)
+    scheduler.crowd()
+    for _ in range(70):
+        scheduler.decode()
+    lookahead, requests = scheduler.runtime.lookahead, scheduler.runtime.requests.values()
+    assert lookahead.refreshes >= 4 and lookahead.failures == lookahead.stalls == 0
+    assert all(len(request.positions) < 20 and request.tail_start >= 64 for request in requests)
+    assert scheduler.pager.ledger.recalls > 0, "pages come from the mirror"
+
+
+def test_overhead_says_what_was_measured(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead, "LONG", 8192)
+    monkeypatch.setattr(overhead, "LONG_WINDOWS", 3)
+    assert (
+        cli.main(["bench", "overhead", "--requests", "1", "--tokens", "2048", "--output", str(tmp_path / "o.json")])
+        == 0
+    )
+    found = json.loads((tmp_path / "o.json").read_text())
+    (row,) = found["batches"]
+    assert (row["requests"], row["tokens"], found["end"]["tokens"], found["end"]["windows"]) == (1, 2048, 8192, 5)
+    assert all(value > 0 for value in row.values()) and found["end"]["end_ms"] > 0
+    assert "end of a request of 8,192 tokens, 5 windows" in capsys.readouterr().out
+    assert cli.main(["bench", "overhead", "--tokens", "64"]) == 1
+    assert "1,024 tokens or more" in capsys.readouterr().err
