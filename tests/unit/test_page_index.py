@@ -182,6 +182,26 @@ def test_a_prefix_is_known(server: Server) -> None:
     server.check()
 
 
+@pytest.mark.parametrize("running", [0, 1000], ids=["admitted", "waits"])
+def test_admission_waits_for_nothing(running: int) -> None:
+    """Also not in every scheduling pass in which the head of the queue has no room, when hot pages are sent for."""
+    server = Server(guarded=True)
+    server.end(server.come("a", text(1, 300)))
+    tokens = array("q", text(1, 300) + text(2, 100))
+    found = server.tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, None)))
+    parameters = SimpleNamespace(custom_params=None, max_new_tokens=10)
+    req = SimpleNamespace(
+        rid="b", full_untruncated_fill_ids=tokens, origin_input_ids=tokens, sampling_params=parameters
+    )
+    req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
+    admitted = server.runtime.admission.choose(req, running, [], 512)
+    assert (admitted is None) == (server.runtime.admission.waits == 1) == (running > 0)
+    if admitted is not None:
+        assert admitted.prefix.tolist() == [slot // PAGE_SIZE for slot in seen(req.prefix_indices[::PAGE_SIZE])]
+        server.runtime.admission.promise(req, admitted)
+    assert server.index.reads == 0
+
+
 def test_a_split_is_known(server: Server) -> None:
     server.end(server.come("a", text(1, 320)))
     server.come("b", text(1, 150) + text(2, 200))
