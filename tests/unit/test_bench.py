@@ -26,6 +26,7 @@ from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures
 from sglang_lsa.bench.shapes import SHAPES
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.server_process import ServerFailed
+from sglang_lsa.status import status as status_of
 
 GB = 1 << 30
 VOCABULARY = 128256
@@ -732,6 +733,25 @@ def test_overhead_is_that_of_requests_that_are_pruned_and_refreshed(tmp_path: pa
     assert lookahead.refreshes >= 4 and lookahead.failures == lookahead.stalls == 0
     assert all(len(request.positions) < 20 and request.tail_start >= 64 for request in requests)
     assert scheduler.pager.ledger.recalls > 0, "pages come from the mirror"
+
+
+def test_what_decode_holds_is_sampled_while_no_prompt_waits() -> None:
+    """For ``held_bytes``: one look at 16 passes costs a step nothing that can be seen."""
+    scheduler = overhead.Scheduler(2, 2048)
+    for _ in range(2):
+        scheduler.prefill(2048)
+    held = []
+    for _ in range(48):
+        scheduler.decode()
+        held.append(scheduler.pager.ledger.held_pages)
+    seen = scheduler.runtime.decoding
+    assert list(seen) == [2]
+    assert seen[2].samples == 3 and min(held) <= seen[2].held_pages / 3 <= max(held)
+    scheduler.pager.reserved["r3"] = 1
+    for _ in range(16):
+        scheduler.decode()
+    assert seen[2].samples == 3
+    assert status_of(scheduler.runtime)["decoding"] == {"2": {"samples": 3, "held_pages": seen[2].held_pages}}
 
 
 def test_overhead_says_what_was_measured(
