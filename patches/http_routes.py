@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 
 from sglang_lsa.control import is_foreign
 from sglang_lsa.one_request import formatted
@@ -15,7 +16,6 @@ from sglang_lsa.view.guard import HEADERS
 
 def add_routes() -> None:
     """Add the routes to SGLang's HTTP application; call before the server starts."""
-    from fastapi import APIRouter
     from sglang.srt.entrypoints import http_server
 
     from sglang_lsa.patches.control_route import add_control_route
@@ -23,12 +23,23 @@ def add_routes() -> None:
 
     router = APIRouter()
     add_view_route(router)
+    add_status_routes(router, lambda: http_server._global_state.tokenizer_manager)
+    http_server.app.include_router(router)
+    add_control_route(http_server.app)
+
+
+def add_status_routes(router: APIRouter, manager: Callable[[], Any]) -> None:
+    """Add what is told of a server and of its requests.
+
+    Args:
+        manager: returns SGLang's tokenizer manager; asked when a route is used, since it is made after them.
+    """
 
     @router.get("/lsa/status")
     async def status(request: Request) -> Response:
         """Counters of the first scheduler, see ``sglang_lsa.status``."""
         refuse_foreign(request)
-        (first, *_) = await ask(_manager())
+        (first, *_) = await ask(manager())
         return _json(json.dumps(first))
 
     @router.get("/lsa/requests")
@@ -36,11 +47,8 @@ def add_routes() -> None:
         """All that is known of the requests with this id; without one, a few numbers of those that run and of the last
         ones that finished. See ``sglang_lsa.one_request``."""
         refuse_foreign(request)
-        found = await ask(_manager(), requests=True, named=rid)
+        found = await ask(manager(), requests=True, named=rid)
         return _json(await asyncio.to_thread(_written, found))  # long ones take a while, and others want an answer
-
-    http_server.app.include_router(router)
-    add_control_route(http_server.app)
 
 
 async def ask(manager: Any, **what: Any) -> list[dict[str, Any]]:
@@ -91,9 +99,3 @@ def _written(found: list[dict[str, Any]]) -> str:
 
 def _json(text: str) -> Response:
     return Response(text, media_type="application/json", headers=HEADERS)
-
-
-def _manager() -> Any:
-    from sglang.srt.entrypoints import http_server
-
-    return http_server._global_state.tokenizer_manager

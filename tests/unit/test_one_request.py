@@ -7,14 +7,18 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from fastapi import HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi.testclient import TestClient
+from sglang.srt.managers import io_struct
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
 from sglang_lsa.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
-from sglang_lsa.patches.http_routes import ask, refuse_foreign, together
+from sglang_lsa.patches.http_routes import add_status_routes, ask, refuse_foreign, together
+from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
 from sglang_lsa.policies import HISTORY_WINDOWS, Request, Window
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.runtime import FINISHED_REMEMBERED, LSARuntime
@@ -179,6 +183,45 @@ def test_a_scheduler_that_cannot_say() -> None:
     with pytest.raises(HTTPException, match="could not describe itself") as refused:
         asyncio.run(ask(manager, requests=True, named="a"))
     assert refused.value.status_code == 500
+
+
+@pytest.fixture
+def client(runtime: LSARuntime) -> TestClient:
+    """HTTP over the real messages and routes, and a scheduler that has this runtime; no process in between."""
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=runtime)))
+
+    async def communicate(message: Any) -> list[Any]:
+        answer = tell(scheduler, io_struct._msgpack_decoder.decode(msgspec.msgpack.encode(message)))
+        return [io_struct._msgpack_decoder.decode(msgspec.msgpack.encode(answer))]
+
+    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, lsa_status_communicator=communicate)
+    app = FastAPI()
+    add_status_routes(router := APIRouter(), lambda: manager)
+    app.include_router(router)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def test_over_http(runtime: LSARuntime, client: TestClient) -> None:
+    running(runtime, "a/b &c", 2)
+    running(runtime, "other")
+    assert client.get("/lsa/status").json() == json.loads(json.dumps(status(runtime)))
+    answer = client.get("/lsa/requests", params={"rid": "a/b &c"})
+    assert answer.json() == told(runtime, "a/b &c")
+    assert answer.headers["cache-control"] == "no-store"
+    assert client.get("/lsa/requests", params={"rid": ""}).json()["running"] == []
+    assert client.get("/lsa/requests").json() == json.loads(json.dumps(overview(runtime)))
+    for path in ("/lsa/status", "/lsa/requests", "/lsa/requests?rid=other"):
+        assert client.get(path, headers={"Origin": "http://elsewhere"}).status_code == 403
+
+
+def test_a_description_that_fails_costs_one_answer(
+    runtime: LSARuntime, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    running(runtime, "a", 1).positions = np.array([99])
+    answer = client.get("/lsa/requests", params={"rid": "a"})
+    assert answer.status_code == 500 and "the scheduler could not describe itself: IndexError" in answer.text
+    assert "it goes on" in caplog.text
+    assert client.get("/lsa/status").status_code == 200
 
 
 @pytest.mark.parametrize(
