@@ -14,7 +14,6 @@ from sglang_lsa.admission import Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.kernels.page_table import decode_indices_reference
 from sglang_lsa.metrics import COUNTERS, GAUGES, measure
-from sglang_lsa.patches.pool_stats_observer_get_pool_stats import HOOK
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
@@ -142,25 +141,6 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     shown |= {"lsa_virtual_pages": 64, "lsa_host_mirror_bytes": runtime.pager.mirror.nbytes, "lsa_budget": 0.135}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)
-
-
-@pytest.mark.parametrize(
-    ("held", "promised", "virtual", "seen"),
-    [(0, 0, 0.5, (320, 0.5)), (10, 20, 0.129, (480, 0.75)), (40, 40, 0.5, (640, 1.0)), (1, 0, 0.025, (16, 0.025))],
-    ids=["virtual", "device", "full", "equal"],
-)
-def test_load_is_the_larger_share(held: int, promised: int, virtual: float, seen: tuple[int, float]) -> None:
-    runtime = make_runtime()
-    runtime.pager.reserved["a"] = promised
-    pages = np.arange(1, held + 1)
-    runtime.pager.ledger.allocate(pages)
-    assert runtime.pager.hold("b", pages)
-    stats = SimpleNamespace(full_token_usage=virtual, full_num_used=round(640 * virtual), full_available_size=7)
-    observer = SimpleNamespace(
-        token_to_kv_pool_allocator=SimpleNamespace(pager=runtime.pager), max_total_num_tokens=640
-    )
-    assert HOOK.function(stats, observer) is None, "SGLang keeps its own result"
-    assert (stats.full_num_used, stats.full_token_usage, stats.full_available_size) == (*seen, 7)
 
 
 def test_counters_are_those_of_their_owners() -> None:
