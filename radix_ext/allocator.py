@@ -68,6 +68,7 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         super().clear()
         self._free_on_host = np.arange(1, self.num_pages + 1, dtype=np.int64)
         self._new_pages: list[np.ndarray] = []
+        self._freed_in_group: list[np.ndarray] = []
 
     def take_new_pages(self) -> np.ndarray:
         """Virtual pages handed out since the last call, in the order of SGLang's batch, int64 ``[n]``."""
@@ -87,7 +88,7 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
 
     def free_group_begin(self):
         super().free_group_begin()
-        self._freed_in_group: list[np.ndarray] = []
+        self._freed_in_group = []
 
     def free_group_end(self):
         super().free_group_end()
