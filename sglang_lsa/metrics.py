@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from sglang_lsa.radix_ext.pager import Pager
     from sglang_lsa.runtime import LSARuntime
 
 
@@ -116,6 +117,12 @@ class Metrics:
         for name, counter in self.counters.items():
             counter.inc(values[name] - self.shown[name])
         self.shown = values
+
+
+def device_share(pager: Pager) -> float:
+    """Part of the device pool that requests hold or were promised: what a prompt that comes now cannot have."""
+    taken = pager.ledger.held_pages + pager.reservations.total
+    return min(1.0, taken / pager.ledger.physical_pages)
 
 
 def measure(runtime: LSARuntime) -> dict[str, float]:

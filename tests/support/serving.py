@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 
+from sglang_lsa.client import get_requests
 from sglang_lsa.server_process import ServerProcess
 
 
@@ -54,6 +55,21 @@ def flush(server: ServerProcess) -> None:
     assert status["physical"]["held"] + status["physical"]["cached"] == 0
 
 
+def finished_request(server: ServerProcess, rid: str) -> dict:
+    """All that the server knows of the request of this name that finished last."""
+    return get_requests(server.url, rid)["finished"][-1]
+
+
+def running_requests(server: ServerProcess) -> list[dict]:
+    """The running requests, each in a few numbers."""
+    return get_requests(server.url)["running"]
+
+
+def is_busy(server: ServerProcess) -> bool:
+    """Whether any request is running."""
+    return server.get("/lsa/status")["running"]["requests"] > 0
+
+
 def assert_idle(server: ServerProcess) -> None:
     """The server is alive, serves nobody, and no device page is held or promised. Its ledger checked itself."""
     status = wait_until_idle(server)
@@ -66,9 +82,9 @@ def wait_until_idle(server: ServerProcess, polls: int = 600) -> dict:
     """Status once no request is running."""
     for _ in range(polls):
         status = server.get("/lsa/status")
-        if not status["requests"]:
+        if not status["running"]["requests"]:
             return status
-    raise AssertionError(f"still running: {status['requests']}")
+    raise AssertionError(f"still running: {running_requests(server)}")
 
 
 Answer = list[tuple[int, dict[int, float]]]

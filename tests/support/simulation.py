@@ -526,7 +526,8 @@ class Simulation:
             return
         content = req.content(tokens)
         known = [node.page for node in self.tree.match(content)]
-        self.runtime.pages_replaced(req, tokens, _slots(known))
+        own = self.runtime.pages_known(req)
+        self.runtime.pages_replaced(req, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(content, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)

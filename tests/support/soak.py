@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
+from sglang_lsa.client import get_requests
 from sglang_lsa.server_process import LSA, ServerProcess
 
 VOCABULARY = (1000, 40_000)
@@ -168,11 +169,17 @@ class Soak:
 
     def _remember(self) -> None:
         """The server shows its last 64 finished requests: take note of them before others take their place."""
-        status = self.server.get("/lsa/status")
-        with self.lock:
-            for entry in status["finished"]:
-                stay = Admission(*(entry[name] for name in ("prompt_tokens", "sets", "shrunk", "stalls", "prefill")))
-                self.finished[entry["rid"]][entry["number"]] = stay
+        for entry in get_requests(self.server.url)["finished"]:
+            with self.lock:
+                known = entry["number"] in self.finished[entry["rid"]]
+            if not known:
+                self._remember_one(entry["rid"])
+
+    def _remember_one(self, rid: str) -> None:
+        for entry in get_requests(self.server.url, rid)["finished"]:
+            stay = Admission(*(entry[name] for name in ("prompt_tokens", "sets", "shrunk", "stalls", "prefill")))
+            with self.lock:
+                self.finished[rid][entry["number"]] = stay
 
     def _post_quietly(self, path: str, content: dict) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=600)

@@ -297,6 +297,6 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     assert runtime.pager.reservations.holders() == []
     assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
-    assert [(done["rid"], done["number"]) for done in runtime.finished] == [("a", 1)]
+    assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
     assert runtime.finished_requests == 1
