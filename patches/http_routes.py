@@ -10,6 +10,8 @@ def add_routes() -> None:
     from fastapi import APIRouter
     from sglang.srt.entrypoints import http_server
 
+    # With several HTTP workers this process passes their messages on, and must be able to read them.
+    import sglang_lsa.patches.config_messages  # noqa: F401
     from sglang_lsa.patches.control_route import add_control_route
     from sglang_lsa.patches.view_route import add_view_route
 

@@ -15,16 +15,19 @@ from sglang_lsa.patches import (
     prefill_adder_add_chunked_req,
     prefill_adder_add_one_req,
     schedule_batch_check_decode_mem,
+    scheduler_add_request_to_queue,
     scheduler_get_internal_state,
-    scheduler_init_req_max_new_tokens,
+    scheduler_get_new_batch_prefill_raw,
     scheduler_init_request_dispatcher,
     scheduler_on_idle,
     scheduler_run_batch,
+    scheduler_weight_updater_manager_flush_cache,
     server_args_add_cli_args,
     server_args_from_cli_args,
     server_args_init,
     tokenizer_control_mixin_init_communicators,
     tokenizer_manager_validate_one_request,
+    uvicorn_run,
 )
 from sglang_lsa.patches.hook import Hook, IncompatibleSGLang, check_version
 
@@ -39,7 +42,9 @@ SERVING: tuple[Hook, ...] = (
     forward_batch_init_new.HOOK,
     decode_cuda_graph_runner_can_run_graph.HOOK,
     scheduler_run_batch.HOOK,
-    scheduler_init_req_max_new_tokens.HOOK,
+    scheduler_add_request_to_queue.HOOK,
+    scheduler_get_new_batch_prefill_raw.HOOK,
+    scheduler_weight_updater_manager_flush_cache.HOOK,
     scheduler_get_internal_state.HOOK,
     scheduler_init_request_dispatcher.HOOK,
     scheduler_on_idle.HOOK,
@@ -49,6 +54,7 @@ SERVING: tuple[Hook, ...] = (
     schedule_batch_check_decode_mem.HOOK,
     tokenizer_manager_validate_one_request.HOOK,
     tokenizer_control_mixin_init_communicators.HOOK,
+    uvicorn_run.HOOK,
 )
 
 

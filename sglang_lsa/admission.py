@@ -89,6 +89,15 @@ class Admission:
             req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
         return req.lsa_options
 
+    def longest(self, req: Any) -> int | None:
+        """Tokens that this prompt may have at most because it must be whole on the device; None if it need not be.
+
+        Raises:
+            ValueError: it asked for something impossible.
+        """
+        whole = self.chunk_tokens is None or self.options(req).dense
+        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+
     def refusal(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
         try:

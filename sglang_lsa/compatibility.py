@@ -64,7 +64,6 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
     ("dllm_algorithm", None, "remove --dllm-algorithm"),
     ("is_embedding", False, "serve embedding models without LSA"),
-    ("tokenizer_worker_num", 1, "use --tokenizer-worker-num 1"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
 )
@@ -125,7 +124,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
             f"use one of {', '.join(KV_DTYPES)}"
         )
-    problems += device_problems(server_args, config)
+    problems += worker_problems(server_args) + device_problems(server_args, config)
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -140,6 +139,23 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         raise Unsupported(problems)
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
+
+
+def worker_problems(server_args: Any) -> list[str]:
+    """What cannot work with several HTTP workers, one line each."""
+    workers = getattr(server_args, "tokenizer_worker_num", 1)
+    if workers == 1:
+        return []
+    where = f"not supported with --tokenizer-worker-num {workers}"
+    # SGLang's workers end when there is an API key, and look for no administrator's, who /lsa/config is for.
+    problems = [
+        f"--{name}: {where}: SGLang checks no keys there; use one worker, or let a proxy check them"
+        for name in ("api-key", "admin-api-key")
+        if getattr(server_args, name.replace("-", "_"), None)
+    ]
+    if getattr(server_args, "enable_http2", False):
+        problems.append(f"--enable-http2: {where}: the workers would serve without LSA; remove one of the two")
+    return problems
 
 
 def folder_problems(path: str) -> list[str]:
