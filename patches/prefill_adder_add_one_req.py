@@ -45,7 +45,7 @@ def limit_chunk(adder, how) -> None:
         adder.rem_chunk_tokens = min(adder.rem_chunk_tokens, how.chunk_tokens)
 
 
-# -- preemption (--enable-priority-scheduling) --------------------------------------------------------------------------
+# -- preemption (--enable-priority-scheduling) -------------------------------------------------------------------------
 
 
 def choose_after_preemption(adder, req):

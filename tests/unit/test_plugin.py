@@ -35,6 +35,7 @@ from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
 from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
+from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.policies import Recency
 from sglang_lsa.prefill import DevicePoolFull
@@ -566,7 +567,9 @@ class Adder(SimpleNamespace):
         lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
         admission = Admission(pager, lookahead, chunk)
         super().__init__(
-            tree_cache=SimpleNamespace(lsa=SimpleNamespace(admission=admission, pager=pager)),
+            tree_cache=SimpleNamespace(
+                lsa=SimpleNamespace(admission=admission, pager=pager), scheduling_pass=Pass(None)
+            ),
             running_batch=SimpleNamespace(reqs=[object()] * running) if running else None,
             can_run_list=[],
             rem_chunk_tokens=chunk,

@@ -1,0 +1,203 @@
+"""SGLang's other ways to run, with LSA on: several HTTP workers, no chunks, no overlap, truncation; then other weights.
+
+One server has all of these flags, and an indexer, which new weights make stale.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import pathlib
+import re
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from prompts import random_ids
+from safetensors.torch import load_file, save_file
+from serving import assert_idle, flush, record_of, refused, wait_until_idle
+from soak import FLAGS, LSA_CONFIG
+
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.server_process import LSA, ServerProcess
+
+pytestmark = pytest.mark.server
+
+WORKERS = 2
+LAYERS = 6
+LONGEST = (LSA_CONFIG["device_tokens"] // 64 - 1) * 64 - 1
+"""Tokens of the longest prompt that fits the device pool whole."""
+
+
+@pytest.fixture(scope="module")
+def workers(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("workers")
+    MemoryIndexer(IndexerConfig(ModelShape(576, LAYERS, 9, 3, 64), ((1, 0), (3, 4)))).save(folder / "indexer")
+    config = folder / "lsa.json"
+    config.write_text(json.dumps({**LSA_CONFIG, "indexer": str(folder / "indexer"), "debug": True}))
+    flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--chunked-prefill-size", "-1"]
+    flags += ["--tokenizer-worker-num", str(WORKERS), "--disable-overlap-schedule", "--allow-auto-truncate"]
+    with ServerProcess(LSA, flags, logs / "workers.log") as server:
+        yield server.wait_until_ready()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_a_feature(workers: ServerProcess) -> Iterator[None]:
+    yield
+    assert_idle(workers)
+
+
+def ask(server: ServerProcess, ids: list[int], tokens: int, **lsa: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "custom_params": {"lsa": lsa or None}}
+    return server.post("/generate", {"input_ids": ids, "sampling_params": sampling})
+
+
+def many(call: Any, *args: Any, times: int = 24) -> list[Any]:
+    """Answers to requests that come at once, each over a connection of its own, so that every worker gets some."""
+    with ThreadPoolExecutor(8) as pool:
+        return [each.result() for each in [pool.submit(call, *args) for _ in range(times)]]
+
+
+# --- several HTTP workers --------------------------------------------------------------------------------------------
+
+
+def test_every_worker_has_our_routes(workers: ServerProcess) -> None:
+    """``/lsa/status`` and the view answer whoever asks, and every worker tells of the same scheduler."""
+    started = re.findall(r"multi-tokenizer worker process (\d+)", workers.log.read_text(errors="replace"))
+    assert len(set(started)) == WORKERS
+    states = many(workers.get, "/lsa/status")
+    assert {state["physical"]["pages"] for state in states} == {32}
+    assert all("<!doctype html" in page.lower() for page in many(read, workers, "/lsa", times=12))
+    for snapshot in many(first_event, workers, times=6):
+        assert snapshot["physical"]["pages"] == 32
+
+
+def test_every_worker_checks_options(workers: ServerProcess) -> None:
+    """HTTP 400 from the worker itself, before the scheduler hears of it."""
+    wrong = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "custom_params": {"lsa": {"budget": 7}}}}
+    for status, text in many(refused, workers, "/generate", wrong):
+        assert status == 400
+        assert "budget 7 is out of range" in text
+
+
+def test_every_worker_changes_the_configuration(workers: ServerProcess) -> None:
+    before = workers.get("/lsa/status")["config_changes"]
+    answers = many(workers.post, "/lsa/config", {"budget": 0.25}, times=12)
+    assert {answer["config"]["budget"] for answer in answers} == {0.25}
+    assert sorted(answer["config_changes"] for answer in answers) == [*range(before + 1, before + 13)]
+    assert {state["config"]["budget"] for state in many(workers.get, "/lsa/status", times=12)} == {0.25}
+    assert refused(workers, "/lsa/config", {"budget": 7})[0] == 400
+    workers.post("/lsa/config", {"budget": LSAConfig.budget})
+
+
+def test_answers_come_back_to_the_worker_that_was_asked(workers: ServerProcess) -> None:
+    """Pruned and dense requests by all workers at once equal the same requests one by one."""
+    asked = [(random_ids(600 + 90 * i, 30 + i), 40, {} if i % 2 else {"policy": "quest"}) for i in range(4)]
+    alone = [ask(workers, ids, tokens, **lsa)["output_ids"] for ids, tokens, lsa in asked]
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(ask, workers, ids, tokens, **lsa) for ids, tokens, lsa in asked * 3]
+        assert [each.result()["output_ids"] for each in running] == alone * 3
+
+
+# --- --chunked-prefill-size -1, --disable-overlap-schedule, --allow-auto-truncate ------------------------------------
+
+
+def test_without_chunks_a_prompt_is_computed_at_once(workers: ServerProcess) -> None:
+    flush(workers)
+    answer = ask(workers, random_ids(1500, 40), 60, policy="quest")
+    record = record_of(workers, answer["meta_info"]["id"])
+    assert record["prefill"] == "in_place"
+    assert record["resident_pages"] < record["context_pages"]
+    dense = ask(workers, random_ids(1500, 40), 60, enabled=False)
+    assert answer["output_ids"][0] == dense["output_ids"][0]
+
+
+@pytest.mark.parametrize("tokens", [LONGEST + 2, 9000], ids=["beyond_the_pool", "beyond_the_context"])
+@pytest.mark.parametrize("lsa", [{"policy": "quest"}, {"enabled": False}], ids=["pruned", "dense"])
+def test_a_prompt_that_must_be_whole_is_truncated_to_the_pool(
+    workers: ServerProcess, tokens: int, lsa: dict[str, Any]
+) -> None:
+    """As stock SGLang truncates to its own; the answer is that of the shorter prompt."""
+    prompt = random_ids(tokens, 41)
+    answer = ask(workers, prompt, 8, **lsa)
+    assert answer["output_ids"] == ask(workers, prompt[:LONGEST], 8, **lsa)["output_ids"]
+    assert record_of(workers, answer["meta_info"]["id"])["prompt_tokens"] == LONGEST
+
+
+# --- new weights (last: they stay stale afterwards) ------------------------------------------------------------------
+
+
+def other_weights(model_path: str, folder: pathlib.Path) -> pathlib.Path:
+    """The layers in use, with the keys of the first ones turned around."""
+    shutil.copytree(model_path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(pathlib.Path(model_path) / "model.safetensors")
+    kept = {n: w for n, w in weights.items() if (at := re.search(r"layers\.(\d+)\.", n)) is None or int(at[1]) < LAYERS}
+    for layer in range(3):
+        kept[f"model.layers.{layer}.self_attn.k_proj.weight"] *= -1
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_weights_are_updated_under_load(workers: ServerProcess, model_path: str, tmp_path: pathlib.Path) -> None:
+    """KV, host copies and page keys of the old weights are gone: answers are those of a server that never had them."""
+    flush(workers)
+    other = other_weights(model_path, tmp_path / "other")
+    prompts = [random_ids(900, 50), random_ids(1200, 51)]
+
+    def answers(**lsa: Any) -> list[list[int]]:
+        return [ask(workers, prompt, 40, policy="quest", **lsa)["output_ids"] for prompt in prompts]
+
+    def update(path: str | pathlib.Path) -> dict[str, Any]:
+        with ThreadPoolExecutor(4) as pool:
+            load = [pool.submit(ask, workers, prompt, 60, policy="quest") for prompt in prompts]
+            told = pool.submit(workers.post, "/update_weights_from_disk", {"model_path": str(path)}).result()
+            assert told["success"], told
+            assert [len(each.result()["output_ids"]) for each in load] == [60, 60], "nobody lost an answer"
+        wait_until_idle(workers)
+        return workers.get("/lsa/status")
+
+    fresh = answers()
+    assert workers.get("/lsa/status")["weights"] == {"updates": 0, "indexer_is_stale": False}
+    update(other)
+    changed = answers()
+    assert all(new != old for new, old in zip(changed, fresh, strict=True)), "these weights would not show a mistake"
+    status = update(model_path)
+    assert answers() == fresh
+    assert status["weights"] == {"updates": 2, "indexer_is_stale": True}
+    assert "the indexer" in (log := workers.log.read_text(errors="replace")) and "was trained for those before" in log
+    assert "sglang:lsa_indexer_stale" in (metrics := read(workers, "/metrics"))
+    assert re.search(r"^sglang:lsa_weight_updates_total\{.*\} 2.0$", metrics, re.MULTILINE)
+
+
+def test_an_update_leaves_nothing_of_the_old_weights(workers: ServerProcess, model_path: str) -> None:
+    """On an idle server nothing is asked in between: host mirror, device pool and allocator are empty."""
+    ask(workers, random_ids(900, 52), 8)
+    assert workers.get("/lsa/status")["host"]["pages"] > 0
+    workers.post("/update_weights_from_disk", {"model_path": model_path})
+    status = workers.get("/lsa/status")
+    assert (status["host"]["pages"], status["virtual"]["allocated"]) == (0, 0)
+    assert status["physical"]["free"] == status["physical"]["pages"]
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+def read(server: ServerProcess, path: str) -> str:
+    with urllib.request.urlopen(server.url + path, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def first_event(server: ServerProcess) -> dict[str, Any]:
+    """The first snapshot that the live view's stream brings."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/lsa/events")
+    answer = connection.getresponse()
+    while not (line := answer.readline()).startswith(b"data:"):
+        assert line, "the stream ended"
+    connection.close()
+    return json.loads(line[5:])
