@@ -8,6 +8,7 @@ token for token.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import time
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from serving import assert_idle, flush, record_of, refused, wait_until_idle
 from soak import FLAGS, LSA_CONFIG
 
-from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server
 
@@ -42,7 +43,9 @@ def features(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempP
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--grammar-backend", "llguidance"]
     flags += ["--enable-return-hidden-states", "--enable-priority-scheduling", "--lora-backend", "torch_native"]
     flags += ["--lora-paths", *(f"{name}={write_adapter(folder / name, seed)}" for seed, name in enumerate(ADAPTERS))]
-    with ServerProcess(LSA, flags, logs / "features.log") as server:
+    support = str(pathlib.Path(__file__).resolve().parents[1] / "support")
+    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
+    with ServerProcess("unpinned_server", flags, logs / "features.log", {"PYTHONPATH": path}) as server:
         yield server.wait_until_ready()
 
 

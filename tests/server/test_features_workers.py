@@ -1,6 +1,7 @@
-"""SGLang's other ways to run, with LSA on: several HTTP workers, no chunks, no overlap, truncation; then other weights.
+"""SGLang's other ways to run, with LSA on: several HTTP workers, no radix tree, no chunks, no overlap, truncation.
 
-One server has all of these flags, and an indexer, which new weights make stale.
+One server has all of these flags, and an indexer. Its answers are compared with those of the server that the other
+tests share, which has none of them. Then both get other weights.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def workers(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPa
     config = folder / "lsa.json"
     config.write_text(json.dumps({**LSA_CONFIG, "indexer": str(folder / "indexer"), "debug": True}))
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--chunked-prefill-size", "-1"]
-    flags += ["--tokenizer-worker-num", str(WORKERS), "--disable-overlap-schedule", "--allow-auto-truncate"]
+    flags += ["--tokenizer-worker-num", str(WORKERS), "--allow-auto-truncate"]
+    flags += ["--disable-overlap-schedule", "--disable-radix-cache"]
     with ServerProcess(LSA, flags, logs / "workers.log") as server:
         yield server.wait_until_ready()
 
@@ -104,17 +106,21 @@ def test_answers_come_back_to_the_worker_that_was_asked(workers: ServerProcess) 
         assert [each.result()["output_ids"] for each in running] == alone * 3
 
 
-# --- --chunked-prefill-size -1, --disable-overlap-schedule, --allow-auto-truncate ------------------------------------
+# --- --disable-radix-cache, --chunked-prefill-size -1, --disable-overlap-schedule, --allow-auto-truncate -------------
 
 
-def test_without_chunks_a_prompt_is_computed_at_once(workers: ServerProcess) -> None:
-    flush(workers)
-    answer = ask(workers, random_ids(1500, 40), 60, policy="quest")
-    record = record_of(workers, answer["meta_info"]["id"])
+@pytest.mark.parametrize("lsa", [{"policy": "quest"}, {"enabled": False}], ids=["pruned", "dense"])
+def test_without_tree_chunks_and_overlap_answers_are_the_same(
+    workers: ServerProcess, small: ServerProcess, lsa: dict[str, Any]
+) -> None:
+    prompt = random_ids(1500, 40)
+    answers = [ask(server, prompt, 60, **lsa) for server in (workers, workers, small)]
+    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
+    assert [answer["meta_info"]["cached_tokens"] for answer in answers[:2]] == [0, 0], "nothing is kept"
+    record = record_of(workers, answers[0]["meta_info"]["id"])
     assert record["prefill"] == "in_place"
-    assert record["resident_pages"] < record["context_pages"]
-    dense = ask(workers, random_ids(1500, 40), 60, enabled=False)
-    assert answer["output_ids"][0] == dense["output_ids"][0]
+    assert (record["resident_pages"] < record["context_pages"]) == (lsa == {"policy": "quest"})
+    assert wait_until_idle(workers)["virtual"]["allocated"] == 0
 
 
 @pytest.mark.parametrize("tokens", [LONGEST + 2, 9000], ids=["beyond_the_pool", "beyond_the_context"])
@@ -129,7 +135,7 @@ def test_a_prompt_that_must_be_whole_is_truncated_to_the_pool(
     assert record_of(workers, answer["meta_info"]["id"])["prompt_tokens"] == LONGEST
 
 
-# --- new weights (last: they stay stale afterwards) ------------------------------------------------------------------
+# --- new weights -----------------------------------------------------------------------------------------------------
 
 
 def other_weights(model_path: str, folder: pathlib.Path) -> pathlib.Path:
@@ -143,45 +149,63 @@ def other_weights(model_path: str, folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_weights_are_updated_under_load(workers: ServerProcess, model_path: str, tmp_path: pathlib.Path) -> None:
+def update(server: ServerProcess, path: str | pathlib.Path) -> dict[str, Any]:
+    """Status after the server took these weights."""
+    told = server.post("/update_weights_from_disk", {"model_path": str(path)})
+    assert told["success"], told
+    return wait_until_idle(server)
+
+
+@pytest.fixture(scope="module")
+def turned(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return other_weights(model_path, tmp_path_factory.mktemp("weights") / "turned")
+
+
+def test_weights_are_updated_under_load(small: ServerProcess, model_path: str, turned: pathlib.Path) -> None:
     """KV, host copies and page keys of the old weights are gone: answers are those of a server that never had them."""
-    flush(workers)
-    other = other_weights(model_path, tmp_path / "other")
+    flush(small)
+    before = small.get("/lsa/status")["weights"]["updates"]
     prompts = [random_ids(900, 50), random_ids(1200, 51)]
 
-    def answers(**lsa: Any) -> list[list[int]]:
-        return [ask(workers, prompt, 40, policy="quest", **lsa)["output_ids"] for prompt in prompts]
+    def answers() -> list[list[int]]:
+        return [ask(small, prompt, 40)["output_ids"] for prompt in prompts]
 
-    def update(path: str | pathlib.Path) -> dict[str, Any]:
+    def update_under_load(path: str | pathlib.Path) -> None:
         with ThreadPoolExecutor(4) as pool:
-            load = [pool.submit(ask, workers, prompt, 60, policy="quest") for prompt in prompts]
-            told = pool.submit(workers.post, "/update_weights_from_disk", {"model_path": str(path)}).result()
-            assert told["success"], told
+            load = [pool.submit(ask, small, prompt, 60) for prompt in prompts]
+            while not small.get("/lsa/status")["requests"] and not load[0].done():
+                pass
+            update(small, path)
             assert [len(each.result()["output_ids"]) for each in load] == [60, 60], "nobody lost an answer"
-        wait_until_idle(workers)
-        return workers.get("/lsa/status")
 
     fresh = answers()
-    assert workers.get("/lsa/status")["weights"] == {"updates": 0, "indexer_is_stale": False}
-    update(other)
+    update_under_load(turned)
     changed = answers()
     assert all(new != old for new, old in zip(changed, fresh, strict=True)), "these weights would not show a mistake"
-    status = update(model_path)
+    update_under_load(model_path)
     assert answers() == fresh
-    assert status["weights"] == {"updates": 2, "indexer_is_stale": True}
-    assert "the indexer" in (log := workers.log.read_text(errors="replace")) and "was trained for those before" in log
-    assert "sglang:lsa_indexer_stale" in (metrics := read(workers, "/metrics"))
-    assert re.search(r"^sglang:lsa_weight_updates_total\{.*\} 2.0$", metrics, re.MULTILINE)
+    assert small.get("/lsa/status")["weights"] == {"updates": before + 2, "indexer_is_stale": False}
 
 
-def test_an_update_leaves_nothing_of_the_old_weights(workers: ServerProcess, model_path: str) -> None:
-    """On an idle server nothing is asked in between: host mirror, device pool and allocator are empty."""
-    ask(workers, random_ids(900, 52), 8)
-    assert workers.get("/lsa/status")["host"]["pages"] > 0
-    workers.post("/update_weights_from_disk", {"model_path": model_path})
-    status = workers.get("/lsa/status")
+def test_an_update_leaves_nothing_of_the_old_weights(small: ServerProcess, model_path: str) -> None:
+    """Host mirror, device pool and allocator are empty."""
+    ask(small, random_ids(900, 52), 8)
+    assert wait_until_idle(small)["host"]["pages"] > 0
+    status = update(small, model_path)
     assert (status["host"]["pages"], status["virtual"]["allocated"]) == (0, 0)
     assert status["physical"]["free"] == status["physical"]["pages"]
+
+
+def test_new_weights_make_an_indexer_stale(workers: ServerProcess, turned: pathlib.Path) -> None:
+    """Last: nothing makes it fresh again. The log, the status and a metric say so, and it goes on choosing pages."""
+    assert workers.get("/lsa/status")["weights"] == {"updates": 0, "indexer_is_stale": False}
+    assert update(workers, turned)["weights"] == {"updates": 1, "indexer_is_stale": True}
+    assert "was trained for those before" in workers.log.read_text(errors="replace")
+    metrics = read(workers, "/metrics")
+    for name in ("lsa_indexer_stale", "lsa_weight_updates_total"):
+        assert re.search(rf"^sglang:{name}\{{.*\}} 1\.0$", metrics, re.MULTILINE), name
+    answer = ask(workers, random_ids(900, 53), 20)
+    assert record_of(workers, answer["meta_info"]["id"])["policy"] == "indexer"
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------
