@@ -61,7 +61,8 @@ def wrappers(target: str) -> list[Callable[..., Any]]:
     """Functions that the symbol is wrapped in, outermost first; empty when its module was not even imported."""
     names = target.split(".")
     modules = [".".join(names[:end]) for end in range(len(names), 0, -1)]
-    module = next(name for name in modules if name in sys.modules)
+    if (module := next((name for name in modules if name in sys.modules), None)) is None:
+        return []
     symbol: Any = sys.modules[module]
     for name in names[module.count(".") + 1 :]:
         symbol = getattr(symbol, name, None)
