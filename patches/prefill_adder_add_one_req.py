@@ -54,9 +54,9 @@ def choose_after_preemption(adder, req):
     None is preempted unless that lets it in. SGLang decides who comes first, and puts them back into its queue.
     """
     lsa, server_args = adder.tree_cache.lsa, adder.tree_cache.scheduling_pass.server_args
-    if server_args is None:
+    if server_args is None or not (below := preemptible(adder, req, server_args)):
         return None
-    gains = pages_let_go(lsa.pager, preemptible(adder, req, server_args), req.prefix_indices)
+    gains = pages_let_go(lsa.pager, below, req.prefix_indices)
     # Pages that are let go count like pages that running requests need not be left.
     tried = (lsa.admission._choose(req, running(adder) - gain, [], adder.rem_chunk_tokens) for gain in gains)
     count = next((count for count, found in enumerate(tried, start=1) if found is not None), None)
