@@ -41,6 +41,7 @@ def features(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempP
     config = folder / "lsa.json"
     config.write_text(json.dumps({**LSA_CONFIG, "debug": True, "disable_view": True}))
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--grammar-backend", "llguidance"]
+    flags += ["--constrained-json-disable-any-whitespace"]
     flags += ["--enable-return-hidden-states", "--enable-priority-scheduling", "--lora-backend", "torch_native"]
     flags += ["--lora-paths", *(f"{name}={write_adapter(folder / name, seed)}" for seed, name in enumerate(ADAPTERS))]
     support = str(pathlib.Path(__file__).resolve().parents[1] / "support")

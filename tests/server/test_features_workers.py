@@ -43,7 +43,7 @@ def workers(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPa
     config.write_text(json.dumps({**LSA_CONFIG, "indexer": str(folder / "indexer"), "debug": True}))
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--chunked-prefill-size", "-1"]
     flags += ["--tokenizer-worker-num", str(WORKERS), "--allow-auto-truncate"]
-    flags += ["--disable-overlap-schedule", "--disable-radix-cache"]
+    flags += ["--disable-overlap-schedule", "--disable-radix-cache", "--mem-fraction-static", "0.5"]
     with ServerProcess(LSA, flags, logs / "workers.log") as server:
         yield server.wait_until_ready()
 
