@@ -33,6 +33,8 @@ OUT = {"q_proj": 576, "k_proj": 192, "v_proj": 192}
 ADAPTERS = ("red", "blue")
 TOLERANCE = 2e-3
 DENSE = {"enabled": False}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Threads wait for each other after every small product of six layers, for long on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def features(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempP
     flags += ["--lora-paths", *(f"{name}={write_adapter(folder / name, seed)}" for seed, name in enumerate(ADAPTERS))]
     support = str(pathlib.Path(__file__).resolve().parents[1] / "support")
     path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
-    with ServerProcess("unpinned_server", flags, logs / "features.log", {"PYTHONPATH": path}) as server:
+    with ServerProcess("unpinned_server", flags, logs / "features.log", {"PYTHONPATH": path, **ONE_THREAD}) as server:
         yield server.wait_until_ready()
 
 

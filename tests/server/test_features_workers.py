@@ -25,6 +25,7 @@ from soak import FLAGS, LSA_CONFIG
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.reading import IN_PLACE
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = pytest.mark.server
@@ -44,7 +45,7 @@ def workers(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPa
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--chunked-prefill-size", "-1"]
     flags += ["--tokenizer-worker-num", str(WORKERS), "--allow-auto-truncate"]
     flags += ["--disable-overlap-schedule", "--disable-radix-cache", "--mem-fraction-static", "0.5"]
-    with ServerProcess(LSA, flags, logs / "workers.log") as server:
+    with ServerProcess(LSA, flags, logs / "workers.log", {"OMP_NUM_THREADS": "1"}) as server:
         yield server.wait_until_ready()
 
 
@@ -76,7 +77,7 @@ def test_every_worker_has_our_routes(workers: ServerProcess) -> None:
     assert {state["physical"]["pages"] for state in states} == {32}
     assert all("<!doctype html" in page.lower() for page in many(read, workers, "/lsa", times=12))
     for snapshot in many(first_event, workers, times=6):
-        assert snapshot["physical"]["pages"] == 32
+        assert snapshot["values"]["device_pages"] == 32
 
 
 def test_every_worker_checks_options(workers: ServerProcess) -> None:
@@ -109,29 +110,33 @@ def test_answers_come_back_to_the_worker_that_was_asked(workers: ServerProcess) 
 # --- --disable-radix-cache, --chunked-prefill-size -1, --disable-overlap-schedule, --allow-auto-truncate -------------
 
 
-@pytest.mark.parametrize("lsa", [{"policy": "quest"}, {"enabled": False}], ids=["pruned", "dense"])
-def test_without_tree_chunks_and_overlap_answers_are_the_same(
-    workers: ServerProcess, small: ServerProcess, lsa: dict[str, Any]
-) -> None:
+def test_without_tree_chunks_and_overlap_answers_are_the_same(workers: ServerProcess, small: ServerProcess) -> None:
+    """As on a server with all three that reads the same pages. Its own choice is another: it observes other layers."""
     prompt = random_ids(1500, 40)
-    answers = [ask(server, prompt, 60, **lsa) for server in (workers, workers, small)]
-    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
-    assert [answer["meta_info"]["cached_tokens"] for answer in answers[:2]] == [0, 0], "nothing is kept"
-    record = record_of(workers, answers[0]["meta_info"]["id"])
-    assert record["prefill"] == "in_place"
-    assert (record["resident_pages"] < record["context_pages"]) == (lsa == {"policy": "quest"})
+    first, again = (ask(workers, prompt, 60, policy="quest") for _ in range(2))
+    record = record_of(workers, first["meta_info"]["id"])
+    assert record["prefill"] == IN_PLACE
+    assert record["resident_pages"] < record["context_pages"]
+    expected = ask(small, prompt, 60, sets=record["sets"])["output_ids"]
+    assert [first["output_ids"], again["output_ids"]] == [expected, expected]
+    assert again["meta_info"]["cached_tokens"] == 0, "nothing is kept"
     assert wait_until_idle(workers)["virtual"]["allocated"] == 0
+    dense = [ask(server, prompt, 60, enabled=False)["output_ids"] for server in (workers, small)]
+    assert dense[0] == dense[1]
 
 
-@pytest.mark.parametrize("tokens", [LONGEST + 2, 9000], ids=["beyond_the_pool", "beyond_the_context"])
-@pytest.mark.parametrize("lsa", [{"policy": "quest"}, {"enabled": False}], ids=["pruned", "dense"])
+@pytest.mark.parametrize("tokens", [LONGEST + 1, 5000], ids=["by_one", "by_more_than_half"])
+@pytest.mark.parametrize(
+    ("options", "answered"), [({"policy": "quest"}, 8), ({"enabled": False}, 1)], ids=["pruned", "dense"]
+)
 def test_a_prompt_that_must_be_whole_is_truncated_to_the_pool(
-    workers: ServerProcess, tokens: int, lsa: dict[str, Any]
+    workers: ServerProcess, tokens: int, options: dict[str, Any], answered: int
 ) -> None:
     """As stock SGLang truncates to its own; the answer is that of the shorter prompt."""
     prompt = random_ids(tokens, 41)
-    answer = ask(workers, prompt, 8, **lsa)
-    assert answer["output_ids"] == ask(workers, prompt[:LONGEST], 8, **lsa)["output_ids"]
+    answer = ask(workers, prompt, 8, **options)
+    assert len(answer["output_ids"]) == answered, "a dense answer must fit the pool, too"
+    assert answer["output_ids"] == ask(workers, prompt[:LONGEST], 8, **options)["output_ids"]
     assert record_of(workers, answer["meta_info"]["id"])["prompt_tokens"] == LONGEST
 
 
