@@ -52,9 +52,9 @@ SERVING: tuple[Hook, ...] = (
     prefill_adder_add_chunked_req.HOOK,
     model_runner_forward.HOOK,
     schedule_batch_check_decode_mem.HOOK,
+    uvicorn_run.HOOK,
     tokenizer_manager_validate_one_request.HOOK,
     tokenizer_control_mixin_init_communicators.HOOK,
-    uvicorn_run.HOOK,
 )
 
 
