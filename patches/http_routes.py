@@ -18,6 +18,8 @@ def add_routes() -> None:
     """Add the routes to SGLang's HTTP application; call before the server starts."""
     from sglang.srt.entrypoints import http_server
 
+    # With several HTTP workers this process passes their messages on, and must be able to read them.
+    import sglang_lsa.patches.config_messages  # noqa: F401
     from sglang_lsa.patches.control_route import add_control_route
     from sglang_lsa.patches.view_route import add_view_route
 

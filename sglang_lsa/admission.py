@@ -105,6 +105,11 @@ class Admission:
             req.lsa_options = RequestOptions.parse(None, self.config)
             return str(error)
 
+    def longest(self, req: Any) -> int | None:
+        """Tokens that this prompt may have at most because it must be whole on the device; None if it need not be."""
+        whole = self.chunk_tokens is None or self.options(req).dense
+        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+
     def refusal(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
         if (problem := self._read_options(req)) is not None:

@@ -55,7 +55,6 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("prefill_only_disable_kv_cache", False, "remove --prefill-only-disable-kv-cache: LSA needs a KV cache"),
     ("enable_return_routed_experts", False, "remove --enable-return-routed-experts: experts are kept by place in KV"),
     ("kv_canary", "none", "remove --kv-canary: it knows one number of a token's place in KV, LSA has two"),
-    ("tokenizer_worker_num", 1, "use --tokenizer-worker-num 1"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
 )
@@ -111,7 +110,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         for name, fine, fix in REFUSED_FLAGS
         if (seen := getattr(server_args, name, fine)) != fine
     ]
-    problems += device_problems(server_args, config)
+    problems += worker_problems(server_args) + device_problems(server_args, config)
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -140,6 +139,23 @@ def kv_problems(server_args: Any, model: Any) -> list[str]:
             "leave the flag out, or use --dtype bfloat16"
         ]
     return []
+
+
+def worker_problems(server_args: Any) -> list[str]:
+    """What cannot work with several HTTP workers, one line each."""
+    workers = getattr(server_args, "tokenizer_worker_num", 1)
+    if workers == 1:
+        return []
+    where = f"not supported with --tokenizer-worker-num {workers}"
+    # SGLang's workers end when there is an API key, and look for no administrator's, who /lsa/config is for.
+    problems = [
+        f"--{name}: {where}: SGLang checks no keys there; use one worker, or let a proxy check them"
+        for name in ("api-key", "admin-api-key")
+        if getattr(server_args, name.replace("-", "_"), None)
+    ]
+    if getattr(server_args, "enable_http2", False):
+        problems.append(f"--enable-http2: {where}: the workers would serve without LSA; remove one of the two")
+    return problems
 
 
 def folder_problems(path: str) -> list[str]:

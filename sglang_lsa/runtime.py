@@ -150,6 +150,8 @@ class LSARuntime:
         """Since the last forward pass."""
         self.host_evicted_pages = 0
         """Pages that the radix tree gave up because host memory was full."""
+        self.weight_updates = 0
+        """How often the model's weights changed since the start."""
         self.config_changes = 0
         self.config_changed_at: float | None = None
         """When the configuration last changed, in seconds since 1970; None if it is as it was at start."""
@@ -172,6 +174,17 @@ class LSARuntime:
         self.config_changed_at = time.time()
         for name in values:
             logger.info("LSA: %s changed from %s to %s", name, getattr(before, name), getattr(after, name))
+        self._update_metrics()
+
+    def weights_changed(self) -> None:
+        """The model has other weights now. What was computed with the old ones was flushed if SGLang was told to."""
+        self.weight_updates += 1
+        if self.indexer is not None:
+            logger.warning(
+                "LSA: the model's weights changed, but the indexer %s was trained for those before: pages that it "
+                "chooses may be the wrong ones. Train it again (sglang-lsa train), or use the policy quest",
+                self.config.indexer,
+            )
         self._update_metrics()
 
     def can_decode(self, reqs: Iterable[Any]) -> bool:

@@ -60,6 +60,10 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "retractions": runtime.admission.pressed,
             "host_evicted_pages": runtime.host_evicted_pages,
         },
+        "weights": {
+            "updates": runtime.weight_updates,
+            "indexer_is_stale": runtime.weight_updates > 0 and runtime.indexer is not None,
+        },
         "failures": {"refreshes": lookahead.failures, "batches": runtime.failed_batches},
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
@@ -25,6 +26,14 @@ def generate(server: ServerProcess, prompt: str, tokens: int = 24, rid: str | No
         **({"rid": rid} if rid else {}),
     }
     return server.post("/generate", body)
+
+
+def refused(server: ServerProcess, path: str, body: dict) -> tuple[int, str]:
+    """Status and text of an answer that is no success."""
+    try:
+        return 200, json.dumps(server.post(path, body))
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
 
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"

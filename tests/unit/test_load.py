@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats, SchedulerPoolStatsObserver
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.patches.pool_stats_observer_get_pool_stats import HOOK
+from sglang_lsa.patches.scheduler_pool_stats_observer_get_pool_stats import HOOK
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 from sglang_lsa.radix_ext.pager import Pager
 

@@ -32,10 +32,16 @@ from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.models import shape_of
-from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
+from sglang_lsa.patches import (
+    model_runner_forward,
+    scheduler_add_request_to_queue,
+    scheduler_run_batch,
+    uvicorn_run,
+)
 from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
+from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.policies import Recency
 from sglang_lsa.prefill import DevicePoolFull
@@ -56,7 +62,8 @@ def wrappers(target: str) -> list[Callable[..., Any]]:
     """Functions that the symbol is wrapped in, outermost first; empty when its module was not even imported."""
     names = target.split(".")
     modules = [".".join(names[:end]) for end in range(len(names), 0, -1)]
-    module = next(name for name in modules if name in sys.modules)
+    if (module := next((name for name in modules if name in sys.modules), None)) is None:
+        return []
     symbol: Any = sys.modules[module]
     for name in names[module.count(".") + 1 :]:
         symbol = getattr(symbol, name, None)
@@ -563,7 +570,9 @@ class Adder(SimpleNamespace):
         lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
         admission = Admission(pager, lookahead, chunk)
         super().__init__(
-            tree_cache=SimpleNamespace(lsa=SimpleNamespace(admission=admission, pager=pager)),
+            tree_cache=SimpleNamespace(
+                lsa=SimpleNamespace(admission=admission, pager=pager), scheduling_pass=Pass(None)
+            ),
             running_batch=SimpleNamespace(reqs=[object()] * running) if running else None,
             can_run_list=[],
             rem_chunk_tokens=chunk,
@@ -860,6 +869,83 @@ def arguments(**changed: Any) -> SimpleNamespace:
 def test_arguments_that_fit() -> None:
     config = LSAConfig(budget=0.25)
     assert attach(arguments(), config).lsa_config is config
+
+
+def test_several_http_workers_fit() -> None:
+    attach(arguments(tokenizer_worker_num=4), LSAConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("api_key", "secret", "--api-key: not supported with --tokenizer-worker-num 2: SGLang checks no keys there"),
+        ("admin_api_key", "secret", "--admin-api-key: not supported with --tokenizer-worker-num 2"),
+        ("enable_http2", True, "--enable-http2: not supported with --tokenizer-worker-num 2"),
+    ],
+)
+def test_what_several_http_workers_cannot_do_is_refused(name: str, given: Any, words: str) -> None:
+    attach(arguments(**{name: given}), LSAConfig())
+    with pytest.raises(Unsupported, match=words) as caught:
+        attach(arguments(tokenizer_worker_num=2, **{name: given}), LSAConfig())
+    assert "secret" not in str(caught.value)
+
+
+def test_http_workers_serve_our_application() -> None:
+    """uvicorn makes it in each of them; an application that is served from this process stays as it is."""
+    (app, host), options = uvicorn_run.serve_our_application(uvicorn_run.SGLANG_APP, "here", workers=2)
+    assert (host, options) == ("here", {"workers": 2, "factory": True})
+    module, function = app.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert uvicorn_run.serve_our_application(object(), host="here") is None
+    source = inspect.getsource(importlib.import_module("sglang.srt.entrypoints.http_server")._setup_and_run_http_server)
+    assert f'"{uvicorn_run.SGLANG_APP}",' in source, "what SGLang tells uvicorn"
+
+
+# the hook that refuses
+
+
+class Judge:
+    """Admission's verdict, and how often it was asked."""
+
+    def __init__(self, reason: str | None = None, longest: int | None = None):
+        self.reason, self.most, self.asked = reason, longest, 0
+
+    def refusal(self, req: Any) -> str | None:
+        self.asked += 1
+        return self.reason
+
+    def longest(self, req: Any) -> int | None:
+        return self.most
+
+
+def queued(judge: Judge, **req: Any) -> SimpleNamespace:
+    """A request that came to the queue once."""
+    values = {"rid": "a", "to_finish": None, "origin_input_ids": [7] * 100, "logprob_start_len": 100, "told": None}
+    asked = SimpleNamespace(**{**values, **req})
+    asked.set_finish_with_abort = lambda reason: vars(asked).update(told=reason)
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(admission=judge)))
+    )
+    for again in ({}, {"is_retracted": True}):
+        scheduler_add_request_to_queue.refuse_impossible(scheduler, asked, **again)
+    return asked
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_request_is_judged_once(truncate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = SimpleNamespace(allow_auto_truncate=truncate)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_serving", lambda: serving)
+    refusing = Judge("it is too long")
+    assert queued(refusing).told == "it is too long"
+    assert refusing.asked == 1, "what comes back to the queue may stay"
+    assert queued(allowing := Judge(longest=60)).told is None
+    seen = queued(Judge(longest=60))
+    assert (len(seen.origin_input_ids), seen.logprob_start_len) == ((60, 60) if truncate else (100, 100))
+    assert len(queued(Judge(longest=None)).origin_input_ids) == 100
+    assert allowing.asked == 1
+    given_up = Judge("another reason")
+    assert queued(given_up, to_finish="SGLang's reason").told is None
+    assert given_up.asked == 0
 
 
 @pytest.mark.parametrize(("name", "fine", "fix"), REFUSED_FLAGS, ids=[name for name, _, _ in REFUSED_FLAGS])

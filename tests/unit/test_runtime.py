@@ -190,6 +190,18 @@ def test_counters_are_those_of_their_owners() -> None:
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
 
 
+@pytest.mark.parametrize("indexer", [None, object()], ids=["quest", "indexer"])
+def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCaptureFixture) -> None:
+    """It was trained for the old ones. A policy without training is not."""
+    runtime = make_runtime()
+    runtime.indexer = indexer  # type: ignore[assignment]
+    assert measure(runtime)["lsa_indexer_stale"] == 0
+    runtime.weights_changed()
+    values = measure(runtime)
+    assert (values["lsa_weight_updates"], values["lsa_indexer_stale"]) == (1, indexer is not None)
+    assert ("was trained for those before" in caplog.text) == (indexer is not None)
+
+
 def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
     runtime = make_runtime()
     for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
