@@ -11,6 +11,7 @@ def add_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
     from sglang_lsa.patches.control_route import add_control_route
+    from sglang_lsa.patches.screen_middleware import add_screen
     from sglang_lsa.patches.view_route import add_view_route
 
     router = APIRouter()
@@ -24,3 +25,4 @@ def add_routes() -> None:
 
     http_server.app.include_router(router)
     add_control_route(http_server.app)
+    add_screen(http_server.app)
