@@ -16,7 +16,7 @@ def abort_exactly(original, self, recv_req):
 
 
 def alive(scheduler):
-    """Every request that the scheduler's abort looks at; disaggregated servers, which have more, are refused at start."""
+    """Every request that the scheduler's abort looks at; servers that have more queues are refused at start."""
     batches = (scheduler.running_batch, scheduler.last_batch)
     chunked = [scheduler.chunked_req] if scheduler.chunked_req is not None else []
     running = [request for batch in batches if batch is not None for request in batch.reqs]

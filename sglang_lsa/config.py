@@ -291,7 +291,8 @@ class RequestOptions:
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
         if not pages or len(watch) > MOST_WATCHED:
             raise ValueError(
-                f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
+                f"custom_params.lsa.watch is {watch!r:.80}: "
+                f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
             )
         counts = (record, dense_steps, prompt_lookup)
         return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,17 +54,11 @@ def number(least: float = -math.inf, most: float = math.inf, use: str = "use a f
     def rule(name: str, value: Any, request: Any, server: Server) -> Any:
         if value is None:
             return value
-        # Bounds first: a huge integer cannot be asked whether it is finite.
-        if not isinstance(value, int | float) or not least <= value <= most or abs(value) == math.inf:
+        if not isinstance(value, int | float) or not least <= value <= most or abs(value) > sys.float_info.max:
             raise Refused(name, value, use)
-        return value
+        return value if abs(value) <= INT64 else float(value)  # tensors take no larger integer
 
     return rule
-
-
-def real(name: str, value: Any, request: Any, server: Server) -> Any:
-    """A number that float32 can hold."""
-    return number(-LARGEST_FLOAT32, LARGEST_FLOAT32)(name, value, request, server)
 
 
 def text(name: str, value: Any, request: Any, server: Server) -> Any:

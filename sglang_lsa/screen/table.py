@@ -59,7 +59,7 @@ SAMPLING: tuple[Row, ...] = (
         also=("max_tokens", "max_completion_tokens", "max_output_tokens"),
     ),
     _sampling("min_new_tokens", "a number below 2^31", ENDS, rules.number(most=INT32), "2147483648", ("min_tokens",)),
-    _sampling("temperature", "a number that float32 can hold", ERROR, rules.real, '"hot"'),
+    _sampling("temperature", "a number", ERROR, FINITE, '"hot"'),
     _sampling("top_p", "a number", ERROR, FINITE, '"all"'),
     _sampling("min_p", "a number", ERROR, FINITE, "[0.1]"),
     _sampling(

@@ -26,6 +26,7 @@ from serving import assert_idle
 from soak import FLAGS, LSA_CONFIG
 from tqdm import tqdm
 
+from sglang_lsa.control import CHANGEABLE
 from sglang_lsa.screen.request import SAMPLING_NAMES
 from sglang_lsa.server_process import LSA, ServerProcess
 
@@ -49,7 +50,7 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 """Each with the name of its schema and a body that is answered."""
 SHARES = {"/generate": 40, "/v1/completions": 14, "/v1/chat/completions": 22, "/v1/responses": 10, "/v1/messages": 4}
 OPTIONS = ("budget", "policy", "enabled", "prefill", "sets", "record", "dense_steps", "prompt_lookup", "watch", "other")
-SETTINGS = ("policy", "budget", "prefill", "dense_steps", "prompt_lookup", "threshold", "fallback_budget", "window")
+SETTINGS = (*CHANGEABLE, "window", "other")
 LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")
 
 SCALARS: tuple[Any, ...] = (
@@ -210,9 +211,7 @@ class Fuzz:
         ]
         assert not wrong, f"{len(wrong)} findings:\n" + "\n".join(wrong[:30])
         if "/lsa/config" in self.shares:
-            self.server.post(
-                "/lsa/config", {name: before["config"][name] for name in SETTINGS if name in before["config"]}
-            )
+            self.server.post("/lsa/config", {name: before["config"][name] for name in CHANGEABLE})
         assert_idle(self.server)
         answer = self.server.post(
             "/generate", {"text": "Hello", "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}
