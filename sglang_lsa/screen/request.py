@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_lsa.screen import rules
+from sglang_lsa.screen import rules, sampling_rules
 from sglang_lsa.screen.rules import Refused, Server
 from sglang_lsa.screen.table import FIELDS, SAMPLING, Row
 
@@ -58,7 +58,7 @@ def screen_samples(request: Any) -> None:
     given = request.sampling_params
     for parameters in given if isinstance(given, list) else [given]:
         if isinstance(parameters, dict) and "n" in parameters:
-            parameters["n"] = rules.samples("sampling_params.n", parameters["n"], request, None)  # type: ignore[arg-type]
+            parameters["n"] = sampling_rules.samples("sampling_params.n", parameters["n"], request, None)  # type: ignore[arg-type]
 
 
 def screen(request: Any, server: Server) -> None:
@@ -91,7 +91,7 @@ def screen_sampling(parameters: Any, request: Any, server: Server) -> dict[str, 
         raise Refused("sampling_params has the key", unknown[0], f"use {', '.join(known_names())}")
     kept: dict[str, Any] = {}
     for row in SAMPLING:
-        name = row.sampling
+        name = str(row.sampling)
         if name in parameters and row.rule is not rules.dropped:
             kept[name] = row.rule(row.field, parameters[name], request, server)
     return kept

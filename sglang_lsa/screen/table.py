@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_lsa.screen import rules
-from sglang_lsa.screen.rules import INT32, INT64, Rule
+from sglang_lsa.screen import field_rules, rules, sampling_rules
+from sglang_lsa.screen.rules import INT32, Rule
 
 ENDS, ENDS_TOGETHER, ERROR, OTHERS = (
     "the server ends",
@@ -68,16 +68,18 @@ SAMPLING: tuple[Row, ...] = (
     _sampling("frequency_penalty", "a number", ERROR, FINITE, '"a"'),
     _sampling("presence_penalty", "a number", ERROR, FINITE, '"a"'),
     _sampling("repetition_penalty", "a number", ERROR, FINITE, '"a"'),
-    _sampling("n", f"a whole number up to {rules.MOST_SAMPLES}; null for 1", ERROR, rules.samples, '"2"'),
+    _sampling(
+        "n", f"a whole number up to {sampling_rules.MOST_SAMPLES}; null for 1", ERROR, sampling_rules.samples, '"2"'
+    ),
     _sampling("stop", "a text or several", ERROR, rules.texts, "5"),
     _sampling(
         "stop_token_ids",
         "token ids; those beyond the vocabulary are left out",
         ENDS_TOGETHER,
-        rules.ids_in_vocabulary,
+        sampling_rules.ids_in_vocabulary,
         "5",
     ),
-    _sampling("stop_regex", "regular expressions that compile", ERROR, rules.patterns, '"("'),
+    _sampling("stop_regex", "regular expressions that compile", ERROR, sampling_rules.patterns, '"("'),
     _sampling("json_schema", "a text", ENDS, rules.text, '{"type": "object"}', ("response_format",)),
     _sampling("regex", "a text", ENDS, rules.text, "5"),
     _sampling("ebnf", "a text", ENDS, rules.text, "[1]"),
@@ -88,10 +90,14 @@ SAMPLING: tuple[Row, ...] = (
     _sampling("no_stop_trim", "anything, by its truth", ENDS_TOGETHER, rules.flag),
     _sampling("stream_interval", "a number; null for the server's", ENDS, FINITE, '"often"'),
     _sampling(
-        "logit_bias", "token ids and numbers that float32 can hold, or -infinity", ENDS, rules.logit_bias, '{"5": "a"}'
+        "logit_bias",
+        "token ids and numbers that float32 can hold, or -infinity",
+        ENDS,
+        sampling_rules.logit_bias,
+        '{"5": "a"}',
     ),
-    _sampling("sampling_seed", "a number below 2^63", ENDS, rules.number(-INT64, INT64), '"a"', ("seed",)),
-    _sampling("custom_params", "anything; `lsa` as in configuration.md", ENDS, rules.custom_params),
+    _sampling("sampling_seed", "a number", ERROR, FINITE, also=("seed",)),
+    _sampling("custom_params", "anything; `lsa` as in configuration.md", ENDS, sampling_rules.custom_params),
     _sampling("stop_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_regex_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_str_max_len", "not the client's: dropped", INTERNAL, rules.dropped),
@@ -107,28 +113,28 @@ FIELDS: tuple[Row, ...] = (
         "rid",
         "a text of at least one character, that no running request has",
         OTHERS,
-        rules.name_of_request,
+        field_rules.name_of_request,
         '""',
         also=("request_id",),
     ),
     Row("session_id", "a text", ENDS, rules.text),
-    Row("session_params", "an object of `id`, `rid`, `offset`, ...", ENDS, rules.session, '{"id": [1]}'),
+    Row("session_params", "an object of `id`, `rid`, `offset`, ...", ENDS, field_rules.session, '{"id": [1]}'),
     Row("extra_key", "a text", ENDS, rules.text, also=("cache_salt",)),
     Row("routing_key", "a text", ENDS, rules.text),
-    Row("input_embeds", "rows of numbers, on a server in bfloat16", ENDS, rules.rows_of_floats),
-    Row("logprob_start_len", "-1, or a position in the prompt", ENDS, rules.start_of_logprobs, "-2"),
+    Row("input_embeds", "rows of numbers, on a server in bfloat16", ENDS, field_rules.rows_of_floats),
+    Row("logprob_start_len", "-1, or a position in the prompt", ENDS, field_rules.start_of_logprobs, "-2"),
     Row(
         "top_logprobs_num",
         "at most the vocabulary",
         ENDS,
-        rules.top_logprobs,
+        field_rules.top_logprobs,
         "60000",
         also=("top_logprobs", "logprobs"),
     ),
-    Row("token_ids_logprob", "token ids, in any company", ENDS_TOGETHER, rules.given_logprobs),
-    Row("positional_embed_overrides", "not in JSON", ENDS, rules.objects_only, '{"embeds": []}'),
-    Row("multi_item_delimiter_indices", "only with `--enable-mis`", ENDS, rules.delimiters, "[900]"),
-    Row("received_time", "a time of this server's clock, else dropped", INTERNAL, rules.timestamp),
+    Row("token_ids_logprob", "token ids, in any company", ENDS_TOGETHER, field_rules.given_logprobs),
+    Row("positional_embed_overrides", "not in JSON", ENDS, field_rules.objects_only, '{"embeds": []}'),
+    Row("multi_item_delimiter_indices", "only with `--enable-mis`", ENDS, field_rules.delimiters, "[900]"),
+    Row("received_time", "a time of this server's clock, else dropped", INTERNAL, field_rules.timestamp),
     Row("http_worker_ipc", "not the client's: dropped", "the answer goes elsewhere", rules.dropped),
     Row("lora_id", "not the client's: dropped where there is LoRA", ENDS, rules.unless(lambda server: not server.lora)),
     Row("bootstrap_host", "dropped unless disaggregated", ENDS, _NOT_SPLIT),

@@ -203,7 +203,7 @@ def test_an_abort_ends_all_samples(small: ServerProcess) -> None:
 def test_a_refused_stream_does_not_end_the_first(small: ServerProcess) -> None:
     """Stock's task that follows every stream aborts its name, also if another request has it."""
     first = Stream(small, "mine", tokens=2000)
-    status, said = ask(small, G, plain(rid="mine", stream=True))  # and two seconds later, its task runs
+    _, said = ask(small, G, plain(rid="mine", stream=True))  # and two seconds later, its task runs
     assert "Duplicate request ID" in said
     time.sleep(3)
     assert not first.reasons, "the first one still runs"

@@ -14,7 +14,8 @@ import pytest
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.screen import harmless, header, rids
 from sglang_lsa.screen.request import refusing, row_of, screen, screen_samples
-from sglang_lsa.screen.rules import MOST_SAMPLES, Refused, Server
+from sglang_lsa.screen.rules import Refused, Server
+from sglang_lsa.screen.sampling_rules import MOST_SAMPLES
 from sglang_lsa.screen.table import ROWS
 
 SERVER = Server(vocabulary=49152, hidden_size=4, dtype="bfloat16")
