@@ -38,6 +38,7 @@ def described(manager) -> Server:
             encoders=arguments.language_only,
             lora=bool(manager.enable_lora),
             delimiters=bool(arguments.enable_mis),
+            labels=frozenset(arguments.tokenizer_metrics_allowed_custom_labels or ()),
             resident=frozenset({PositionalEmbeds}),
         )
     return known

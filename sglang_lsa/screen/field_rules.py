@@ -107,6 +107,11 @@ def objects_only(name: str, value: Any, request: Any, server: Server) -> Any:
     return value
 
 
+def known_labels(name: str, value: Any, request: Any, server: Server) -> Any:
+    """Labels that the server's metrics have, as SGLang itself chooses from a header."""
+    return value and {label: text for label, text in value.items() if label in server.labels}
+
+
 def timestamp(name: str, value: Any, request: Any, server: Server) -> Any:
     """When the request came, as this process's clock has it; the client's clock is another."""
     return value if value is None or 0 <= value <= time.perf_counter() else None

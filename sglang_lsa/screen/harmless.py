@@ -45,7 +45,6 @@ REQUEST: dict[str, str] = {
     "max_thinking_tokens": CHECKED,
     "priority": "a whole number of any size sorts",
     "no_logs": TYPED,
-    "custom_labels": "SGLang leaves out labels that it was not started with",
     "return_bytes": ANSWER,
     "return_entropy": ANSWER,
     "return_prompt_token_ids": ANSWER,

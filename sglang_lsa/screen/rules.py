@@ -34,6 +34,8 @@ class Server:
     lora: bool = False
     delimiters: bool = False
     """Whether prompts of several items are scored (``--enable-mis`` or a delimiter token)."""
+    labels: frozenset[str] = field(default_factory=frozenset)
+    """Of metrics, that clients may set."""
     resident: frozenset[type] = field(default_factory=frozenset)
     """Types that only a program around an Engine can pass, never JSON."""
 

@@ -134,6 +134,7 @@ FIELDS: tuple[Row, ...] = (
     Row("token_ids_logprob", "token ids, in any company", ENDS_TOGETHER, field_rules.given_logprobs),
     Row("positional_embed_overrides", "not in JSON", ENDS, field_rules.objects_only, '{"embeds": []}'),
     Row("multi_item_delimiter_indices", "only with `--enable-mis`", ENDS, field_rules.delimiters, "[900]"),
+    Row("custom_labels", "labels that the server's metrics have; others are left out", ENDS, field_rules.known_labels),
     Row("received_time", "a time of this server's clock, else dropped", INTERNAL, field_rules.timestamp),
     Row("http_worker_ipc", "not the client's: dropped", "the answer goes elsewhere", rules.dropped),
     Row("lora_id", "not the client's: dropped where there is LoRA", ENDS, rules.unless(lambda server: not server.lora)),
