@@ -7,16 +7,11 @@ from typing import Any
 from sglang_lsa.screen.header import EXAMPLE
 
 
-async def answer(original, self, request, raw_request=None):
-    """Around a route's handler: HTTP 400 for a body that asks for our options where another protocol has them."""
-    if raw_request is not None and named(await raw_request.json()):
+async def require_none(raw_request: Any) -> None:
+    """Raise HTTP 400 for a body that asks for our options where other protocols have them."""
+    body = None if raw_request is None else await raw_request.json()
+    custom = body.get("custom_params") if isinstance(body, dict) else None
+    if isinstance(custom, dict) and "lsa" in custom:
         from fastapi import HTTPException
 
         raise HTTPException(400, f"custom_params.lsa has no place in this protocol: send the header {EXAMPLE}")
-    return await original(self, request, raw_request)
-
-
-def named(body: Any) -> bool:
-    """Whether a body has our options where other protocols have them."""
-    custom = body.get("custom_params") if isinstance(body, dict) else None
-    return isinstance(custom, dict) and "lsa" in custom
