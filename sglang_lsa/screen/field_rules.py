@@ -18,6 +18,13 @@ def name_of_request(name: str, value: Any, request: Any, server: Server) -> Any:
     return value
 
 
+def some_tokens(name: str, value: Any, request: Any, server: Server) -> Any:
+    """At least one; whether each is in the vocabulary is checked where the prompt is admitted."""
+    if value is not None and not value:
+        raise Refused(name, value, "use at least one token id in every prompt")
+    return value
+
+
 def rows_of_floats(name: str, value: Any, request: Any, server: Server) -> Any:
     """``[tokens, hidden_size]`` for a model in bfloat16, the only type that SGLang casts embeddings to."""
     if value is None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 TYPED = "a flag or a text that FastAPI checks and nothing computes with"
 CHECKED = "SGLang checks it and answers HTTP 400"
 MULTIMODAL = "read only by processors of images, video and audio; models with one are refused at start"
-OURS = "checked where the prompt is admitted: HTTP 400 names the first id beyond the vocabulary"
 ANSWER = "only shapes the answer, in the process that serves HTTP"
 TRANSLATED = "translated to fields of /generate, which have their own row or reason"
 
 REQUEST: dict[str, str] = {
     "text": "a text that the tokenizer reads",
-    "input_ids": OURS,
     "image_data": MULTIMODAL,
     "video_data": MULTIMODAL,
     "audio_data": MULTIMODAL,

@@ -117,6 +117,7 @@ FIELDS: tuple[Row, ...] = (
         '""',
         also=("request_id",),
     ),
+    Row("input_ids", "at least one id, each of the vocabulary", ENDS, field_rules.some_tokens, "[]"),
     Row("session_id", "a text", ENDS, rules.text),
     Row("session_params", "an object of `id`, `rid`, `offset`, ...", ENDS, field_rules.session, '{"id": [1]}'),
     Row("extra_key", "a text", ENDS, rules.text, also=("cache_salt",)),

@@ -17,7 +17,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +102,59 @@ NESTED: tuple[Any, ...] = (
     *({"function": {"name": "f"}, "type": "function"}, [{"type": "message", "role": "user", "content": "x"}]),
     *([{"type": "text", "text": "x"}], {"a": {"b": {"c": [1, [2, [3]]]}}}, [[[[[[]]]]]]),
 )
+FITTING: dict[str, tuple[Any, ...]] = {
+    "integer": (0, 1, 2, 3, 5, -1, -2, 7, 64, 600, 49151, 49152, 60_000, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30),
+    "number": (0, 1, -1, 0.0, 0.1, 0.5, 1.0, 1.5, 2.0, -2.0, 1e-300, 1e-7, 1e39, 1e308, -1e39, 10**30, 2**63),
+    "boolean": (True, False),
+    "string": (
+        "",
+        "a",
+        "job",
+        "5",
+        "[0-9]+",
+        "(",
+        '{"type": "object"}',
+        'root ::= "a"',
+        "2.2.2.2",
+        "é🙂",
+        "last",
+        "\x00",
+    ),
+    "array": (
+        [],
+        [5],
+        [5, 6],
+        [5] * 700,
+        [[5, 6], [7]],
+        ["a"],
+        ["a", "b", ""],
+        [0.5],
+        [None],
+        [True, False],
+        [-1],
+        [10**6],
+    ),
+    "object": (
+        {},
+        {"5": 1.0},
+        {"5": -100},
+        {"5": 1e39},
+        {"id": "x"},
+        {"rid": "x", "offset": 5},
+        {"a": "b"},
+        {"a": [1]},
+    ),
+    "null": (None,),
+}
+"""What a field of a declared type may well hold, and how far it goes."""
+PARAMETERS: dict[str, str] = (
+    dict.fromkeys(("max_new_tokens", "min_new_tokens", "top_k", "n", "stream_interval", "sampling_seed"), "integer")
+    | dict.fromkeys(("temperature", "top_p", "min_p", "top_k", "frequency_penalty", "presence_penalty"), "number")
+    | dict.fromkeys(("ignore_eos", "skip_special_tokens", "no_stop_trim", "spaces_between_special_tokens"), "boolean")
+    | dict.fromkeys(("stop", "stop_regex", "regex", "ebnf", "json_schema", "structural_tag"), "string")
+    | {"repetition_penalty": "number", "stop_token_ids": "array", "logit_bias": "object", "custom_params": "object"}
+)
+"""Types of sampling parameters, which SGLang's own description leaves open."""
 HEADERS: tuple[tuple[str, str], ...] = (
     *(("X-LSA", text) for text in ("budget=0.3", "budget=9", "watch=0,3,5", "sets=1:2", "=", "a", "budget", "policy=")),
     *(("X-LSA", text) for text in ("budget=0.3,budget=0.3", "enabled=false", "record=5", "x" * 9000, "budget=\xff")),
@@ -119,7 +172,6 @@ READS = (
     "/lsa/nothing",
     "/lsa/status?x=%ff",
     "/v1/models",
-    "/health",
 )
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 
@@ -147,7 +199,8 @@ class Fuzz:
         self.server, self.seed = server, seed
         schemas = server.get("/openapi.json")["components"]["schemas"]
         self.fields = {
-            path: sorted(schemas[name]["properties"]) if name else list(SETTINGS) for path, (name, _) in ROUTES.items()
+            path: kinds(schemas[name]["properties"]) if name else {key: ["number", "string"] for key in SETTINGS}
+            for path, (name, _) in ROUTES.items()
         }
         self.shares = SHARES | ({"/lsa/config": 4} if settings else {})
 
@@ -176,14 +229,15 @@ class Fuzz:
         if path == "/generate" and inside < 0.45:
             parameters = body.get("sampling_params")
             if isinstance(parameters, dict):
-                parameters[rng.choice(sorted(map(str, SAMPLING_NAMES)))] = value(rng)
+                name = rng.choice(sorted(map(str, SAMPLING_NAMES)))
+                parameters[name] = value(rng, [PARAMETERS.get(name, "string")])
                 return
         if path != "/lsa/config" and inside > 0.9:
             holder = body.setdefault("sampling_params", {}) if path == "/generate" else body
             if isinstance(holder, dict):
                 holder["custom_params"] = {"lsa": {rng.choice(OPTIONS): value(rng)}}
                 return
-        name = rng.choice(self.fields[path])
+        name = rng.choice(list(self.fields[path]))
         if rng.random() < 0.05:
             body.pop(name, None)
         elif name in ("text", "prompt") and rng.random() < 0.5:
@@ -192,7 +246,7 @@ class Fuzz:
             body.pop("text", None)
             body[name] = rng.choice(([5] * 700, [[5, 6], [7]], [[5], []], [49151], [5] * 40))
         else:
-            body[name] = value(rng)
+            body[name] = value(rng, self.fields[path][name])
 
     def run(self, numbers: Iterable[int]) -> collections.Counter[str]:
         """Send the cases of these numbers; count the answers.
@@ -235,8 +289,19 @@ class Fuzz:
         return f"HTTP {status}"
 
 
-def value(rng: random.Random) -> Any:
-    """Something that a field may not expect."""
+def kinds(properties: dict[str, Any]) -> dict[str, list[str]]:
+    """Types that each property of a schema may have."""
+    found = {}
+    for name, schema in sorted(properties.items()):
+        options = [schema, *schema.get("anyOf", [])]
+        found[name] = [kind for option in options if (kind := option.get("type")) in FITTING] or ["string", "object"]
+    return found
+
+
+def value(rng: random.Random, types: Sequence[str] = ()) -> Any:
+    """Something of a type that a field takes, or something that it may not expect."""
+    if types and rng.random() < 0.6:
+        return rng.choice(FITTING[rng.choice(types)])
     if rng.random() < 0.05:
         nested: Any = rng.choice(SCALARS)
         for _ in range(rng.choice((2, 20, 200))):
