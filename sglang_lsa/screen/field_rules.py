@@ -95,11 +95,9 @@ def given_logprobs(name: str, value: Any, request: Any, server: Server) -> Any:
 
 
 def delimiters(name: str, value: Any, request: Any, server: Server) -> Any:
-    """Ascending positions in the prompt, on a server that scores several items in one."""
-    if value is None:
-        return value
-    if not server.delimiters:
-        raise Refused(name, value, "start the server with --enable-mis, or use /v1/score")
+    """Ascending positions in the prompt; nothing on a server that does not score several items in one."""
+    if value is None or not server.delimiters:
+        return None
     ids: Sequence[int] = request.input_ids or ()
     ordered = all(a < b for a, b in zip((-1, *value), (*value, max(len(ids), 1)), strict=True))
     if not value or not ordered:

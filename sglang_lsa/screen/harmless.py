@@ -10,6 +10,8 @@ TRANSLATED = "translated to fields of /generate, which have their own row or rea
 
 REQUEST: dict[str, str] = {
     "text": "a text that the tokenizer reads",
+    "session_id": TYPED,
+    "routing_key": TYPED,
     "image_data": MULTIMODAL,
     "video_data": MULTIMODAL,
     "audio_data": MULTIMODAL,

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from sglang_lsa.screen.rules import LARGEST_FLOAT32, Refused, Server, texts
+from sglang_lsa.screen.rules import LARGEST_FLOAT32, Refused, Server, text, texts
 
 MOST_SAMPLES = 16_384
 """Answers to one prompt. SGLang has no bound, and builds them all before the first is sent."""
@@ -50,6 +50,11 @@ def patterns(name: str, value: Any, request: Any, server: Server) -> Any:
         except (re.error, RecursionError, OverflowError) as error:
             raise Refused(name, pattern, f"use a regular expression that compiles ({error})") from None
     return value
+
+
+def grammar(name: str, value: Any, request: Any, server: Server) -> Any:
+    """A text that the grammar's compiler reads; what is empty constrains nothing."""
+    return text(name, value, request, server) if value else None
 
 
 def samples(name: str, value: Any, request: Any, server: Server) -> Any:

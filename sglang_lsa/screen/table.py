@@ -14,6 +14,7 @@ ENDS, ENDS_TOGETHER, ERROR, OTHERS = (
     "other requests lose their answers",
 )
 """What stock SGLang does with a value that is not allowed."""
+TYPED = "with `SGLANG_USE_PICKLE_IPC=0`, the server ends"
 INTERNAL = "an internal field is taken from the client"
 
 
@@ -80,14 +81,14 @@ SAMPLING: tuple[Row, ...] = (
         "5",
     ),
     _sampling("stop_regex", "regular expressions that compile", ERROR, sampling_rules.patterns, '"("'),
-    _sampling("json_schema", "a text", ENDS, rules.text, '{"type": "object"}', ("response_format",)),
-    _sampling("regex", "a text", ENDS, rules.text, "5"),
-    _sampling("ebnf", "a text", ENDS, rules.text, "[1]"),
-    _sampling("structural_tag", "a text", ENDS, rules.text, "{}"),
-    _sampling("ignore_eos", "anything, by its truth", ENDS_TOGETHER, rules.flag),
+    _sampling("json_schema", "a text", ENDS, sampling_rules.grammar, '{"type": "object"}', ("response_format",)),
+    _sampling("regex", "a text", ENDS, sampling_rules.grammar, '["a"]'),
+    _sampling("ebnf", "a text", ENDS, sampling_rules.grammar, "[1]"),
+    _sampling("structural_tag", "a text", ENDS, sampling_rules.grammar, '{"a": 1}'),
+    _sampling("ignore_eos", "anything, by its truth", TYPED, rules.flag),
     _sampling("skip_special_tokens", "anything, by its truth", ENDS, rules.flag),
     _sampling("spaces_between_special_tokens", "anything, by its truth", ENDS_TOGETHER, rules.flag),
-    _sampling("no_stop_trim", "anything, by its truth", ENDS_TOGETHER, rules.flag),
+    _sampling("no_stop_trim", "anything, by its truth", TYPED, rules.flag),
     _sampling("stream_interval", "a number; null for the server's", ENDS, FINITE, '"often"'),
     _sampling(
         "logit_bias",
@@ -97,7 +98,7 @@ SAMPLING: tuple[Row, ...] = (
         '{"5": "a"}',
     ),
     _sampling("sampling_seed", "a number", ERROR, FINITE, also=("seed",)),
-    _sampling("custom_params", "anything; `lsa` as in configuration.md", ENDS, sampling_rules.custom_params),
+    _sampling("custom_params", "anything; `lsa` as in configuration.md", TYPED, sampling_rules.custom_params),
     _sampling("stop_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_regex_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_str_max_len", "not the client's: dropped", INTERNAL, rules.dropped),
@@ -118,10 +119,8 @@ FIELDS: tuple[Row, ...] = (
         also=("request_id",),
     ),
     Row("input_ids", "at least one id, each of the vocabulary", ENDS, field_rules.some_tokens, "[]"),
-    Row("session_id", "a text", ENDS, rules.text),
     Row("session_params", "an object of `id`, `rid`, `offset`, ...", ENDS, field_rules.session, '{"id": [1]}'),
     Row("extra_key", "a text", ENDS, rules.text, also=("cache_salt",)),
-    Row("routing_key", "a text", ENDS, rules.text),
     Row("input_embeds", "rows of numbers, on a server in bfloat16", ENDS, field_rules.rows_of_floats),
     Row("logprob_start_len", "-1, or a position in the prompt", ENDS, field_rules.start_of_logprobs, "-2"),
     Row(
@@ -134,7 +133,7 @@ FIELDS: tuple[Row, ...] = (
     ),
     Row("token_ids_logprob", "token ids, in any company", ENDS_TOGETHER, field_rules.given_logprobs),
     Row("positional_embed_overrides", "not in JSON", ENDS, field_rules.objects_only, '{"embeds": []}'),
-    Row("multi_item_delimiter_indices", "only with `--enable-mis`", ENDS, field_rules.delimiters, "[900]"),
+    Row("multi_item_delimiter_indices", "positions; dropped unless `--enable-mis`", ENDS, field_rules.delimiters),
     Row("custom_labels", "labels that the server's metrics have; others are left out", ENDS, field_rules.known_labels),
     Row("received_time", "a time of this server's clock, else dropped", INTERNAL, field_rules.timestamp),
     Row("http_worker_ipc", "not the client's: dropped", "the answer goes elsewhere", rules.dropped),

@@ -68,7 +68,6 @@ REFUSED: dict[str, tuple[str, Body, str]] = {
     "samples_beyond_memory": (G, sampling(n=10**9), "use a whole number"),
     "session": (G, plain(session_params={"id": [1]}), "session_params.id"),
     "overrides": (G, plain(positional_embed_overrides={"embeds": [1]}), "cannot be given in JSON"),
-    "delimiters": (G, plain(multi_item_delimiter_indices=[900]), "--enable-mis"),
     "empty_name": (G, plain(rid=""), "at least one character"),
     "empty_row": (G, {"input_ids": [[], [5]], "sampling_params": {"max_new_tokens": 2}}, "at least one"),
     "responses_without_input": (RESPONSES, {"model": "m", "input": []}, "cannot be read"),
@@ -110,6 +109,10 @@ ANSWERED: dict[str, tuple[str, Body]] = {
     "another_way_back": (G, plain(http_worker_ipc="ipc:///nowhere")),
     "later_than_now": (G, plain(received_time=1e308)),
     "schema": (G, sampling(json_schema='{"type": "integer"}')),
+    "delimiters": (
+        G,
+        {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 0}, "multi_item_delimiter_indices": [900]},
+    ),
     "no_prompts": (G, {"text": []}),
     "stop_patterns": (CHAT, chat(stop_regex=["a+", "[0-9]"], stop=["x", ""], seed=-1)),
 }

@@ -113,6 +113,16 @@ def test_refused(parameters: dict[str, Any], fields: dict[str, Any]) -> None:
         screened(parameters, **fields)
 
 
+def test_delimiters() -> None:
+    """Dropped, but for a server that scores several items in a prompt."""
+    assert screened(multi_item_delimiter_indices=[900]).multi_item_delimiter_indices is None
+    scoring = dataclasses.replace(SERVER, delimiters=True)
+    assert screened(multi_item_delimiter_indices=[0, 2], server=scoring).multi_item_delimiter_indices == [0, 2]
+    for wrong in ([3], [1, 1], [-1], []):
+        with pytest.raises(Refused, match="ascending positions"):
+            screened(multi_item_delimiter_indices=wrong, server=scoring)
+
+
 def test_embeddings_need_bfloat16() -> None:
     with pytest.raises(Refused, match="--dtype bfloat16"):
         screened(input_embeds=[[0.5] * 4], server=dataclasses.replace(SERVER, dtype="float32"))
@@ -143,10 +153,11 @@ LEGAL: dict[str, dict[str, Any]] = {
     "stop_texts": {"stop": ["", "é", "\x00", "🙂"]},
     "stop_patterns": {"stop_regex": [r"\d+", "a|b", ""]},
     "banned_token": {"logit_bias": {"5": -INF, " 6 ": 3.4e38, "0": -100}},
-    "text_that_is_no_grammar": {"regex": "(", "json_schema": "", "ebnf": "root ::="},
+    "text_that_is_no_grammar": {"regex": "(", "json_schema": None, "ebnf": "root ::="},
     "custom": {"custom_params": {"mine": [1, {"a": None}], "lsa": None}},
     "custom_of_another_type": {"custom_params": "x"},
     "seed": {"sampling_seed": -5},
+    "stop_nothing": {"stop": [], "stop_token_ids": None},
     "stream_interval_negative": {"stream_interval": -1},
 }
 
@@ -163,6 +174,7 @@ def test_what_means_the_same_is_put_in_a_form_that_works() -> None:
         "skip_special_tokens": 0,
         "ignore_eos": [],
         "no_stop_trim": None,
+        "structural_tag": None,
     }
     sampling |= {"is_normalized": True, "stop_strs": ["x"], "custom_params": {"lsa": {"watch": [0, 3, 5]}, "b": 1}}
     made = screened(
