@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_lsa.screen.header import EXAMPLE
+
+
+@contextmanager
+def answering_mistakes() -> Iterator[None]:
+    """Around a handler that leaves ValueError to HTTP 500, SGLang's own way to say that a request is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        from fastapi import HTTPException
+
+        raise HTTPException(400, str(error)) from error
 
 
 async def require_none(raw_request: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from sglang_lsa.patches.elsewhere import require_none
+from sglang_lsa.patches.elsewhere import answering_mistakes, require_none
 from sglang_lsa.patches.hook import Hook
 
 
 async def answer(original, self, request, raw_request=None):
     await require_none(raw_request)
-    return await original(self, request, raw_request)
+    with answering_mistakes():
+        return await original(self, request, raw_request)
 
 
 HOOK = Hook(

@@ -174,7 +174,7 @@ def test_what_means_the_same_is_put_in_a_form_that_works() -> None:
         "skip_special_tokens": 0,
         "ignore_eos": [],
         "no_stop_trim": None,
-        "structural_tag": None,
+        "structural_tag": {},
     }
     sampling |= {"is_normalized": True, "stop_strs": ["x"], "custom_params": {"lsa": {"watch": [0, 3, 5]}, "b": 1}}
     made = screened(
@@ -185,6 +185,7 @@ def test_what_means_the_same_is_put_in_a_form_that_works() -> None:
         "skip_special_tokens": False,
         "ignore_eos": False,
         "no_stop_trim": None,
+        "structural_tag": None,
         "custom_params": {"lsa": {"watch": "0,3,5"}, "b": 1},
     }
     assert made.bootstrap_host is None and made.http_worker_ipc is None
