@@ -252,7 +252,8 @@ def test_header_is_obeyed(small: ServerProcess) -> None:
 
 @pytest.mark.parametrize("path", [RESPONSES, "/v1/messages", "/api/generate", "/api/chat"])
 def test_options_are_never_dropped(small: ServerProcess, path: str) -> None:
-    status, said = ask(small, path, PROTOCOLS[path] | {"custom_params": {"lsa": {"budget": 0.3}}})
+    body = PROTOCOLS.get(path, {"model": "smollm2", "messages": HI})
+    status, said = ask(small, path, body | {"custom_params": {"lsa": {"budget": 0.3}}})
     assert status == 400 and "send the header X-LSA" in said, said
 
 

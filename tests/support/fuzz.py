@@ -12,6 +12,7 @@ import argparse
 import collections
 import http.client
 import json
+import math
 import pathlib
 import random
 import sys
@@ -192,11 +193,12 @@ class Fuzz:
     Args:
         server: any LSA server.
         seed: everything random comes from it.
+        seconds: after so many, the rest is not sent.
         settings: whether ``/lsa/config`` is among the routes; what it changed is put back by :meth:`run`.
     """
 
-    def __init__(self, server: ServerProcess, seed: int = 0, settings: bool = True):
-        self.server, self.seed = server, seed
+    def __init__(self, server: ServerProcess, seed: int = 0, settings: bool = True, seconds: float = math.inf):
+        self.server, self.seed, self.end = server, seed, time.monotonic() + seconds
         schemas = server.get("/openapi.json")["components"]["schemas"]
         self.fields = {
             path: kinds(schemas[name]["properties"]) if name else {key: ["number", "string"] for key in SETTINGS}
@@ -276,6 +278,8 @@ class Fuzz:
     def _one(self, number: int) -> str:
         """What became of a case: a status, or what is wrong after ``!``."""
         case = self.case(number)
+        if time.monotonic() > self.end:
+            return "not sent"
         if self.server.process.poll() is not None:
             return "! the server has ended"
         try:
@@ -386,6 +390,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="send no more after so many")
     parser.add_argument("--only", type=int, help="the number of one case, to repeat it")
     parser.add_argument("--log", type=pathlib.Path, help="where the server's log goes")
     args = parser.parse_args()
@@ -397,7 +402,7 @@ def main() -> int:
         config.write_text(json.dumps({**LSA_CONFIG, "debug": True}))
         flags = ["--model-path", str(embedded_model_path()), *FLAGS, "--lsa-config", str(config)]
         with ServerProcess(LSA, flags, args.log or pathlib.Path(folder) / "server.log") as server:
-            fuzz = Fuzz(server.wait_until_ready(), args.seed)
+            fuzz = Fuzz(server.wait_until_ready(), args.seed, seconds=args.seconds)
             if args.only is not None:
                 print(shown(fuzz.case(args.only)))
             try:
