@@ -57,6 +57,15 @@ def grammar(name: str, value: Any, request: Any, server: Server) -> Any:
     return text(name, value, request, server) if value else None
 
 
+def length(name: str, value: Any, request: Any, server: Server) -> Any:
+    """A whole number of tokens, or null; SGLang cuts the answer there."""
+    if value is None:
+        return value
+    if not isinstance(value, int) and not (isinstance(value, float) and value.is_integer()):
+        raise Refused(name, value, "use a whole number of tokens")
+    return int(value)
+
+
 def samples(name: str, value: Any, request: Any, server: Server) -> Any:
     """How many answers; SGLang makes that many requests at once."""
     if value is None:

@@ -53,10 +53,10 @@ FINITE = rules.number()
 SAMPLING: tuple[Row, ...] = (
     _sampling(
         "max_new_tokens",
-        "a number; null for all that fit",
-        ERROR,
-        FINITE,
-        '"5"',
+        "a whole number; null for all that fit",
+        ENDS,
+        sampling_rules.length,
+        "5.5",
         also=("max_tokens", "max_completion_tokens", "max_output_tokens"),
     ),
     _sampling("min_new_tokens", "a number below 2^31", ENDS, rules.number(most=INT32), "2147483648", ("min_tokens",)),

@@ -149,7 +149,7 @@ LEGAL: dict[str, dict[str, Any]] = {
     "true_as_one": {"temperature": True},
     "all_of_the_vocabulary": {"top_k": -1},
     "largest_top_k": {"top_k": 2**31 - 1},
-    "fraction_of_a_token": {"max_new_tokens": 5.5, "min_new_tokens": 1.5, "top_k": 3.5},
+    "fraction_of_a_token": {"min_new_tokens": 1.5, "top_k": 3.5},
     "stop_texts": {"stop": ["", "é", "\x00", "🙂"]},
     "stop_patterns": {"stop_regex": [r"\d+", "a|b", ""]},
     "banned_token": {"logit_bias": {"5": -INF, " 6 ": 3.4e38, "0": -100}},
