@@ -85,9 +85,10 @@ The rows below are the screen itself. A test fails if the installed SGLang has a
 `python tests/support/fuzz.py` sends it ten thousand mutated requests.
 """
 REQUESTS_TAIL = """
-Seen on a stock server, or by calling the function of SGLang that raises: `top_k`, `logit_bias`, `max_new_tokens`,
-`min_new_tokens`, `stop_token_ids`, `stop_regex`, `skip_special_tokens`, `is_normalized`, `rid`, `logprob_start_len`, `top_logprobs_num`,
-`token_ids_logprob`, `input_embeds`, `bootstrap_host`. The other rows say what the source of SGLang 0.5.17 does.
+Seen on a stock server, or by calling the function of SGLang that raises: `max_new_tokens`, `min_new_tokens`, `top_k`,
+`logit_bias`, `stop_token_ids`, `stop_regex`, `skip_special_tokens`, `is_normalized`, `rid`, `logprob_start_len`,
+`top_logprobs_num`, `token_ids_logprob`, `input_embeds`, `bootstrap_host`. The other rows say what the source of SGLang
+0.5.17 does.
 
 Two things are mended rather than refused: logprobs of given tokens (`token_ids_logprob`) work beside requests that ask
 for none, and a request that the scheduler cannot take in, however it came, is refused and not an end. What the screen
