@@ -19,8 +19,10 @@ def add_routes() -> None:
     from sglang.srt.entrypoints import http_server
 
     # With several HTTP workers this process passes their messages on, and must be able to read them.
-    import sglang_lsa.patches.config_messages  # noqa: F401
+    import sglang_lsa.patches.config_messages
+    import sglang_lsa.patches.status_messages  # noqa: F401
     from sglang_lsa.patches.control_route import add_control_route
+    from sglang_lsa.patches.screen_middleware import add_screen
     from sglang_lsa.patches.view_route import add_view_route
 
     router = APIRouter()
@@ -28,6 +30,7 @@ def add_routes() -> None:
     add_status_routes(router, lambda: http_server._global_state.tokenizer_manager)
     http_server.app.include_router(router)
     add_control_route(http_server.app)
+    add_screen(http_server.app)
 
 
 def add_status_routes(router: APIRouter, manager: Callable[[], Any]) -> None:

@@ -1,7 +1,7 @@
-"""Write docs/configuration.md from the code: every flag, key of the JSON file and key of a request.
+"""Write docs/configuration.md (every flag, key of the JSON file and key of a request) and docs/requests.md.
 
-python scripts/make_docs.py          # write it
-python scripts/make_docs.py --check  # fail if it is not what would be written
+python scripts/make_docs.py          # write them
+python scripts/make_docs.py --check  # fail if they are not what would be written
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import sys
 
 from sglang_lsa import config
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.screen.table import FIELDS, SAMPLING, Row
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/config.py; change it there. -->"
 
 REQUEST = {
@@ -41,7 +42,7 @@ REQUEST = {
     ),
     "watch": (
         "`[]`",
-        "page numbers, at most 256",
+        "page numbers, at most 256; a list, or text as `0,3,5`",
         "Pages whose score and rank `/lsa/requests` tells of the request, for every set that was predicted.",
     ),
 }
@@ -66,6 +67,69 @@ In `custom_params.lsa`: with SGLang's own API in `sampling_params`, with the Ope
 client.chat.completions.create(..., extra_body={"custom_params": {"lsa": {"budget": 0.3}}})
 ```
 """
+
+
+REQUESTS_NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/screen/table.py; change it there. -->"
+REQUESTS_HEAD = """# What a request may say
+
+## Requests that end stock SGLang
+
+SGLang's scheduler and detokenizer end with the first exception, and with them every client's request. Stock SGLang
+0.5.17 passes on many values without a look, so that one request is enough; public bug reports name a dozen of them.
+With LSA, one screen checks every field of `/generate`, `/v1/completions`, `/v1/chat/completions`, `/v1/responses`
+and the other generating routes before anything reaches the scheduler. What cannot work is HTTP 400, with the field, the
+value seen and what to do; what means nothing on this server is left out; what stock answers is answered.
+
+The rows below are the screen itself. A test fails if the installed SGLang has a field without a row or a reason in
+`sglang_lsa/screen/harmless.py` why none is needed; `tests/server/test_screen.py` asks a real server, and
+`python tests/support/fuzz.py` sends it ten thousand mutated requests.
+"""
+REQUESTS_TAIL = """
+Seen on a stock server, or by calling the function of SGLang that raises: `max_new_tokens`, `min_new_tokens`, `top_k`,
+`logit_bias`, `stop_token_ids`, `stop_regex`, `skip_special_tokens`, `is_normalized`, `rid`, `logprob_start_len`,
+`top_logprobs_num`, `token_ids_logprob`, `input_embeds`, `bootstrap_host`. The other rows say what the source of SGLang
+0.5.17 does.
+
+Two things are mended rather than refused: logprobs of given tokens (`token_ids_logprob`) work beside requests that ask
+for none, and a request that the scheduler cannot take in, however it came, is refused and not an end. What the screen
+cannot know: how long a pattern of `stop_regex` takes to match (SGLang matches it in its scheduler), and what code a
+`custom_logit_processor` runs, which is why SGLang wants a flag for it.
+
+## Names of requests
+
+Stock SGLang ends every request whose `rid` *begins* like the one that is aborted or hung up: `job-1` takes `job-10`
+with it. And a stream that is refused because its `rid` is running ends the running one two seconds later. With LSA an
+abort means one request and its samples (`n` > 1), and a stream's end concerns no request but its own.
+
+## Options where the protocol has no place for them
+
+`/v1/responses`, `/v1/messages`, `/api/chat` and `/api/generate` have no `custom_params`. The header `X-LSA` gives the
+options of [configuration.md](configuration.md#of-a-request) on every route:
+
+```bash
+curl localhost:30000/v1/responses -H 'Content-Type: application/json' -H 'X-LSA: budget=0.3,policy=quest' \\
+  -d '{"model": "default", "input": "Hello"}'
+```
+
+They are checked like the body's; an option that is given in both, with two values, is HTTP 400, and so is
+`custom_params.lsa` in a body whose protocol would drop it.
+"""
+
+
+def requests_page() -> str:
+    """What a request may say."""
+    return "\n".join([REQUESTS_NOTE, "", REQUESTS_HEAD, *screen_table(), REQUESTS_TAIL])
+
+
+def screen_table() -> list[str]:
+    lines = ["| field | allowed | stock SGLang 0.5.17 otherwise | not allowed, e.g. |", "| --- | --- | --- | --- |"]
+    return lines + [screen_row(row) for row in (*SAMPLING, *FIELDS)]
+
+
+def screen_row(row: Row) -> str:
+    also = f" ({', '.join(f'`{name}`' for name in row.also)})" if row.also else ""
+    example = f"`{row.example}`" if row.example else ""
+    return f"| `{row.field}`{also} | {row.allowed} | {row.stock} | {example} |"
 
 
 def page() -> str:
@@ -124,12 +188,16 @@ def accepts(name: str, value: float) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    if not parser.parse_args().check:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        print(f"{PAGE.name} is not up to date: run python scripts/make_docs.py", file=sys.stderr)
-        return 1
-    return 0
+    check = parser.parse_args().check
+    stale = 0
+    for name, text in (("configuration.md", page()), ("requests.md", requests_page())):
+        path = DOCS / name
+        if not check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{name} is not up to date: run python scripts/make_docs.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

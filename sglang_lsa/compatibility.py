@@ -85,6 +85,7 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
         defaults |= {
             "attention_backend": BACKENDS["cpu"],
             "sampling_backend": "pytorch",
+            "grammar_backend": "llguidance",  # xgrammar pins memory, which takes a driver
             "chunked_prefill_size": CPU_CHUNK,
         }
         arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,10 +287,13 @@ class RequestOptions:
                 f"custom_params.lsa.prompt_lookup is {prompt_lookup}: use a number of tokens, {MOST_LOOKED_UP} or less"
             )
         watch = asked.get("watch", [])
+        if isinstance(watch, str) and re.fullmatch(r"(\d{1,10}(,\d{1,10})*)?", watch, re.ASCII):
+            watch = [int(page) for page in watch.split(",") if page]  # as SGLang's messages can carry it
         pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
         if not pages or len(watch) > MOST_WATCHED:
             raise ValueError(
-                f"custom_params.lsa.watch is {watch!r:.80}: use a list of at most {MOST_WATCHED} page numbers"
+                f"custom_params.lsa.watch is {watch!r:.80}: "
+                f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
             )
         counts = (record, dense_steps, prompt_lookup)
         return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))

@@ -1,0 +1,55 @@
+"""The screen: every request, once SGLang has made one of each prompt, and before anything is kept of it."""
+
+from __future__ import annotations
+
+from sglang_lsa.patches.hook import Hook
+from sglang_lsa.screen.header import asked, merged
+from sglang_lsa.screen.request import refusing, screen
+from sglang_lsa.screen.rules import Server
+
+
+def screened(original, self, obj, request=None, lifecycle_id=None):
+    config = getattr(self.server_args, "lsa_config", None)  # absent for a stock Engine beside one with LSA
+    if config is None or lifecycle_id is not None or not hasattr(obj, "return_logprob"):
+        return original(self, obj, request, lifecycle_id)  # a sample of one that was screened, or an embedding
+    with refusing("the request"):
+        server = described(self)
+        ones = [obj] if obj.is_single else [obj[number] for number in range(obj.batch_size)]
+        for one in ones:
+            screen(one, server)
+            one.sampling_params = merged(one.sampling_params, asked.get())
+    lives = original(self, obj, request, lifecycle_id)
+    obj.lsa_lives = lives  # see tokenizer_manager_create_abort_task
+    return lives
+
+
+def described(manager) -> Server:
+    """What of the server the rules ask for; looked up once."""
+    known = manager.__dict__.get("lsa_screen")
+    if known is None:
+        from sglang.srt.managers.schedule_batch import PositionalEmbeds
+
+        arguments, model = manager.server_args, manager.model_config
+        known = manager.lsa_screen = Server(
+            vocabulary=model.vocab_size,
+            hidden_size=model.hidden_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            disaggregated=arguments.disaggregation_mode != "null",
+            encoders=arguments.language_only,
+            lora=bool(manager.enable_lora),
+            delimiters=bool(arguments.enable_mis),
+            labels=frozenset(arguments.tokenizer_metrics_allowed_custom_labels or ()),
+            resident=frozenset({PositionalEmbeds}),
+        )
+    return known
+
+
+HOOK = Hook(
+    target="sglang.srt.managers.tokenizer_manager.TokenizerManager._init_req_state",
+    kind="around",
+    function=screened,
+    parameters=("self", "obj", "request", "lifecycle_id"),
+    why="SGLang's scheduler and detokenizer end with the first value that they do not expect.",
+    until="SGLang checks the fields in sglang_lsa/screen/table.py itself.",
+    test="tests/server/test_screen.py::test_refused_and_alive",
+)
