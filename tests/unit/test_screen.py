@@ -318,3 +318,26 @@ def test_intake_refuses_what_it_cannot_take() -> None:
     assert to is arrived and answer.rid == "a"
     assert answer.finished_reason["status_code"] == 400 and "unhashable" in answer.finished_reason["message"]
     assert handle(lambda scheduler, request: "taken", scheduler, arrived) == "taken"
+
+
+def test_typed_messages_carry_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With SGLANG_USE_PICKLE_IPC=0, what passes can be read by the scheduler, and the rest is refused before."""
+    from sglang.srt.managers import io_struct
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from sglang_lsa.patches.tokenizer_manager_create_tokenized_object import carried
+
+    def made(custom_params: Any, **parameters: Any) -> Any:
+        sampling = screened({"custom_params": custom_params, **parameters}).sampling_params
+        return types.SimpleNamespace(sampling_params=SamplingParams(**sampling))
+
+    every = {"policy": "quest", "budget": 0.3, "enabled": True, "prefill": "exact", "sets": "999:9:1,2", "record": 0}
+    every |= {"dense_steps": 1, "prompt_lookup": 2, "watch": [0, 3, 5]}
+    assert set(every) == {field.name for field in dataclasses.fields(RequestOptions)}
+    deep = made({"mine": {"a": [1]}})
+    carried(deep)  # SGLang pickles: anything passes
+    monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", False)
+    carried(made({"lsa": every}, temperature=0.5, stop_token_ids=[5], logit_bias={"5": 1}))
+    for wrong in (deep, made({"mine": 2**70}), made("text")):
+        with pytest.raises(ValueError, match="cannot be passed on"):
+            carried(wrong)
