@@ -156,13 +156,13 @@ class Server:
         pools = zip(self.pager.keys, self.pager.values, strict=True)
         return torch.stack([torch.stack([keys[places], values[places]]) for keys, values in pools])
 
-    def read(self, places: torch.Tensor, prefill: bool = False) -> list[int]:
+    def found_at(self, places: torch.Tensor, prefill: bool = False) -> list[int]:
         """A pass reads these places of the device pool: which virtual slots it finds there."""
         assert (places >= self.pager.page).all(), "reads a page that is not on the device"
         self.kernel(prefill)
         return self.recognized(self.memory_at(places))
 
-    def read_mirror(self, pages: np.ndarray) -> list[int]:
+    def found_in_mirror(self, pages: np.ndarray) -> list[int]:
         """The same of pages of the mirror."""
         return self.recognized(self.pager.mirror.pages[torch.from_numpy(pages)].permute(1, 2, 0, 3, 4, 5).flatten(2, 3))
 

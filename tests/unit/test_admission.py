@@ -250,7 +250,7 @@ def test_prefix_pages_that_others_hold_cost_nothing() -> None:
     assert admitted is not None and admitted.prefix.tolist() == prefix.tolist()
 
 
-@pytest.mark.parametrize("where", ["memory", "memory_in_the_mirror_only"])
+@pytest.mark.parametrize("where", ["memory", "memory_in_the_mirror_only"], ids=["cached", "cached_in_the_mirror_only"])
 def test_other_prefix_pages_cost_as_much_as_new_ones(where: str) -> None:
     """Also those on the device: they can no longer be given up."""
     server = Server()
