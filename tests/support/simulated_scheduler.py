@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from simulated_cache import NONE, Allocator, Node, Tree
 from simulated_gpu import SimulatedGPU
-from simulated_work import Entry, ForwardPass, Req, slots_of
+from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
 
 from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.reading import RESIDENT
+from sglang_lsa.resident_table import COUNT, PAGES, TAIL_START
 from sglang_lsa.runtime import LSARuntime
 
 
@@ -35,6 +36,7 @@ class Scheduler:
         self.pager, self.slots = runtime.pager, runtime.req_to_token.numpy()
         self.allocator = Allocator(self.pager)
         self.tree = Tree(self.allocator)
+        self.memory = Memory(self.pager)
         self.free_rows = list(range(1, len(self.slots)))
         self.waiting: list[Req] = []
         self.running: list[Req] = []
@@ -207,7 +209,7 @@ class Scheduler:
         self.results.append((entries, len(self.gpu.compute)))
 
     def _queue_prefill(self, entries: list[Entry]) -> None:
-        queued = ForwardPass(self.pager)
+        queued = ForwardPass(self.memory)
         prefill = self.runtime.prefill
         for index, entry in enumerate(entries):
             req, pages = entry.req, entry.req.page_array
@@ -240,15 +242,15 @@ class Scheduler:
             forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
         )
         number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
-        table = self.runtime.lookahead.table
-        queued = ForwardPass(self.pager)
+        table, queued = self.runtime.lookahead.table, ForwardPass(self.memory)
+        rows, shortening = table.table.numpy(), table.shortening
         for req in reqs:
             request, row, before = self.runtime.requests[key_of(req)], req.req_pool_idx, req.kv_committed_len - 1
-            count, tail_start = int(table.count[row]), int(table.tail_start[row])
+            count, tail_start = rows[row, COUNT], rows[row, TAIL_START]
             assert (count, tail_start) == (len(request.positions), request.tail_start), "the table has another set"
-            assert int(table.shortening[row]) == (tail_start - count) * PAGE_SIZE
+            assert shortening[row] == (tail_start - count) * PAGE_SIZE
             tail = np.arange(tail_start, pages_spanned(before))
-            places = np.concatenate((table.pages[row, :count].numpy(), queued.v2p[req.page_array[tail]]))
+            places = np.concatenate((rows[row, PAGES : PAGES + count], queued.v2p[req.page_array[tail]]))
             queued.read(req.rid, places, req.known(np.concatenate((request.positions, tail)), before))
             queued.write(req, before, before + 1)
         self.gpu.queue(queued.run, prefill=False)

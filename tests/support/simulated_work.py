@@ -23,6 +23,7 @@ LONGEST_ANSWER = 1024
 """Tokens that a request generates at most."""
 UNWRITTEN = -1.0
 """In the place of tokens that a page does not have yet."""
+OFFSETS = np.arange(PAGE_SIZE)
 
 
 @dataclass(eq=False)
@@ -88,13 +89,20 @@ class Entry:
     end: int
 
 
-class ForwardPass:
-    """What a pass reads, must find, and writes; device pages as they are when it is queued, content when it runs."""
+class Memory:
+    """The device pool and the mirror of a pager, as numpy sees them."""
 
     def __init__(self, pager: Pager):
         self.v2p = pager.ledger.v2p
         self.pools = [[pool[layer].view(-1).numpy() for pool in (pager.keys, pager.values)] for layer in range(LAYERS)]
         self.mirror = pager.mirror.pages.view(-1, LAYERS, 2, PAGE_SIZE).numpy()
+
+
+class ForwardPass:
+    """What a pass reads, must find, and writes; device pages as they are when it is queued, content when it runs."""
+
+    def __init__(self, memory: Memory):
+        self.v2p, self.memory = memory.v2p, memory
         self._reads: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._streamed: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._slots: list[np.ndarray] = []
@@ -124,11 +132,11 @@ class ForwardPass:
         Raises:
             AssertionError: a request reads something else than its own tokens.
         """
-        for which, memory in enumerate(self.pools[layer]):
+        for which, memory in enumerate(self.memory.pools[layer]):
             if self._reads:
                 self._compare(memory.reshape(-1, PAGE_SIZE), self._in_place, self._reads, layer)
             if self._streamed:
-                self._compare(self.mirror[:, layer, which], self._from_host, self._streamed, layer)
+                self._compare(self.memory.mirror[:, layer, which], self._from_host, self._streamed, layer)
             memory[self._written[0]] = self._written[1]
 
     def _compare(
@@ -171,4 +179,4 @@ def _together(reads: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[np.n
 
 def slots_of(pages: Sequence[int] | np.ndarray) -> np.ndarray:
     """Of the tokens of these pages."""
-    return (np.array(pages, dtype=np.int64)[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
+    return (np.array(pages, dtype=np.int64)[:, None] * PAGE_SIZE + OFFSETS).reshape(-1)

@@ -194,7 +194,7 @@ class Simulation:
             rid = chance.choice(alive).rid  # its client hung up and asks again
             self.counts["rid again"] += 1
         params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150, 300]))
-        req = Req(rid, self.arrived, prompt, params, chance.randrange(2), [int(token) for token in prompt])
+        req = Req(rid, self.arrived, prompt, params, chance.randrange(2), prompt.astype(np.int64).tolist())
         if (reason := self.runtime.admission.refusal(req)) is not None:
             # SGLang computes one token of a request that it aborts.
             assert "budget" in reason or "tokens" in reason or "sets" in reason, reason
