@@ -17,7 +17,7 @@ import threading
 
 import sglang as sgl
 
-from sglang_lsa.client import NoServer, get_status, savings, work
+from sglang_lsa.client import NoServer, get_finished, get_status, savings, work
 
 KINDS = ("amber", "brisk", "calm", "daring", "eager", "fuzzy", "gentle", "hollow", "ivory", "jolly", "keen")
 NAMES = ("falcon", "harbor", "lantern", "meadow", "orchard", "pebble", "quarry", "ribbon", "saddle", "timber")
@@ -64,9 +64,8 @@ class DevicePages(threading.Thread):
                 status = get_status(self.url)
             except NoServer:
                 return  # the branches fail, too, and report it
-            context = sum(request["context_pages"] for request in status["requests"])
-            decoding = all(request["policy"] != "full" for request in status["requests"])
-            if decoding and context > self.context:  # all past their prompts, and more of them than before
+            context = status["running"]["context_pages"]
+            if not status["running"]["dense"] and context > self.context:  # all past their prompts, more than before
                 self.most, self.context = status["physical"]["held"], context
 
 
@@ -99,7 +98,7 @@ def main() -> None:
     after = get_status(args.url)
     for question, answer in zip(questions, state["answers"], strict=True):
         print(f"{question}\n    {answer.strip()}")
-    saved, done, page = savings(after, state["rids"]), work(before, after), after["page_bytes"]
+    saved, done, page = savings(after, get_finished(args.url, state["rids"])), work(before, after), after["page_bytes"]
     print(f"\n{saved.requests} branches, each for itself: {saved}")
     if watch.context:
         print(f"at once, shared pages counted once: {watch.most} device pages ({watch.most * page / 1e6:.1f} MB)")

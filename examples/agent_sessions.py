@@ -16,7 +16,7 @@ from typing import Any
 
 import openai
 
-from sglang_lsa.client import NoServer, Savings, get_status, savings
+from sglang_lsa.client import NoServer, Savings, get_finished, get_status, savings
 
 PLACES = ("harbor", "meadow", "orchard", "quarry", "valley", "garden", "market", "window")
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -53,7 +53,7 @@ class Agent:
         )
         said = answer.choices[0].message.content or ""
         self.messages.append({"role": "assistant", "content": said})
-        return said.strip(), savings(get_status(self.url), [rid])
+        return said.strip(), savings(get_status(self.url), get_finished(self.url, [rid]))
 
 
 def main() -> None:

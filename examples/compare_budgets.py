@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 
-from sglang_lsa.client import NoServer, get_status, savings
+from sglang_lsa.client import NoServer, get_finished, get_status, savings
 
 ASKED: dict[str, dict[str, Any]] = {
     "full attention": {"enabled": False},
@@ -51,7 +51,7 @@ def main() -> None:
             temperature=0,
             extra_body={"rid": rid, "custom_params": {"lsa": options}},
         )
-        saved = savings(get_status(args.url), [rid])
+        saved = savings(get_status(args.url), get_finished(args.url, [rid]))
         print(f"{name:>16}  {saved}  {(answer.choices[0].message.content or '').strip()!r}")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import sglang as sgl
 
-from sglang_lsa.client import savings, work
+from sglang_lsa.client import engine_requests, last_stays, savings, work
 from sglang_lsa.embedded_model import embedded_model_path
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -59,7 +59,12 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON lines; default: the answers are printed")
     parser.add_argument("--lsa", type=json.loads, default=DEFAULT_LSA, metavar="JSON", help="as --lsa-config takes it")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of sgl.Engine")
-    parser.add_argument("--status", type=pathlib.Path, metavar="FILE", help="where to write the engine's /lsa/status")
+    parser.add_argument(
+        "--status",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="where to write the engine's counters, and all it knows of the last 32 prompts",
+    )
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer")
     args = parser.parse_args()
     prompts = read_prompts(args.input) if args.input else made_up_prompts()
@@ -84,15 +89,17 @@ def main() -> None:
             for asked in some
         ]
         answers = engine.generate([asked["prompt"] for asked in some], parameters, rid=rids)
-        now = status()
-        for asked, rid, answer in zip(some, rids, answers, strict=True):
-            yield {**asked, "answer": answer["text"], "rid": rid, "saved": savings(now, [rid])}
+        now, finished = status(), last_stays(engine_requests(engine)["finished"], rids)
+        for asked, seen, answer in zip(some, finished, answers, strict=True):
+            yield {**asked, "answer": answer["text"], "rid": seen["rid"], "saved": savings(now, [seen])}
 
     try:
-        before, total = status(), []
+        before, total, last = status(), [], []
         with args.output.open("w") if args.output else contextlib.nullcontext() as output:
             for first in range(0, len(prompts), TOGETHER):
+                last = []
                 for answered in answers_to(prompts[first : first + TOGETHER]):
+                    last.append(answered["rid"])
                     total.append(answered["saved"])
                     if output:
                         print(json.dumps({**answered, "saved": str(answered["saved"])}), file=output)
@@ -100,7 +107,8 @@ def main() -> None:
                         print(f"...{answered['prompt'][-70:]!r}: {answered['answer']!r}\n    {answered['saved']}")
         after = status()
         if args.status:
-            args.status.write_text(json.dumps(after, indent=1))
+            details = {rid: engine_requests(engine, rid) for rid in last}
+            args.status.write_text(json.dumps({**after, "requests": details}))
         print(f"\n{len(prompts)} prompts: {sum(total[1:], total[0])}")
         print(work(before, after))
     finally:

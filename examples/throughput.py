@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import openai
 
-from sglang_lsa.client import NoServer, get_status, pool_bytes, savings, work
+from sglang_lsa.client import NoServer, get_finished, get_status, pool_bytes, savings, work
 
 WORDS = (
     "falcon",
@@ -110,6 +110,7 @@ def main() -> None:
     pools = {url: pool_bytes(url) for url in filter(None, (args.url, args.stock))}
     figures, answers = measure(args.url, prompts, args.tokens)
     after = get_status(args.url)
+    saved = savings(after, get_finished(args.url, [answer.rid for answer in answers]))
     stock = measure(args.stock, prompts, args.tokens)[0] if args.stock else {}
     longest = max(answer.prompt_tokens for answer in answers)
     print(f"{len(answers)} prompts of up to {longest:,} tokens at once, {args.tokens} tokens each")
@@ -120,7 +121,7 @@ def main() -> None:
     print(f"{'pool MB':>16}" + "".join(f" {size / 1e6:>10.1f}" for size in pools.values()))
     if args.stock and not 0.9 < pools[args.url] / pools[args.stock] < 1.1:
         print("Not a fair comparison: the pools differ (--lsa-device-tokens here, --max-total-tokens there).")
-    print(f"\nsaved: {savings(after, [answer.rid for answer in answers])}")
+    print(f"\nsaved: {saved}")
     print(f"the server: {work(before, after)}")
 
 

@@ -223,6 +223,16 @@ def from_8_bits(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.view(torch.float8_e4m3fn).float()
 
 
+@triton.jit
+def from_8_bits_kernel(
+    bits,  # int32, each a byte of to_8_bits
+):
+    """:func:`from_8_bits` in a kernel, by hand, which every device and the interpreter can do."""
+    exponent, mantissa = (bits >> 3) & 15, (bits & 7).to(tl.float32)
+    size = tl.where(exponent == 0, mantissa, (mantissa + 8) * tl.exp2((exponent - 1).to(tl.float32))) * 0.001953125
+    return tl.where((bits & 128) != 0, -size, size)
+
+
 def attention_shares(logits: torch.Tensor) -> torch.Tensor:
     """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``."""
     return logits.flatten(2).softmax(dim=-1).view_as(logits).sum(dim=-1).amax(dim=1)
@@ -296,11 +306,7 @@ def _page_score_kernel(
     row = (page * KEY_HEADS + tl.load(key_of_head + head)) * SUB_KEYS + key % SUB_KEYS
     real = (index < n)[None, :] & (d < DIM)[:, None]
     bits = tl.load(table + row[None, :] * DIM + d[:, None], mask=real, other=0).to(tl.int32)
-    # e4m3 by hand, which every device and the interpreter can do: sign, four bits of exponent, three of mantissa.
-    exponent, mantissa = (bits >> 3) & 15, (bits & 7).to(tl.float32)
-    size = tl.where(exponent == 0, mantissa, (mantissa + 8) * tl.exp2((exponent - 1).to(tl.float32))) * 0.001953125
-    k = tl.where((bits & 128) != 0, -size, size)
-    logits = tl.dot(q, k.to(q.dtype), input_precision="ieee")
+    logits = tl.dot(q, from_8_bits_kernel(bits).to(q.dtype), input_precision="ieee")
     logits = tl.where((index < n)[None, :], logits, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES * SUB_KEYS]
     if LAST:
         share = tl.exp(logits - tl.load(sums + head * VOTERS + voter)[:, None])

@@ -88,6 +88,15 @@ def physical_slots_reference(virtual: torch.Tensor, v2p: torch.Tensor, page: int
     return v2p[virtual // page].long() * page + virtual % page
 
 
+LANES = (8, 64, 512)
+"""Sizes of batches, at most, for which the kernel is compiled; beyond the last, powers of two."""
+
+
+def lanes_for(batch: int) -> int:
+    """Requests that one program of the kernel has room for, at least ``batch``: few sizes, for each is compiled."""
+    return next((lanes for lanes in LANES if batch <= lanes), triton.next_power_of_2(batch))
+
+
 def _decode_indices_triton(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices) -> None:
     batch = len(rows)
     if batch == 0:
@@ -105,7 +114,7 @@ def _decode_indices_triton(table, req_to_token, v2p, rows, seq_lens, page, indpt
         table.stride(0),
         req_to_token.stride(0),
         PAGE=page,
-        BATCH=triton.next_power_of_2(batch),
+        BATCH=lanes_for(batch),
         BLOCK=512,
     )
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_lsa.kernels.page_score import from_8_bits_kernel
+
 DIM = 128
 KEY_BYTES = 132
 """Of a compressed key: 128 numbers in fp8 (e4m3), and a float32 by which they are multiplied."""
@@ -99,10 +101,7 @@ def _retriever_score_kernel(
     real = index < n
     at = index.to(tl.int64)
     bits = tl.load(packed + at[:, None] * 132 + d[None, :], mask=real[:, None], other=0).to(tl.int32)
-    # e4m3 by hand, which every device and the interpreter can do: sign, four bits of exponent, three of mantissa.
-    exponent, mantissa = (bits >> 3) & 15, (bits & 7).to(tl.float32)
-    size = tl.where(exponent == 0, mantissa, (mantissa + 8) * tl.exp2((exponent - 1).to(tl.float32))) * 0.001953125
-    numbers = tl.where((bits & 128) != 0, -size, size)
+    numbers = from_8_bits_kernel(bits)
     scale = tl.load(scales + at * 33 + 32, mask=real, other=0.0)
     total = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
     for first in range(0, HEADS, BLOCK_HEADS):

@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from sglang_lsa.control import MAX_BYTES, is_foreign, parse_changes
+from sglang_lsa.control import MAX_BYTES, parse_changes
+from sglang_lsa.patches.http_routes import refuse_foreign
 
 
 def add_control_route(app: FastAPI) -> None:
@@ -25,12 +26,8 @@ def add_control_route(app: FastAPI) -> None:
 
         from sglang_lsa.patches.config_messages import LSAConfigReq
 
-        headers = request.headers
-        if is_foreign(headers.get("origin"), headers.get("sec-fetch-site"), headers.get("host")):
-            raise HTTPException(
-                403, f"a page of {headers.get('origin', 'another site')!a:.80} asks: use a page of this server"
-            )
-        kind = headers.get("content-type", "").split(";")[0].strip().lower()
+        refuse_foreign(request)
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise HTTPException(415, f"Content-Type is {kind!a:.80}: send application/json")
         try:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-SGLANG_VERSION = "0.5.17"
+from sglang_lsa import SGLANG_VERSION
+
 FIX = f"Install it (pip install sglang=={SGLANG_VERSION}), or start without --lsa flags"
 
 

@@ -1,4 +1,4 @@
-"""Slots come from the allocator of virtual pages, which is born with its pager."""
+"""Slots come from the allocator of virtual pages, which is born with its pager, for models that LSA can page."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ from sglang_lsa.patches.hook import Hook
 
 
 def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
+    """Look at model and pool as they are, then build.
+
+    Raises:
+        SystemExit: LSA cannot work with them. An exception would reach the user inside a traceback of this process,
+            and end the one that serves with the status of a process that was killed.
+    """
+    from sglang_lsa.compatibility import Unsupported
     from sglang_lsa.config import PAGE_SIZE
+    from sglang_lsa.model_guard import problems
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
     from sglang_lsa.radix_ext.pager import Pager
 
     pool = token_to_kv_pool
+    if found := problems(
+        self.model,
+        pool,
+        name=self.model_config.model_path,
+        q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
+        window=self.sliding_window_size,
+        model_dtype=self.model_dtype,
+        record=self.server_args.lsa_config.record is not None,
+    ):
+        raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
     pager = Pager(pool.k_buffer, pool.v_buffer, sizes.max_total_num_tokens // PAGE_SIZE, PAGE_SIZE)
     size = pager.ledger.virtual_pages * PAGE_SIZE
     return VirtualPageAllocator(size, PAGE_SIZE, self.kv_cache_dtype, self.device, pool, pager)

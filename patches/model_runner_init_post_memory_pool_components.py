@@ -7,6 +7,7 @@ from sglang_lsa.patches.hook import Hook
 
 def create_runtime(result, self):
     from sglang_lsa.metrics import Metrics
+    from sglang_lsa.model_guard import softmax_scale
     from sglang_lsa.runtime import LSARuntime
 
     args = self.server_args
@@ -15,7 +16,7 @@ def create_runtime(result, self):
         self.token_to_kv_pool_allocator.pager,
         self.req_to_token_pool.req_to_token,
         q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
-        softmax_scale=self.model_config.head_dim**-0.5,
+        softmax_scale=softmax_scale(self.model),
         chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else None,
         vocabulary=self.model_config.vocab_size,
         hidden_size=self.model_config.hidden_size,

@@ -1,4 +1,4 @@
-"""``/server_info``, ``/lsa/status`` and the live view show what the scheduler process knows."""
+"""``/server_info`` and the live view show what the scheduler process knows."""
 
 from __future__ import annotations
 

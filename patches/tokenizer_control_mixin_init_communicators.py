@@ -1,25 +1,27 @@
-"""The HTTP process can ask the schedulers to change their configuration, and waits for all of them."""
+"""The HTTP process can ask the schedulers to change their configuration and what they know, and waits for all."""
 
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
 
 
-def add_config_communicator(result, self, server_args):
+def add_communicators(result, self, server_args):
     from sglang.srt.managers.communicator import FanOutCommunicator
     from sglang.utils import TypeBasedDispatcher
 
     from sglang_lsa.patches.config_messages import LSAConfigReqOutput
+    from sglang_lsa.patches.status_messages import LSAStatusReqOutput
 
-    communicator = FanOutCommunicator(self._dispatch_to_scheduler, server_args.dp_size)  # one request at a time
-    self.lsa_config_communicator = communicator
-    self._result_dispatcher += TypeBasedDispatcher([(LSAConfigReqOutput, communicator.handle_recv)])
+    for name, answer in (("lsa_config", LSAConfigReqOutput), ("lsa_status", LSAStatusReqOutput)):
+        communicator = FanOutCommunicator(self._dispatch_to_scheduler, server_args.dp_size)  # one request at a time
+        setattr(self, f"{name}_communicator", communicator)
+        self._result_dispatcher += TypeBasedDispatcher([(answer, communicator.handle_recv)])
 
 
 HOOK = Hook(
     target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators",
     kind="after",
-    function=add_config_communicator,
+    function=add_communicators,
     parameters=("self", "server_args"),
     why="What schedulers answer must find its way to the HTTP request that asked.",
     until="SGLang lets plugins add control messages.",

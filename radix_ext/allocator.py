@@ -8,6 +8,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, al
 from sglang.srt.utils import get_num_new_pages
 
 from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.radix_ext.transfer import ids_on
 
 
 class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
@@ -67,17 +68,44 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         super().clear()
         self._free_on_host = np.arange(1, self.num_pages + 1, dtype=np.int64)
         self._new_pages: list[np.ndarray] = []
+        self._freed_in_group: list[np.ndarray] = []
 
     def take_new_pages(self) -> np.ndarray:
         """Virtual pages handed out since the last call, in the order of SGLang's batch, int64 ``[n]``."""
         pages, self._new_pages = self._new_pages, []
         return np.concatenate((np.zeros(0, dtype=np.int64), *pages))
 
-    def _release_page_ids(self, *page_ids: torch.Tensor):
-        released = torch.cat(page_ids).cpu().numpy()
-        self.pager.ledger.release(released)
-        super()._release_page_ids(*page_ids)
-        self._free_on_host = np.concatenate((released, self._free_on_host))
+    # SGLang computes on the device which pages it frees. Here they are known on the host, and go to the device's list
+    # from there: both lists have the same order because one is made of the other.
+
+    def free(self, free_index: torch.Tensor):
+        if free_index.numel():
+            self._free(np.unique(self.pager.page_index.pages(free_index)))
+
+    def free_segment(self, free_index: torch.Tensor, *, start_pos: int):
+        if free_index.numel():
+            self._free(self.pager.page_index.pages(free_index))
+
+    def free_group_begin(self):
+        super().free_group_begin()
+        self._freed_in_group = []
+
+    def free_group_end(self):
+        super().free_group_end()
+        if self._freed_in_group:
+            pages, self._freed_in_group = np.concatenate(self._freed_in_group), []
+            self._release(pages)
+
+    def _free(self, pages: np.ndarray):
+        if self.is_not_in_free_group:
+            self._release(pages)
+        else:
+            self._freed_in_group.append(pages)
+
+    def _release(self, pages: np.ndarray):
+        self.pager.ledger.release(pages)
+        self.free_pages = torch.cat((ids_on(self.free_pages.device, pages), self.free_pages))
+        self._free_on_host = np.concatenate((pages, self._free_on_host))
 
     def _track(self, allocate):
         """Run ``allocate`` and record the pages that it took off the head of the free list."""

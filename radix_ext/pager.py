@@ -11,6 +11,7 @@ import torch
 
 from sglang_lsa.radix_ext.host_mirror import HostMirror
 from sglang_lsa.radix_ext.ledger import Ledger
+from sglang_lsa.radix_ext.page_index import PageIndex
 from sglang_lsa.radix_ext.reservations import Reservations
 from sglang_lsa.radix_ext.transfer import HostTransfer, StreamTransfer, Transfer, upload
 
@@ -35,6 +36,7 @@ class Pager:
         self.device = keys[0].device
         on_gpu = self.device.type == "cuda"
         self.ledger = Ledger(virtual_pages, rows // page - 1)
+        self.page_index = PageIndex(page)
         self.mirror = HostMirror(virtual_pages, len(keys), page, kv_heads, head_dim, keys[0].dtype, pinned=on_gpu)
         self.v2p = torch.from_numpy(self.ledger.v2p)
         """``[virtual_pages + 1]`` for kernels. On a CPU it shares memory with the ledger; on a GPU :meth:`flush` brings

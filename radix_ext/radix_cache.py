@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
@@ -32,8 +35,12 @@ class LSAChunkCache(ChunkCache):
         self.lsa.release()
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
+        """Give everything back; as SGLang's own, which searches for distinct pages on the device and waits for it."""
+        row, pages = self.req_to_token_pool.req_to_token[req.req_pool_idx], self.lsa.pages_known(req)
         self.lsa.request_gone(req)
-        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle)
+        start = req.cache_protected_len
+        with self.lsa.pager.page_index.row(row, pages):
+            self.token_to_kv_pool_allocator.free_segment(row[start:kv_len_to_handle], start_pos=start)
 
 
 class LSARadixCache(RadixCache):
@@ -41,6 +48,9 @@ class LSARadixCache(RadixCache):
 
     def __init__(self, params, runtime: LSARuntime):
         self.lsa = runtime
+        self.page_index = runtime.pager.page_index
+        self._inserting: np.ndarray | None = None
+        """Pages of what is being inserted."""
         super().__init__(params)
 
     def release_host_resources(self):
@@ -71,24 +81,58 @@ class LSARadixCache(RadixCache):
             return
         tokens = req.get_fill_ids()
         key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
-        known = self.match_prefix(MatchPrefixParams(key=key)).device_indices
-        self.lsa.pages_replaced(req, len(tokens), known)
-        super().cache_unfinished_req(req, chunked=chunked)
+        match = self.match_prefix(MatchPrefixParams(key=key))
+        with self._known(req, own := self.lsa.pages_known(req)):
+            self.lsa.pages_replaced(
+                req, len(tokens), own, self.page_index.matched(match.device_indices, match.last_device_node)
+            )
+            super().cache_unfinished_req(req, chunked=chunked)
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
         is_insert = is_insert and self._may_insert(req)
+        pages = self.lsa.pages_known(req)
         self.lsa.request_gone(req)
         keep = kv_len_to_handle
-        if is_insert and not self.lsa.config.cache_outputs:
-            # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
-            keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
-            # Pages after the one that holds the last of these tokens carry generated tokens alone.
-            first_generated = align_up(keep)
-            if first_generated < kv_len_to_handle:
-                row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
-                self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
-        super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)
+        with self._known(req, pages):
+            if is_insert and not self.lsa.config.cache_outputs:
+                # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
+                keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
+                # Pages after the one that holds the last of these tokens carry generated tokens alone.
+                first_generated = align_up(keep)
+                if first_generated < kv_len_to_handle:
+                    row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
+                    self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
+            super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)
 
     def _may_insert(self, req) -> bool:
         return self.lsa.config.cache_outputs or self.lsa.is_exact(req)
+
+    # -- pages of nodes, on the host -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _known(self, req, pages: np.ndarray | None) -> Iterator[None]:
+        """What SGLang inserts and frees inside are tokens of this request, whose pages are known (None: are not)."""
+        self._inserting = pages
+        try:
+            with self.page_index.row(self.req_to_token_pool.req_to_token[req.req_pool_idx], pages):
+                yield
+        finally:
+            self._inserting = None
+
+    def _insert_helper(self, node, key, value, priority=0, chunked=False):
+        known, length = self._inserting, len(key)
+        had, node = super()._insert_helper(node, key, value, priority, chunked)
+        if had < length:  # the node is new
+            first, last = had // self.page_size, length // self.page_size
+            if known is None or len(known) < last:
+                known, first, last = self.page_index.pages(node.value), 0, None
+            self.page_index.note(node.value, known[first:last])
+        return had, node
+
+    def _split_node(self, key, child, split_len):
+        pages, cut = self.page_index.pages(child.value), split_len // self.page_size
+        above = super()._split_node(key, child, split_len)
+        self.page_index.note(above.value, pages[:cut])
+        self.page_index.note(child.value, pages[cut:])
+        return above

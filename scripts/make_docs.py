@@ -26,7 +26,7 @@ REQUEST = {
         "none",
         "`tokens:tail_start:p,p,p`, with `;` between sets",
         "Resident sets to read, for evaluation and replay: from so many tokens on, these pages and all from "
-        "`tail_start` on. `/lsa/status` shows the sets of finished requests in this form.",
+        "`tail_start` on. `/lsa/requests` tells the sets of a request in this form.",
     ),
     "record": (
         "0",
@@ -42,7 +42,7 @@ REQUEST = {
     "watch": (
         "`[]`",
         "page numbers, at most 256",
-        "Pages whose score and rank `/lsa/status` tells of the finished request, for every set that was predicted.",
+        "Pages whose score and rank `/lsa/requests` tells of the request, for every set that was predicted.",
     ),
 }
 """Keys of ``custom_params.lsa``: default, allowed values ("" for those of the flag), meaning."""

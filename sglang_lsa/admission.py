@@ -11,7 +11,7 @@ import numpy as np
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.pages import pages_of, pages_spanned
+from sglang_lsa.pages import pages_spanned
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
 
@@ -105,6 +105,11 @@ class Admission:
             req.lsa_options = RequestOptions.parse(None, self.config)
             return str(error)
 
+    def longest(self, req: Any) -> int | None:
+        """Tokens that this prompt may have at most because it must be whole on the device; None if it need not be."""
+        whole = self.chunk_tokens is None or self.options(req).dense
+        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+
     def refusal(self, req: Any) -> str | None:
         """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
         if (problem := self._read_options(req)) is not None:
@@ -151,12 +156,12 @@ class Admission:
         found = self._choose(req, running, batch, chunk_tokens)
         if found is None and not batch:
             self.waits += 1
-            self._warm(req, pages_of(req.prefix_indices[::PAGE_SIZE]))
+            self._warm(req, self.pager.page_index.prefix(req))
         return found
 
     def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
         options = self.options(req)
-        prefix = pages_of(req.prefix_indices[::PAGE_SIZE])
+        prefix = self.pager.page_index.prefix(req)
         tokens = len(req.full_untruncated_fill_ids)
         pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1
         prunable = not options.dense and tokens >= self.config.min_context

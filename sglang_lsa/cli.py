@@ -204,6 +204,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     selectors.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="text files; default: Python's library")
     selectors.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
     selectors.set_defaults(run=_bench_selectors)
+    text = "the scheduler's time in LSA per decode step, refresh and finished request, on any machine (half a minute)"
+    overhead = kinds.add_parser("overhead", help=text, description=text[0].upper() + text[1:])
+    overhead.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="decoding together")
+    overhead.add_argument("--tokens", nargs="+", type=int, default=[8192, 131072], metavar="N", help="of each request")
+    overhead.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where to write the numbers as JSON")
+    overhead.set_defaults(run=_bench_overhead)
 
 
 def _bench_serving(args: argparse.Namespace) -> int:
@@ -274,6 +280,18 @@ def _bench_selectors(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError, OSError) as error:  # the server or a request failed, or prompts cannot be made
         print(f"sglang-lsa bench: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _bench_overhead(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.overhead import run
+
+    if min(args.requests) < 1 or min(args.tokens) < 1024:
+        print("sglang-lsa bench: use 1 request or more, of 1,024 tokens or more", file=sys.stderr)
+        return 1
+    run(Console(width=120), args.requests, args.tokens, args.output)
     return 0
 
 

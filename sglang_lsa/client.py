@@ -1,10 +1,11 @@
-"""What a server with LSA saved, by its own ``/lsa/status``: for programs that ask one, like those in ``examples/``."""
+"""What a server with LSA saved, by its own word: for programs that ask one, like those in ``examples/``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,60 @@ def get_status(url: str, timeout: float = 60) -> dict[str, Any]:
     if not isinstance(status, dict) or "page_bytes" not in status:
         raise NoServer(f"{url}/lsa/status is not what a server with LSA says: give the --url of one")
     return status
+
+
+def get_requests(url: str, rid: str | None = None, timeout: float = 60) -> dict[str, Any]:
+    """The ``/lsa/requests`` of the server at ``url``: ``finished`` and ``running`` ones, the newest last.
+
+    Args:
+        rid: all that is known of the requests of this name, their sets included (``sglang_lsa.one_request.formatted``);
+            None: a few numbers of those that run and of the last 64 that finished.
+
+    Raises:
+        NoServer: nothing listens there, or it is not a server with LSA.
+    """
+    query = "" if rid is None else "?" + urllib.parse.urlencode({"rid": rid})
+    told = get_json(url, "/lsa/requests" + query, timeout)
+    if not isinstance(told, dict) or "finished" not in told:
+        raise NoServer(f"{url}/lsa/requests is not what a server with LSA says: give the --url of one")
+    return told
+
+
+def get_finished(url: str, rids: Sequence[str]) -> list[dict[str, Any]]:
+    """What the server at ``url`` says of requests that just finished, in a few numbers each.
+
+    Raises:
+        NoServer: as :func:`get_status`.
+        ValueError: it does not know one of them.
+    """
+    return last_stays(get_requests(url)["finished"], rids)
+
+
+def engine_requests(engine: Any, rid: str | None = None) -> dict[str, Any]:
+    """:func:`get_requests` for an ``sgl.Engine(lsa_config=...)``, which listens nowhere.
+
+    The counters of ``/lsa/status`` are in ``engine.get_server_info()["internal_states"][0]["lsa"]``.
+    """
+    from sglang_lsa.patches.http_routes import ask, together
+
+    asking = ask(engine.tokenizer_manager, requests=True, named=rid)
+    return together(engine.loop.run_until_complete(asking))
+
+
+def last_stays(finished: Sequence[dict[str, Any]], rids: Sequence[str]) -> list[dict[str, Any]]:
+    """Those of ``finished`` that are named ``rids``; of a retracted one, there for each of its stays, the last.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    shown = {entry["rid"]: entry for entry in finished}
+    missing = [rid for rid in rids if rid not in shown]
+    if missing:
+        raise ValueError(
+            f"request {missing[0]!r} is not among the {len(shown)} finished ones that the server shows: "
+            "ask soon after a request, for 64 requests at most"
+        )
+    return [shown[rid] for rid in rids]
 
 
 def get_json(url: str, path: str, timeout: float = 60) -> Any:
@@ -95,23 +150,13 @@ class Savings:
         )
 
 
-def savings(status: dict[str, Any], rids: Sequence[str]) -> Savings:
-    """What LSA saved for the finished requests named ``rids``.
+def savings(status: dict[str, Any], found: Sequence[dict[str, Any]]) -> Savings:
+    """What LSA saved for these finished requests.
 
     Args:
-        status: taken after they finished. A server remembers the last 64.
-
-    Raises:
-        ValueError: the server does not show one of them.
+        status: of the server, taken at any time.
+        found: entries of :func:`get_finished`.
     """
-    shown = {entry["rid"]: entry for entry in status["finished"]}  # a retracted one is there for each of its stays
-    missing = [rid for rid in rids if rid not in shown]
-    if missing:
-        raise ValueError(
-            f"request {missing[0]!r} is not among the {len(shown)} finished ones that the server shows: "
-            "ask for the status soon after a request, for 64 requests at most"
-        )
-    found = [shown[rid] for rid in rids]
     overhead = status["physical"]["overhead_bytes"]
     return Savings(
         requests=len(found),

@@ -12,9 +12,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import ModelShape
-from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.observe import observed_layers
+from sglang_lsa.models import model_problems
 from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
 
 logger = logging.getLogger(__name__)
@@ -25,17 +23,7 @@ BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
-STATE_SPACE_KEYS = (
-    "linear_num_key_heads",
-    "linear_attn_config",
-    "mamba_d_state",
-    "mamba_d_ssm",
-    "ssm_state_size",
-    "hybrid_override_pattern",
-)
-"""Keys of Hugging Face configurations of models whose layers do not all keep KV."""
-
-KV_DTYPES = ("auto", "bfloat16", "bf16", "float16", "fp16")
+KV_DTYPES = ("auto", "bfloat16", "bf16")
 
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     # (attribute, value that is fine, what to do)
@@ -64,14 +52,16 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
     ("dllm_algorithm", None, "remove --dllm-algorithm"),
     ("is_embedding", False, "serve embedding models without LSA"),
-    ("tokenizer_worker_num", 1, "use --tokenizer-worker-num 1"),
+    ("prefill_only_disable_kv_cache", False, "remove --prefill-only-disable-kv-cache: LSA needs a KV cache"),
+    ("enable_return_routed_experts", False, "remove --enable-return-routed-experts: experts are kept by place in KV"),
+    ("kv_canary", "none", "remove --kv-canary: it knows one number of a token's place in KV, LSA has two"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
 )
 
 
 class Unsupported(ValueError):
-    """The server was asked for something that LSA cannot do; nothing was loaded.
+    """The server was asked for something that LSA cannot do; it serves nothing.
 
     Attributes:
         problems: one line each, with the value seen and what to do.
@@ -120,12 +110,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         for name, fine, fix in REFUSED_FLAGS
         if (seen := getattr(server_args, name, fine)) != fine
     ]
-    if server_args.kv_cache_dtype not in KV_DTYPES:
-        problems.append(
-            f"--kv-cache-dtype {server_args.kv_cache_dtype}: not supported with LSA yet: "
-            f"use one of {', '.join(KV_DTYPES)}"
-        )
-    problems += device_problems(server_args, config)
+    problems += worker_problems(server_args) + device_problems(server_args, config)
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -133,13 +118,44 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             )
         except ValueError as error:
             problems.append(str(error))
-    problems += model_problems(server_args.get_model_config(), config)
+    model = server_args.get_model_config()
+    problems += kv_problems(server_args, model) + model_problems(model, config)
     if config.record is not None:
         problems += folder_problems(config.record)
     if problems:
         raise Unsupported(problems)
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
+
+
+def kv_problems(server_args: Any, model: Any) -> list[str]:
+    """What about the type of KV cannot work, one line each, as far as flags decide it."""
+    asked, computed = server_args.kv_cache_dtype, str(model.dtype).removeprefix("torch.")
+    if asked not in KV_DTYPES:
+        return [f"--kv-cache-dtype {asked}: not supported with LSA yet: use one of {', '.join(KV_DTYPES)}"]
+    if server_args.device == "cuda" and asked != "auto" and computed != "bfloat16":
+        return [
+            f"--kv-cache-dtype {asked}, but the model computes in {computed}: not supported with LSA on a GPU yet: "
+            "leave the flag out, or use --dtype bfloat16"
+        ]
+    return []
+
+
+def worker_problems(server_args: Any) -> list[str]:
+    """What cannot work with several HTTP workers, one line each."""
+    workers = getattr(server_args, "tokenizer_worker_num", 1)
+    if workers == 1:
+        return []
+    where = f"not supported with --tokenizer-worker-num {workers}"
+    # SGLang's workers end when there is an API key, and look for no administrator's, who /lsa/config is for.
+    problems = [
+        f"--{name}: {where}: SGLang checks no keys there; use one worker, or let a proxy check them"
+        for name in ("api-key", "admin-api-key")
+        if getattr(server_args, name.replace("-", "_"), None)
+    ]
+    if getattr(server_args, "enable_http2", False):
+        problems.append(f"--enable-http2: {where}: the workers would serve without LSA; remove one of the two")
+    return problems
 
 
 def folder_problems(path: str) -> list[str]:
@@ -176,42 +192,6 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
             if backend not in fine:
                 problems.append(f"--cuda-graph-backend-{phase} {backend}: not supported {where}: use {fine[-1]}")
     return problems
-
-
-def model_problems(model: Any, config: LSAConfig) -> list[str]:
-    """What about the model cannot work, one line each. ``model`` is SGLang's ModelConfig."""
-    problems = []
-    name = model.model_path
-    if model.is_hybrid_swa or model.sliding_window_size is not None:
-        problems.append(f"{name} has sliding-window attention: not supported with LSA yet: use a dense model")
-    if getattr(model.attention_arch, "name", "MHA") != "MHA":
-        problems.append(
-            f"{name} has {model.attention_arch.name} attention: not supported with LSA yet: use an MHA/GQA model"
-        )
-    text = model.hf_text_config
-    if any(getattr(text, key, None) for key in STATE_SPACE_KEYS):
-        problems.append(
-            f"{name} has state-space or linear-attention layers: not supported with LSA yet: use a dense model"
-        )
-    if getattr(model, "is_multimodal", False):
-        problems.append(f"{name} takes more than text: not supported with LSA yet: use a text model")
-    if not model.is_generation:
-        problems.append(f"{name} does not generate text: serve it without LSA")
-    try:
-        if config.indexer:
-            MemoryIndexer.load(config.indexer).config.require_model(shape_of(text))
-        observed_layers(config, text.num_hidden_layers)
-    except ValueError as error:
-        problems.append(str(error))
-    return problems
-
-
-def shape_of(text: Any) -> ModelShape:
-    """Of a Hugging Face configuration of a text model."""
-    q_heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or q_heads
-    return ModelShape(text.hidden_size, text.num_hidden_layers, q_heads, kv_heads, head_dim)
 
 
 def _cuda() -> bool:

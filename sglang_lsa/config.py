@@ -17,8 +17,9 @@ PAGE_SIZE = 64
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 MOST_WATCHED = 256
-MOST_LOOKED_UP = 64
 """Pages whose scores a request may ask for."""
+MOST_LOOKED_UP = 64
+"""Tokens at the end of a text that a request may ask to have occurred before."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
@@ -213,11 +214,11 @@ class RequestOptions:
 
     Attributes:
         sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
-            with ``;`` between sets, which is what ``/lsa/status`` shows of finished requests.
+            with ``;`` between sets, which is what ``/lsa/requests`` tells of a request.
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
         prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
-        watch: pages whose scores ``/lsa/status`` tells of the finished request, for evaluation.
+        watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
     """
 
     policy: str

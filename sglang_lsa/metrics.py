@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from sglang_lsa.radix_ext.pager import Pager
     from sglang_lsa.runtime import LSARuntime
 
 
@@ -42,6 +43,7 @@ GAUGES: dict[str, Metric] = {
         "Share of attention that the resident sets of the running requests are expected to cover, by the indexer's "
         "estimate, the least of any request; 1 when there is no estimate",
     ),
+    "lsa_indexer_stale": Metric("flag", "1 when the model's weights changed after its indexer was trained, else 0"),
 }
 COUNTERS: dict[str, Metric] = {
     "lsa_recalled_pages": Metric("pages", "Pages copied from host to device"),
@@ -82,6 +84,7 @@ COUNTERS: dict[str, Metric] = {
     "lsa_prompt_tokens": Metric("tokens", "Tokens of admitted prompts"),
     "lsa_prefix_hit_tokens": Metric("tokens", "Of these, tokens found in the radix tree"),
     "lsa_config_changes": Metric("changes", "Times that the configuration was changed since the start"),
+    "lsa_weight_updates": Metric("updates", "Times that the model's weights were changed since the start"),
 }
 PREFIX = "sglang:"
 
@@ -118,6 +121,12 @@ class Metrics:
         self.shown = values
 
 
+def device_share(pager: Pager) -> float:
+    """Part of the device pool that requests hold or were promised: what a prompt that comes now cannot have."""
+    taken = pager.ledger.held_pages + pager.reservations.total
+    return min(1.0, taken / pager.ledger.physical_pages)
+
+
 def measure(runtime: LSARuntime) -> dict[str, float]:
     """Values of all metrics now; counters as totals since the start."""
     pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
@@ -137,6 +146,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_resident_pages": sum(resident for _, resident in sizes),
         "lsa_resident_share": sum(shares) / max(1, len(shares)),
         "lsa_budget": runtime.config.budget,
+        "lsa_indexer_stale": float(runtime.weight_updates > 0 and runtime.indexer is not None),
         "lsa_recalled_pages": ledger.recalls,
         "lsa_recalled_bytes": ledger.recalls * pager.page_bytes,
         "lsa_recall_seconds": pager.transfer.recall_seconds,
@@ -167,6 +177,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_prompt_tokens": runtime.prefill.prompt_tokens,
         "lsa_prefix_hit_tokens": runtime.prefill.radix_hit_tokens,
         "lsa_config_changes": runtime.config_changes,
+        "lsa_weight_updates": runtime.weight_updates,
     }
 
 

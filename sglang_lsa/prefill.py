@@ -13,7 +13,7 @@ import torch
 from sglang_lsa.admission import Admission, Admitted, key_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
+from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.ledger import LedgerError
 from sglang_lsa.radix_ext.pager import Pager
@@ -122,7 +122,7 @@ class Prefill:
             return request.pages[: pages_spanned(prefix)]
         if len(admitted.prefix) == pages_spanned(prefix):
             return admitted.prefix
-        return pages_of(self.req_to_token[req.req_pool_idx, :prefix:PAGE_SIZE])
+        return self.pager.page_index.pages(self.req_to_token[req.req_pool_idx, :prefix])
 
     def _enter(self, req: Any, admitted: Admitted, tokens: int, prefix: int, pages: np.ndarray) -> Request:
         request = self.requests.get(key_of(req))

@@ -24,10 +24,11 @@ from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
-from sglang_lsa.kernels.page_table import physical_slots
+from sglang_lsa.kernels.page_table import decode_indices, lanes_for, physical_slots
 from sglang_lsa.lookahead import SCORE_LAG, Lookahead
 from sglang_lsa.metrics import Metrics
 from sglang_lsa.observe import PageKeys, QueryObserver, observed_layers, observed_positions
+from sglang_lsa.one_request import Finished, finished
 from sglang_lsa.pages import pages_complete, pages_of, pages_spanned
 from sglang_lsa.policies import Policy, Quest, Random, Recency, Request
 from sglang_lsa.prefill import Prefill
@@ -36,16 +37,16 @@ from sglang_lsa.reading import RESIDENT
 from sglang_lsa.resident_table import PAGES, ResidentTable
 from sglang_lsa.sizing import graph_tokens, longest_dense, max_resident_pages
 from sglang_lsa.staging import Staging, sums_bytes
-from sglang_lsa.status import describe_finished
+from sglang_lsa.status import Decoding
 
 logger = logging.getLogger(__name__)
 
 HEALTH_CHECK = "HEALTH_CHECK"
 """SGLang's prefix for the requests that it sends to itself."""
 METRICS_EVERY = 16
-"""Decode steps between two updates of the Prometheus metrics."""
+"""Forward passes between two updates of the Prometheus metrics, and between two looks at what decode needs."""
 FINISHED_REMEMBERED = 64
-"""Requests whose residency stays visible in the status after they finished."""
+"""Requests that can be asked about after they finished."""
 
 
 class LSARuntime:
@@ -75,6 +76,7 @@ class LSARuntime:
         metrics: Metrics | None = None,
     ):
         self.pager, self.req_to_token = pager, req_to_token
+        pager.page_index.checked = config.debug
         rows, self.max_context = req_to_token.shape
         keys = pager.keys
         layers = observed_layers(config, len(keys))
@@ -136,8 +138,10 @@ class LSARuntime:
         self.prefill = Prefill(pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
         if self.on_gpu:
             self._compile_kernels()
-        self.finished: deque[dict[str, Any]] = deque(maxlen=FINISHED_REMEMBERED)
+        self.finished: deque[Finished] = deque(maxlen=FINISHED_REMEMBERED)
         self.finished_requests = 0
+        self.decoding: dict[int, Decoding] = {}
+        """By the number of requests that decode together."""
         self.failed_batches = 0
         """Batches whose requests were failed because memory ran out while they were computed."""
         self.integrity_failures = 0
@@ -146,6 +150,8 @@ class LSARuntime:
         """Since the last forward pass."""
         self.host_evicted_pages = 0
         """Pages that the radix tree gave up because host memory was full."""
+        self.weight_updates = 0
+        """How often the model's weights changed since the start."""
         self.config_changes = 0
         self.config_changed_at: float | None = None
         """When the configuration last changed, in seconds since 1970; None if it is as it was at start."""
@@ -168,6 +174,17 @@ class LSARuntime:
         self.config_changed_at = time.time()
         for name in values:
             logger.info("LSA: %s changed from %s to %s", name, getattr(before, name), getattr(after, name))
+        self._update_metrics()
+
+    def weights_changed(self) -> None:
+        """The model has other weights now. What was computed with the old ones was flushed if SGLang was told to."""
+        self.weight_updates += 1
+        if self.indexer is not None:
+            logger.warning(
+                "LSA: the model's weights changed, but the indexer %s was trained for those before: pages that it "
+                "chooses may be the wrong ones. Train it again (sglang-lsa train), or use the policy quest",
+                self.config.indexer,
+            )
         self._update_metrics()
 
     def can_decode(self, reqs: Iterable[Any]) -> bool:
@@ -264,6 +281,10 @@ class LSARuntime:
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
+        if number % METRICS_EVERY == 0 and batch.forward_mode.is_decode() and not self.pager.reservations.total:
+            seen = self.decoding.setdefault(len(batch.reqs), Decoding())
+            seen.samples += 1
+            seen.held_pages += self.pager.ledger.held_pages
         if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
             self._update_metrics()
 
@@ -312,23 +333,25 @@ class LSARuntime:
 
     # -- radix tree ----------------------------------------------------------------------------------------------
 
-    def virtual_pages(self, req: Any, tokens: int) -> np.ndarray:
-        """Virtual pages of a request's first ``tokens`` tokens, int64 ``[pages]``, read from SGLang's table."""
-        return pages_of(self.req_to_token[req.req_pool_idx, :tokens:PAGE_SIZE])
+    def pages_known(self, req: Any) -> np.ndarray | None:
+        """Virtual pages of a request's tokens in SGLang's table, int64 ``[pages]``; None if it was never computed."""
+        request = self.requests.get(key_of(req))
+        return request.pages if request is not None and request.row == req.req_pool_idx else None
 
-    def pages_replaced(self, req: Any, tokens: int, known: torch.Tensor) -> None:
+    def pages_replaced(self, req: Any, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
 
         Args:
             tokens: how many tokens of the request have KV.
-            known: int64 ``[n * page]`` the tree's slots of its first tokens.
+            own: its pages as far as they are known; under the overlap scheduler it may have opened one more since.
+            shared: the tree's pages of its first tokens.
         """
         request = self.requests.get(key_of(req))
-        # What was prefilled so far; under the overlap scheduler the request may have opened another page since.
-        own = request.pages if request is not None else self.virtual_pages(req, tokens)
+        if own is None:
+            slots = self.req_to_token[req.req_pool_idx, :tokens]
+            own = self.pager.page_index.pages(slots)
         before = own[: pages_spanned(tokens)]
         after = before.copy()
-        shared = pages_of(known[::PAGE_SIZE])
         after[: len(shared)] = shared
         if (before == after).all():
             return
@@ -361,7 +384,7 @@ class LSARuntime:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
             self.finished_requests += 1
-            self.finished.append(describe_finished(self, request))
+            self.finished.append(finished(self, request))
         self._update_metrics()
 
     def on_idle(self) -> None:
@@ -421,7 +444,7 @@ class LSARuntime:
         """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
         padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=self.pager.device)
         self.page_keys.complete(padding, padding)
-        queries = self.observer.buffer[0, :, 0]
+        queries = self.observer.buffer[0, :, 0].clone()
         for layer in self.observer.slot_of_layer:
             self.observer.observe(layer, queries[:1], rows, rows)
         scorers: list[Policy] = [Quest(self.observer, self.page_keys, 1.0)]
@@ -433,6 +456,12 @@ class LSARuntime:
             for scorer in scorers:
                 scorer.score(request, np.zeros(pages, dtype=np.int64))
         physical_slots(rows, self.pager.v2p, PAGE_SIZE)
+        for batch in sorted({lanes_for(requests) for requests in range(1, self.table.rows)}):
+            many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
+            indptr = torch.zeros(batch + 1, dtype=torch.int32, device=rows.device)
+            tables = self.table.table, self.req_to_token, self.pager.v2p
+            for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
+                decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
         self.pager.transfer.store(padding, padding, lambda: None)
         self.pager.transfer.wait()
         for layer_by_layer in (False, True):

@@ -1,4 +1,7 @@
-"""What one scheduler process shows of itself: the body of ``/lsa/status`` and of ``internal_states[0]["lsa"]``."""
+"""What one scheduler process shows of itself: the body of ``/lsa/status`` and of ``internal_states[0]["lsa"]``.
+
+Counters only, bounded whatever the server has to do; single requests are in ``sglang_lsa.one_request``.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.policies import Request
-from sglang_lsa.selection import budget_pages
 
 if TYPE_CHECKING:
     from sglang_lsa.runtime import LSARuntime
@@ -59,6 +60,10 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "retractions": runtime.admission.pressed,
             "host_evicted_pages": runtime.host_evicted_pages,
         },
+        "weights": {
+            "updates": runtime.weight_updates,
+            "indexer_is_stale": runtime.weight_updates > 0 and runtime.indexer is not None,
+        },
         "failures": {"refreshes": lookahead.failures, "batches": runtime.failed_batches},
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
@@ -67,16 +72,41 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "refresh_device_seconds": lookahead.device_seconds,
         "stalls": lookahead.stalls,
         "graphless_steps": runtime.graphless_steps,
+        "page_reads": pager.page_index.reads,
         "fallbacks": lookahead.fallbacks,
         "widened_sets": lookahead.widened,
         "collapsed_sets": lookahead.collapsed,
         "radix": {"hit_tokens": runtime.prefill.radix_hit_tokens, "prompt_tokens": runtime.prefill.prompt_tokens},
-        "requests": [
-            describe(runtime, request) | {"resident": resident_pages(runtime, request)}
-            for request in runtime.requests.values()
-        ],
-        "finished": list(runtime.finished),
+        "running": running(runtime),
+        "finished_requests": runtime.finished_requests,
+        "decoding": {str(n): dataclasses.asdict(seen) for n, seen in runtime.decoding.items()},
     }
+
+
+def running(runtime: LSARuntime) -> dict[str, int]:
+    """The running requests together; pages that they share are counted for each."""
+    requests = runtime.requests.values()
+    sizes = [request.residency() for request in requests]
+    return {
+        "requests": len(sizes),
+        "decoding": sum(request.window >= 0 for request in requests),
+        "dense": sum(request.tail_start == 0 for request in requests),
+        "context_pages": sum(context for context, _ in sizes),
+        "resident_pages": sum(resident for _, resident in sizes),
+    }
+
+
+@dataclasses.dataclass
+class Decoding:
+    """What decode steps of so many requests needed, looked at now and then while no prompt waited for its pages.
+
+    Attributes:
+        samples: how often.
+        held_pages: device pages that were held, summed over the samples.
+    """
+
+    samples: int = 0
+    held_pages: int = 0
 
 
 def config_in_force(runtime: LSARuntime) -> dict[str, Any]:
@@ -101,49 +131,3 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
     if runtime.indexer is not None:
         overhead["indexer"] = runtime.indexer.nbytes
     return overhead
-
-
-def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
-    """One request, running or just finished."""
-    context, resident = request.residency()
-    dense = request.tail_start == 0
-    return {
-        "rid": request.rid,
-        "context_tokens": request.tokens,
-        "cached_tokens": request.cached_tokens,
-        "context_pages": context,
-        "resident_pages": resident,
-        "budget_pages": context if dense else budget_pages(context, request.budget, runtime.config.min_pages),
-        "window": request.window,
-        "policy": "full" if dense else request.policy,
-        "budget": request.budget,
-        "stalls": request.stalls,
-        "shrunk": request.shrunk,
-        "coverage": request.coverage,
-        "widened": request.widened,
-        "collapsed": request.collapsed,
-        "failures": request.failures,
-        "prefill": request.prefill,
-    }
-
-
-def describe_finished(runtime: LSARuntime, request: Request) -> dict[str, Any]:
-    """A request whose KV is released. ``sets`` can be given to another request with the same prompt, see
-    ``RequestOptions.sets``. A retracted request is here once for every time it was admitted; ``number`` tells which."""
-    return describe(runtime, request) | {
-        "number": runtime.finished_requests,
-        "prompt_tokens": request.prompt_tokens,
-        "history": request.history,
-        "sets": ";".join(str(window.as_given()) for window in request.windows if window.tokens),
-        "watched": [
-            {"tokens": window.tokens, **dataclasses.asdict(window.watched)}
-            for window in request.windows
-            if window.tokens and window.watched
-        ],
-    }
-
-
-def resident_pages(runtime: LSARuntime, request: Request) -> list[int]:
-    """Virtual pages that a running request's decode steps read."""
-    pages = request.pages
-    return [*pages[request.positions].tolist(), *pages[request.tail_start :].tolist()]

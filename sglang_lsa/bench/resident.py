@@ -16,6 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sglang_lsa.bench.serving import commit
+from sglang_lsa.client import get_finished
 from sglang_lsa.demo.document import Document, Fact, Question, build_document, load_tokenizer
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -93,7 +94,7 @@ def ask(server: ServerProcess, tokenizer: Any, document: Document, arm: Arm) -> 
     generate(server, whole[: whole.index(question.text)], 1, f"document-{rid}", {})
     options = {"prefill": arm.prefill, "policy": arm.policy, "budget": arm.budget}
     answer = generate(server, whole, ANSWER_TOKENS, rid, options)
-    (entry,) = [r for r in server.get("/lsa/status")["finished"] if r["rid"] == rid]
+    (entry,) = get_finished(server.url, [rid])
     if entry["prefill"] == "in place" or (entry["prefill"] == "resident") != (arm.prefill == "resident"):
         raise RuntimeError(f"{rid} was prefilled {entry['prefill']}: the pool does not force what is to be measured")
     return {

@@ -195,8 +195,7 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: 
     if arm.shared:  # the agents' common memory is there before they come
         asyncio.run(run_together(server.url, [prompts[0][: arm.shared]], 2, parameters))
     before = server.get("/lsa/status") if system == "lsa" else {}
-    sampler = Sampler(server) if system == "lsa" else None
-    streams = asyncio.run(_with(sampler, run_together(server.url, prompts, arm.tokens, parameters)))
+    streams = asyncio.run(run_together(server.url, prompts, arm.tokens, parameters))
     figures = plateau(streams, skip_tokens=16)
     after = server.get("/lsa/status") if system == "lsa" else {}
     decode = max(len(stream.tokens) and stream.tokens[-1] for stream in streams)
@@ -218,7 +217,7 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: 
         "lsa_overhead_gpu_bytes": 0,
         "host_bytes": 0,
     }
-    return row | (lsa_figures(before, after, figures, sampler) if sampler is not None else {})
+    return row | (lsa_figures(before, after, figures) if system == "lsa" else {})
 
 
 def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int) -> int:
@@ -227,7 +226,7 @@ def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int) -> int:
     return (own + pages_spanned(arm.shared)) * PAGE_SIZE * group.shape.token_bytes
 
 
-def lsa_figures(before: dict, after: dict, figures: Plateau, sampler: Sampler) -> dict[str, Any]:
+def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:
     """What the server's status says about one arm."""
     pages = after["recalls"]["pages"] - before["recalls"]["pages"]
     seconds = after["recalls"]["seconds"] - before["recalls"]["seconds"]
@@ -237,7 +236,7 @@ def lsa_figures(before: dict, after: dict, figures: Plateau, sampler: Sampler) -
     each = {name: seconds / max(1, refreshes) for name, seconds in busy.items()}
     windows = figures.tokens / after["window"]  # every request is refreshed once a window
     return {
-        "kv_gpu_bytes": sampler.held_bytes(),
+        "kv_gpu_bytes": held_bytes(before, after),
         "lsa_overhead_gpu_bytes": sum(after["physical"]["overhead_bytes"].values()),
         "host_bytes": after["host"]["mirror_bytes"],
         "recalled_bytes": pages * after["page_bytes"],
@@ -253,39 +252,15 @@ def lsa_figures(before: dict, after: dict, figures: Plateau, sampler: Sampler) -
     }
 
 
-async def _with(sampler: Any, work: Any) -> Any:
-    """Run ``work`` while ``sampler`` watches."""
-    if sampler is None:
-        return await work
-    watching = asyncio.create_task(sampler.watch())
-    try:
-        return await work
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-
-
-class Sampler:
-    """Looks at an LSA server's status twice a second while it works."""
-
-    def __init__(self, server: ServerProcess):
-        self.server = server
-        self.seen: list[dict[str, Any]] = []
-
-    async def watch(self) -> None:
-        while True:
-            await asyncio.sleep(0.5)
-            self.seen.append(await asyncio.to_thread(self.server.get, "/lsa/status"))
-
-    def _decoding(self) -> list[dict[str, Any]]:
-        """Samples in which nothing waited for prefill and as many requests as ever were running."""
-        most = max((len(status["requests"]) for status in self.seen), default=0)
-        return [s for s in self.seen if len(s["requests"]) == most and not s["physical"]["promised"]]
-
-    def held_bytes(self) -> int | None:
-        """Device KV that the requests needed while all of them decoded: the median of the samples."""
-        held = [status["physical"]["held"] * status["page_bytes"] for status in self._decoding()]
-        return int(np.median(held)) if held else None
+def held_bytes(before: dict, after: dict) -> int | None:
+    """Device KV that the requests needed while as many decoded as ever did between the two statuses: the mean of the
+    server's own samples; None where it took none. Nothing is asked while the arm runs: stock is not asked either."""
+    for running in sorted(map(int, after["decoding"]), reverse=True):
+        now, then = after["decoding"][str(running)], before["decoding"].get(str(running), {})
+        samples, pages = (now[name] - then.get(name, 0) for name in ("samples", "held_pages"))
+        if samples:
+            return round(pages * after["page_bytes"] / samples)
+    return None
 
 
 def gpu_name() -> str:

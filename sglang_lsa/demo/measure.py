@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sglang_lsa.client import get_finished, get_requests
 from sglang_lsa.demo.client import Answer, Request, ask_at_once, ask_in_sequence, nothing
 from sglang_lsa.demo.document import Question
 from sglang_lsa.demo.watch import StatusWatch, busiest, gained
@@ -20,7 +21,7 @@ SPEED_TOKENS = 64
 class Phase:
     """Requests to the LSA server, asked in one way.
 
-    ``requests`` are their entries of ``/lsa/status``; ``server`` is what its counters gained.
+    ``requests`` are their entries of ``/lsa/requests``; ``server`` is what its counters gained.
     """
 
     name: str
@@ -67,11 +68,11 @@ def measure_phase(
     with StatusWatch(lsa, 0.2 if at_once else None) as watch:
         answers = ask(lsa.url, requests, done)
         seconds = time.perf_counter() - begun
-    by_rid = {request["rid"]: request for request in watch.after["finished"]}
+    rids = [answer.rid for answer in answers]
     return Phase(
         name=name,
         answers=answers,
-        requests=[by_rid[answer.rid] for answer in answers],
+        requests=[get_requests(lsa.url, rid)["finished"][-1] for rid in rids],
         server=gained(watch.before, watch.after),
         busiest=busiest(watch.samples),
         host_bytes=watch.after["host"]["bytes"],
@@ -85,7 +86,7 @@ def measure_speed(server: ServerProcess, name: str, question: Question, lsa: dic
     [answer] = ask_in_sequence(server.url, [Request(question, lsa, SPEED_TOKENS, ignore_eos=True)])
     pages = pages_spanned(answer.prompt_tokens + answer.completion_tokens)
     if lsa is not None:
-        by_rid = {entry["rid"]: entry for entry in server.get("/lsa/status")["finished"]}
-        pages = by_rid[answer.rid]["resident_pages"]
+        (entry,) = get_finished(server.url, [answer.rid])
+        pages = entry["resident_pages"]
     seen = dataclasses.asdict(answer)
     return Speed(name, pages, **{field: seen[field] for field in Speed.__dataclass_fields__ if field in seen})

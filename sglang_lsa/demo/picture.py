@@ -27,7 +27,7 @@ class Panel:
 
     Args:
         title: printed above it.
-        history: per window the resident positions below the tail, as in ``/lsa/status``.
+        history: per window the resident positions below the tail, as in ``/lsa/requests``.
         context_tokens: tokens of the request when it ended.
         sink_pages, recent_pages: how many of a resident set were not the policy's choice, tail included.
         fact_pages: positions of the pages that hold the hidden fact.

@@ -77,7 +77,7 @@ def answers_table(
 def residency_table(
     title: str, questions: Sequence[Question], requests: Sequence[dict[str, Any]], page_bytes: int
 ) -> Table:
-    """Pages that each request's decode read, against all of its pages. ``requests`` are entries of ``/lsa/status``."""
+    """Pages that each request's decode read, against all of its pages. ``requests`` are those of ``/lsa/requests``."""
     table = _table(title)
     table.add_column("question", ratio=1)
     names = (

@@ -61,17 +61,13 @@ def busiest(samples: list[dict[str, Any]]) -> dict[str, int] | None:
     ``full_pages`` is what these requests would hold without LSA were nothing shared among them; ``cached_pages`` is
     everything the server can answer from without prefill, shared pages counted once.
     """
-    decoding = [
-        sample
-        for sample in samples
-        if sample["requests"] and all(request["policy"] != "full" for request in sample["requests"])
-    ]
+    decoding = [sample for sample in samples if sample["running"]["requests"] and not sample["running"]["dense"]]
     if not decoding:
         return None
-    sample = max(decoding, key=lambda sample: (len(sample["requests"]), sample["physical"]["held"]))
-    full = sum(request["context_pages"] for request in sample["requests"])
+    sample = max(decoding, key=lambda sample: (sample["running"]["requests"], sample["physical"]["held"]))
+    full = sample["running"]["context_pages"]
     return {
-        "requests": len(sample["requests"]),
+        "requests": sample["running"]["requests"],
         "held_pages": sample["physical"]["held"],
         "held_bytes": sample["physical"]["held"] * sample["page_bytes"],
         "cached_pages": sample["virtual"]["allocated"],

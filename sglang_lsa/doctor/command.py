@@ -160,6 +160,7 @@ def _server(
     """The server that the flags would start, how many contexts it runs, and what is to be said about both."""
     from sglang_lsa.compatibility import Unsupported
     from sglang_lsa.doctor.server import Assumed, plan_server, resolve
+    from sglang_lsa.models import seen_after_load
 
     assumed = Assumed(_bytes(args.gpu_memory_gb), _bytes(args.free_host_memory_gb))
     why = "the server would refuse to start"
@@ -178,6 +179,8 @@ def _server(
         seen = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return None, (), [Finding(SECTION, step, TROUBLE, seen, why)]
     found = [Finding(SECTION, "arguments", OK, f"{server.name} on {server.device}"), *plan_findings(server)]
+    why = "the server looks at a model once more when it is loaded"
+    found += [Finding(SECTION, "model", NOTE, seen, why) for seen in seen_after_load(server_args)]
     asked = args.context_tokens
     lengths = asked or sorted({max(1, server.context_tokens // part) for part in (4, 2, 1)})
     contexts = tuple(server.fit(tokens) for tokens in lengths)

@@ -43,7 +43,7 @@ def lost(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def windows(sets: str, evidence: Sequence[int], watched: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """What of the evidence each resident set lacked; ``sets`` and ``watched`` as in ``/lsa/status``.
+    """What of the evidence each resident set lacked; ``sets`` and ``watched`` as in ``/lsa/requests``.
 
     Returns:
         Of each set the context in ``tokens`` at which it begins, how many pages were ``resident``, which pages of the
@@ -69,7 +69,7 @@ def union_of_sets(of_turns: Iterable[str]) -> float | None:
     """Share of a context that the first sets of several questions about it have together, each page counted once.
 
     Args:
-        of_turns: ``sets`` of each question, as in ``/lsa/status``.
+        of_turns: ``sets`` of each question, as in ``/lsa/requests``.
 
     Returns:
         None if a question has no set, or read everything.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,11 @@ class Endpoint:
                 return await answer.json(content_type=None) if answer.status == 200 else None
         except aiohttp.ClientError as error:
             raise EndpointFailed(f"GET {self.url}/lsa/status: {error!r}: is the server running?") from error
+
+    async def finished(self, rid: str) -> dict[str, Any] | None:
+        """What a server with LSA knows of the request of this name that finished last, or None if of none."""
+        found = await self.get("/lsa/requests?" + urllib.parse.urlencode({"rid": rid}))
+        return found["finished"][-1] if found["finished"] else None
 
     async def complete(
         self,

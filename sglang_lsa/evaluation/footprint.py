@@ -19,7 +19,7 @@ def footprint(
     request's; ``/lsa/status`` has them, and the keys that a server with an indexer keeps for Quest as well.
 
     Args:
-        sets: of the request, in the written form of ``/lsa/status``.
+        sets: of the request, in the written form of ``/lsa/requests``.
         status: the whole ``/lsa/status``.
 
     Returns:

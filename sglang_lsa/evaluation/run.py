@@ -140,10 +140,9 @@ class Evaluation:
 
     async def look_at(self, rid: str, arm: Arm, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """What the server says of a request that just finished."""
-        status = await self.server.status()
-        entry = next((entry for entry in (status or {}).get("finished", ()) if entry["rid"] == rid), None)
+        status, entry = await self.server.status(), await self.server.finished(rid)
         if status is None or entry is None:
-            raise EndpointFailed(f"{self.server.url}/lsa/status does not know {rid}, which just finished: see its log")
+            raise EndpointFailed(f"{self.server.url} does not know {rid}, which just finished: see its log")
         return {
             **footprint(arm.name, entry["sets"], prompt_tokens, new_tokens, status),
             "sets": entry["sets"],

@@ -19,7 +19,6 @@ from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE
 
-SPLITS = ("train", "held-out")
 HELD_OUT_SHARE = 5
 """One document of so many is held out."""
 

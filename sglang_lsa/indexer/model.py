@@ -24,8 +24,6 @@ from sglang_lsa.kernels.page_score import attention_shares, from_8_bits, page_sc
 
 AGES = 16
 """Ages of pages that are told apart: 1, 2-3, 4-7, ... pages back."""
-NEIGHBOURS = 2
-"""A page is also worth something for the page before it, and for the one after it."""
 
 
 def key_runs(keys: torch.Tensor) -> torch.Tensor:

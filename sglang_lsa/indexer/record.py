@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sglang_lsa.admission import NAME
 from sglang_lsa.indexer.corpus import Prompt, Tokens, make_prompts
 from sglang_lsa.indexer.recording import BadRecording, read_recording
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
@@ -45,6 +46,26 @@ class Entry:
     answer_tokens: int
     evidence: tuple[int, ...]
     bytes: int
+
+    @classmethod
+    def from_json(cls, values: Any) -> Entry:
+        """Read an entry as a file has it.
+
+        Raises:
+            ValueError, TypeError: a field is missing, unknown, or of another type than it is written as.
+        """
+        entry = cls(**values)
+        for name in ("name", "family", "split", "source"):
+            if not isinstance(value := getattr(entry, name), str):
+                raise ValueError(f"{name} is {value!r:.40}, no text")
+        for name in ("tokens", "answer_tokens", "bytes"):
+            if not _is_count(value := getattr(entry, name)):
+                raise ValueError(f"{name} is {value!r:.40}, no count")
+        if not isinstance(entry.evidence, list) or not all(map(_is_count, entry.evidence)):
+            raise ValueError(f"evidence is {entry.evidence!r:.40}, no list of pages")
+        if not NAME.fullmatch(entry.name):
+            raise ValueError(f"{entry.name!r:.80} is no name of a recording in this folder")
+        return dataclasses.replace(entry, evidence=tuple(entry.evidence))
 
 
 def record(
@@ -151,8 +172,10 @@ class Manifest:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise BadRecording(f"{path} is of format {values['format']}: record again with this version")
-            entries = [Entry(**{**entry, "evidence": tuple(entry["evidence"])}) for entry in values["documents"]]
-            found = cls(folder, values["model"], {entry.name: entry for entry in entries})
+            entries = [Entry.from_json(entry) for entry in values["documents"]]
+            if not isinstance(of := values["model"], str):
+                raise ValueError(f"model is {of!r:.40}, no text")
+            found = cls(folder, of, {entry.name: entry for entry in entries})
         except OSError as error:
             raise BadRecording(f"{path} cannot be read ({error.strerror}): run sglang-lsa record first") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -181,6 +204,10 @@ class Manifest:
         partial = self.folder / f"{MANIFEST}.partial"
         partial.write_text(json.dumps(values, indent=1) + "\n")
         os.replace(partial, self.folder / MANIFEST)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _record_one(

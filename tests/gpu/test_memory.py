@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from gpu_servers import READY_SECONDS, SERVED, STOCK
 from prompts import needle, prose
-from serving import BFLOAT16_STEPS, Answer, flush_cache, gap_at_first_difference, generate, wait_until_idle
+from serving import (
+    BFLOAT16_STEPS,
+    Answer,
+    finished_request,
+    flush_cache,
+    gap_at_first_difference,
+    generate,
+    wait_until_idle,
+)
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -124,8 +132,7 @@ def test_late_copies_and_passes_change_no_answer(started: dict[str, ServerProces
             generate(started[name], prompt, new, rid, policy="random")["text"]
             for (prompt, new), rid in zip(prompts, rids, strict=True)
         ]
-        finished = {entry["rid"]: entry["sets"] for entry in wait_until_idle(started[name])["finished"]}
-        sets[name] = [finished[rid] for rid in rids]
+        sets[name] = [finished_request(started[name], rid)["sets"] for rid in rids]
     status = started["slow"].get("/lsa/status")
     print({name: status[name] for name in ("recalls", "stalls", "prefill", "pressure", "failures")})
     assert status["recalls"]["pages"] > 10
@@ -160,7 +167,7 @@ def test_a_generation_of_8192_tokens_loses_no_page(started: dict[str, ServerProc
     answer = generate(server, prose(150, 3), 8192, "long-generation", budget=0.135)
     assert answer["meta_info"]["completion_tokens"] == 8192
     status = wait_until_idle(server)
-    seen = {entry["rid"]: entry for entry in status["finished"]}["long-generation"]
+    seen = finished_request(server, "long-generation")
     pages = seen["context_pages"]
     assert status["stores"]["pages"] >= pages - 1
     assert seen["resident_pages"] <= max(8, pages * 0.135) + 3

@@ -70,7 +70,9 @@ def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test the idle LSA servers hold no page for anybody."""
+    """After every test the idle LSA servers hold no page for anybody, and never had to ask the device which ones."""
     yield
     for name in {"lsa", "small"}.intersection(request.fixturenames):
-        assert_idle(request.getfixturevalue(name))
+        server = request.getfixturevalue(name)
+        assert_idle(server)
+        assert server.get("/lsa/status")["page_reads"] == 0

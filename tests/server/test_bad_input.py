@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from prompts import prose
-from serving import generate, wait_until_idle
+from serving import generate, is_busy, wait_until_idle
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -122,7 +122,7 @@ def test_flushes_while_busy_lose_nothing(small: ServerProcess) -> None:
     alone = generate(small, prompt, tokens=80)["text"]
     with ThreadPoolExecutor(5) as pool:
         running = pool.submit(generate, small, prompt, 80)
-        while not small.get("/lsa/status")["requests"] and not running.done():
+        while not is_busy(small) and not running.done():
             pass
         flushes = [pool.submit(post, small, "/flush_cache", b"{}") for _ in range(4)]
         assert {flush.result()[0] for flush in flushes} <= {200, 400}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from prompts import needle, prose
-from serving import generate, wait_until_idle
+from serving import finished_request, generate, running_requests, wait_until_idle
 
 from sglang_lsa.control import CHANGEABLE, MAX_BYTES
 from sglang_lsa.server_process import ServerProcess
@@ -42,10 +42,6 @@ def ask(
 def in_force(server: ServerProcess) -> dict[str, Any]:
     status = server.get("/lsa/status")
     return {name: status[name] for name in ("config", "config_changes", "config_changed_at")}
-
-
-def finished(server: ServerProcess, rid: str) -> dict[str, Any]:
-    return {request["rid"]: request for request in server.get("/lsa/status")["finished"]}[rid]
 
 
 @pytest.fixture
@@ -91,7 +87,7 @@ def test_answers_follow_the_policy(server: ServerProcess) -> None:
         assert ask(server, {"policy": policy})[0] == 200
         answer = server.post("/v1/chat/completions", question | {"rid": f"changed-to-{policy}"})
         found[policy] = sample.answer in answer["choices"][0]["message"]["content"]
-        seen = finished(server, f"changed-to-{policy}")
+        seen = finished_request(server, f"changed-to-{policy}")
         assert seen["policy"] == policy
         assert (seen["resident_pages"] == seen["context_pages"]) == (policy == "full")
     assert found == {"full": True, "recency": False, "quest": True}
@@ -102,12 +98,12 @@ def test_a_running_request_keeps_its_budget_and_follows_the_threshold(server: Se
     tokens = 220
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, server, prose(1600, 31), tokens, "before")
-        while not any(request["window"] >= 0 for request in server.get("/lsa/status")["requests"]):
+        while not any(request["window"] >= 0 for request in running_requests(server)):
             assert not running.done()
         assert ask(server, {"budget": 0.8, "threshold": 2.0})[0] == 200
         assert not running.done()
         running.result()
-    before = finished(server, "before")
+    before = finished_request(server, "before")
     assert before["budget"] == 0.135
     sizes = [len(positions) for positions in before["history"]]
     assert sizes[0] > sizes[-1], "the windows after the change have first and last pages only"
@@ -115,7 +111,7 @@ def test_a_running_request_keeps_its_budget_and_follows_the_threshold(server: Se
     assert ask(server, {"threshold": None})[0] == 200
     generate(server, prose(1600, 31), 4, "after")
     generate(server, prose(1600, 31), 4, "named", budget=0.4)
-    after, named = finished(server, "after"), finished(server, "named")
+    after, named = finished_request(server, "after"), finished_request(server, "named")
     assert (after["budget"], named["budget"]) == (0.8, 0.4)
     assert after["resident_pages"] > named["resident_pages"] > sizes[0]
 

@@ -43,8 +43,7 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     answers = dict(zip(ASKED, map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()), strict=True))
     status = json.loads((tmp_path / "status.json").read_text())
-    finished = {entry["rid"]: entry for entry in status["finished"]}
-    asked = {how: finished[answer["rid"]] for how, answer in answers.items()}
+    asked = {how: status["requests"][answer["rid"]]["finished"][-1] for how, answer in answers.items()}
     assert {how: entry["policy"] for how, entry in asked.items()} == {how: how for how in ASKED}
     assert asked["indexer"]["resident_pages"] < asked["indexer"]["context_pages"] == asked["full"]["resident_pages"]
     assert status["fallbacks"] == 0

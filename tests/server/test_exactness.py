@@ -9,7 +9,7 @@ from prompts import needle, prose
 from serving import TIE, Answer, complete_together, flush_cache, gap_at_first_difference, run_example
 from transformers import AutoTokenizer
 
-from sglang_lsa.client import savings
+from sglang_lsa.client import get_requests, savings
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -103,6 +103,6 @@ def test_throughput_beside_stock(stock: ServerProcess, lsa: ServerProcess) -> No
     assert rows["pool MB"][0] == pytest.approx(status["physical"]["kv_bytes"] / 1e6, abs=1.2)
     assert rows["pool MB"][1] > 2 * rows["pool MB"][0]
     assert "Not a fair comparison" in printed
-    assert str(savings(status, [entry["rid"] for entry in status["finished"][-2:]])) in printed
+    assert str(savings(status, get_requests(lsa.url)["finished"][-2:])) in printed
     asked = status["radix"]["prompt_tokens"] - before["prompt_tokens"]
     assert f"of {asked:,} prompt tokens" in printed

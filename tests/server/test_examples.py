@@ -14,7 +14,7 @@ import pytest
 from prompts import needle
 from serving import flush, run_example
 
-from sglang_lsa.client import get_status, savings
+from sglang_lsa.client import get_requests, get_status, savings
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server
@@ -31,12 +31,12 @@ def test_compare_budgets(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text(text)
     printed = run_example("compare_budgets", lsa, "--document", document, "--question", question)
-    rids = [entry["rid"] for entry in get_status(lsa.url)["finished"][-5:]]
+    entries = get_requests(lsa.url)["finished"][-5:]
     full, *others = printed.splitlines()
     assert sample.answer in full
     assert len(others) == 4
-    for rid, line in zip(rids, (full, *others), strict=True):
-        assert str(savings(get_status(lsa.url), [rid])) in line
+    for entry, line in zip(entries, (full, *others), strict=True):
+        assert str(savings(get_status(lsa.url), [entry])) in line
     assert " (100." in full and not any(" (100." in line for line in others)
 
 
@@ -46,9 +46,9 @@ def test_agent_branches(lsa: ServerProcess) -> None:
     before = get_status(lsa.url)
     printed = run_example("agent_branches", lsa, "--branches", 4, "--tokens", 1600, "--max-tokens", 24)
     after = get_status(lsa.url)
-    branches = after["finished"][-4:]
+    branches = get_requests(lsa.url)["finished"][-4:]
     each, together, host, tree = printed.splitlines()[-4:]
-    assert str(savings(after, [entry["rid"] for entry in branches])) in each
+    assert str(savings(after, branches)) in each
     context = max(entry["context_pages"] for entry in branches)
     assert all(entry["resident_pages"] < entry["context_pages"] for entry in branches)
     held = numbers(together)[0]
@@ -65,7 +65,7 @@ def test_agent_sessions(lsa: ServerProcess) -> None:
     flush(lsa)
     printed = run_example("agent_sessions", lsa, "--sessions", 3, "--turns", 2, "--tokens", 800, "--max-tokens", 16)
     heading, *turns, _, last, tree = printed.splitlines()
-    finished = get_status(lsa.url)["finished"][-6:]
+    finished = get_requests(lsa.url)["finished"][-6:]
     assert len(turns) == 6 and "cached" in heading
     for turn, entry in zip(turns, finished, strict=True):
         known = [entry[f"{name}"] for name in ("prompt_tokens", "cached_tokens", "resident_pages", "context_pages")]
@@ -74,7 +74,7 @@ def test_agent_sessions(lsa: ServerProcess) -> None:
     assert finished[-1]["resident_pages"] < finished[0]["context_pages"] < finished[-1]["context_pages"]
     for earlier, later in itertools.pairwise(finished):
         assert later["cached_tokens"] >= earlier["prompt_tokens"] - 2 * 64
-    assert str(savings(get_status(lsa.url), [finished[-1]["rid"]])) in last
+    assert str(savings(get_status(lsa.url), [finished[-1]])) in last
     cached, prompts = (sum(entry[f"{name}_tokens"] for entry in finished) for name in ("cached", "prompt"))
     assert tree.startswith(f"{cached:,} of {prompts:,} prompt tokens")
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import assert_idle, flush, generate, wait_until_idle
+from serving import assert_idle, finished_request, flush, generate, is_busy, wait_until_idle
 from soak import FLAGS, Question, body, tokens_of
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
@@ -60,7 +60,7 @@ def test_out_of_memory_in_a_streamed_prompt(faulty: ServerProcess, fault: str) -
     before = faulty.get("/lsa/status")["failures"]["batches"]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, faulty, prose(700, 2), 60)
-        while not faulty.get("/lsa/status")["requests"] and not running.done():
+        while not is_busy(faulty) and not running.done():
             pass
         message = failure(faulty, prose(3900, 3), f"{fault}-1")
         assert "Memory ran out" in message and "injected" in message
@@ -80,7 +80,7 @@ def test_a_refresh_that_fails_keeps_the_set_before_it(faulty: ServerProcess, fau
     answer = generate(faulty, prose(1500, 5), 60, f"{fault}-1")
     assert answer["meta_info"]["completion_tokens"] == 60
     status = wait_until_idle(faulty)
-    seen = {entry["rid"]: entry for entry in status["finished"]}[f"{fault}-1"]
+    seen = finished_request(faulty, f"{fault}-1")
     assert seen["failures"] >= 2
     assert len(seen["history"]) == (1 if fault == "badswitch" else 0), "the first set, or none at all, to the end"
     assert status["failures"]["refreshes"] >= 2
@@ -92,7 +92,7 @@ def test_a_first_set_that_fails_leaves_a_streamed_prompt_its_tail(faulty: Server
     answer = generate(faulty, prose(3900, 6), 40, "badscore-1")
     assert answer["meta_info"]["completion_tokens"] == 40
     status = wait_until_idle(faulty)
-    seen = {entry["rid"]: entry for entry in status["finished"]}["badscore-1"]
+    seen = finished_request(faulty, "badscore-1")
     assert seen["prefill"] == "streamed"
     assert seen["history"][0][-3:] == list(range(seen["prompt_tokens"] // 64))[-3:]
     assert status["fallbacks"] >= 1
@@ -103,8 +103,7 @@ def test_a_choice_of_prefix_that_fails_leaves_what_was_looked_at(faulty: ServerP
     generate(faulty, text, 1)
     answer = generate(faulty, f"{text}\n{prose(60, 8)}", 20, "badchoice-1", prefill="resident")
     assert answer["meta_info"]["completion_tokens"] == 20
-    status = wait_until_idle(faulty)
-    seen = {entry["rid"]: entry for entry in status["finished"]}["badchoice-1"]
+    seen = finished_request(faulty, "badchoice-1")
     assert (seen["prefill"], seen["failures"]) == ("resident", 1)
 
 
@@ -132,7 +131,7 @@ def test_sigterm_lets_answers_finish_and_unlocks_memory(faulty: ServerProcess) -
     """The last test of this server."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, faulty, needle(1500, 0.5, 1).prompt, 400)
-        while not faulty.get("/lsa/status")["requests"]:
+        while not is_busy(faulty):
             assert not running.done()
         os.kill(faulty.process.pid, signal.SIGTERM)
         assert running.result()["meta_info"]["completion_tokens"] == 400

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pathlib
 import re
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import yaml
 from prompts import prose
-from serving import generate, wait_until_idle
+from serving import flush, generate, wait_until_idle
 
 from sglang_lsa.metrics import COUNTERS, GAUGES, PREFIX
+from sglang_lsa.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server
@@ -54,7 +56,7 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
     """What every metric should say of a server with this status, on which nothing runs."""
     physical, host, virtual, recalls = (status[part] for part in ("physical", "host", "virtual", "recalls"))
     prefill, pressure, failures, radix = (status[part] for part in ("prefill", "pressure", "failures", "radix"))
-    assert status["requests"] == []
+    assert status["running"]["requests"] == 0
     return {
         "lsa_device_pages": physical["pages"],
         "lsa_device_pages_held": physical["held"],
@@ -134,3 +136,24 @@ def test_what_is_asked_for_is_exported(scraped, file: str) -> None:
     asked = set(re.findall(r"sglang:\w+", (EXAMPLES / file).read_text()))
     assert len(asked) > 10
     assert sorted(asked - exported) == []
+
+
+def test_a_full_device_pool_is_load(small: ServerProcess) -> None:
+    """27 of 32 device pages, which is an eighth of the virtual ones: routers that ask must not send more."""
+    flush(small)
+    seen: dict[str, float] = dict.fromkeys(("loads", "tokens", "metric"), 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(generate, small, prose(1650, 5), 100, "dense", policy="full")
+        while not running.done():
+            (load,), (old,) = small.get("/v1/loads")["loads"], small.get("/get_load")
+            text = urllib.request.urlopen(small.url + "/metrics", timeout=60).read().decode()
+            usage = re.search(r"^sglang:token_usage{.*} (.*)$", text, re.M)
+            now = load["token_usage"], old["num_tokens"] / load["max_total_num_tokens"], float(usage[1]) if usage else 0
+            seen = {name: max(before, value) for (name, before), value in zip(seen.items(), now, strict=True)}
+    pages = pages_spanned(running.result()["meta_info"]["prompt_tokens"] + 100)
+    assert pages >= 26
+    for name, value in seen.items():
+        assert pages / 32 - 0.05 < value <= 1.0, (name, seen)
+    wait_until_idle(small)
+    (load,) = small.get("/v1/loads")["loads"]
+    assert load["token_usage"] < 0.05, "what the tree keeps can be given up"

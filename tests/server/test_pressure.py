@@ -10,7 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import BFLOAT16_STEPS, assert_idle, complete, differs_at_a_tie, flush, generate, wait_until_idle
+from serving import (
+    BFLOAT16_STEPS,
+    assert_idle,
+    complete,
+    differs_at_a_tie,
+    flush,
+    generate,
+    is_busy,
+    running_requests,
+    wait_until_idle,
+)
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -79,7 +89,7 @@ def test_flush_while_busy_is_refused_and_harmless(lsa: ServerProcess) -> None:
     alone = generate(lsa, prompt, tokens=60)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, lsa, prompt, 60)
-        while not lsa.get("/lsa/status")["requests"] and not running.done():
+        while not is_busy(lsa) and not running.done():
             pass
         connection = http.client.HTTPConnection("127.0.0.1", lsa.port, timeout=60)
         connection.request("POST", "/flush_cache")
@@ -103,7 +113,7 @@ def abort_soon(server: ServerProcess, prompt: str, rid: str) -> str:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, server, prompt, 900, rid)
         while not running.done():
-            if any(r["rid"] == rid for r in server.get("/lsa/status")["requests"]):
+            if any(r["rid"] == rid for r in running_requests(server)):
                 connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
                 connection.request(
                     "POST", "/abort_request", json.dumps({"rid": rid}), {"Content-Type": "application/json"}

@@ -8,7 +8,9 @@ import urllib.error
 import openai
 import pytest
 from prompts import needle, prose
+from serving import finished_request, generate
 
+from sglang_lsa.client import get_requests
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server
@@ -75,14 +77,14 @@ def test_options_choose_the_policy(client: openai.OpenAI, lsa: ServerProcess, op
         temperature=0,
         extra_body={"rid": rid, "custom_params": {"lsa": options}},
     )
-    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}[rid]
+    seen = finished_request(lsa, rid)
     assert seen["policy"] == policy
     assert (seen["resident_pages"] == seen["context_pages"]) == (policy == "full")
 
 
 def test_short_requests_are_dense(client: openai.OpenAI, lsa: ServerProcess) -> None:
     client.completions.create(model="smollm2", prompt=prose(500, 4), max_tokens=8, extra_body={"rid": "short"})
-    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["short"]
+    seen = finished_request(lsa, "short")
     assert seen["policy"] == "full"
 
 
@@ -96,7 +98,7 @@ def test_a_request_that_grows_long_is_pruned(lsa: ServerProcess) -> None:
             "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
         },
     )
-    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["growing"]
+    seen = finished_request(lsa, "growing")
     assert seen["history"][0] == []
     assert seen["policy"] == "quest"
     assert seen["resident_pages"] < seen["context_pages"]
@@ -106,9 +108,25 @@ def test_status_and_server_info(lsa: ServerProcess) -> None:
     status = lsa.get("/lsa/status")
     inside = lsa.get("/server_info")["internal_states"][0]["lsa"]
     assert {k: type(v) for k, v in inside.items()} == {k: type(v) for k, v in status.items()}
-    for name in ("virtual", "physical", "host", "recalls", "stores", "radix", "requests", "finished", "evictions"):
-        assert name in status
+    parts = {"virtual", "physical", "host", "recalls", "stores", "radix", "running", "finished_requests", "evictions"}
+    assert parts <= set(status)
+    assert not [name for name, value in status.items() if isinstance(value, list)], "counters only"
     assert status["physical"]["pages"] == 150
     assert status["virtual"]["pages"] > 2 * status["physical"]["pages"]
     assert status["host"]["mirror_bytes"] <= 1.1 * 2**30
     json.dumps(status)
+
+
+def test_one_request_is_told_by_its_name(lsa: ServerProcess) -> None:
+    """The newest last, with everything that it read; of all others a few numbers, whatever their names are."""
+    for rid, tokens in (("told &/?#", 70), ("another", 2), ("told &/?#", 3)):
+        generate(lsa, prose(1200, 17), tokens, rid)
+    first, last = get_requests(lsa.url, "told &/?#")["finished"]
+    assert (first["context_tokens"] - last["context_tokens"], last["number"] - first["number"]) == (67, 2)
+    assert first["sets"].count(";") + 1 == len(first["history"]) == 2
+    assert all(0 in positions for positions in first["history"])
+    assert get_requests(lsa.url, "nobody") == {"finished": [], "running": [], "more_running": 0}
+    shown = get_requests(lsa.url)
+    assert [entry["rid"] for entry in shown["finished"][-3:]] == ["told &/?#", "another", "told &/?#"]
+    assert shown["finished"][-1] == {name: last[name] for name in shown["finished"][-1]}
+    assert not {"sets", "history", "watched"} & set(shown["finished"][-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from prompts import needle, prose
-from serving import flush, generate, wait_until_idle
+from serving import finished_request, flush, generate, wait_until_idle
 
 from sglang_lsa.server_process import ServerProcess
 
@@ -20,9 +20,8 @@ def test_a_question_about_a_long_memory(small: ServerProcess) -> None:
     before = small.get("/lsa/status")
     asked = [generate(small, f"{memory} {prose(150, 22)}", 40, f"asked-{i}", prefill="resident") for i in range(2)]
     after = wait_until_idle(small)
-    seen = {entry["rid"]: entry for entry in after["finished"]}
     for number, answer in enumerate(asked):
-        entry = seen[f"asked-{number}"]
+        entry = finished_request(small, f"asked-{number}")
         assert entry["prefill"] == "resident"
         assert len(entry["history"][0]) <= max(8, entry["context_pages"] * 0.135)
         assert answer["meta_info"]["cached_tokens"] <= 4096, "the first question is not in the tree"
@@ -40,7 +39,7 @@ def test_a_needle_is_found_either_way(lsa: ServerProcess) -> None:
         for mode in ("exact", "resident"):
             rid = f"{mode}-{depth}"
             assert sample.answer in generate(lsa, f"{text}\n{question}\nAnswer:", 30, rid, prefill=mode)["text"], rid
-        assert {entry["rid"]: entry for entry in lsa.get("/lsa/status")["finished"]}[rid]["prefill"] == "resident"
+        assert finished_request(lsa, rid)["prefill"] == "resident"
 
 
 def test_heat_brings_the_pages_of_a_memory_back_before_they_are_asked_for(small: ServerProcess) -> None:
@@ -61,5 +60,5 @@ def test_short_prefixes_are_read_whole(small: ServerProcess) -> None:
     memory = prose(400, 28)
     generate(small, memory, 1)
     generate(small, f"{memory} {prose(100, 29)}", 4, "short", prefill="resident")
-    seen = {entry["rid"]: entry for entry in wait_until_idle(small)["finished"]}["short"]
+    seen = finished_request(small, "short")
     assert seen["prefill"] == "in place"

@@ -23,7 +23,7 @@ def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProce
     print(json.dumps({name: status[name] for name in ("prefill", "pressure", "failures", "evictions")}))
     seen = soak.check(outcomes)
     print(json.dumps(seen))
-    assert seen["answered"] > REQUESTS * 0.6
+    assert seen["answered"] > REQUESTS * 0.55
     assert seen["streamed"] > 5
     assert status["failures"] == {"refreshes": 0, "batches": 0}
     flush(small)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from prompts import needle, prose
-from serving import flush, flush_cache, generate, wait_until_idle
+from serving import finished_request, flush, flush_cache, generate, running_requests, wait_until_idle
 from soak import FLAGS
 
 from sglang_lsa.pages import pages_spanned
@@ -87,12 +87,12 @@ def test_running_requests_keep_their_sets(small: ServerProcess) -> None:
     alone = generate(small, prompt, 150, "alone")["text"]
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(generate, small, prompt, 150, "beside")
-        while not any(r["window"] >= 1 for r in small.get("/lsa/status")["requests"]):
+        while not any(r["window"] >= 1 for r in running_requests(small)):
             assert not running.done()
         long = pool.submit(generate, small, prose(6000, 4), 20, "long")
         assert running.result()["text"] == alone
         assert long.result()["meta_info"]["completion_tokens"] == 20
-    seen = {r["rid"]: r for r in wait_until_idle(small)["finished"]}
+    seen = {rid: finished_request(small, rid) for rid in ("beside", "alone", "long")}
     assert seen["beside"]["sets"] == seen["alone"]["sets"]
     assert (seen["beside"]["shrunk"], seen["long"]["prefill"]) == (0, "streamed")
 
@@ -114,8 +114,7 @@ def test_a_long_answer_loses_no_page(small: ServerProcess) -> None:
     flush(small)
     answer = generate(small, prose(150, 3), 2500, "long-answer")
     assert answer["meta_info"]["completion_tokens"] == 2500
-    status = wait_until_idle(small)
-    seen = {entry["rid"]: entry for entry in status["finished"]}["long-answer"]
+    seen = finished_request(small, "long-answer")
     pages = seen["context_pages"]
     assert pages == pages_spanned(seen["context_tokens"]) > POOL // 64
     assert seen["resident_pages"] <= max(8, pages * 0.135) + 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from prompts import needle
-from serving import flush, generate, wait_until_idle
+from serving import flush, generate, is_busy, wait_until_idle
 
 from sglang_lsa.server_process import ServerProcess
 from sglang_lsa.view.events import MOST_STREAMS
@@ -56,7 +56,17 @@ def unchanged(lsa: ServerProcess) -> Iterator[None]:
     before = wait_until_idle(lsa)
     yield
     after = wait_until_idle(lsa)
-    for name in ("config", "virtual", "physical", "host", "recalls", "failures", "refreshes", "evictions", "finished"):
+    for name in (
+        "config",
+        "virtual",
+        "physical",
+        "host",
+        "recalls",
+        "failures",
+        "refreshes",
+        "evictions",
+        "finished_requests",
+    ):
         assert after[name] == before[name], name
 
 
@@ -222,6 +232,15 @@ def test_other_origins_are_refused(lsa: ServerProcess, unchanged: None, path: st
         assert list(json.load(response)) == ["error"]
 
 
+@pytest.mark.parametrize("path", ["/lsa/status", "/lsa/requests", "/lsa/requests?rid=somebody"])
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_what_is_known_of_requests_is_for_no_other_site(lsa: ServerProcess, path: str, headers: dict[str, str]) -> None:
+    with answer(lsa, path, headers) as response:
+        assert response.status == 403
+        assert "use a page of this server" in response.read().decode()
+    assert status_of(lsa, path, {"Origin": lsa.url, "Sec-Fetch-Site": "same-origin"}) == 200
+
+
 def test_its_own_origin_is_answered(lsa: ServerProcess) -> None:
     assert status_of(lsa, "/lsa/events", {"Origin": lsa.url, "Sec-Fetch-Site": "same-origin"}) == 200
 
@@ -231,10 +250,10 @@ def test_off_by_flag(small: ServerProcess, path: str) -> None:
     with answer(small, path) as response:
         assert response.status == 404
         assert "without --lsa-disable-view" in json.load(response)["error"]
-    assert small.get("/lsa/status")["requests"] == []
+    assert not is_busy(small)
 
 
-@pytest.mark.parametrize("path", [*ADDRESSES, "/lsa/status"])
+@pytest.mark.parametrize("path", [*ADDRESSES, "/lsa/status", "/lsa/requests", "/lsa/requests?rid=a"])
 @pytest.mark.parametrize(
     "headers",
     [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Basic OnNlY3JldA=="}],

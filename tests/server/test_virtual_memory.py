@@ -6,8 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prompts import needle, prose
-from serving import BFLOAT16_STEPS, complete, differs_at_a_tie, flush, generate, wait_until_idle
+from serving import (
+    BFLOAT16_STEPS,
+    complete,
+    differs_at_a_tie,
+    finished_request,
+    flush,
+    generate,
+    wait_until_idle,
+)
 
+from sglang_lsa.client import get_requests
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 
@@ -54,13 +63,14 @@ def test_shared_prefix_is_held_once(lsa: ServerProcess) -> None:
     with ThreadPoolExecutor(2) as pool:
         questions = [f"{document}\n{prose(40, seed)}" for seed in (1, 2)]
         running = [pool.submit(generate, lsa, q, 150, f"share-{i}") for i, q in enumerate(questions)]
-        status = {"requests": []}
-        while len([r for r in status["requests"] if r["window"] >= 0]) < 2:
+        sets, before, status = {}, {}, {"running": {"decoding": 0}}
+        while status["running"]["decoding"] < 2 or status["physical"] != before.get("physical"):
             assert not all(future.done() for future in running), "both ended before both were seen running"
-            status = lsa.get("/lsa/status")
+            before = lsa.get("/lsa/status")
+            sets = {rid: entry for rid in ("share-0", "share-1") for entry in get_requests(lsa.url, rid)["running"]}
+            status = lsa.get("/lsa/status")  # nothing moved while the sets were asked for
         answers = [future.result() for future in running]
     assert all(answer["meta_info"]["cached_tokens"] >= prefix - 2 * 64 for answer in answers)
-    sets = {r["rid"]: r for r in status["requests"]}
     separate = sum(r["resident_pages"] for r in sets.values())
     held = status["physical"]["held"]
     assert max(r["resident_pages"] for r in sets.values()) <= held < separate
@@ -83,7 +93,7 @@ def test_the_same_prompt_at_the_same_time(lsa: ServerProcess) -> None:
 
 def test_decode_reads_the_budget_only(lsa: ServerProcess) -> None:
     generate(lsa, needle(4000, 0.5, 5).prompt, tokens=100, rid="budgeted", budget=0.2)
-    seen = {r["rid"]: r for r in lsa.get("/lsa/status")["finished"]}["budgeted"]
+    seen = finished_request(lsa, "budgeted")
     assert seen["resident_pages"] <= seen["context_pages"] * 0.2 + 2, "budget, and the pages opened in this window"
     assert len(seen["history"]) >= 2
     for positions in seen["history"]:

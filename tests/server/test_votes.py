@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from serving import finished_request
 
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -31,7 +32,7 @@ def test_a_cached_prompt_chooses_the_same_pages(model_path: str, tmp_path: pathl
         for rid in ("first", "again"):
             body = {"rid": rid, "input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
             answers[rid] = server.post("/generate", body)
-        finished = {entry["rid"]: entry for entry in server.get("/lsa/status")["finished"]}
+        finished = {rid: finished_request(server, rid) for rid in answers}
     assert answers["first"]["meta_info"]["cached_tokens"] == 0
     assert answers["again"]["meta_info"]["cached_tokens"] == (tokens - voters) // 64 * 64
     assert finished["first"]["sets"] == finished["again"]["sets"]

@@ -40,3 +40,9 @@ def prose(tokens: int, seed: int) -> str:
     """About ``tokens`` tokens of words that make no sense, different for every seed."""
     rng = random.Random(seed)
     return " ".join(rng.choice(WORDS) for _ in range(tokens))
+
+
+def random_ids(tokens: int, seed: int) -> list[int]:
+    """Token ids that make no sense, different for every seed."""
+    rng = random.Random(seed)
+    return [rng.randrange(1000, 40_000) for _ in range(tokens)]

@@ -6,9 +6,11 @@ import json
 import pathlib
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from sglang_lsa.client import get_requests
 from sglang_lsa.server_process import ServerProcess
 
 
@@ -24,6 +26,14 @@ def generate(server: ServerProcess, prompt: str, tokens: int = 24, rid: str | No
         **({"rid": rid} if rid else {}),
     }
     return server.post("/generate", body)
+
+
+def refused(server: ServerProcess, path: str, body: dict) -> tuple[int, str]:
+    """Status and text of an answer that is no success."""
+    try:
+        return 200, json.dumps(server.post(path, body))
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
 
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -54,6 +64,21 @@ def flush(server: ServerProcess) -> None:
     assert status["physical"]["held"] + status["physical"]["cached"] == 0
 
 
+def finished_request(server: ServerProcess, rid: str) -> dict:
+    """All that the server knows of the request of this name that finished last."""
+    return get_requests(server.url, rid)["finished"][-1]
+
+
+def running_requests(server: ServerProcess) -> list[dict]:
+    """The running requests, each in a few numbers."""
+    return get_requests(server.url)["running"]
+
+
+def is_busy(server: ServerProcess) -> bool:
+    """Whether any request is running."""
+    return server.get("/lsa/status")["running"]["requests"] > 0
+
+
 def assert_idle(server: ServerProcess) -> None:
     """The server is alive, serves nobody, and no device page is held or promised. Its ledger checked itself."""
     status = wait_until_idle(server)
@@ -66,9 +91,9 @@ def wait_until_idle(server: ServerProcess, polls: int = 600) -> dict:
     """Status once no request is running."""
     for _ in range(polls):
         status = server.get("/lsa/status")
-        if not status["requests"]:
+        if not status["running"]["requests"]:
             return status
-    raise AssertionError(f"still running: {status['requests']}")
+    raise AssertionError(f"still running: {running_requests(server)}")
 
 
 Answer = list[tuple[int, dict[int, float]]]

@@ -281,7 +281,8 @@ class Scheduler:
             return
         keys = req.keys(tokens)
         known = [node.page for node in self.tree.match(keys)]
-        self.runtime.pages_replaced(req, tokens, torch.from_numpy(slots_of(known)))
+        own = self.runtime.pages_known(req)
+        self.runtime.pages_replaced(req, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(keys, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)

@@ -1,4 +1,5 @@
-"""A soak: many clients, tiny pools, aborts, disconnects and flushes; then every answer is checked on the idle server.
+"""A soak: many clients, tiny pools, aborts, disconnects, flushes, priorities, several answers to one prompt, ids that
+are used again, other configurations and wrong options; then every answer is checked on the idle server.
 
     python tests/support/soak.py --requests 3000            # starts its own server; `make test` runs a short one
 
@@ -24,8 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from soak_more import WrongOptions, change_configuration, several_answers, use_an_id_again
 from tqdm import tqdm
 
+from sglang_lsa.client import get_requests
+from sglang_lsa.control import CHANGEABLE
 from sglang_lsa.server_process import LSA, ServerProcess
 
 VOCABULARY = (1000, 40_000)
@@ -33,8 +37,10 @@ CLIENTS = 16
 TOLERANCE = 2e-3
 """Of a token's logarithmic probability, in float32."""
 FLAGS = ["--dtype", "float32", "--skip-server-warmup", "--enable-metrics", "--chunked-prefill-size", "512"]
-FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}']
+FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}', "--enable-priority-scheduling"]
 """The first six layers of the embedded model."""
+KINDS = {"ask": 62, "abort": 8, "disconnect": 8, "flush": 3, "bad": 5, "many": 6, "again": 4, "config": 4}
+"""What a client does, by how often."""
 LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "staging_pages": 4}
 """32 pages on the device, 221 on the host; a chunk takes 8."""
 
@@ -49,6 +55,7 @@ class Question:
     prompt: tuple[int, ...]
     options: tuple[tuple[str, object], ...]
     tokens: int
+    priority: int = 0
 
 
 @dataclass
@@ -66,6 +73,7 @@ class Admission:
 class Outcome:
     question: Question
     rid: str
+    kind: str
     answer: Tokens = field(default_factory=list)
     stays: list[Admission] = field(default_factory=list)
     ended: str = ""
@@ -87,7 +95,8 @@ def questions(rng: random.Random, count: int) -> list[Question]:
         if len(prompt) < 1000:
             choices += [{"enabled": False}] * 3
         tokens = rng.choice((8, 24, 80, 300 if len(prompt) < 400 else 150))
-        made.append(Question(prompt, tuple(rng.choice(choices).items()), tokens))
+        options = tuple(rng.choice(choices).items())
+        made.append(Question(prompt, options, tokens, priority=rng.choice((0, 0, 0, 100))))
     return made
 
 
@@ -97,7 +106,13 @@ def body(question: Question, rid: str | None = None, **more: object) -> dict:
     if options:
         parameters["custom_params"] = {"lsa": options}
     named = {"rid": rid} if rid else {}
-    return {"input_ids": list(question.prompt), "sampling_params": parameters, "return_logprob": True, **named}
+    return {
+        "input_ids": list(question.prompt),
+        "sampling_params": parameters,
+        "return_logprob": True,
+        "priority": question.priority,
+        **named,
+    }
 
 
 def tokens_of(answer: dict) -> Tokens:
@@ -117,28 +132,29 @@ class Soak:
         self.questions = questions(self.rng, distinct)
         self.finished: dict[str, dict[int, Admission]] = collections.defaultdict(dict)
         self.lock = threading.Lock()
+        self.siblings: list[Outcome] = []
+        """Answers beside the first, of requests that wanted several."""
 
     def run(self, count: int) -> list[Outcome]:
         """Ask ``count`` questions with :data:`CLIENTS` clients at a time."""
-        kinds = ["ask", "abort", "disconnect", "flush", "bad"]
+        kinds, weights = list(KINDS), list(KINDS.values())
         plan = [
-            (
-                i,
-                self.rng.choice(self.questions),
-                self.rng.choices(kinds, weights=[76, 8, 8, 3, 5])[0],
-                self.rng.random(),
-            )
+            (i, self.rng.choice(self.questions), self.rng.choices(kinds, weights)[0], self.rng.random())
             for i in range(count)
         ]
-        with ThreadPoolExecutor(CLIENTS) as clients:
+        before = self.server.get("/lsa/status")["config"]
+        with ThreadPoolExecutor(CLIENTS) as clients, WrongOptions(self.server, self.rng.randrange(2**32)) as wrong:
             outcomes = list(tqdm(clients.map(lambda work: self._one(*work), plan), total=count, desc="soak"))
+        assert set(wrong.answers) == {400}, wrong.answers
+        self.server.post("/lsa/config", {name: before[name] for name in CHANGEABLE})
+        outcomes += self.siblings
         self._remember()
         for outcome in outcomes:
             outcome.stays = list(self.finished[outcome.rid].values())
         return outcomes
 
     def _one(self, number: int, question: Question, kind: str, chance: float) -> Outcome:
-        outcome = Outcome(question, f"soak-{number:05}-{kind}")
+        outcome = Outcome(question, f"soak-{number:05}-{kind}", kind)
         if kind == "flush":
             outcome.ended = self._post_quietly("/flush_cache", {})
         elif kind == "bad":
@@ -149,6 +165,15 @@ class Soak:
                 outcome.ended = f"refused {error.code}"
         elif kind == "disconnect":
             outcome.ended = self._hang_up(question, outcome.rid, int(chance * 3000))
+        elif kind == "config":
+            outcome.ended = change_configuration(self, chance)
+        elif kind == "again":
+            other = self.questions[number % len(self.questions)]
+            outcome.ended = use_an_id_again(
+                self, number, chance, lambda rid, size: self._hang_up(question, rid, size), lambda rid: body(other, rid)
+            )
+        elif kind == "many":
+            self._many(outcome)
         else:
             outcome.ended = "answered"
             aborter = threading.Timer(chance * 2, self._post_quietly, ("/abort_request", {"rid": outcome.rid}))
@@ -166,13 +191,30 @@ class Soak:
             self._remember()
         return outcome
 
+    def _many(self, outcome: Outcome) -> None:
+        """The children of a request that wants several answers are outcomes of their own."""
+        children = several_answers(self, body(outcome.question))
+        for place, child in enumerate(children):
+            found = Outcome(outcome.question, child["meta_info"]["id"], "many", tokens_of(child), ended="answered")
+            if place:
+                with self.lock:
+                    self.siblings.append(found)
+            else:
+                vars(outcome).update(vars(found))
+
     def _remember(self) -> None:
         """The server shows its last 64 finished requests: take note of them before others take their place."""
-        status = self.server.get("/lsa/status")
-        with self.lock:
-            for entry in status["finished"]:
-                stay = Admission(*(entry[name] for name in ("prompt_tokens", "sets", "shrunk", "stalls", "prefill")))
-                self.finished[entry["rid"]][entry["number"]] = stay
+        for entry in get_requests(self.server.url)["finished"]:
+            with self.lock:
+                known = entry["number"] in self.finished[entry["rid"]]
+            if not known:
+                self._remember_one(entry["rid"])
+
+    def _remember_one(self, rid: str) -> None:
+        for entry in get_requests(self.server.url, rid)["finished"]:
+            stay = Admission(*(entry[name] for name in ("prompt_tokens", "sets", "shrunk", "stalls", "prefill")))
+            with self.lock:
+                self.finished[rid][entry["number"]] = stay
 
     def _post_quietly(self, path: str, content: dict) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=600)
@@ -207,12 +249,14 @@ class Soak:
             "disconnect": {"cut"},
             "ask": {"answered"},
             "abort": {"answered", "aborted"},
+            "config": {"changed"},
+            "many": {"answered"},
+            "again": {"again answered", "again aborted", "again refused"},
         }
         replays: dict[tuple, Tokens] = {}
         seen: collections.Counter[str] = collections.Counter()
         for outcome in tqdm(outcomes, desc="replay"):
-            kind = outcome.rid.rsplit("-", 1)[1]
-            assert outcome.ended in expected[kind], f"{outcome.rid}: {outcome.ended}"
+            assert outcome.ended in expected[outcome.kind], f"{outcome.rid}: {outcome.ended}"
             seen[outcome.ended] += 1
             if outcome.ended == "answered":
                 assert len(outcome.answer) == outcome.question.tokens, f"{outcome.rid}: {len(outcome.answer)} tokens"
@@ -235,9 +279,14 @@ class Soak:
                 again = Question((*question.prompt, *generated[:start]), (), end - start)
                 key = (again.prompt, stay.sets)
                 if key not in replays or len(replays[key]) < again.tokens:
-                    options = {"sets": stay.sets} if stay.sets else dict(question.options)
+                    options = {"sets": stay.sets} if stay.sets else read_all(again)
                     replays[key] = tokens_of(self.server.post("/generate", body(again, **options)))
                 same(replays[key][: end - start], outcome.answer[start:end], f"{outcome.rid} from token {start} on")
+
+
+def read_all(question: Question) -> dict[str, object]:
+    """Options of a stay in which no set was read; where the prompt is too long for that, it was all that was read."""
+    return {"enabled": False} if len(question.prompt) < 1900 else {}
 
 
 def same(expected: Tokens, seen: Tokens, what: str) -> None:

@@ -9,7 +9,7 @@ import json
 import pathlib
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +19,14 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from sglang_lsa import cli
-from sglang_lsa.bench import prefill, report, serving
+from sglang_lsa.bench import overhead, prefill, report, serving
 from sglang_lsa.bench.client import RequestFailed, Stream, run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
-from sglang_lsa.bench.serving import GROUPS, Arm, Group, Sampler, lsa_figures, stock_kv_bytes
+from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures, stock_kv_bytes
 from sglang_lsa.bench.shapes import SHAPES
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.server_process import ServerFailed, ServerProcess
+from sglang_lsa.server_process import ServerFailed
+from sglang_lsa.status import status as status_of
 
 GB = 1 << 30
 VOCABULARY = 128256
@@ -225,8 +226,14 @@ def test_stock_holds_a_shared_prefix_once() -> None:
 # --- figures of the server's status ----------------------------------------------------------------------------------
 
 
-def status(recalled: int, prefetched: int, late: int, refreshes: int, stalls: int) -> dict[str, Any]:
+def status(
+    recalled: int, prefetched: int, late: int, refreshes: int, stalls: int, **decoding: tuple[int, int]
+) -> dict[str, Any]:
+    """``decoding``: samples and held pages by the number of requests that decoded, ``_2=(samples, pages)``."""
     return {
+        "decoding": {
+            name[1:]: dict(zip(("samples", "held_pages"), seen, strict=True)) for name, seen in decoding.items()
+        },
         "page_bytes": 1000,
         "window": 64,
         "recalls": {
@@ -244,21 +251,12 @@ def status(recalled: int, prefetched: int, late: int, refreshes: int, stalls: in
     }
 
 
-def sampler_that_saw(*samples: tuple[int, int, int]) -> Sampler:
-    """Samples of (requests, promised pages, held pages)."""
-    sampler = Sampler(cast(ServerProcess, None))
-    for requests, promised, held in samples:
-        physical = {"promised": promised, "held": held}
-        sampler.seen.append({"requests": [{}] * requests, "physical": physical, "page_bytes": 1000})
-    return sampler
-
-
 FIGURES = Plateau(running=2, seconds=2.0, tokens=6400, itl_ms=np.array([1.0]), ttft_s=0.5)
 
 
 def test_lsa_figures_are_what_the_arm_added() -> None:
-    sampler = sampler_that_saw((2, 0, 10))
-    found = lsa_figures(status(100, 50, 9, 30, 5), status(600, 250, 59, 130, 8), FIGURES, sampler)
+    before, after = status(100, 50, 9, 30, 5, _2=(1, 10)), status(600, 250, 59, 130, 8, _2=(3, 30))
+    found = lsa_figures(before, after, FIGURES)
     assert found == {
         "kv_gpu_bytes": 10_000,
         "lsa_overhead_gpu_bytes": 340,
@@ -278,16 +276,18 @@ def test_lsa_figures_are_what_the_arm_added() -> None:
 
 def test_lsa_figures_of_an_arm_that_recalled_nothing() -> None:
     same = status(100, 50, 9, 30, 5)
-    found = lsa_figures(same, same, FIGURES, sampler_that_saw())
+    found = lsa_figures(same, same, FIGURES)
     assert [found[name] for name in ("kv_gpu_bytes", "recall_gbps", "recall_hidden_fraction")] == [None] * 3
     zero = ("recalled_bytes", "prefetched_bytes", "refreshes", "refresh_fraction", "refresh_host_ms", "stalls")
     assert [found[name] for name in zero] == [0] * 6
 
 
-def test_held_bytes_are_those_while_all_requests_decoded() -> None:
-    sampler = sampler_that_saw((1, 0, 1), (3, 4, 90), (3, 0, 20), (3, 0, 30), (3, 0, 70), (2, 0, 2))
-    assert sampler.held_bytes() == 30_000
-    assert sampler_that_saw((3, 1, 90), (2, 0, 20)).held_bytes() is None
+def test_held_bytes_are_those_while_most_requests_decoded() -> None:
+    """Of this arm: another one before it had more."""
+    before = status(0, 0, 0, 0, 0, _2=(5, 10), _8=(4, 900))
+    after = status(0, 0, 0, 0, 0, _2=(9, 20), _3=(4, 120), _8=(4, 900))
+    assert held_bytes(before, after) == 30_000
+    assert held_bytes(after, after) is None
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -716,3 +716,57 @@ def test_what_prefill_is_asked_to_measure(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [asked["workloads"] for asked in seen] == [["ttft", "question"], ["question"]]
     assert [asked["repeats"] for asked in seen] == [3, 5]
     assert seen[0]["output"] == tmp_path
+
+
+# --- the scheduler's own time ----------------------------------------------------------------------------------------
+
+
+def test_overhead_is_that_of_requests_that_are_pruned_and_refreshed(tmp_path: pathlib.Path) -> None:
+    """Times themselves are for machines that do nothing else."""
+    scheduler = overhead.Scheduler(2, 4096)
+    for _ in range(2):
+        scheduler.prefill(4096)
+    scheduler.crowd()
+    for _ in range(70):
+        scheduler.decode()
+    lookahead, requests = scheduler.runtime.lookahead, scheduler.runtime.requests.values()
+    assert lookahead.refreshes >= 4 and lookahead.failures == lookahead.stalls == 0
+    assert all(len(request.positions) < 20 and request.tail_start >= 64 for request in requests)
+    assert scheduler.pager.ledger.recalls > 0, "pages come from the mirror"
+
+
+def test_what_decode_holds_is_sampled_while_no_prompt_waits() -> None:
+    """For ``held_bytes``: one look at 16 passes costs a step nothing that can be seen."""
+    scheduler = overhead.Scheduler(2, 2048)
+    for _ in range(2):
+        scheduler.prefill(2048)
+    held = []
+    for _ in range(48):
+        scheduler.decode()
+        held.append(scheduler.pager.ledger.held_pages)
+    seen = scheduler.runtime.decoding
+    assert list(seen) == [2]
+    assert seen[2].samples == 3 and min(held) <= seen[2].held_pages / 3 <= max(held)
+    scheduler.pager.reservations.promise("r3", 1)
+    for _ in range(16):
+        scheduler.decode()
+    assert seen[2].samples == 3
+    assert status_of(scheduler.runtime)["decoding"] == {"2": {"samples": 3, "held_pages": seen[2].held_pages}}
+
+
+def test_overhead_says_what_was_measured(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead, "LONG", 8192)
+    monkeypatch.setattr(overhead, "LONG_WINDOWS", 3)
+    assert (
+        cli.main(["bench", "overhead", "--requests", "1", "--tokens", "2048", "--output", str(tmp_path / "o.json")])
+        == 0
+    )
+    found = json.loads((tmp_path / "o.json").read_text())
+    (row,) = found["batches"]
+    assert (row["requests"], row["tokens"], found["end"]["tokens"], found["end"]["windows"]) == (1, 2048, 8192, 5)
+    assert all(value > 0 for value in row.values()) and found["end"]["end_ms"] > 0
+    assert "end of a request of 8,192 tokens, 5 windows" in capsys.readouterr().out
+    assert cli.main(["bench", "overhead", "--tokens", "64"]) == 1
+    assert "1,024 tokens or more" in capsys.readouterr().err

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from sglang_lsa.client import NoServer, Savings, get_status, pool_bytes, savings, work
+from sglang_lsa.client import (
+    NoServer,
+    Savings,
+    get_requests,
+    get_status,
+    last_stays,
+    pool_bytes,
+    savings,
+    work,
+)
 
 
 def entry(rid: str, context: int, resident: int, prompt: int = 0, cached: int = 0) -> dict[str, Any]:
@@ -17,19 +26,18 @@ def entry(rid: str, context: int, resident: int, prompt: int = 0, cached: int = 
     return {"rid": rid, **pages, "prompt_tokens": prompt, "cached_tokens": cached}
 
 
-def status(*finished: dict[str, Any], **overhead: int) -> dict[str, Any]:
+def status(**overhead: int) -> dict[str, Any]:
     """999 virtual pages and the padding page; 1,000 bytes of KV in a page."""
     return {
         "page_bytes": 1000,
         "virtual": {"pages": 999},
         "physical": {"overhead_bytes": {"page_keys": 5000, **overhead}},
-        "finished": list(finished),
     }
 
 
 def test_savings_add_up() -> None:
-    shown = status(entry("a", 40, 8, 2500, 64), entry("b", 60, 12, 3800, 2048), entry("other", 7, 7))
-    saved = savings(shown, ["a", "b"])
+    shown = [entry("a", 40, 8, 2500, 64), entry("b", 60, 12, 3800, 2048), entry("other", 7, 7)]
+    saved = savings(status(), last_stays(shown, ["a", "b"]))
     assert saved == Savings(2, 100, 20, 6300, 2112, 1000, 5.0)
     assert saved.full_bytes == 100_000
     assert saved.device_bytes == 20 * 1000 + 100 * 5
@@ -38,17 +46,17 @@ def test_savings_add_up() -> None:
 
 
 def test_savings_of_two_statuses() -> None:
-    parts = (status(entry("a", 40, 8, 2500, 64)), "a"), (status(entry("b", 60, 12, 3800, 2048)), "b")
-    one, other = (savings(shown, [rid]) for shown, rid in parts)
+    parts = entry("a", 40, 8, 2500, 64), entry("b", 60, 12, 3800, 2048)
+    one, other = (savings(status(), [part]) for part in parts)
     assert one + other == Savings(2, 100, 20, 6300, 2112, 1000, 5.0)
 
 
 def test_keys_of_an_indexer_count() -> None:
-    assert savings(status(entry("a", 10, 10), indexer=7000), ["a"]).device_bytes == 10 * 1000 + 10 * 12
+    assert savings(status(indexer=7000), [entry("a", 10, 10)]).device_bytes == 10 * 1000 + 10 * 12
 
 
 def test_the_last_stay_of_a_retracted_request_counts() -> None:
-    assert savings(status(entry("a", 10, 10), entry("a", 40, 8)), ["a"]).context_pages == 40
+    assert last_stays([entry("a", 10, 10), entry("a", 40, 8)], ["a"]) == [entry("a", 40, 8)]
 
 
 def test_nothing_asked_saves_nothing() -> None:
@@ -57,7 +65,7 @@ def test_nothing_asked_saves_nothing() -> None:
 
 def test_a_request_that_is_not_shown() -> None:
     with pytest.raises(ValueError, match="request 'b' is not among the 1 finished ones"):
-        savings(status(entry("a", 1, 1)), ["a", "b"])
+        last_stays([entry("a", 1, 1)], ["a", "b"])
 
 
 def counters(n: int) -> dict[str, Any]:
@@ -85,7 +93,13 @@ class Stranger(http.server.BaseHTTPRequestHandler):
     """Some other web server: knows one page, which is not ours."""
 
     def do_GET(self) -> None:
-        known = {"/lsa/status": b"[]", "/server_info": b'{"version": "1"}', "/html/lsa/status": b"<html>"}
+        known = {
+            "/lsa/status": b"[]",
+            "/lsa/requests": b"{}",
+            "/lsa/requests?rid=a%2Fb%26c": b'{"finished": [{"rid": "a/b&c"}]}',
+            "/server_info": b'{"version": "1"}',
+            "/html/lsa/status": b"<html>",
+        }
         body = known.get(self.path)
         self.send_response(200 if body else 404)
         self.end_headers()
@@ -114,6 +128,15 @@ def stranger() -> Iterator[str]:
 def test_somebody_else_answers(stranger: str, path: str, problem: str) -> None:
     with pytest.raises(NoServer, match=problem):
         get_status(stranger + path)
+
+
+def test_requests_that_are_not_told(stranger: str) -> None:
+    with pytest.raises(NoServer, match="/lsa/requests is not what a server with LSA says"):
+        get_requests(stranger)
+
+
+def test_a_name_of_any_characters(stranger: str) -> None:
+    assert get_requests(stranger, "a/b&c")["finished"] == [{"rid": "a/b&c"}]
 
 
 def test_a_pool_that_is_not_told(stranger: str) -> None:

@@ -19,12 +19,13 @@ from sglang_lsa.indexer.corpus import (
     LETTERS,
     LISTS,
     NOUNS,
-    SPLITS,
     Prompt,
     Texts,
     Tokens,
     make_prompts,
 )
+
+SPLITS = tuple(NOUNS)
 
 
 @pytest.fixture(scope="module")

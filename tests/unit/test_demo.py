@@ -165,8 +165,8 @@ def test_the_verdict_needs_a_reference(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def status_of(held: int, policies: list[str]) -> dict[str, Any]:
-    requests = [{"policy": policy, "context_pages": 100} for policy in policies]
-    return {"page_bytes": 10, "virtual": {"allocated": 250}, "physical": {"held": held}, "requests": requests}
+    running = {"requests": len(policies), "dense": policies.count("full"), "context_pages": 100 * len(policies)}
+    return {"page_bytes": 10, "virtual": {"allocated": 250}, "physical": {"held": held}, "running": running}
 
 
 def test_the_busiest_moment_has_every_request_past_prefill() -> None:

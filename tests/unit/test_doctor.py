@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from sglang_lsa import SGLANG_VERSION
 from sglang_lsa.cli import main
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.doctor import command, kernels, machine, versions
@@ -35,7 +36,7 @@ from sglang_lsa.doctor.report import show
 from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
 from sglang_lsa.doctor.versions import package_finding, version_findings
 from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
-from sglang_lsa.patches.hook import SGLANG_VERSION, Hook
+from sglang_lsa.patches.hook import Hook
 from sglang_lsa.sizing import MemoryPlan
 
 EIGHT_B = {
@@ -52,7 +53,9 @@ EIGHT_B = {
     "rms_norm_eps": 1e-5,
 }
 EIGHT_B_NUMBERS = 2 * 128256 * 4096 + 32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096) + 4096
-SLIDING = {**EIGHT_B, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+SLIDING = {**EIGHT_B, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4096}
+NAMES_ONE = {**EIGHT_B, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+"""A window that SGLang's model ignores."""
 
 COMMANDS: dict[str, list[str]] = {
     # the model's folder is added, and --json
@@ -60,6 +63,7 @@ COMMANDS: dict[str, list[str]] = {
     "indexer": ["", "--gpu-memory-gb", "24", "--free-host-memory-gb", "9", "--lsa-indexer", "smollm2-135m-instruct"],
     "12 GB": ["8b", "--gpu-memory-gb", "12"],
     "sliding window": ["sliding", "--gpu-memory-gb", "80"],
+    "names a window": ["names one", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200"],
     "flags": ["", "--tp-size", "2", "--page-size", "32"],
     "no such model": ["missing"],
     "too large a mirror": ["", "--lsa-host-memory-gb", "1000000"],
@@ -76,8 +80,8 @@ def probe(folder: pathlib.Path) -> dict[str, Any]:
     """Run all commands in this process."""
     from sglang_lsa.embedded_model import embedded_model_path
 
-    paths = {"8b": folder / "8b", "sliding": folder / "sliding", "missing": folder / "missing"}
-    for name, values in (("8b", EIGHT_B), ("sliding", SLIDING)):
+    paths = {name: folder / name for name in ("8b", "sliding", "names one", "missing")}
+    for name, values in (("8b", EIGHT_B), ("sliding", SLIDING), ("names one", NAMES_ONE)):
         paths[name].mkdir()
         (paths[name] / "config.json").write_text(json.dumps(values))
     found = {}
@@ -141,6 +145,16 @@ def test_an_indexer_has_its_own_line(found: dict[str, Any]) -> None:
     plan = found["indexer"]["plan"]
     assert plan["overhead_bytes"]["indexer"] == (plan["virtual_pages"] + 1) * 9216
     assert plan["weights"] == {"bytes": 269030016, "how": "measured", "source": "headers of 1 safetensors file"}
+
+
+def test_what_only_a_loaded_model_shows_is_a_note(found: dict[str, Any]) -> None:
+    report = found["names a window"]
+    assert (report["status"], report["ok"]) == (0, True)
+    (note,) = (f for f in report["findings"] if f["name"] == "model")
+    assert note["status"] == NOTE
+    assert note["seen"].startswith("its configuration names a sliding window of 4096 tokens: whether SGLang's model")
+    assert note["why"] == "the server looks at a model once more when it is loaded"
+    assert not [f for f in found["80 GB"]["findings"] if f["name"] == "model"]
 
 
 def test_every_hook_of_the_table_is_told(found: dict[str, Any]) -> None:

@@ -220,7 +220,7 @@ def test_frequent_words(samples: dict[tuple[str, str, int, int], Sample]) -> Non
 def test_words_are_of_no_training_prompt() -> None:
     own = ADJECTIVES.split() + NOUNS.split()
     assert len(set(ADJECTIVES.split())) >= 60 and len(set(NOUNS.split())) >= 120 and len(own) == len(set(own))
-    for split in corpus.SPLITS:
+    for split in corpus.NOUNS:
         assert not set(own) & set(corpus.NOUNS[split].split() + corpus.ADJECTIVES[split].split())
     assert not set(re.split(r"(?<=\.) ?", ruler.NOISE)) & set(re.split(r"(?<=\.) ?", corpus.FILLER)) - {""}
 

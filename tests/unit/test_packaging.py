@@ -159,6 +159,7 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/attention.py",
     "sglang_lsa/attention_flashinfer.py",
     "sglang_lsa/launch_server.py",
+    "sglang_lsa/model_guard.py",
     "sglang_lsa/stock_server.py",
     "sglang_lsa/doctor/server.py",
     "radix_ext/allocator.py",

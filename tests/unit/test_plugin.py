@@ -24,17 +24,24 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lsa import compatibility
+from sglang_lsa import SGLANG_VERSION, compatibility
 from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems, shape_of
+from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.patches import model_runner_forward, scheduler_run_batch
-from sglang_lsa.patches.hook import SGLANG_VERSION, Hook, IncompatibleSGLang
+from sglang_lsa.models import shape_of
+from sglang_lsa.patches import (
+    model_runner_forward,
+    scheduler_add_request_to_queue,
+    scheduler_run_batch,
+    uvicorn_run,
+)
+from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
+from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.policies import Recency
 from sglang_lsa.prefill import DevicePoolFull
@@ -55,7 +62,8 @@ def wrappers(target: str) -> list[Callable[..., Any]]:
     """Functions that the symbol is wrapped in, outermost first; empty when its module was not even imported."""
     names = target.split(".")
     modules = [".".join(names[:end]) for end in range(len(names), 0, -1)]
-    module = next(name for name in modules if name in sys.modules)
+    if (module := next((name for name in modules if name in sys.modules), None)) is None:
+        return []
     symbol: Any = sys.modules[module]
     for name in names[module.count(".") + 1 :]:
         symbol = getattr(symbol, name, None)
@@ -232,6 +240,8 @@ REFUSED: list[tuple[str, str]] = [
     ("--page-size 1", "--page-size 1: .*use --page-size 64"),
     ("--radix-cache-backend other", "--radix-cache-backend other: .*remove --radix-cache-backend"),
     ("--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype fp8_e4m3: .*use one of auto, bfloat16"),
+    ("--enable-return-routed-experts", "--enable-return-routed-experts True: .*remove"),
+    ("--kv-canary log", "--kv-canary log: .*remove --kv-canary"),
     ("--device cuda", "--device cuda: .*use --device cpu"),
     ("--attention-backend triton", "--attention-backend triton: .*use torch_native"),
     ("--prefill-attention-backend triton", "--prefill-attention-backend triton: .*use|remove"),
@@ -537,12 +547,6 @@ def test_every_hook_file_is_in_the_table() -> None:
     assert len(set(TARGETS)) == len(TARGETS)
 
 
-def test_both_places_name_the_same_sglang() -> None:
-    import sglang_lsa
-
-    assert sglang_lsa.SGLANG_VERSION == SGLANG_VERSION
-
-
 def test_checking_a_hook_that_fits() -> None:
     fits = Hook("json.dumps", "after", len, ("obj", "indent"), "why", "until", "test")
     fits.check()
@@ -566,7 +570,9 @@ class Adder(SimpleNamespace):
         lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
         admission = Admission(pager, lookahead, chunk)
         super().__init__(
-            tree_cache=SimpleNamespace(lsa=SimpleNamespace(admission=admission, pager=pager)),
+            tree_cache=SimpleNamespace(
+                lsa=SimpleNamespace(admission=admission, pager=pager), scheduling_pass=Pass(None)
+            ),
             running_batch=SimpleNamespace(reqs=[object()] * running) if running else None,
             can_run_list=[],
             rem_chunk_tokens=chunk,
@@ -836,8 +842,14 @@ def arguments(**changed: Any) -> SimpleNamespace:
         model_path="model",
         is_hybrid_swa=False,
         sliding_window_size=None,
+        attention_chunk_size=None,
         attention_arch=SimpleNamespace(name="MHA"),
+        head_dim=64,
+        v_head_dim=64,
+        dtype="torch.bfloat16",
+        hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"], get_text_config=lambda: text),
         hf_text_config=text,
+        linear_attn_registry_result=None,
         is_generation=True,
         num_hidden_layers=30,
     )
@@ -859,6 +871,83 @@ def test_arguments_that_fit() -> None:
     assert attach(arguments(), config).lsa_config is config
 
 
+def test_several_http_workers_fit() -> None:
+    attach(arguments(tokenizer_worker_num=4), LSAConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("api_key", "secret", "--api-key: not supported with --tokenizer-worker-num 2: SGLang checks no keys there"),
+        ("admin_api_key", "secret", "--admin-api-key: not supported with --tokenizer-worker-num 2"),
+        ("enable_http2", True, "--enable-http2: not supported with --tokenizer-worker-num 2"),
+    ],
+)
+def test_what_several_http_workers_cannot_do_is_refused(name: str, given: Any, words: str) -> None:
+    attach(arguments(**{name: given}), LSAConfig())
+    with pytest.raises(Unsupported, match=words) as caught:
+        attach(arguments(tokenizer_worker_num=2, **{name: given}), LSAConfig())
+    assert "secret" not in str(caught.value)
+
+
+def test_http_workers_serve_our_application() -> None:
+    """uvicorn makes it in each of them; an application that is served from this process stays as it is."""
+    (app, host), options = uvicorn_run.serve_our_application(uvicorn_run.SGLANG_APP, "here", workers=2)
+    assert (host, options) == ("here", {"workers": 2, "factory": True})
+    module, function = app.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert uvicorn_run.serve_our_application(object(), host="here") is None
+    source = inspect.getsource(importlib.import_module("sglang.srt.entrypoints.http_server")._setup_and_run_http_server)
+    assert f'"{uvicorn_run.SGLANG_APP}",' in source, "what SGLang tells uvicorn"
+
+
+# the hook that refuses
+
+
+class Judge:
+    """Admission's verdict, and how often it was asked."""
+
+    def __init__(self, reason: str | None = None, longest: int | None = None):
+        self.reason, self.most, self.asked = reason, longest, 0
+
+    def refusal(self, req: Any) -> str | None:
+        self.asked += 1
+        return self.reason
+
+    def longest(self, req: Any) -> int | None:
+        return self.most
+
+
+def queued(judge: Judge, **req: Any) -> SimpleNamespace:
+    """A request that came to the queue once."""
+    values = {"rid": "a", "to_finish": None, "origin_input_ids": [7] * 100, "logprob_start_len": 100, "told": None}
+    asked = SimpleNamespace(**{**values, **req})
+    asked.set_finish_with_abort = lambda reason: vars(asked).update(told=reason)
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(admission=judge)))
+    )
+    for again in ({}, {"is_retracted": True}):
+        scheduler_add_request_to_queue.refuse_impossible(scheduler, asked, **again)
+    return asked
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_request_is_judged_once(truncate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = SimpleNamespace(allow_auto_truncate=truncate)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_serving", lambda: serving)
+    refusing = Judge("it is too long")
+    assert queued(refusing).told == "it is too long"
+    assert refusing.asked == 1, "what comes back to the queue may stay"
+    assert queued(allowing := Judge(longest=60)).told is None
+    seen = queued(Judge(longest=60))
+    assert (len(seen.origin_input_ids), seen.logprob_start_len) == ((60, 60) if truncate else (100, 100))
+    assert len(queued(Judge(longest=None)).origin_input_ids) == 100
+    assert allowing.asked == 1
+    given_up = Judge("another reason")
+    assert queued(given_up, to_finish="SGLang's reason").told is None
+    assert given_up.asked == 0
+
+
 @pytest.mark.parametrize(("name", "fine", "fix"), REFUSED_FLAGS, ids=[name for name, _, _ in REFUSED_FLAGS])
 def test_every_listed_flag_is_refused(name: str, fine: Any, fix: str) -> None:
     bad = True if fine is False else fine + 1 if isinstance(fine, int) else "other"
@@ -873,13 +962,8 @@ def test_every_listed_flag_is_refused(name: str, fine: Any, fix: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"sliding_window_size": 4096}, "model has sliding-window attention: .*use a dense model"),
-        ({"is_hybrid_swa": True}, "model has sliding-window attention"),
+        ({"is_hybrid_swa": True}, "model has sliding-window attention: .*use a dense model"),
         ({"attention_arch": SimpleNamespace(name="MLA")}, "model has MLA attention: .*use an MHA/GQA model"),
-        (
-            {"hf_text_config": SimpleNamespace(hidden_size=576, num_hidden_layers=30, mamba_d_state=16)},
-            "model has state-space or linear-attention layers: .*use a dense model",
-        ),
         ({"is_generation": False}, "model does not generate text: serve it without LSA"),
     ],
 )
@@ -953,6 +1037,18 @@ def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None
     write_indexer(tmp_path)
     with pytest.raises(Unsupported, match=r"--lsa-observe-layers 1,2: the indexer .* leave the flag out"):
         attach(arguments(), LSAConfig(indexer=str(tmp_path), observe_layers=(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bf16"])
+def test_kv_of_another_type_than_the_model_is_refused_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of FlashInfer name one type for both; on a CPU what is read is converted."""
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    changed = {"kv_cache_dtype": name, "model": {"dtype": "torch.float16"}}
+    assert attach(arguments(**changed), LSAConfig())
+    changed |= {"device": "cuda", "attention_backend": "flashinfer", "model": {"dtype": "torch.float16"}}
+    with pytest.raises(Unsupported, match=f"--kv-cache-dtype {name}, but the model computes in float16: .*leave the"):
+        attach(arguments(**changed), LSAConfig())
+    assert attach(arguments(**{**changed, "model": {"dtype": "torch.bfloat16"}}), LSAConfig())
 
 
 def test_defaults_leave_what_was_given() -> None:

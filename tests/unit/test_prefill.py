@@ -20,6 +20,7 @@ from simulated_gpu import LAYERS
 from sglang_lsa import prefill as prefill_module
 from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.one_request import collect, formatted
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Request
 from sglang_lsa.prefill import DevicePoolFull
@@ -721,6 +722,12 @@ def test_a_rid_is_used_again_while_its_first_request_is_still_here() -> None:
 # --- what is remembered ----------------------------------------------------------------------------------------------
 
 
+def told(server: Server) -> dict[str, Any]:
+    """What is told of the request that finished last."""
+    rid = server.runtime.finished[-1].summary["rid"]
+    return formatted(collect(server.runtime, rid))["finished"][-1]
+
+
 def test_the_sets_of_a_finished_request_can_be_given_to_another() -> None:
     """To a streamed prompt, by another server; it reads the same pages and needs no scores."""
     first = Server()
@@ -728,7 +735,7 @@ def test_the_sets_of_a_finished_request_can_be_given_to_another() -> None:
     seen = []
     for server, lsa in ((first, {}), (Server(), {"sets": ""})):
         if "sets" in lsa:
-            lsa = {"sets": first.runtime.finished[-1]["sets"]}
+            lsa = {"sets": told(first)["sets"]}
             server.wanted.score = lambda *_: pytest.fail("scored")  # type: ignore[method-assign]
         req = server.request(50 * PAGE_SIZE, **lsa)
         assert server.admit(req) == [STREAMED]
@@ -737,7 +744,7 @@ def test_the_sets_of_a_finished_request_can_be_given_to_another() -> None:
         seen.append([server.decode(req) for _ in range(30)])
         server.runtime.request_gone(req)
     assert seen[0] == seen[1]
-    done, again = first.runtime.finished[-1], server.runtime.finished[-1]
+    done, again = told(first), told(server)
     assert done["sets"] == again["sets"] != ""
     assert (done["prefill"], done["prompt_tokens"], done["number"]) == ("streamed", 50 * PAGE_SIZE, 1)
     assert done["history"][0] == [0, 30, 45, 49]

@@ -13,7 +13,7 @@ import torch
 
 from sglang_lsa.admission import Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.kernels.page_table import decode_indices_reference
+from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.policies import Request
 from sglang_lsa.radix_ext.pager import Pager
@@ -59,6 +59,23 @@ def test_the_host_plans_what_the_device_reads(padding: int) -> None:
         all_rows = torch.from_numpy(np.append(rows, np.zeros(padding, dtype=np.int64)))
         assert planned.tolist() == lengths_read(runtime, all_rows, padded)
         assert padded[: len(rows)].tolist() == seq_lens.tolist(), "what SGLang passed was changed"
+
+
+def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a kernel for each size of batch that it tells apart, and each type of lengths."""
+    runtime, compiled = make_runtime(), set()
+
+    def seen(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices) -> None:
+        decode_indices_reference(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices)
+        compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
+
+    monkeypatch.setattr("sglang_lsa.runtime.decode_indices", seen)
+    runtime._compile_kernels()
+    lanes = {lanes_for(batch) for batch in range(1, ROWS)}
+    kinds = (torch.int32, torch.int64)
+    assert compiled == {(size, kind, torch.int64, torch.int32, torch.int32) for size in lanes for kind in kinds}
+    assert sorted({lanes_for(batch) for batch in range(1, 257)}) == [8, 64, 512]
+    assert all(lanes_for(batch) >= batch for batch in (1, 8, 9, 64, 65, 512, 513, 5000))
 
 
 def test_without_a_batch_every_row_is_padding() -> None:
@@ -173,6 +190,18 @@ def test_counters_are_those_of_their_owners() -> None:
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
 
 
+@pytest.mark.parametrize("indexer", [None, object()], ids=["quest", "indexer"])
+def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCaptureFixture) -> None:
+    """It was trained for the old ones. A policy without training is not."""
+    runtime = make_runtime()
+    runtime.indexer = indexer  # type: ignore[assignment]
+    assert measure(runtime)["lsa_indexer_stale"] == 0
+    runtime.weights_changed()
+    values = measure(runtime)
+    assert (values["lsa_weight_updates"], values["lsa_indexer_stale"]) == (1, indexer is not None)
+    assert ("was trained for those before" in caplog.text) == (indexer is not None)
+
+
 def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
     runtime = make_runtime()
     for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
@@ -280,6 +309,6 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     assert runtime.pager.reservations.holders() == []
     assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
-    assert [(done["rid"], done["number"]) for done in runtime.finished] == [("a", 1)]
+    assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
     assert runtime.finished_requests == 1

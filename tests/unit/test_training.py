@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -471,6 +472,42 @@ def test_bad_weights_are_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit config\.json"):
         MemoryIndexer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tokens": "835"}, "tokens is '835', no count"),
+        ({"tokens": True}, "tokens is True, no count"),
+        ({"answer_tokens": -1}, "answer_tokens is -1, no count"),
+        ({"bytes": 1.5}, "bytes is 1.5, no count"),
+        ({"evidence": [0.5]}, "evidence is [0.5], no list of pages"),
+        ({"evidence": [-1]}, "evidence is [-1], no list of pages"),
+        ({"evidence": "12"}, "evidence is '12', no list of pages"),
+        ({"split": None}, "split is None, no text"),
+        ({"name": 7}, "name is 7, no text"),
+        ({"name": "../elsewhere"}, "'../elsewhere' is no name of a recording in this folder"),
+        ({"name": "/etc/elsewhere"}, "'/etc/elsewhere' is no name of a recording in this folder"),
+        ({"name": ".."}, "'..' is no name of a recording in this folder"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+    ],
+    ids=str,
+)
+def test_a_damaged_manifest_is_refused_before_anything_starts(
+    changed: dict[str, Any], words: str, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    values = json.loads((data / "manifest.json").read_text())
+    values["documents"][3] |= changed
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BadRecording, match=r"manifest\.json is damaged \(.*" + re.escape(words)):
+        train(tmp_path, tmp_path / "out", QUICK, "cpu", Console(quiet=True))
+
+
+@pytest.mark.parametrize("values", [[], {"format": 1, "model": 3, "documents": []}, {"format": 1, "documents": [4]}])
+def test_a_manifest_of_another_form_is_refused(values: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BadRecording, match=r"manifest\.json is damaged"):
+        Manifest.open(tmp_path)
 
 
 def test_another_model_is_refused(data: pathlib.Path) -> None:

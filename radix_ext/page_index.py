@@ -1,0 +1,125 @@
+"""PageIndex: which pages SGLang's slot tensors name, known on the host, so that nobody waits for the device.
+
+SGLang keeps slots on the device: in its table of requests, in the nodes of the radix tree, in what a prefix match
+returns. Reading one back waits for everything that is queued, beside a prefill for all of it. But whatever is in them
+came from the allocator, which knows its pages on the host too, and went through a request whose pages are known; so
+the index follows the tensors instead: a node's from the request that inserted it, through every split, and a request's
+row while the tree takes it over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class PageIndex:
+    """Host copies of page ids, by tensor; a tensor that nobody refers to any more is forgotten.
+
+    Args:
+        page: tokens in a page.
+    """
+
+    def __init__(self, page: int):
+        self.page = page
+        self.checked = False
+        """Whether every answer is compared with the device, which waits for it (``--lsa-debug``)."""
+        self.reads = 0
+        """Answers that nobody knew on the host, so that the device was waited for."""
+        self._known = WeakTensorKeyDictionary()
+        self._row: tuple[torch.Tensor, np.ndarray] | None = None
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    def note(self, slots: torch.Tensor, pages: np.ndarray) -> None:
+        """``slots``, the ones of whole pages, are those of ``pages``, int64 ``[len(slots) / page]``."""
+        if len(pages) * self.page != len(slots):
+            raise ValueError(f"{len(slots)} slots are not those of {len(pages)} pages of {self.page}")
+        self._known[slots] = pages
+
+    def noted(self, slots: torch.Tensor) -> np.ndarray | None:
+        """What :meth:`note` was told of this very tensor."""
+        return self._known.get(slots)
+
+    @contextmanager
+    def row(self, slots: torch.Tensor, pages: np.ndarray | None) -> Iterator[None]:
+        """Inside, views of this row of SGLang's table are known too.
+
+        Args:
+            slots: the row, from its first token on.
+            pages: of its tokens, as many as are known; None for nothing.
+        """
+        self._row = None if pages is None else (slots, pages)
+        try:
+            yield
+        finally:
+            self._row = None
+
+    # -- questions -----------------------------------------------------------------------------------------------
+
+    def pages(self, slots: torch.Tensor) -> np.ndarray:
+        """Pages of consecutive tokens of one request, each once and in their order, int64 ``[n]``.
+
+        Args:
+            slots: a noted tensor, a view of the row that is open, or any other, which is read and counted.
+        """
+        known = self._known.get(slots)
+        if known is None:
+            known = self._in_row(slots)
+        return self._answer(known, lambda: self._read(slots))
+
+    def prefix(self, req: Any) -> np.ndarray:
+        """Pages of the prefix that the radix tree has of a request that waits, int64 ``[n]``."""
+        return self.matched(req.prefix_indices, getattr(req, "last_node", None))
+
+    def matched(self, slots: torch.Tensor, node: Any) -> np.ndarray:
+        """Pages of what a prefix match returned: ``slots``, up to ``node`` of SGLang's radix tree."""
+        known = self.path(node)
+        if known is not None and len(known) * self.page != len(slots):
+            known = None
+        return self._answer(known, lambda: self._read(slots[:: self.page]))
+
+    def path(self, node: Any) -> np.ndarray | None:
+        """Pages from the root of SGLang's radix tree to ``node``; None if there is one that is not known.
+
+        They never change: a split puts a new node above an old one, and the ids of both together are as before.
+        """
+        parts: list[np.ndarray] = []
+        while node is not None and node.parent is not None:
+            part = self._known.get(node.value)
+            if part is None:
+                return None
+            parts.append(part)
+            node = node.parent
+        return np.concatenate([np.zeros(0, dtype=np.int64), *reversed(parts)])
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _in_row(self, slots: torch.Tensor) -> np.ndarray | None:
+        if self._row is None:
+            return None
+        row, pages = self._row
+        first = slots.storage_offset() - row.storage_offset()
+        last = first + len(slots)
+        same = slots.untyped_storage().data_ptr() == row.untyped_storage().data_ptr() and slots.stride() == (1,)
+        covered = -(-last // self.page) if slots.numel() else 0
+        if not same or not 0 <= first <= last <= len(row) or covered > len(pages):
+            return None
+        return pages[first // self.page : covered]
+
+    def _answer(self, known: np.ndarray | None, read: Callable[[], np.ndarray]) -> np.ndarray:
+        if known is None:
+            self.reads += 1
+            return read()
+        if self.checked and not np.array_equal(known, seen := read()):
+            raise RuntimeError(f"LSA: the host knows pages {known.tolist()} where the device has {seen.tolist()}")
+        return known
+
+    def _read(self, slots: torch.Tensor) -> np.ndarray:
+        pages = slots.cpu().numpy().astype(np.int64) // self.page
+        return pages[np.append(True, pages[1:] != pages[:-1])] if len(pages) else pages

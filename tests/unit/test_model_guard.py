@@ -1,0 +1,309 @@
+"""What SGLang loaded and built decides: real attention layers, real pools and configurations as models have them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pathlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from sglang_lsa.compatibility import Unsupported
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.model_guard import attention_layers, problems, softmax_scale
+from sglang_lsa.models import WINDOWED, model_problems, seen_after_load
+from sglang_lsa.patches import kv_cache_configurator_build_allocator as build_allocator_hook
+from sglang_lsa.patches import model_runner_init_post_memory_pool_components as create_runtime_hook
+from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
+
+LAYERS, Q_HEADS, KV_HEADS, DIM = 5, 4, 2, 16
+
+
+def attention(layer: int, **changed: Any) -> RadixAttention:
+    heads = {"num_heads": Q_HEADS, "head_dim": DIM, "scaling": 0.25, "num_kv_heads": KV_HEADS}
+    return RadixAttention(**{**heads, "layer_id": layer, **changed})
+
+
+def model_of(*layers: RadixAttention) -> torch.nn.Module:
+    """As SGLang builds them: attention somewhere inside a layer, beside what has none."""
+    return torch.nn.ModuleList(
+        torch.nn.ModuleDict({"attn": layer, "mlp": torch.nn.Linear(2, 2)})
+        for layer in (layers or map(attention, range(LAYERS)))
+    )
+
+
+def pool_of(kind: type = MHATokenToKVPool, **changed: Any) -> Any:
+    shape = {"head_num": KV_HEADS, "head_dim": DIM, "layer_num": LAYERS, "dtype": torch.float32}
+    fixed = {"size": 4 * PAGE_SIZE, "page_size": PAGE_SIZE, "device": "cpu", "enable_memory_saver": False}
+    return kind(**{**fixed, **shape, **changed})
+
+
+def seen(model: torch.nn.Module, pool: Any, **changed: Any) -> list[str]:
+    options = {"name": "m", "q_heads": Q_HEADS, "window": None, "model_dtype": torch.float32}
+    return problems(model, pool, **{**options, **changed})
+
+
+class OtherPool(MHATokenToKVPool):
+    """What another builder of SGLang's would make."""
+
+
+def test_a_dense_model_is_served() -> None:
+    assert seen(model_of(), pool_of()) == []
+    assert seen(model_of(), pool_of(dtype=torch.bfloat16)) == [], "on a CPU KV may have another type than queries"
+    assert [layer.layer_id for layer in attention_layers(model_of())] == list(range(LAYERS))
+    assert softmax_scale(model_of(*(attention(layer, scaling=0.015625) for layer in range(LAYERS)))) == 0.015625
+
+
+def test_layers_that_are_kept_in_a_dictionary_are_seen() -> None:
+    """SGLang's transformers backend does so."""
+    model = torch.nn.Linear(2, 2)
+    model.attention_instances = {layer: attention(layer) for layer in range(LAYERS)}
+    assert seen(model, pool_of()) == []
+
+
+DENSE = "not supported with LSA yet: use a dense model"
+ONE_EACH = "not supported with LSA yet: use a model with one attention in each layer"
+OTHER = "not supported with LSA yet: use another model"
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [
+        (
+            {layer: {"sliding_window_size": 127} for layer in (0, 1, 2, 4)},
+            f"m sees a sliding window of tokens only in layers 0, 1, 2 and 1 more of 5: {DENSE}",
+        ),
+        ({3: {"use_irope": True}}, f"m attends within chunks of tokens in layer 3 of 5: {DENSE}"),
+        ({3: {"is_cross_attention": True}}, f"m attends to what an encoder saw in layer 3 of 5: {DENSE}"),
+        ({3: {"attn_type": AttentionType.ENCODER_ONLY}}, f"m looks at later tokens, too in layer 3 of 5: {DENSE}"),
+        ({3: None}, f"m has no attention in layer 3 of 5: {ONE_EACH}"),
+        (
+            {2: {"layer_id": 1}},
+            f"m has no attention in layer 2 of 5: {ONE_EACH}\nm attends more than once with the KV "
+            f"of layer 1: {ONE_EACH}",
+        ),
+        ({5: {}}, f"m has attention in layer 5, its KV pool has 5 layers: {ONE_EACH}"),
+        ({3: {"scaling": 0.5}}, f"m scales attention differently in its layers (0.25, 0.5): {OTHER}"),
+        ({3: {"v_head_dim": 8}}, f"m has keys of 16 numbers and values of 8: {OTHER}"),
+        (
+            {3: {"num_kv_heads": 1}},
+            f"m has layers of 4 query heads, 1 KV heads, 16 numbers each, others of 4 query heads, 2 KV heads, "
+            f"16 numbers each: {OTHER}",
+        ),
+        ({3: {"logit_cap": 30.0}}, "m caps its attention at 30: not recorded yet: leave out --lsa-record"),
+    ],
+    ids=["window", "chunks", "cross", "encoder", "none", "repeated", "beyond", "scale", "v_head_dim", "heads", "cap"],
+)
+def test_layers_that_cannot_work(layers: dict[int, dict[str, Any] | None], problem: str) -> None:
+    wanted = {layer: {} for layer in range(LAYERS)} | layers
+    made = [
+        attention(layer, **changed) if "layer_id" not in changed else attention(**{"layer": 0, **changed})
+        for layer, changed in wanted.items()
+        if changed is not None
+    ]
+    assert seen(model_of(*made), pool_of(), record=True) == problem.split("\n")
+
+
+def test_a_cap_is_only_in_the_way_of_recordings() -> None:
+    assert seen(model_of(*(attention(layer, logit_cap=30.0) for layer in range(LAYERS))), pool_of()) == []
+
+
+def test_a_window_that_only_the_backend_has() -> None:
+    """SGLang takes a configuration's chunks for one (text-only Llama 4)."""
+    assert seen(model_of(), pool_of(), window=8192) == [f"m is served with a sliding window of 8192 tokens: {DENSE}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_type_of_kv_that_a_checkpoint_asks_for(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    words = f"KV is kept in {name}, as --kv-cache-dtype or the checkpoint asks for: not supported with LSA yet: "
+    assert seen(model_of(), pool_of(dtype=dtype)) == [words + "use --kv-cache-dtype bfloat16"]
+
+
+def test_pools_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "m: SGLang keeps its KV in a OtherPool: not supported with LSA yet: serve it without --lsa flags"
+    assert seen(model_of(), pool_of(OtherPool)) == [words]
+    assert seen(model_of(), SimpleNamespace(), window=3)[0].startswith("m: SGLang keeps its KV in a SimpleNamespace")
+    monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
+    words = "the KV pool has the layout hnd, LSA reads nhd: not supported with LSA yet: unset SGLANG_USE_HND_KVCACHE"
+    (problem,) = seen(model_of(), pool_of())
+    assert problem.startswith(words)
+
+
+# --- the hooks -------------------------------------------------------------------------------------------------------
+
+
+def configurator(model: torch.nn.Module) -> Any:
+    """What the hook reads of SGLang's KVCacheConfigurator."""
+    return SimpleNamespace(
+        model=model,
+        model_config=SimpleNamespace(model_path="m", num_attention_heads=Q_HEADS),
+        ps=SimpleNamespace(tp_size=1),
+        sliding_window_size=None,
+        model_dtype=torch.float32,
+        kv_cache_dtype=torch.float32,
+        device="cpu",
+        server_args=SimpleNamespace(lsa_config=LSAConfig()),
+    )
+
+
+def build(model: torch.nn.Module) -> VirtualPageAllocator:
+    sizes = SimpleNamespace(max_total_num_tokens=16 * PAGE_SIZE)
+    return build_allocator_hook.build_allocator(None, configurator(model), sizes=sizes, token_to_kv_pool=pool_of())
+
+
+def test_all_problems_end_the_process_with_the_words_of_a_refusal_at_start() -> None:
+    bad = model_of(*(attention(layer, sliding_window_size=9, scaling=1 / (layer + 1)) for layer in range(LAYERS - 1)))
+    with pytest.raises(SystemExit) as ended:
+        build(bad)
+    found = seen(bad, pool_of())
+    assert len(found) == 3
+    assert ended.value.code == f"sglang-lsa: {Unsupported(found)}"
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.015625])
+def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_path: pathlib.Path) -> None:
+    """Granite multiplies by its attention_multiplier instead of 1/sqrt(head_dim)."""
+    model = model_of(*(attention(layer, scaling=scale) for layer in range(LAYERS)))
+    args = SimpleNamespace(lsa_config=LSAConfig(record=str(tmp_path)), chunked_prefill_size=512, enable_metrics=False)
+    config = SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM, vocab_size=9, hidden_size=Q_HEADS * DIM)
+    runner = SimpleNamespace(
+        model=model,
+        model_config=config,
+        server_args=args,
+        ps=SimpleNamespace(tp_size=1),
+        token_to_kv_pool_allocator=build(model),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros((3, 4 * PAGE_SIZE), dtype=torch.int32)),
+    )
+    create_runtime_hook.create_runtime(None, runner)
+    assert runner.lsa.lookahead.policies["quest"].scale == scale
+    assert runner.lsa.recorder is not None
+    assert runner.lsa.recorder.scale == scale
+
+
+# --- what is refused before anything is loaded -----------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def config_of(folder: pathlib.Path, architecture: str, model_type: str, **values: Any) -> ModelConfig:
+    config = {**SMALL, "architectures": [architecture], "model_type": model_type, **values}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelConfig(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "values"),
+    [
+        ("MistralForCausalLM", "mistral", {"sliding_window": 128}),
+        ("Phi3ForCausalLM", "phi3", {"sliding_window": 128}),
+        ("Starcoder2ForCausalLM", "starcoder2", {"sliding_window": 128}),
+        ("Qwen2ForCausalLM", "qwen2", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1}),
+        ("GraniteForCausalLM", "granite", {"attention_multiplier": 0.015625}),
+        (
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            {"layer_types": ["attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 32, "num_local_experts": 0},
+        ),
+        ("Olmo2ForCausalLM", "olmo2", {}),
+    ],
+    ids=["mistral", "phi3", "starcoder2", "qwen2", "granite", "granite 4 without mamba", "olmo2"],
+)
+def test_models_that_sglang_serves_densely_are_not_refused(
+    architecture: str, model_type: str, values: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    model = config_of(tmp_path, architecture, model_type, **values)
+    assert model_problems(model, LSAConfig()) == []
+    notes = seen_after_load(SimpleNamespace(kv_cache_dtype="auto", get_model_config=lambda: model))
+    assert len(notes) == ("sliding_window" in values)
+    assert all("names a sliding window of 128 tokens: whether SGLang's model has it is seen when" in n for n in notes)
+
+
+WINDOW = "has sliding-window attention"
+STATE = "has state-space or linear-attention layers"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "values", "words"),
+    [
+        ("Gemma2ForCausalLM", "gemma2", {"sliding_window": 128}, WINDOW),
+        ("Gemma3ForCausalLM", "gemma3_text", {"sliding_window": 128}, WINDOW),
+        ("Olmo3ForCausalLM", "olmo3", {"sliding_window": 128}, WINDOW),
+        ("Cohere2ForCausalLM", "cohere2", {"sliding_window": 128}, WINDOW),
+        ("Exaone4ForCausalLM", "exaone4", {"sliding_window": 128}, WINDOW),
+        ("GptOssForCausalLM", "gpt_oss", {"sliding_window": 128, "max_position_embeddings": 131072}, WINDOW),
+        ("Llama4ForCausalLM", "llama4_text", {"attention_chunk_size": 128}, "attends within chunks of 128 tokens"),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", {"kv_lora_rank": 16, "v_head_dim": 16}, "has MLA attention"),
+        ("LlamaForCausalLM", "llama", {"v_head_dim": 32}, "has keys of 16 numbers and values of 32"),
+        ("FalconH1ForCausalLM", "falcon_h1", {}, STATE),
+        ("Lfm2ForCausalLM", "lfm2", {"layer_types": ["conv", "full_attention"]}, STATE),
+        ("Qwen3NextForCausalLM", "qwen3_next", {}, STATE),
+        ("MiniMaxM3SparseForCausalLM", "llama", {}, "has sparse-attention layers"),
+        ("Qwen2VLForConditionalGeneration", "qwen2_vl", {}, "takes more than text"),
+        ("BertModel", "bert", {}, "does not generate text"),
+    ],
+)
+def test_models_that_surely_cannot_work(
+    architecture: str, model_type: str, values: dict[str, Any], words: str, tmp_path: pathlib.Path
+) -> None:
+    (problem,) = model_problems(config_of(tmp_path, architecture, model_type, **values), LSAConfig())
+    assert problem.startswith(f"{tmp_path} {words}")
+
+
+NOT_LISTED = {
+    "CohereForCausalLM": "the model before Cohere2, without windows",
+    "DFlashDraftModel": "speculative decoding",
+    "DFlashLagunaForCausalLM": "speculative decoding",
+    "EmbeddingGemmaModel": "does not generate",
+    "Gemma4AssistantForCausalLM": "speculative decoding",
+    "Gemma4UnifiedAssistantForCausalLM": "speculative decoding",
+    "IQuestLoopCoderForCausalLM": "names its window otherwise; refused when it is loaded",
+    "InklingForConditionalGeneration": "hybrid by SGLang's word",
+    "InklingForConditionalGenerationMTP": "hybrid by SGLang's word",
+    "JetNemotronForCausalLM": "keeps state",
+    "LlamaForCausalLMEagle3": "speculative decoding",
+    "MiMoV2MTP": "hybrid by SGLang's word",
+    "NemotronHForCausalLM": "keeps state",
+    "NemotronHPuzzleForCausalLM": "keeps state",
+    "UnlimitedOCRForCausalLM": "hybrid by SGLang's word",
+}
+
+
+def models_with_windows() -> Iterator[str]:
+    """Architectures that the modules of SGLang's models register which give their attention a window."""
+    import sglang.srt.models as models
+
+    for path in sorted(pathlib.Path(models.__path__[0]).glob("*.py")):
+        source = path.read_text()
+        if "sliding_window_size=" not in source and "def get_attention_sliding_window_size" not in source:
+            continue
+        for statement in ast.parse(source).body:
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "EntryClass":
+                entries = statement.value.elts if isinstance(statement.value, ast.List) else [statement.value]
+                yield from (ast.unparse(entry) for entry in entries)
+
+
+def test_every_windowed_model_of_sglang_is_known() -> None:
+    # SGLang's transformers backend stands for any model; what it has is seen when it is loaded.
+    found = {name for name in models_with_windows() if not name.startswith("Transformers")}
+    assert len(found) > 20
+    assert sorted(found - set(WINDOWED) - set(NOT_LISTED)) == []
+    assert sorted(set(WINDOWED) - found) == []

@@ -1,0 +1,244 @@
+"""What is told of single requests: bounded, nothing formatted before somebody asks, and then not in the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi.testclient import TestClient
+from sglang.srt.managers import io_struct
+
+from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
+from sglang_lsa.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
+from sglang_lsa.patches.http_routes import add_status_routes, ask, refuse_foreign, together
+from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
+from sglang_lsa.policies import HISTORY_WINDOWS, Request, Window
+from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.runtime import FINISHED_REMEMBERED, LSARuntime
+from sglang_lsa.selection import Watched
+from sglang_lsa.status import status
+
+
+@pytest.fixture
+def runtime() -> LSARuntime:
+    keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
+    return LSARuntime(
+        LSAConfig(), Pager(keys, values, 64, PAGE_SIZE), torch.zeros((9, 1280), dtype=torch.int32), 2, 1.0
+    )
+
+
+class Unread(np.ndarray):
+    """Positions that may be kept, and not looked at."""
+
+    def __array_finalize__(self, _: object) -> None:
+        pass
+
+    def tolist(self) -> Any:
+        raise AssertionError("written out when the request ended")
+
+    def __array_ufunc__(self, *_: object, **__: object) -> Any:
+        raise AssertionError("computed with when the request ended")
+
+    def __iter__(self) -> Any:
+        raise AssertionError("gone through when the request ended")
+
+
+def running(runtime: LSARuntime, rid: str, windows: int = 0, positions: np.ndarray | None = None) -> Request:
+    request = Request(rid, 1, 0, "quest", 0.2, False, tokens=64 * 15 + 9, prompt_tokens=900, window=windows - 1)
+    request.pages = np.arange(1, 17)
+    request.positions = np.array([0, 2]) if positions is None else positions
+    request.tail_start = 14
+    seen = Watched(((3, 0.5, 7), (4, None, 9)), 0.25)
+    for number in range(windows):
+        request.windows.append(Window(14, request.positions, 900 + number, seen if number % 2 else None))
+    runtime.requests[rid] = request
+    return request
+
+
+def gone(runtime: LSARuntime, rid: str) -> None:
+    runtime.request_gone(SimpleNamespace(rid=rid, lsa_key=rid))
+
+
+def told(runtime: LSARuntime, rid: str) -> dict[str, Any]:
+    """As it arrives: through JSON and back, so that all of it is plain."""
+    return json.loads(json.dumps(formatted(collect(runtime, rid))))
+
+
+# --- when a request ends ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_formatted_when_a_request_ends(runtime: LSARuntime) -> None:
+    positions = np.arange(2109).view(Unread)
+    running(runtime, "long", HISTORY_WINDOWS, positions)
+    gone(runtime, "long")
+    (kept,) = runtime.finished
+    assert len(kept.windows) == HISTORY_WINDOWS
+    assert all(window.positions is positions for window in kept.windows), "copied"
+
+
+def test_what_is_remembered_is_bounded(runtime: LSARuntime) -> None:
+    for number in range(FINISHED_REMEMBERED + 5):
+        running(runtime, f"r{number}", 1)
+        gone(runtime, f"r{number}")
+    assert [entry["rid"] for entry in overview(runtime)["finished"]] == [
+        f"r{n}" for n in range(5, FINISHED_REMEMBERED + 5)
+    ]
+    assert told(runtime, "r0")["finished"] == []
+    assert status(runtime)["finished_requests"] == FINISHED_REMEMBERED + 5
+
+
+# --- when somebody asks ----------------------------------------------------------------------------------------------
+
+
+def test_everything_of_a_request(runtime: LSARuntime) -> None:
+    running(runtime, "a", 3)
+    (here,) = told(runtime, "a")["running"]
+    assert here["resident"] == [1, 3, 15, 16]
+    assert here["resident_pages"] == len(here["resident"])
+    gone(runtime, "a")
+    found = told(runtime, "a")
+    assert found["running"] == [] and found["more_running"] == 0
+    (entry,) = found["finished"]
+    assert entry == {name: value for name, value in here.items() if name != "resident"} | {"number": 1}
+    assert entry["history"] == [[0, 2]] * 3
+    assert entry["sets"] == ";".join(str(GivenSet(900 + n, 14, (0, 2))) for n in range(3))
+    assert entry["watched"] == [{"tokens": 901, "pages": [[3, 0.5, 7], [4, None, 9]], "lowest": 0.25}]
+
+
+def test_a_window_that_no_step_has_read_is_no_set(runtime: LSARuntime) -> None:
+    running(runtime, "a", 1).windows.append(Window(15, np.array([5]), 0, Watched((), None)))
+    (entry,) = told(runtime, "a")["running"]
+    assert entry["history"] == [[0, 2], [5]]
+    assert entry["sets"] == "900:14:0,2"
+    assert entry["watched"] == []
+
+
+def test_all_stays_of_a_name_the_newest_last(runtime: LSARuntime) -> None:
+    for _ in range(2):
+        running(runtime, "a", 1)
+        gone(runtime, "a")
+        running(runtime, "b", 1)
+        gone(runtime, "b")
+    running(runtime, "a", 2)
+    found = told(runtime, "a")
+    assert [entry["number"] for entry in found["finished"]] == [1, 3]
+    assert [entry["window"] for entry in found["running"]] == [1]
+    assert told(runtime, "nobody") == {"finished": [], "running": [], "more_running": 0}
+
+
+def test_the_overview_is_bounded(runtime: LSARuntime) -> None:
+    name = "x" * 100_000
+    for number in range(MOST_RUNNING + 7):
+        running(runtime, f"{name}{number}", 5)
+    for number in range(3):
+        gone(runtime, f"{name}{number}")
+    shown = overview(runtime)
+    assert (len(shown["running"]), shown["more_running"], len(shown["finished"])) == (MOST_RUNNING, 4, 3)
+    assert {len(entry["rid"]) for entry in (*shown["running"], *shown["finished"])} == {LONGEST_NAME}
+    assert not {"sets", "history", "resident", "windows"} & set(shown["running"][0])
+    assert len(json.dumps(shown)) < 256 * 1024
+
+
+def test_the_status_is_bounded(runtime: LSARuntime) -> None:
+    for number in range(300):
+        running(runtime, "x" * 1000 + str(number), HISTORY_WINDOWS)
+    running(runtime, "dense").tail_start = 0
+    shown = status(runtime)
+    assert shown["running"] == {
+        "requests": 301,
+        "decoding": 300,
+        "dense": 1,
+        "context_pages": 301 * 16,
+        "resident_pages": 300 * 4 + 18,
+    }
+    assert len(json.dumps(shown)) < 8192
+
+
+# --- on the way ------------------------------------------------------------------------------------------------------
+
+
+def test_schedulers_are_told_of_together(runtime: LSARuntime) -> None:
+    running(runtime, "a", 1)
+    one = collect(runtime, "a")
+    gone(runtime, "a")
+    both = together([one, collect(runtime, "a") | {"more_running": 2}])
+    assert [len(both[name]) for name in ("finished", "running")] == [1, 1]
+    assert both["more_running"] == 2
+    assert both["running"][0]["sets"] == both["finished"][0]["sets"] == "900:14:0,2"
+
+
+def test_a_scheduler_that_cannot_say() -> None:
+    async def answer(message: Any) -> list[Any]:
+        assert (message.requests, message.named) == (True, "a")
+        return [SimpleNamespace(told={}, problem="the scheduler could not describe itself")]
+
+    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, lsa_status_communicator=answer)
+    with pytest.raises(HTTPException, match="could not describe itself") as refused:
+        asyncio.run(ask(manager, requests=True, named="a"))
+    assert refused.value.status_code == 500
+
+
+@pytest.fixture
+def client(runtime: LSARuntime) -> TestClient:
+    """HTTP over the real messages and routes, and a scheduler that has this runtime; no process in between."""
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=runtime)))
+
+    async def communicate(message: Any) -> list[Any]:
+        answer = tell(scheduler, io_struct._msgpack_decoder.decode(msgspec.msgpack.encode(message)))
+        return [io_struct._msgpack_decoder.decode(msgspec.msgpack.encode(answer))]
+
+    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, lsa_status_communicator=communicate)
+    app = FastAPI()
+    add_status_routes(router := APIRouter(), lambda: manager)
+    app.include_router(router)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def test_over_http(runtime: LSARuntime, client: TestClient) -> None:
+    running(runtime, "a/b &c", 2)
+    running(runtime, "other")
+    assert client.get("/lsa/status").json() == json.loads(json.dumps(status(runtime)))
+    answer = client.get("/lsa/requests", params={"rid": "a/b &c"})
+    assert answer.json() == told(runtime, "a/b &c")
+    assert answer.headers["cache-control"] == "no-store"
+    assert client.get("/lsa/requests", params={"rid": ""}).json()["running"] == []
+    assert client.get("/lsa/requests").json() == json.loads(json.dumps(overview(runtime)))
+    for path in ("/lsa/status", "/lsa/requests", "/lsa/requests?rid=other"):
+        assert client.get(path, headers={"Origin": "http://elsewhere"}).status_code == 403
+
+
+def test_a_description_that_fails_costs_one_answer(
+    runtime: LSARuntime, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    running(runtime, "a", 1).positions = np.array([99])
+    answer = client.get("/lsa/requests", params={"rid": "a"})
+    assert answer.status_code == 500 and "the scheduler could not describe itself: IndexError" in answer.text
+    assert "it goes on" in caplog.text
+    assert client.get("/lsa/status").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ({}, False),
+        ({"origin": "http://server:30000"}, False),
+        ({"origin": "http://elsewhere"}, True),
+        ({"sec-fetch-site": "cross-site"}, True),
+        ({"sec-fetch-site": "same-site"}, True),
+        ({"origin": "null"}, True),
+    ],
+)
+def test_pages_of_other_websites_are_told_nothing(headers: dict[str, str], foreign: bool) -> None:
+    request: Any = SimpleNamespace(headers={"host": "server:30000", **headers})
+    if not foreign:
+        return refuse_foreign(request)
+    with pytest.raises(HTTPException) as refused:
+        refuse_foreign(request)
+    assert refused.value.status_code == 403
