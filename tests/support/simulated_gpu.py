@@ -127,9 +127,11 @@ class SimulatedGPU:
         self.calls["poll"] += 1
         stored, recalled = self._told
         self._told = (self.stored, self.recalled)
-        self.recalled_pages += sum(len(copy.physical) for copy in self.recalls[recalled : self.recalled])
-        for copy in (*self.stores[stored : self.stored], *self.recalls[recalled : self.recalled]):
-            copy.finished()
+        for store in self.stores[stored : self.stored]:
+            store.finished()
+        for recall in self.recalls[recalled : self.recalled]:
+            recall.finished()
+            self.recalled_pages += len(recall.physical)
 
     def wait(self) -> None:
         self.calls["wait"] += 1

@@ -96,15 +96,15 @@ class Scheduler:
         left = self.chunk
         admission = self.runtime.admission
         if (req := self.chunked) is not None:
-            how = admission.admitted_as(req)
-            left = min(left, how.chunk_tokens or left)
+            chunked = admission.admitted_as(req)
+            left = min(left, chunked.chunk_tokens or left)
             start = req.kv_committed_len
             end = min(len(req.full_untruncated_fill_ids), start + left)
             if not self._make_virtual_room(pages_spanned(end) - pages_spanned(start)):
                 self.abort_chunked()
             else:
                 entries.append(Entry(req, start, end))
-                hows.append(how.how)
+                hows.append(chunked.how)
                 left -= pages_spanned(end - start) * PAGE_SIZE
                 self._continue(req, end)
         middle = self.chunked

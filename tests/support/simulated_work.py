@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from simulated_cache import NONE, Node, keys_of
+from simulated_cache import Node, keys_of
 from simulated_gpu import LAYERS
 
 from sglang_lsa.config import PAGE_SIZE
@@ -77,6 +77,7 @@ class Req:
 
     @property
     def page_array(self) -> np.ndarray:
+        """Its virtual pages, int64."""
         return np.array(self.pages, dtype=np.int64)
 
 
@@ -90,7 +91,12 @@ class Entry:
 
 
 class Memory:
-    """The device pool and the mirror of a pager, as numpy sees them."""
+    """The device pool and the mirror of a pager, as numpy sees them.
+
+    Attributes:
+        pools: by layer, keys and values ``[slots]``.
+        mirror: ``[pages, layers, 2, PAGE_SIZE]``.
+    """
 
     def __init__(self, pager: Pager):
         self.v2p = pager.ledger.v2p
@@ -98,24 +104,59 @@ class Memory:
         self.mirror = pager.mirror.pages.view(-1, LAYERS, 2, PAGE_SIZE).numpy()
 
 
+class Reads:
+    """What the requests of a pass read of one memory, and must find there."""
+
+    def __init__(self) -> None:
+        self._of: list[tuple[str, np.ndarray, np.ndarray]] = []
+
+    def add(self, rid: str, pages: np.ndarray, content: np.ndarray) -> None:
+        """These pages of the memory hold ``content``, as of :meth:`Req.known`."""
+        self._of.append((rid, pages, content))
+
+    @functools.cached_property
+    def _together(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pages, content, and which of it is written, of all requests at once and for all layers."""
+        content = np.concatenate([content for _, _, content in self._of])
+        return np.concatenate([pages for _, pages, _ in self._of]), content, content != UNWRITTEN
+
+    def check(self, memory: np.ndarray, what: str) -> None:
+        """Read ``memory``, ``[pages, PAGE_SIZE]``, now.
+
+        Raises:
+            AssertionError: a request reads something else than its own tokens.
+        """
+        if not self._of:
+            return
+        pages, content, written = self._together
+        found = memory[pages]
+        wrong = (found != content) & written
+        if wrong.any():
+            row, token = np.argwhere(wrong)[0]
+            rids = [rid for rid, of, _ in self._of for _ in of]
+            raise AssertionError(
+                f"{rids[row]} reads {found[row, token]:.0f} for {content[row, token]:.0f} in {what}; "
+                f"its pass reads {wrong.sum()} of {written.sum()} tokens wrong"
+            )
+
+
 class ForwardPass:
     """What a pass reads, must find, and writes; device pages as they are when it is queued, content when it runs."""
 
     def __init__(self, memory: Memory):
         self.v2p, self.memory = memory.v2p, memory
-        self._reads: list[tuple[str, np.ndarray, np.ndarray]] = []
-        self._streamed: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._here, self._streamed = Reads(), Reads()
         self._slots: list[np.ndarray] = []
         self._content: list[np.ndarray] = []
 
     def read(self, rid: str, places: np.ndarray, content: np.ndarray) -> None:
-        """These device pages, which must hold ``content``, as of :meth:`Req.known`."""
+        """These device pages."""
         assert places.all(), f"{rid} reads a page that is not on the device"
-        self._reads.append((rid, places, content))
+        self._here.add(rid, places, content)
 
     def stream(self, rid: str, pages: np.ndarray, content: np.ndarray) -> None:
-        """The same from these pages of the mirror."""
-        self._streamed.append((rid, pages, content))
+        """These pages of the mirror."""
+        self._streamed.add(rid, pages, content)
 
     def write(self, req: Req, start: int, end: int) -> None:
         """The tokens that the pass computes."""
@@ -126,55 +167,21 @@ class ForwardPass:
         self._slots.append(slots_of(places)[tokens])
         self._content.append(req.text[first : pages_spanned(end)].reshape(-1)[tokens])
 
+    @functools.cached_property
+    def _written(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(self._slots), np.concatenate(self._content)
+
     def run(self, layer: int) -> None:
         """One layer runs now.
 
         Raises:
             AssertionError: a request reads something else than its own tokens.
         """
-        for which, memory in enumerate(self.memory.pools[layer]):
-            if self._reads:
-                self._compare(memory.reshape(-1, PAGE_SIZE), self._in_place, self._reads, layer)
-            if self._streamed:
-                self._compare(self.memory.mirror[:, layer, which], self._from_host, self._streamed, layer)
-            memory[self._written[0]] = self._written[1]
-
-    def _compare(
-        self,
-        memory: np.ndarray,
-        wanted: tuple[np.ndarray, np.ndarray, np.ndarray],
-        reads: Sequence[tuple[str, np.ndarray, np.ndarray]],
-        layer: int,
-    ) -> None:
-        pages, content, written = wanted
-        found = memory[pages]
-        wrong = (found != content) & written
-        if wrong.any():
-            row, token = np.argwhere(wrong)[0]
-            rids = [rid for rid, of, _ in reads for _ in of]
-            raise AssertionError(
-                f"{rids[row]} reads {found[row, token]:.0f} for {content[row, token]:.0f} in layer {layer}; "
-                f"the pass reads {wrong.sum()} of {written.sum()} tokens wrong"
-            )
-
-    # All requests of the pass at once; once for all layers.
-
-    @functools.cached_property
-    def _in_place(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return _together(self._reads)
-
-    @functools.cached_property
-    def _from_host(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return _together(self._streamed)
-
-    @functools.cached_property
-    def _written(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.concatenate((NONE, *self._slots)), np.concatenate((NONE, *self._content))
-
-
-def _together(reads: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    content = np.concatenate([content for _, _, content in reads])
-    return np.concatenate([pages for _, pages, _ in reads]), content, content != UNWRITTEN
+        for which, pool in enumerate(self.memory.pools[layer]):
+            self._here.check(pool.reshape(-1, PAGE_SIZE), f"layer {layer}")
+            self._streamed.check(self.memory.mirror[:, layer, which], f"layer {layer} of the mirror")
+            slots, content = self._written
+            pool[slots] = content
 
 
 def slots_of(pages: Sequence[int] | np.ndarray) -> np.ndarray:
