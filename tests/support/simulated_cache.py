@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.radix_ext.pager import Pager
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -63,17 +63,10 @@ class Tree:
         self.nodes: list[Node] = []
         self._clock = 0
 
-    @staticmethod
-    def keys(content: np.ndarray) -> list[int]:
-        """One for each complete page of ``content``, a number per token."""
-        return [
-            hash(page.tobytes()) for page in content[: len(content) // PAGE_SIZE * PAGE_SIZE].reshape(-1, PAGE_SIZE)
-        ]
-
-    def match(self, content: np.ndarray) -> list[Node]:
+    def match(self, keys: Sequence[int]) -> list[Node]:
         """The longest known prefix, in complete pages."""
         found, node = [], self.root
-        for key in self.keys(content):
+        for key in keys:
             if key not in node.children:
                 break
             node = node.children[key]
@@ -81,10 +74,10 @@ class Tree:
             self._use(node)
         return found
 
-    def insert(self, content: np.ndarray, pages: list[int]) -> tuple[list[Node], list[int]]:
+    def insert(self, keys: Sequence[int], pages: list[int]) -> tuple[list[Node], list[int]]:
         """Add ``pages`` where the tree has none. Returns the nodes, and those of ``pages`` that it did not take."""
         nodes, duplicates, node = [], [], self.root
-        for key, page in zip(self.keys(content), pages, strict=False):
+        for key, page in zip(keys, pages, strict=False):
             if key not in node.children:
                 child = node.children[key] = Node(page, node, key)
                 self.nodes.append(child)
@@ -107,10 +100,11 @@ class Tree:
             taken += 1
         return taken
 
-    @property
-    def evictable(self) -> int:
-        return sum(not node.locks for node in self.nodes)
-
     def _use(self, node: Node) -> None:
         self._clock += 1
         node.used = self._clock
+
+
+def keys_of(text: np.ndarray) -> list[int]:
+    """By what the tree knows pages with this content, ``[pages, PAGE_SIZE]``."""
+    return [hash(page.tobytes()) for page in text]

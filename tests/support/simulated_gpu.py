@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.transfer import Finished
 
@@ -75,12 +76,15 @@ class Event:
 class SimulatedGPU:
     """The transfer of a pager, and the stream that its passes run on. Bytes move when an item runs, not before.
 
-    Two rules hold whatever ``chance`` says: the items of a stream run in their order, and an item runs after what it
-    waits for.
+    Two rules hold whoever says what runs next: the items of a stream run in their order, and an item runs after what
+    it waits for.
     """
 
     pager: Pager
-    chance: random.Random
+    chance: random.Random = field(default_factory=random.Random)
+    """What :meth:`progress` asks."""
+    late_stores: bool = True
+    """Copies to the mirror take time, too; else they are done when they are asked for."""
     compute: list[Pass | Event] = field(default_factory=list)
     computed: int = 0
     stores: list[Store] = field(default_factory=list)
@@ -89,46 +93,60 @@ class SimulatedGPU:
     recalled: int = 0
     recall_seconds: float = 0.0
     recalled_pages: int = 0
+    calls: collections.Counter[str] = field(default_factory=collections.Counter)
+    """How often the pager made somebody wait, and asked what is done."""
     _told: tuple[int, int] = (0, 0)
     """Stores and recalls whose end the host knows."""
     _whole: int = 0
     _layered: list[Recall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pager.transfer, self.pager.asynchronous = self, True
-        self.pager.compute, self.pager.new_event = lambda: None, lambda: Event(self)
+        pager = self.pager
+        pager.transfer, pager.asynchronous = self, True
+        pager.compute, pager.new_event = lambda: None, lambda: Event(self)
+        # Bytes by page, in numpy: torch's indexing of a few pages costs several times as much.
+        self._mirror = _bytes(pager.mirror.pages)
+        self._pools = [
+            [_bytes(pool[layer]).reshape(-1, *self._mirror.shape[3:]) for pool in (pager.keys, pager.values)]
+            for layer in range(LAYERS)
+        ]
 
     # -- what the pager calls ------------------------------------------------------------------------------------
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         self.stores.append(Store(physical.copy(), virtual.copy(), finished, len(self.compute)))
+        if not self.late_stores:
+            self.finish(stores=1)
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
     ) -> None:
         self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer))
-        self.recalled_pages += len(physical)
 
     def poll(self) -> None:
+        self.calls["poll"] += 1
         stored, recalled = self._told
         self._told = (self.stored, self.recalled)
-        for copy in (*self.stores[stored : self.stored], *self.recalls[recalled : self.recalled]):
-            copy.finished()
+        for store in self.stores[stored : self.stored]:
+            store.finished()
+        for recall in self.recalls[recalled : self.recalled]:
+            recall.finished()
+            self.recalled_pages += len(recall.physical)
 
     def wait(self) -> None:
-        while self.stored < len(self.stores):
-            self._store()
-        self._recall_to(len(self.recalls))
-        self.poll()
+        self.calls["wait"] += 1
+        self.finish(len(self.storing), len(self.recalling))
 
     def before_next_kernel(self) -> None:
+        self.calls["before_next_kernel"] += 1
         self._whole = len(self.recalls)
 
     def gate_layers(self) -> None:
+        self.calls["gate_layers"] += 1
         on_their_way = self.recalls[self.recalled :]
         self._layered = [recall for recall in on_their_way if recall.layered]
-        whole = [place for place, recall in enumerate(self.recalls) if not recall.layered]
-        self._whole = max(self._whole, whole[-1] + 1 if whole else 0)
+        whole = [place for place, recall in enumerate(on_their_way, self.recalled + 1) if not recall.layered]
+        self._whole = max([self._whole, *whole])
 
     def before_layer(self, layer: int) -> None:
         raise AssertionError("passes wait by what they were queued with")
@@ -142,6 +160,27 @@ class SimulatedGPU:
             self._layered = []
 
     # -- time ----------------------------------------------------------------------------------------------------
+
+    @property
+    def storing(self) -> list[Store]:
+        """Copies to the mirror that have not ended."""
+        return self.stores[self.stored :]
+
+    @property
+    def recalling(self) -> list[Recall]:
+        """Copies to the device that have not ended."""
+        return self.recalls[self.recalled :]
+
+    def finish(self, stores: int = 0, recalls: int = 0) -> None:
+        """Let so many more copies end, or as many as there are, and let the host know."""
+        for _ in range(min(stores, len(self.storing))):
+            self._store()
+        self._recall_to(min(self.recalled + recalls, len(self.recalls)))
+        self.poll()
+
+    def arrive(self) -> None:
+        """Let all that is on its way to the device arrive, and let the host know."""
+        self.finish(recalls=len(self.recalling))
 
     def progress(self, items: int) -> None:
         """Let so many items, or layers of them, run; ``chance`` says of which streams."""
@@ -179,8 +218,8 @@ class SimulatedGPU:
         store = self.stores[self.stored]
         self.compute_to(store.after)
         for layer in range(LAYERS):
-            for which, pool in enumerate((self.pager.keys, self.pager.values)):
-                self.pager.mirror.pages[store.virtual, layer, which] = _by_page(pool[layer])[store.physical]
+            for which, pool in enumerate(self._pools[layer]):
+                self._mirror[store.virtual, layer, which] = pool[store.physical]
         self.stored += 1
 
     def _recall_to(self, place: int) -> None:
@@ -190,11 +229,11 @@ class SimulatedGPU:
     def _recall(self) -> None:
         recall = self.recalls[self.recalled]
         for layer in range(recall.layers, recall.layers + 1 if recall.layered else LAYERS):
-            for which, pool in enumerate((self.pager.keys, self.pager.values)):
-                _by_page(pool[layer])[recall.physical] = self.pager.mirror.pages[recall.virtual, layer, which]
+            for which, pool in enumerate(self._pools[layer]):
+                pool[recall.physical] = self._mirror[recall.virtual, layer, which]
             recall.layers = layer + 1
         self.recalled += recall.done
 
 
-def _by_page(pool):
-    return pool.view(-1, PAGE_SIZE, 1, 1)
+def _bytes(memory: torch.Tensor) -> np.ndarray:
+    return memory.view(torch.uint8).numpy()

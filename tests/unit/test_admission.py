@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
 import pytest
-import torch
+from harness import request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from promises import owed
@@ -20,8 +21,6 @@ from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import pages_spanned
 from sglang_lsa.policies import Recency
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.resident_table import ResidentTable
 
@@ -31,85 +30,26 @@ ROOM = (PHYSICAL - 1) * PAGE_SIZE
 CHUNK = 4 * PAGE_SIZE
 
 
-class LateStores(HostTransfer):
-    """Copies to the mirror end when somebody waits for them."""
-
-    def __init__(self, pager: Pager) -> None:
-        super().__init__(pager.keys, pager.values, pager.mirror.pages)
-        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
-        self.polls = self.waits = 0
-
-    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
-        self.storing.append((physical, virtual, finished))
-
-    def poll(self) -> None:
-        self.polls += 1
-
-    def wait(self) -> None:
-        self.waits += 1
-        while self.storing:
-            super().store(*self.storing.pop(0))
-
-
-class Server:
+class Server(harness.Server):
     """Admission over a real pager and lookahead; a set is half of a request unless told otherwise."""
 
     def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
+        super().__init__(physical, VIRTUAL)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
         self.config = LSAConfig.from_mapping({**defaults, **options})
-        keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
-        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         table = ResidentTable(4, physical // 2 + 1)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
         self.admission = Admission(self.pager, self.lookahead, chunk)
         self.chunk = chunk
-        self.next_page = 1
 
-    def allocate(self, count: int) -> np.ndarray:
-        pages = np.arange(self.next_page, self.next_page + count, dtype=np.int64)
-        self.next_page += count
-        self.pager.ledger.allocate(pages)
-        return pages
-
-    def hold(self, holder: str, count: int) -> np.ndarray:
-        """A running request: device pages that cannot be had."""
-        pages = self.allocate(count)
-        assert self.pager.hold(holder, pages)
-        return pages
-
-    def cached(self, count: int) -> np.ndarray:
-        """Pages of the radix tree, all of them in the mirror; the last ones are on the device, too."""
-        pages = self.allocate(count)
-        for page in pages:
-            assert self.pager.hold("earlier", [page])
-            self.pager.store(np.array([page]))
-            self.pager.forget("earlier")
-        return pages
-
-    def cached_in_the_mirror_only(self, count: int) -> np.ndarray:
-        pages = self.cached(count)
-        others = self.allocate(self.pager.ledger.obtainable_pages)
-        assert self.pager.hold("others", others)
-        self.pager.forget("others")
-        self.pager.ledger.release(others)
-        assert not self.pager.ledger.on_device(pages).any()
+    def memory_in_the_mirror_only(self, count: int) -> np.ndarray:
+        pages = self.memory(count)
+        self.push_off()
+        assert not self.ledger.on_device(pages).any()
         return pages
 
     def choose(self, req: Any, running: int = 0, batch: Sequence[str] = (), chunk: int | None = -1) -> Admitted | None:
         return self.admission.choose(req, running, batch, self.chunk if chunk == -1 else chunk)
-
-
-def request(tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a", **lsa: object) -> SimpleNamespace:
-    """SGLang's request, as far as admission looks at it; ``prefix``: pages that the radix tree has."""
-    slots = torch.tensor([page * PAGE_SIZE + token for page in prefix for token in range(PAGE_SIZE)], dtype=torch.int64)
-    parameters = SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=10_000)
-    return SimpleNamespace(
-        rid=rid,
-        origin_input_ids=[7] * tokens,
-        full_untruncated_fill_ids=[7] * tokens,
-        prefix_indices=slots,
-        sampling_params=parameters,
-    )
 
 
 def how(admitted: Admitted | None) -> tuple[str, int, int | None] | None:
@@ -294,7 +234,7 @@ def test_without_chunks_one_pass_computes_a_prompt(
 def test_without_chunks_what_is_new_may_be_streamed() -> None:
     """A short question about a long prefix."""
     server = Server(chunk=None)
-    prefix = server.cached_in_the_mirror_only(30)
+    prefix = server.memory_in_the_mirror_only(30)
     assert how(server.choose(request(33 * PAGE_SIZE, prefix))) == (STREAMED, 12, 3 * PAGE_SIZE)
 
 
@@ -303,14 +243,14 @@ def test_without_chunks_what_is_new_may_be_streamed() -> None:
 
 def test_prefix_pages_that_others_hold_cost_nothing() -> None:
     server = Server()
-    prefix = server.cached(10)
+    prefix = server.memory(10)
     assert server.pager.hold("running", prefix[:6])
     admitted = server.choose(request(12 * PAGE_SIZE, prefix))
     assert how(admitted) == (IN_PLACE, 6, None)
     assert admitted is not None and admitted.prefix.tolist() == prefix.tolist()
 
 
-@pytest.mark.parametrize("where", ["cached", "cached_in_the_mirror_only"])
+@pytest.mark.parametrize("where", ["memory", "memory_in_the_mirror_only"], ids=["cached", "cached_in_the_mirror_only"])
 def test_other_prefix_pages_cost_as_much_as_new_ones(where: str) -> None:
     """Also those on the device: they can no longer be given up."""
     server = Server()
@@ -320,7 +260,7 @@ def test_other_prefix_pages_cost_as_much_as_new_ones(where: str) -> None:
 
 def test_a_prefix_that_was_promised_in_this_pass_costs_nothing() -> None:
     server = Server()
-    prefix = server.cached(10)
+    prefix = server.memory(10)
     first = request(12 * PAGE_SIZE, prefix, "first")
     admitted = server.choose(first)
     assert admitted is not None
@@ -334,7 +274,7 @@ def test_a_prefix_that_was_promised_in_this_pass_costs_nothing() -> None:
 
 def test_only_prompts_in_place_bring_in_the_prefix_of_others() -> None:
     server = Server()
-    prefix = server.cached(30)
+    prefix = server.memory(30)
     first = request(33 * PAGE_SIZE, prefix, "first")
     admitted = server.choose(first)
     assert how(admitted) == (STREAMED, 12, 3 * PAGE_SIZE)
@@ -365,14 +305,14 @@ def test_over_a_resident_prefix(
     cached: int, pages: int, held: int, expected: tuple[str, int, int | None] | None
 ) -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(cached)
+    prefix = server.memory_in_the_mirror_only(cached)
     server.hold("running", held)
     assert how(server.choose(request(pages * PAGE_SIZE, prefix, prefill="resident"))) == expected
 
 
 def test_the_request_chooses_how_its_prefix_is_read() -> None:
     server = Server(prefill="resident")
-    prefix = server.cached_in_the_mirror_only(40)
+    prefix = server.memory_in_the_mirror_only(40)
     assert how(server.choose(request(42 * PAGE_SIZE, prefix))) == (RESIDENT, 15, 2 * PAGE_SIZE)
     for lsa, way in (({"prefill": "exact"}, STREAMED), ({"budget": 0.1}, RESIDENT)):
         admitted = server.choose(request(42 * PAGE_SIZE, prefix, **lsa))
@@ -382,7 +322,7 @@ def test_the_request_chooses_how_its_prefix_is_read() -> None:
 
 def test_the_budget_of_the_request_sizes_the_set() -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(40)
+    prefix = server.memory_in_the_mirror_only(40)
     options = {"prefill": "resident", "budget": 0.1}
     assert how(server.choose(request(42 * PAGE_SIZE, prefix, **options))) == (RESIDENT, 4 + 2 + 1, 2 * PAGE_SIZE)
     assert how(server.choose(request(100 * PAGE_SIZE, budget=0.01))) == (STREAMED, 5, CHUNK)
@@ -411,7 +351,7 @@ def test_the_budget_of_the_request_sizes_the_set() -> None:
 )
 def test_who_is_prefilled_together(kind: str, batch: list[str], admitted: bool) -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(20)
+    prefix = server.memory_in_the_mirror_only(20)
     req = {
         IN_PLACE: request(3 * PAGE_SIZE),
         STREAMED: request(90 * PAGE_SIZE),
@@ -450,7 +390,7 @@ def test_what_is_promised_cannot_be_had_by_others(pages: int) -> None:
 def test_pages_in_flight_count_as_if_they_were_there() -> None:
     """Else it would depend on how fast the device is who is admitted, and how."""
     server = Server()
-    server.pager.transfer = LateStores(server.pager)
+    gpu = server.late()
     held = server.hold("earlier", 20)
     number = server.pager.ledger.forward_started()
     server.pager.store(held[:10])
@@ -458,7 +398,7 @@ def test_pages_in_flight_count_as_if_they_were_there() -> None:
     server.pager.ledger.release(held[10:])
     assert server.pager.unpromised_pages == 4
     assert how(server.choose(request(23 * PAGE_SIZE))) == (IN_PLACE, 23, None)
-    assert server.pager.transfer.polls == 1 and server.pager.transfer.waits == 0, "it takes notice, but does not wait"
+    assert (gpu.calls["poll"], gpu.calls["wait"]) == (1, 0), "it takes notice, but does not wait"
     server.pager.ledger.forward_finished(number)
 
 
@@ -477,7 +417,7 @@ def on_device(server: Server, pages: np.ndarray) -> list[int]:
 
 def test_a_waiting_prompt_brings_in_the_hot_pages_of_its_prefix_once() -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(20)
+    prefix = server.memory_in_the_mirror_only(20)
     select(server, *prefix[[4, 9, 2, 15, 11]])
     server.hold("running", 21)
     req = request(22 * PAGE_SIZE, prefix, enabled=False)
@@ -519,7 +459,7 @@ def test_options_that_did_not_come_through_http_are_refused_as_a_request() -> No
 
 def test_hot_pages_do_not_take_what_is_promised() -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(20)
+    prefix = server.memory_in_the_mirror_only(20)
     select(server, *prefix)
     server.pager.reservations.promise("other", 20)
     assert server.choose(request(22 * PAGE_SIZE, prefix)) is None
@@ -528,7 +468,7 @@ def test_hot_pages_do_not_take_what_is_promised() -> None:
 
 def test_hot_pages_take_no_more_than_a_set() -> None:
     server = Server()
-    prefix = server.cached_in_the_mirror_only(20)
+    prefix = server.memory_in_the_mirror_only(20)
     select(server, *prefix)
     server.pager.reservations.promise("other", 10)
     assert server.choose(request(22 * PAGE_SIZE, prefix, budget=1.0)) is None
@@ -543,7 +483,7 @@ def test_hot_pages_take_no_more_than_a_set() -> None:
 def test_what_is_not_read_in_place_is_warmed_when_it_is_admitted(lsa: dict[str, object], warmed: bool) -> None:
     """A prompt in place brings in all of its prefix anyway."""
     server = Server()
-    prefix = server.cached_in_the_mirror_only(22 if lsa.get("budget") else 40)
+    prefix = server.memory_in_the_mirror_only(22 if lsa.get("budget") else 40)
     select(server, *prefix[[3, 5]])
     req = request((len(prefix) + 1) * PAGE_SIZE, prefix, **lsa)
     admitted = server.choose(req)
@@ -557,7 +497,7 @@ def test_what_is_not_read_in_place_is_warmed_when_it_is_admitted(lsa: dict[str, 
 def test_a_request_that_is_gone_may_warm_again() -> None:
     """It was retracted, and comes back."""
     server = Server()
-    prefix = server.cached_in_the_mirror_only(20)
+    prefix = server.memory_in_the_mirror_only(20)
     server.hold("running", 20)
     req = request(22 * PAGE_SIZE, prefix, enabled=False)
     assert server.choose(req) is None
@@ -608,39 +548,39 @@ def test_what_is_promised_is_not_decoded_into() -> None:
 def test_unheld_pages_are_given_up_before_anything_is_waited_for() -> None:
     server = Server()
     server.hold("running", PHYSICAL - 2)
-    server.cached(2)
-    server.pager.transfer = transfer = LateStores(server.pager)
+    server.memory(2)
+    gpu = server.late()
     assert server.admission.can_decode(running(64, 64), pytest.fail)
-    assert transfer.waits == 0
+    assert gpu.calls["wait"] == 0
 
 
 def test_what_is_in_flight_is_waited_for_before_a_set_shrinks() -> None:
     server = Server()
-    server.pager.transfer = transfer = LateStores(server.pager)
+    gpu = server.late()
     pages = server.hold("done", PHYSICAL)
     server.pager.store(pages[:2])
     server.pager.forget("done")
     assert server.pager.unpromised_pages == 0
     assert server.admission.can_decode(running(64, 128), pytest.fail)
-    assert transfer.waits == 1
+    assert gpu.calls["wait"] == 1
     assert server.admission.pressed == 0
 
 
 def test_sets_shrink_before_a_request_is_retracted() -> None:
     """They are asked for what is missing; what they let go may still be on its way to the mirror."""
     server = Server()
-    server.pager.transfer = transfer = LateStores(server.pager)
+    gpu = server.late()
     pages = server.hold("running", PHYSICAL - 1)
     asked = []
 
     def shrink(wanted: int) -> None:
-        asked.append((wanted, transfer.waits))
+        asked.append((wanted, gpu.calls["wait"]))
         server.pager.store(pages[:2])
         server.pager.ledger.drop("running", pages[:2])
 
     assert server.admission.can_decode(running(64, 64, 64), shrink)
     assert asked == [(2, 1)]
-    assert transfer.waits == 2
+    assert gpu.calls["wait"] == 2
     assert server.pager.unpromised_pages == 3
     assert server.admission.pressed == 0
 
@@ -686,7 +626,7 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
     """Whatever its length; and what is promised to it fits the pool."""
     least = min(min_context, physical * PAGE_SIZE // 2)  # as the runtime has it
     server = Server(chunk, physical, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
-    prefix = server.cached(int((tokens - 1) // PAGE_SIZE * cached))
+    prefix = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
     req = request(tokens, prefix)
     refused = server.admission.refusal(req)
     prunable = budget < 1 and tokens >= least

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import harness
 import numpy as np
 import pytest
 import torch
+from harness import Wanted
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
@@ -16,8 +18,6 @@ from sglang_lsa.lookahead import Lookahead
 from sglang_lsa.pages import align_up, pages_complete, pages_spanned
 from sglang_lsa.policies import Policy, Random, Recency, Request
 from sglang_lsa.radix_ext.ledger import LedgerError
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.resident_table import ResidentTable
 from sglang_lsa.selection import Watched
 
@@ -25,27 +25,6 @@ PHYSICAL, VIRTUAL = 24, 160
 WINDOW = 4
 LONG, LEAD, LAG = 8, 5, 2
 """Decode steps of a window; steps before it at which a refresh starts; steps after which its scores are read."""
-
-
-class Wanted:
-    """A policy that wants certain positions; or fails."""
-
-    def __init__(self) -> None:
-        self.positions: list[int] = []
-        self.values: dict[int, float] = {}
-        """Scores of some positions, where it matters which is better."""
-        self.error: Exception | None = None
-        self.calls = 0
-
-    def score(self, request: Request, pages: np.ndarray) -> np.ndarray | torch.Tensor:
-        self.calls += 1
-        if self.error is not None:
-            raise self.error
-        scores = np.zeros(len(pages))
-        scores[[position for position in self.positions if position < len(pages)]] = 1.0
-        for position, value in self.values.items():
-            scores[position] = value
-        return scores
 
 
 class Queued(Wanted):
@@ -60,52 +39,14 @@ class Queued(Wanted):
         self.scores.copy_(self.result)
 
 
-class LateTransfer(HostTransfer):
-    """As on a GPU, recalls only begin when they are asked for; they end when the test says so."""
-
-    def __init__(self, pager: Pager) -> None:
-        super().__init__(pager.keys, pager.values, pager.mirror.pages)
-        self.on_their_way: list[tuple[np.ndarray, np.ndarray, Finished]] = []
-        self.required = 0
-        self.stores_late = False
-        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
-
-    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
-        if self.stores_late:
-            self.storing.append((physical, virtual, finished))
-        else:
-            super().store(physical, virtual, finished)
-
-    def recall(
-        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
-        self.on_their_way.append((physical, virtual, finished))
-
-    def arrive(self) -> None:
-        while self.on_their_way:
-            super().recall(*self.on_their_way.pop(0))
-
-    def wait(self) -> None:
-        while self.storing:
-            super().store(*self.storing.pop(0))
-        self.arrive()
-
-    def before_next_kernel(self) -> None:
-        """The kernel itself waits, the pager learns it later; here the content comes at once."""
-        self.required += 1
-        for physical, virtual, _ in self.on_their_way:
-            super().recall(physical, virtual, lambda: None)
-
-
-class Server:
-    """A lookahead over a real pager. Requests own runs of virtual pages; content is the number of the page."""
+class Server(harness.Server):
+    """A lookahead over a real pager. Requests own runs of virtual pages."""
 
     def __init__(self, lead: int = 0, lag: int = 0, **options: object) -> None:
+        super().__init__(PHYSICAL, VIRTUAL)
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
         defaults["prompt_pages"] = 0
         self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
-        keys, values = ([torch.zeros((PHYSICAL + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
-        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         self.table = ResidentTable(16, 32)
         self.wanted = Wanted()
         self.queued = Queued()
@@ -118,13 +59,6 @@ class Server:
         }
         self.lookahead = Lookahead(self.config, self.pager, self.table, policies, lead, lag, {"trusted": 0.25})
         self.requests = 0
-        self.next_page = 1
-
-    def allocate(self, count: int) -> np.ndarray:
-        pages = np.arange(self.next_page, self.next_page + count, dtype=np.int64)
-        self.next_page += count
-        self.pager.ledger.allocate(pages)
-        return pages
 
     def prefill(
         self,
@@ -152,34 +86,16 @@ class Server:
         request.name_sets(sets)
         request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
-        assert self.pager.hold(rid, request.pages)
-        self.write(request.pages)
+        self.hold(rid, request.pages)
+        self.write(self.slots_of(request.pages))
         self.pager.store(request.pages[: pages_complete(tokens)])
         if promised is not None:
             self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
             self.pager.reservations.promise(rid, promised)
             self.lookahead.await_first(request)
-            self.push_off(request)
+            self.push_off()
         self.lookahead.begin(request)
         return request
-
-    def write(self, pages: np.ndarray) -> None:
-        for page in pages.tolist():
-            place = int(self.pager.v2p[page]) * PAGE_SIZE
-            self.pager.keys[0][place : place + PAGE_SIZE] = float(page)
-
-    def push_off(self, request: Request) -> None:
-        """Other content takes every device page that nobody holds."""
-        held = int(self.pager.ledger.is_held(request.pages).sum())
-        others = self.allocate(self.pager.ledger.obtainable_pages)
-        assert self.pager.hold("others", others)
-        self.pager.forget("others")
-        self.pager.ledger.release(others)
-        assert int(self.pager.ledger.on_device(request.pages).sum()) == held
-
-    def leave(self, pages: int) -> None:
-        """Somebody holds all device pages that can be had but so many."""
-        assert self.pager.hold("neighbour", self.allocate(self.pager.unpromised_pages - pages))
 
     def decode(self, request: Request) -> None:
         """One token more, without a forward pass; the page that it opens is held, as the runtime does."""
@@ -190,8 +106,8 @@ class Server:
         request.tokens += 1
         if request.tokens % PAGE_SIZE == 1:
             request.pages = np.append(request.pages, self.allocate(1))
-            assert self.pager.hold(request.rid, request.pages[-1:])
-            self.write(request.pages[-1:])
+            self.hold(request.rid, request.pages[-1:])
+            self.write(self.slots_of(request.pages[-1:]))
         self.lookahead.begin_step()
 
     def after_decode(self, request: Request) -> None:
@@ -201,10 +117,11 @@ class Server:
 
     def read(self, request: Request) -> list[int]:
         """Positions of the complete pages that attention reads before the tail, found by their content."""
-        row = request.row
-        places = self.table.pages[row, : int(self.table.count[row])]
-        content = [int(self.pager.keys[0][place * PAGE_SIZE, 0, 0]) for place in places.tolist()]
-        return [request.pages.tolist().index(page) for page in content]
+        places = self.table.pages[request.row, : int(self.table.count[request.row])].long() * PAGE_SIZE
+        slots = self.found_at((places[:, None] + torch.arange(PAGE_SIZE)).flatten())
+        pages = [slot // PAGE_SIZE for slot in slots[::PAGE_SIZE]]
+        assert slots == self.slots_of(pages).tolist(), "whole pages"
+        return [request.pages.tolist().index(page) for page in pages]
 
     def held_positions(self, request: Request) -> list[int]:
         held = self.pager.ledger.held_by(request.rid)
@@ -535,7 +452,7 @@ def crowded(room: int, **options: object) -> tuple[Server, Request]:
     server.wanted.positions = [1, 2, 3]
     request = server.prefill("a", 12 * PAGE_SIZE)
     assert server.read(request) == [0, 1, 2, 3, 11]
-    server.push_off(request)
+    server.push_off()
     server.wanted.positions = []
     server.wanted.values = {5: 3.0, 6: 2.0, 7: 1.0, 3: 0.5, 1: 0.4}
     server.decode(request)  # opens a page
@@ -583,7 +500,7 @@ def test_a_set_that_would_be_smaller_than_min_pages_is_a_stall(min_pages: int, p
     server = Server(min_pages=min_pages)
     request = server.prefill("a", 12 * PAGE_SIZE)
     assert server.read(request) == [0, 11]
-    server.push_off(request)
+    server.push_off()
     server.decode(request)
     server.leave(1 + 1)
     server.wanted.values = {5: 3.0, 6: 2.0, 7: 1.0}
@@ -643,7 +560,7 @@ def test_given_sets_are_read_at_the_tokens_that_they_name(text: str, server: tup
         expected[tokens] = (begun[-1].tail_start, list(begun[-1].positions)) if begun else (0, [])
     running = Server(lead, lag, window=window)
     request = running.prefill("a", 640, sets=sets)
-    running.push_off(request)
+    running.push_off()
     assert reads(running, request, 90) == expected
     assert running.wanted.calls == running.lookahead.stalls == running.lookahead.failures == 0
     assert [window.as_given() for window in request.windows] == list(sets)
@@ -662,7 +579,7 @@ def test_after_the_last_given_set_nothing_changes() -> None:
 def test_a_given_set_that_does_not_fit_is_a_stall() -> None:
     server = Server()
     request = server.prefill("a", 640, sets=given_sets("641:10:0,3;645:10:1,2;649:10:4"))
-    server.push_off(request)
+    server.push_off()
     server.decode(request)
     server.leave(2)
     seen = reads(server, request, 10)
@@ -887,7 +804,7 @@ def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
     server = Server()
     server.wanted.positions = [1, 2, 3]
     request = server.prefill("a", 12 * PAGE_SIZE)
-    server.push_off(request)
+    server.push_off()
     old, held, table = server.read(request), server.held_positions(request), server.table.table.clone()
     server.wanted.positions = [5, 6, 7]
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="sglang_lsa"):
@@ -1092,7 +1009,7 @@ class Overlapped(Server):
         other = self.prefill("b", 17 * PAGE_SIZE, dense=True)
         self.gone(other)
         assert not self.pager.v2p[self.a.pages[[5, 6, 7]]].any()
-        self.transfer = self.pager.transfer = LateTransfer(self.pager)
+        self.late(stores=False)
         self.wanted.positions = self.queued.positions = [5, 6, 7]
 
     def begin_next(self) -> None:
@@ -1185,12 +1102,12 @@ def test_scores_are_read_when_their_pass_is_done() -> None:
         assert server.a.next is not None and server.a.next.positions is None
         server.end()
     server.queued.compute()
-    assert server.transfer.on_their_way == []
+    assert server.gpu.recalling == []
     server.begin_next()
     assert server.a.next is not None and server.a.next.positions is not None
     assert server.a.next.positions.tolist() == NEW
-    (pages,) = [virtual.tolist() for _, virtual, _ in server.transfer.on_their_way]
-    assert pages == server.a.pages[[5, 6, 7]].tolist()
+    (recall,) = server.gpu.recalling
+    assert recall.virtual.tolist() == server.a.pages[[5, 6, 7]].tolist()
 
 
 def test_pages_arrive_while_the_old_set_is_read() -> None:
@@ -1202,13 +1119,13 @@ def test_pages_arrive_while_the_old_set_is_read() -> None:
         assert server.read(a) == a.positions.tolist() == OLD
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
         server.pager.ledger.check()
-        server.transfer.arrive()
+        server.gpu.arrive()
     server.begin(LONG + 1)
     assert server.read(a) == a.positions.tolist() == NEW
     assert server.held_positions(a) == [*NEW, 12]
     assert list(a.history) == [OLD, NEW]
     assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (0, 0, 0)
-    assert server.transfer.recalled_pages == 3
+    assert server.gpu.recalled_pages == 3
     server.pager.ledger.check()
 
 
@@ -1221,7 +1138,7 @@ def test_late_pages_leave_the_old_set_until_they_are_there(late: int) -> None:
         assert server.read(a) == a.positions.tolist() == OLD
         assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (1, 1, 3)
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
-    server.transfer.arrive()
+    server.gpu.arrive()
     assert server.read(a) == OLD
     server.begin(LONG + 1 + late)
     assert server.read(a) == a.positions.tolist() == NEW
@@ -1234,7 +1151,7 @@ def test_late_pages_leave_the_old_set_until_they_are_there(late: int) -> None:
 def test_a_late_set_does_not_move_the_next_window(late: int) -> None:
     server = Overlapped()
     server.begin(LONG + late)
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(max(LONG + late + 1, 2 * LONG - LEAD))  # a set that is very late leaves the next one less time
     assert (server.a.window, server.wanted.calls) == (1, 2)
     server.wanted.positions = [5, 9]
@@ -1242,7 +1159,7 @@ def test_a_late_set_does_not_move_the_next_window(late: int) -> None:
     assert (server.a.window, server.wanted.calls) == (2, 3)
     server.begin(2 * LONG)
     assert server.read(server.a) == NEW
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(2 * LONG + 1)
     assert server.read(server.a) == [0, 5, 9]
 
@@ -1252,7 +1169,7 @@ def test_a_set_that_is_more_than_a_window_late() -> None:
     server = Overlapped()
     server.begin(3 * LONG)
     assert (server.a.window, server.a.stalls, server.wanted.calls) == (1, 1, 2)
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(3 * LONG + 1)
     assert server.read(server.a) == NEW
     server.end()
@@ -1268,9 +1185,9 @@ def test_which_pages_are_read_does_not_depend_on_when_they_arrive() -> None:
         while server.steps < 5 * LONG:
             server.wanted.positions = [1 + (3 * server.a.window + place) % 11 for place in range(3)]
             server.begin(server.steps + 1)
-            waiting = waiting + 1 if server.transfer.on_their_way else 0
+            waiting = waiting + 1 if server.gpu.recalling else 0
             if waiting > delay:
-                server.transfer.arrive()
+                server.gpu.arrive()
         return list(server.a.history)
 
     expected = history(0)
@@ -1285,7 +1202,7 @@ def test_pages_opened_during_a_refresh_belong_to_the_tail() -> None:
     assert a.tail_start == 11
     server.begin(LONG - LEAD + LAG)
     assert (len(a.pages), a.tokens) == (12, 12 * PAGE_SIZE - 1)
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(LONG + 1)
     assert len(a.pages) == 13
     assert (server.read(a), a.tail_start) == (NEW, 11)
@@ -1305,7 +1222,7 @@ def test_a_request_forgotten_during_a_refresh_leaves_nothing(step: int) -> None:
     for _ in range(LONG):
         server.lookahead.begin_step()
     server.pager.ledger.check()
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.pager.ledger.check()
     assert server.pager.unpromised_pages == PHYSICAL
     assert torch.equal(server.table.table, table)
@@ -1327,7 +1244,7 @@ def test_a_set_without_room_costs_its_window_and_no_more() -> None:
     for step in range(LONG - LEAD // 2 + 1, 2 * LONG + 1):
         server.begin(step)
         assert server.read(a) == OLD
-        server.transfer.arrive()
+        server.gpu.arrive()
     assert server.wanted.calls == 3
     server.begin(2 * LONG + 1)
     assert server.read(a) == NEW
@@ -1341,12 +1258,12 @@ def test_pages_replaced_during_a_refresh_are_replaced_in_the_new_set() -> None:
     server.begin(LONG - LEAD + LAG)
     (tree,) = server.allocate(1).tolist()
     old = int(a.pages[6])
-    server.pager.mirror.pages[tree] = float(old)  # the same content
+    server.pager.mirror.pages[tree] = server.pager.mirror.pages[old]  # the same content
     place = int(server.pager.v2p[old])
     server.pager.ledger.substitute("a", [old], [tree])
     a.pages = np.where(a.pages == old, tree, a.pages)
     server.pager.ledger.release([old])
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(LONG + 1)
     assert int(server.pager.v2p[tree]) == place
     assert server.table.pages[a.row, :4].tolist() == server.pager.v2p[a.pages[NEW]].tolist()
@@ -1358,7 +1275,7 @@ def test_a_policy_that_fails_is_not_waited_for_any_longer() -> None:
     server = Overlapped()
     server.wanted.error = RuntimeError("no keys")
     server.begin(LONG)
-    server.transfer.arrive()
+    server.gpu.arrive()
     server.begin(LONG + 1)
     assert server.lookahead.fallbacks == 1
     assert server.a.positions.tolist() == [0, 8, 9, 10, 11]
@@ -1369,7 +1286,7 @@ def test_heat_grows_when_a_set_is_read_not_when_it_is_chosen() -> None:
     server = Overlapped()
     heat = server.pager.ledger.heat
     server.begin(LONG)
-    server.transfer.arrive()
+    server.gpu.arrive()
     assert not heat.values[server.a.pages[[5, 6, 7]]].any()
     server.begin(LONG + 1)
     assert heat.values[server.a.pages[[5, 6, 7]]].all()
@@ -1383,7 +1300,7 @@ def test_a_stage_that_fails_behind_a_forward_pass(stage: str, monkeypatch: pytes
         STAGES[stage](server, patch)
         for step in range(3, LONG + 1):
             server.begin(step)
-            server.transfer.arrive()
+            server.gpu.arrive()
         server.begin(LONG + 1)
     assert (a.failures, server.lookahead.failures, a.window, a.next) == (1, 1, 1, None)
     assert server.read(a) == a.positions.tolist() == OLD
@@ -1392,7 +1309,7 @@ def test_a_stage_that_fails_behind_a_forward_pass(stage: str, monkeypatch: pytes
     server.pager.ledger.check()
     for step in range(LONG + 2, 2 * LONG + 4):
         server.begin(step)
-        server.transfer.arrive()
+        server.gpu.arrive()
     assert server.read(a) == NEW
     assert server.held_positions(a) == [*NEW, 12]
     assert (a.failures, a.history) == (1, [OLD, NEW])
@@ -1411,7 +1328,7 @@ def test_a_smaller_set_leaves_the_next_one_alone() -> None:
     for step in range(LONG - LEAD + LAG, LONG + 1):
         server.begin(step)
         assert server.read(a) == [0, 11]
-        server.transfer.arrive()
+        server.gpu.arrive()
     server.begin(LONG + 1)
     assert server.read(a) == NEW
     assert server.held_positions(a) == [*NEW, 12]
@@ -1444,7 +1361,7 @@ def streamed(lead: int = LEAD, lag: int = LAG, promised: int = 6, **options: obj
     Three others decode. A first set need not leave them a page each to grow into.
     """
     server = Server(lead, lag, window=LONG, **options)
-    server.pager.transfer = LateTransfer(server.pager)
+    server.late(stores=False)
     server.wanted.positions = server.queued.positions = [3, 6]
     request = server.prefill("a", PROMPT, promised=promised, policy="queued" if lag else "wanted")
     server.lookahead.running = 3
@@ -1484,7 +1401,7 @@ def test_the_first_step_waits_for_scores_and_pages() -> None:
     server, request = streamed()
     first_step(server, request)
     is_complete(server, request, FIRST)
-    assert server.pager.transfer.required == 1
+    assert server.gpu.calls["before_next_kernel"] == 1
     assert owed(server.pager) == {}, "what was promised is used"
     assert (request.window, request.stalls, request.shrunk, server.pager.late_pages) == (0, 0, 0, 0)
     server.after_decode(request)
@@ -1498,10 +1415,10 @@ def test_what_has_come_meanwhile_is_not_waited_for() -> None:
         server.lookahead.begin_step()
     assert request.next is not None and request.next.held
     assert owed(server.pager) == {}
-    server.pager.transfer.arrive()
+    server.gpu.arrive()
     first_step(server, request)
     is_complete(server, request, FIRST)
-    assert server.pager.transfer.required == 0
+    assert server.gpu.calls["before_next_kernel"] == 0
 
 
 def test_only_requests_that_decode_are_completed() -> None:
@@ -1540,7 +1457,7 @@ def test_the_promise_stands_until_the_set_is_held() -> None:
 def test_pages_in_flight_are_waited_for() -> None:
     """All pages that could be given up are on their way to the mirror."""
     server, request = streamed()
-    server.pager.transfer.stores_late = True
+    server.gpu.late_stores = True
     others = server.allocate(server.pager.ledger.obtainable_pages)
     assert server.pager.hold("neighbour", others)
     server.pager.store(others)
@@ -1549,7 +1466,7 @@ def test_pages_in_flight_are_waited_for() -> None:
     first_step(server, request)
     is_complete(server, request, FIRST)
     assert owed(server.pager) == {}
-    assert server.pager.transfer.storing == []
+    assert server.gpu.storing == []
     assert request.shrunk == 0
 
 
@@ -1606,7 +1523,7 @@ def test_a_given_set_completes_a_request_too() -> None:
     server = Server(LEAD, LAG, window=LONG)
     sets = given_sets(f"{PROMPT + 20}:12:2,5;{PROMPT + 30}:12:4")
     request = server.prefill("a", PROMPT, promised=6, sets=sets)
-    server.push_off(request)
+    server.push_off()
     first_step(server, request)
     is_complete(server, request, [2, 5])
     server.after_decode(request)

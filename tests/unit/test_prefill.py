@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import harness
 import numpy as np
 import pytest
 import torch
+from harness import NONE, Wanted, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from promises import owed
+from simulated_gpu import LAYERS
 
 from sglang_lsa import prefill as prefill_module
 from sglang_lsa.admission import key_of
@@ -22,56 +24,11 @@ from sglang_lsa.one_request import collect, formatted
 from sglang_lsa.pages import pages_complete, pages_spanned
 from sglang_lsa.policies import Request
 from sglang_lsa.prefill import DevicePoolFull
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.radix_ext.transfer import Finished, HostTransfer
 from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.runtime import LSARuntime
 
 PHYSICAL, VIRTUAL = 24, 250
 CHUNK = 4 * PAGE_SIZE
-NONE = np.zeros(0, dtype=np.int64)
-
-
-class Wanted:
-    """A policy that gives pages the scores that a test chose for their positions; others score 0."""
-
-    def __init__(self) -> None:
-        self.values: dict[int, float] = {}
-
-    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
-        return np.array([self.values.get(position, 0.0) for position in range(len(pages))])
-
-
-class LateTransfer(HostTransfer):
-    """Copies end when somebody waits for them; their content is there when the model is made to wait for it."""
-
-    def __init__(self, pager: Pager) -> None:
-        super().__init__(pager.keys, pager.values, pager.mirror.pages)
-        self.storing: list[tuple[np.ndarray, np.ndarray, Finished]] = []
-        self.recalling: list[tuple[np.ndarray, np.ndarray, Finished]] = []
-        self.layer_by_layer: list[bool] = []
-        self.gates = self.waits = 0
-
-    def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
-        self.storing.append((physical, virtual, finished))
-
-    def recall(
-        self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
-        self.recalling.append((physical, virtual, finished))
-        self.layer_by_layer.append(layer_by_layer)
-
-    def wait(self) -> None:
-        self.waits += 1
-        while self.storing:
-            super().store(*self.storing.pop(0))
-        while self.recalling:
-            super().recall(*self.recalling.pop(0))
-
-    def gate_layers(self) -> None:
-        self.gates += 1
-        for physical, virtual, _ in self.recalling:
-            super().recall(physical, virtual, lambda: None)
 
 
 @dataclass
@@ -88,65 +45,32 @@ class Read:
         return sorted({slot // PAGE_SIZE for slot in (*self.here, *self.streamed)})
 
 
-class Server:
+class Server(harness.Server):
     """A runtime, and as much of SGLang as it takes: allocation of pages, batches, and a model that writes its KV."""
 
     def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
+        super().__init__(physical, VIRTUAL)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
         config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
-        keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 1) for _ in range(2)] for _ in range(2))
-        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
         table = torch.zeros((9, VIRTUAL * PAGE_SIZE), dtype=torch.int32)
         self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, chunk)
-        self.ledger, self.lookahead = self.pager.ledger, self.runtime.lookahead
-        self.prefill, self.admission = self.runtime.prefill, self.runtime.admission
+        self.lookahead, self.prefill, self.admission = (
+            self.runtime.lookahead,
+            self.runtime.prefill,
+            self.runtime.admission,
+        )
         self.wanted = Wanted()
         self.lookahead.policies["quest"] = self.wanted  # type: ignore[index]
         self.chunk = chunk
-        self.next_page = 1
 
-    # -- the allocator and the radix tree
-
-    def allocate(self, count: int) -> np.ndarray:
-        pages = np.arange(self.next_page, self.next_page + count, dtype=np.int64)
-        self.next_page += count
-        self.ledger.allocate(pages)
-        return pages
-
-    def memory(self, count: int) -> np.ndarray:
-        """Pages of the radix tree, in the mirror; those that fit are on the device as well."""
-        pages = self.allocate(count)
-        for page in pages:
-            assert self.pager.hold("earlier", [page])
-            self.write([page * PAGE_SIZE + token for token in range(PAGE_SIZE)])
-            self.pager.store(np.array([page]))
-            self.pager.forget("earlier")
-        return pages
-
-    def push_off(self) -> None:
-        """Other content takes every device page that nobody holds."""
-        others = self.allocate(self.ledger.obtainable_pages)
-        assert self.pager.hold("others", others)
-        self.pager.forget("others")
-        self.ledger.release(others)
-
-    def neighbour(self, pages: np.ndarray) -> None:
-        """Somebody else needs these pages on the device."""
-        assert self.pager.hold("neighbour", pages)
+    def neighbour(self, pages: int | np.ndarray) -> None:
+        """Somebody else needs these pages, or so many new ones, on the device."""
+        self.hold("neighbour", pages)
         self.runtime.requests["neighbour"] = Request("neighbour", 8, 0, "quest", 1.0, True)
 
-    # -- the model
-
-    def write(self, slots: Sequence[int]) -> None:
-        virtual = torch.tensor(slots)
-        physical = self.pager.v2p[virtual // PAGE_SIZE] * PAGE_SIZE + virtual % PAGE_SIZE
-        assert (physical >= PAGE_SIZE).all(), "written to a page that is not on the device"
-        for buffer in (*self.pager.keys, *self.pager.values):
-            buffer[physical] = virtual.float().view(-1, 1, 1)
-
     def look_at(self, reading: Reading) -> Read:
-        here = self.pager.keys[1][reading.slots(self.ledger.v2p)].flatten().int().tolist()
-        return Read(here, self.pager.mirror.pages[reading.streamed, 1, 0].flatten().int().tolist())
+        here = self.found_at(reading.slots(self.ledger.v2p), prefill=True)
+        return Read(here, self.found_in_mirror(reading.streamed))
 
     def slots(self, req: Any, start: int, end: int) -> list[int]:
         return self.prefill.req_to_token[req.req_pool_idx, start:end].tolist()
@@ -155,18 +79,10 @@ class Server:
 
     def request(self, tokens: int, prefix: np.ndarray = NONE, rid: str = "a", row: int = 1, **lsa: object) -> Any:
         """A prompt of which the radix tree has the pages ``prefix``."""
-        slots = torch.from_numpy(prefix)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
-        self.prefill.req_to_token[row, : slots.numel()] = slots.flatten()
-        return SimpleNamespace(
-            rid=rid,
-            req_pool_idx=row,
-            origin_input_ids=list(range(tokens)),
-            output_ids=[],
-            full_untruncated_fill_ids=list(range(tokens)),
-            prefix_indices=slots.flatten(),
-            sampling_params=SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=100),
-            computed=len(prefix) * PAGE_SIZE,
-        )
+        req = request(tokens, prefix, rid, **lsa)
+        req.req_pool_idx, req.computed = row, len(prefix) * PAGE_SIZE
+        self.prefill.req_to_token[row, : req.computed] = req.prefix_indices
+        return req
 
     def admit(self, *reqs: Any) -> list[str]:
         batch: list[str] = []
@@ -186,9 +102,7 @@ class Server:
             new = self.allocate(pages - first)
             taken.append(new)
             row = self.prefill.req_to_token[req.req_pool_idx]
-            row[first * PAGE_SIZE : pages * PAGE_SIZE] = (
-                torch.from_numpy(new)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
-            ).flatten()
+            row[first * PAGE_SIZE : pages * PAGE_SIZE] = self.slots_of(new)
         middle = [req for req, end in zip(reqs, lengths, strict=True) if end < len(req.full_untruncated_fill_ids)]
         batch = SimpleNamespace(
             reqs=list(reqs),
@@ -225,9 +139,8 @@ class Server:
         assert (staged is not None) == any(read.streamed for read in reads)
         if staged is not None:  # as attention does
             assert sum(staged.sizes) == len(reads[0].streamed)
-            for layer in range(2):
-                found = [slot for keys, _ in staged.layer(layer) for slot in keys.flatten().int().tolist()]
-                assert found == reads[0].streamed
+            layers = [torch.cat([torch.stack(block) for block in staged.layer(layer)], 1) for layer in range(LAYERS)]
+            assert self.recognized(torch.stack(layers)) == reads[0].streamed
         self.runtime.after_forward(batch, number)
         return reads
 
@@ -238,8 +151,7 @@ class Server:
         tokens = req.computed + 1
         new = self.allocate(int(tokens % PAGE_SIZE == 1))
         row = self.prefill.req_to_token[req.req_pool_idx]
-        if len(new):
-            row[req.computed : req.computed + PAGE_SIZE] = int(new[0]) * PAGE_SIZE + torch.arange(PAGE_SIZE)
+        row[req.computed : req.computed + len(new) * PAGE_SIZE] = self.slots_of(new)
         batch = SimpleNamespace(
             reqs=[req],
             seq_lens_cpu=torch.tensor([tokens]),
@@ -251,9 +163,7 @@ class Server:
         places = table.pages[index, : int(table.count[index])] * PAGE_SIZE
         read = (places[:, None] + torch.arange(PAGE_SIZE)).flatten().long()
         tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * PAGE_SIZE, tokens), dtype=torch.int64)
-        read = torch.cat((read, self.pager.v2p[tail // PAGE_SIZE] * PAGE_SIZE + tail % PAGE_SIZE))
-        assert (read >= PAGE_SIZE).all(), "reads a page that is not on the device"
-        found = self.pager.keys[1][read].flatten().int().tolist()
+        found = self.found_at(torch.cat((read, self.places(tail))))
         req.computed = tokens
         self.runtime.after_forward(batch, number)
         return found
@@ -302,13 +212,13 @@ def test_a_pass_does_not_wait_for_all_layers_of_what_it_brings_in() -> None:
     server = Server(budget=1.0)
     prefix = server.memory(8)
     server.push_off()
-    transfer = server.pager.transfer = LateTransfer(server.pager)
+    gpu = server.late()
     req = server.request(10 * PAGE_SIZE, prefix)
     server.admit(req)
     (read,) = server.extend(req)
     assert read.here == server.slots(req, 0, 8 * PAGE_SIZE)
-    assert (transfer.gates, transfer.waits) == (1, 0)
-    assert transfer.layer_by_layer == [True]
+    assert (gpu.calls["gate_layers"], gpu.calls["wait"]) == (1, 0)
+    assert [recall.layered for recall in gpu.recalls] == [True]
 
 
 def test_a_prompt_in_place_in_chunks() -> None:
@@ -397,7 +307,7 @@ def test_a_prompt_beyond_the_pool() -> None:
 
 def test_a_prompt_that_is_streamed_because_others_hold_the_pool() -> None:
     server = Server()
-    server.neighbour(server.allocate(14))
+    server.neighbour(14)
     req = server.request(12 * PAGE_SIZE)
     assert server.admit(req) == [STREAMED]
     for end in (4, 8, 12):
@@ -442,9 +352,7 @@ def test_what_is_on_the_device_is_read_there() -> None:
     prefix = server.memory(40)  # the last 24 of them are on the device
     req = server.request(42 * PAGE_SIZE + 5, prefix)
     assert server.admit(req) == [STREAMED]
-    server.neighbour(
-        server.allocate(5)
-    )  # displaces pages of the prefix, but not those that the prompt is about to read
+    server.neighbour(5)  # displaces pages of the prefix, but not those that the prompt is about to read
     (read,) = server.extend(req, a=42 * PAGE_SIZE)
     assert read.here == server.slots(req, 21 * PAGE_SIZE + 2 * PAGE_SIZE, 40 * PAGE_SIZE)
     assert read.streamed == server.slots(req, 0, 23 * PAGE_SIZE)
@@ -480,13 +388,13 @@ def test_a_pass_waits_for_what_it_reads_in_place() -> None:
     prefix = server.memory(40)
     server.push_off()
     server.ledger.heat.select(prefix[[3, 30]])
-    transfer = server.pager.transfer = LateTransfer(server.pager)
+    gpu = server.late()
     req = server.request(42 * PAGE_SIZE, prefix)
     server.admit(req)
     assert server.ledger.arriving(prefix[[3, 30]]).all()
     (read,) = server.extend(req)
     assert read.here == [*server.slots(req, 3 * 64, 4 * 64), *server.slots(req, 30 * 64, 31 * 64)]
-    assert transfer.gates == 1
+    assert gpu.calls["gate_layers"] == 1
 
 
 def test_without_a_streamed_prompt_nothing_is_staged_any_more() -> None:
@@ -563,16 +471,14 @@ def test_the_look_has_hot_pages_that_are_on_the_device() -> None:
     server.push_off()
     server.ledger.heat.select(memory[[5, 8, 12]])
     server.neighbour(memory[[8, 12]])
-    transfer = server.pager.transfer = LateTransfer(server.pager)
+    server.late()
     req = resident(server, memory)
     server.admit(req)
     assert server.ledger.arriving(memory[[5]]).all()
-    transfer.recalling, kept = [], transfer.recalling
     batch, new_pages = server.batch({}, req)
     server.runtime.before_forward(batch, new_pages)
     assert server.prefill.readings is not None
     assert server.prefill.readings[0].here.tolist() == memory[[0, 8, 12, 39]].tolist()
-    transfer.recalling += kept
 
 
 @pytest.mark.parametrize(
@@ -665,7 +571,7 @@ def test_a_choice_that_cannot_be_brought_in_is_not_read(lead: int, lag: int) -> 
         server.ledger.heat.select(np.array([page]))
     assert server.pager.hold("earlier", memory[6:14])
     server.pager.forget("earlier")
-    server.neighbour(server.allocate(12))
+    server.neighbour(12)
     server.wanted.values = {page: 10.0 - page / 100 for page in (20, 22, 24, 26, 28, 30)}
     req = resident(server, memory, budget=0.2)
     assert server.admit(req) == [RESIDENT]
@@ -690,7 +596,7 @@ def test_what_the_rest_of_a_prompt_needs_is_not_taken_for_its_prefix() -> None:
     assert server.admit(req) == [RESIDENT]
     server.extend(req, a=44 * PAGE_SIZE)
     server.neighbour(memory[10:19])
-    server.neighbour(server.allocate(max(0, server.pager.unpromised_pages)))
+    server.neighbour(max(0, server.pager.unpromised_pages))
     server.wanted.values = {position: 2.0 for position in (20, 21, 22, 23, 24, 25, 26, 27, 28)}
     (read,) = server.extend(req, a=46 * PAGE_SIZE)
     assert len(positions(req, read.here, server)) <= 12 + 4
@@ -861,7 +767,7 @@ def test_new_pages_that_do_not_fit_the_batch_are_an_error(more: int, allocated: 
 
 def test_a_page_that_must_be_on_the_device_and_cannot_be() -> None:
     server = Server()
-    server.neighbour(server.allocate(PHYSICAL - 2))
+    server.neighbour(PHYSICAL - 2)
     with pytest.raises(DevicePoolFull) as full:
         server.prefill.hold("a", server.allocate(3))
     assert str(full.value) == (
@@ -874,7 +780,7 @@ def test_a_page_that_must_be_on_the_device_and_cannot_be() -> None:
 
 def test_what_is_in_flight_is_waited_for_before_that() -> None:
     server = Server()
-    transfer = server.pager.transfer = LateTransfer(server.pager)
+    gpu = server.late()
     pages = server.allocate(PHYSICAL)
     assert server.pager.hold("done", pages)
     server.pager.store(pages)
@@ -882,9 +788,9 @@ def test_what_is_in_flight_is_waited_for_before_that() -> None:
     new = server.allocate(3)
     server.prefill.hold("a", new)
     assert server.ledger.held_by("a") == set(new.tolist())
-    assert transfer.waits == 1
+    assert gpu.calls["wait"] == 1
     server.prefill.hold("a", server.allocate(1))
-    assert transfer.waits == 1
+    assert gpu.calls["wait"] == 1
 
 
 # --- any prompt ------------------------------------------------------------------------------------------------------

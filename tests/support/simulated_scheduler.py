@@ -1,0 +1,320 @@
+"""SGLang's scheduler, as the runtime sees it: chunks, retraction, preemption, and results that come one pass late."""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from simulated_cache import NONE, Allocator, Node, Tree
+from simulated_gpu import SimulatedGPU
+from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
+
+from sglang_lsa.admission import key_of
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.pages import pages_spanned
+from sglang_lsa.reading import RESIDENT
+from sglang_lsa.resident_table import COUNT, PAGES, TAIL_START
+from sglang_lsa.runtime import LSARuntime
+
+
+class Scheduler:
+    """One round of it is :meth:`step`.
+
+    Args:
+        gpu: on which its passes run.
+        chance: decides what SGLang decides by load and time.
+        chunk: tokens of prefill in one pass.
+        overlap: the next pass is queued before the result of the last one is looked at.
+    """
+
+    def __init__(self, runtime: LSARuntime, gpu: SimulatedGPU, chance: random.Random, chunk: int, overlap: bool):
+        self.runtime, self.gpu, self.chance, self.chunk, self.overlap = runtime, gpu, chance, chunk, overlap
+        self.pager, self.slots = runtime.pager, runtime.req_to_token.numpy()
+        self.allocator = Allocator(self.pager)
+        self.tree = Tree(self.allocator)
+        self.memory = Memory(self.pager)
+        self.free_rows = list(range(1, len(self.slots)))
+        self.waiting: list[Req] = []
+        self.running: list[Req] = []
+        self.prefilled: list[Req] = []
+        """Prompts of the pass before, which decode from now on."""
+        self.chunked: Req | None = None
+        self.results: list[tuple[list[Entry] | list[Req], int]] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or self.prefilled or self.chunked or self.results)
+
+    @property
+    def alive(self) -> list[Req]:
+        """Requests that have KV."""
+        return [*self.running, *self.prefilled, *([self.chunked] if self.chunked else [])]
+
+    def step(self) -> bool:
+        """As SGLang: choose a batch, run it, then look at the result of the one before. Returns whether one ran."""
+        self.gpu.progress(self.chance.choice([0, 0, 1, 3, 8]))
+        if self.chunked is not None and self.chunked.between_chunks:
+            self._cache_unfinished(self.chunked, self.chunked.kv_committed_len)
+            self.chunked.between_chunks = False
+        self.running += [req for req in self.prefilled if not req.gone]
+        self.prefilled = []
+        if entries := self._prompts():
+            self._prefill(entries)
+            self.prefilled = [entry.req for entry in entries if entry.req is not self.chunked]
+        else:
+            self.running = [req for req in self.running if not req.gone]
+            if self.running:
+                self._make_room()
+            if self.running:
+                self._decode(list(self.running))
+        ran = bool(entries or self.running)
+        self.gpu.progress(self.chance.choice([0, 0, 1, 3, 8]))
+        while len(self.results) > (self.overlap and ran):
+            self._take_result(*self.results.pop(0))
+        if not ran and not self.waiting and self.chunked is None:
+            self.runtime.on_idle()
+            self.counts["idle"] += 1
+        return ran
+
+    def abort_chunked(self) -> None:
+        """The client of the prompt that is being computed in chunks has gone."""
+        if self.chunked is not None:
+            self._end(self.chunked, insert=False)
+            self.chunked = None
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> list[Entry]:
+        """The prompts of the next pass, admitted as ``PrefillAdder`` and its hooks do."""
+        entries: list[Entry] = []
+        hows: list[str] = []
+        left = self.chunk
+        admission = self.runtime.admission
+        if (req := self.chunked) is not None:
+            chunked = admission.admitted_as(req)
+            left = min(left, chunked.chunk_tokens or left)
+            start = req.kv_committed_len
+            end = min(len(req.full_untruncated_fill_ids), start + left)
+            if not self._make_virtual_room(pages_spanned(end) - pages_spanned(start)):
+                self.abort_chunked()
+            else:
+                entries.append(Entry(req, start, end))
+                hows.append(chunked.how)
+                left -= pages_spanned(end - start) * PAGE_SIZE
+                self._continue(req, end)
+        middle = self.chunked
+        for req in list(self.waiting):
+            if left <= 0 or len(entries) >= len(self.free_rows):
+                break
+            self._begin_round(req)
+            how = admission.choose(req, len(self.running) + len(entries), hows, left)
+            lower = [other for other in self.running if not other.gone and other.priority < req.priority]
+            if how is None and not entries and lower and self.chance.random() < 0.3:
+                self._retract(lower[0], "preempted")
+                self._begin_round(req)
+                how = admission.choose(req, len(self.running), hows, left)
+            if how is None:
+                break
+            left = min(left, how.chunk_tokens or left)
+            tokens, start = len(req.full_untruncated_fill_ids), len(req.matched) * PAGE_SIZE
+            end = tokens if tokens - start <= left else (start + left) // PAGE_SIZE * PAGE_SIZE
+            growing = 2 * (len(self.running) + len(entries)) + pages_spanned(tokens) - pages_spanned(start)
+            growing += sum(pages_spanned(entry.end) - pages_spanned(entry.start) for entry in entries)
+            if end <= start or (end < tokens and middle is not None):
+                break
+            self._lock(req, req.matched)
+            if not self._make_virtual_room(growing):
+                self._lock(req, [])
+                break
+            req.pages, req.protected, req.gone = [node.page for node in req.matched], len(req.matched), False
+            admission.promise(req, how)
+            hows.append(how.how)
+            self.waiting.remove(req)
+            entries.append(Entry(req, start, end))
+            left -= pages_spanned(end - start) * PAGE_SIZE
+            if end < tokens:
+                middle = req
+                self._continue(req, end)
+        return entries
+
+    def _continue(self, req: Req, end: int) -> None:
+        middle = end < len(req.full_untruncated_fill_ids)
+        self.chunked, req.between_chunks = (req if middle else None), middle
+
+    def _begin_round(self, req: Req) -> None:
+        """As SGLang: the last tokens are computed even on a full hit."""
+        req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
+        tokens = len(req.full_untruncated_fill_ids)
+        req.matched = self.tree.match(req.keys(max(0, tokens - 32)))
+        req.prefix_indices = torch.from_numpy(slots_of([node.page for node in req.matched]))
+
+    def _make_virtual_room(self, pages: int) -> bool:
+        if pages > len(self.allocator.free):
+            self.tree.evict(pages - len(self.allocator.free))
+        return pages <= len(self.allocator.free)
+
+    def _make_room(self) -> None:
+        """SGLang's ``check_decode_mem``, and retraction."""
+
+        def enough(reqs: Sequence[Req]) -> bool:
+            opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
+            return self._make_virtual_room(opening) and self.runtime.can_decode(reqs)
+
+        if not enough(self.running) or self.chance.random() < 0.004:
+            while len(self.running) > 1:
+                self._retract(self.chance.choice(self.running), "retracted")
+                if enough(self.running):
+                    break
+            assert enough(self.running), f"{self.running[0].rid} finds no page although it is alone"
+
+    def _retract(self, req: Req, why: str) -> None:
+        self.running.remove(req)
+        self._end(req, insert=False)
+        self.waiting.append(req)
+        self.counts[why] += 1
+
+    # -- passes --------------------------------------------------------------------------------------------------
+
+    def _prefill(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            req = entry.req
+            if not req.req_pool_idx:
+                req.req_pool_idx = self.free_rows.pop(0)
+                self._write_row(req)
+            req.pages = req.pages + self.allocator.allocate(pages_spanned(entry.end) - len(req.pages))
+            req.kv_committed_len = entry.end
+            self._write_row(req)
+        batch = SimpleNamespace(
+            reqs=[entry.req for entry in entries],
+            prefix_lens=[entry.start for entry in entries],
+            seq_lens_cpu=torch.tensor([entry.end for entry in entries]),
+            chunked_req=self.chunked,
+            forward_mode=SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False),
+        )
+        number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
+        if self.runtime.looks_first:
+            self._queue_prefill(entries)
+            if self.chance.random() < 0.5:  # scores that the device computes
+                self.gpu.compute_to(len(self.gpu.compute))
+            self.runtime.choose_resident()
+        self._queue_prefill(entries)
+        for entry in entries:
+            self.counts[self.runtime.admission.admitted_as(entry.req).how] += 1
+        self.runtime.after_forward(batch, number)
+        self.results.append((entries, len(self.gpu.compute)))
+
+    def _queue_prefill(self, entries: list[Entry]) -> None:
+        queued = ForwardPass(self.memory)
+        prefill = self.runtime.prefill
+        for index, entry in enumerate(entries):
+            req, pages = entry.req, entry.req.page_array
+            reading = prefill.readings[index] if prefill.readings is not None else None
+            if reading is None:
+                here, streamed = np.arange(pages_spanned(entry.start)), NONE
+            else:
+                place = {page: position for position, page in enumerate(req.pages)}
+                here, streamed = (
+                    np.array([place[page] for page in part.tolist()], dtype=np.int64)
+                    for part in (reading.here, reading.streamed)
+                )
+                if self.runtime.admission.admitted_as(req).how != RESIDENT:
+                    assert reading.tokens_here + len(streamed) * PAGE_SIZE == entry.start, "a prompt reads everything"
+            queued.read(req.rid, queued.v2p[pages[here]], req.known(here, entry.start))
+            if len(streamed):
+                queued.stream(req.rid, pages[streamed], req.known(streamed, entry.start))
+            queued.write(req, entry.start, entry.end)
+        self.gpu.queue(queued.run, prefill=True)
+
+    def _decode(self, reqs: list[Req]) -> None:
+        for req in reqs:
+            req.kv_committed_len += 1
+            if opened := self.allocator.allocate(pages_spanned(req.kv_committed_len) - len(req.pages)):
+                req.pages = req.pages + opened
+                self._write_row(req)
+        batch = SimpleNamespace(
+            reqs=reqs,
+            seq_lens_cpu=torch.tensor([req.kv_committed_len for req in reqs]),
+            forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
+        )
+        number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
+        table, queued = self.runtime.lookahead.table, ForwardPass(self.memory)
+        rows, shortening = table.table.numpy(), table.shortening
+        for req in reqs:
+            request, row, before = self.runtime.requests[key_of(req)], req.req_pool_idx, req.kv_committed_len - 1
+            count, tail_start = rows[row, COUNT], rows[row, TAIL_START]
+            assert (count, tail_start) == (len(request.positions), request.tail_start), "the table has another set"
+            assert shortening[row] == (tail_start - count) * PAGE_SIZE
+            tail = np.arange(tail_start, pages_spanned(before))
+            places = np.concatenate((rows[row, PAGES : PAGES + count], queued.v2p[req.page_array[tail]]))
+            queued.read(req.rid, places, req.known(np.concatenate((request.positions, tail)), before))
+            queued.write(req, before, before + 1)
+        self.gpu.queue(queued.run, prefill=False)
+        self.counts["decoded"] += len(reqs)
+        self.runtime.after_forward(batch, number)
+        self.results.append((reqs, len(self.gpu.compute)))
+
+    # -- results, and the cache ----------------------------------------------------------------------------------
+
+    def _take_result(self, batch: list[Entry] | list[Req], place: int) -> None:
+        self.gpu.compute_to(place)
+        for item in batch:
+            req = item.req if isinstance(item, Entry) else item
+            if req.gone or (isinstance(item, Entry) and item.end < len(req.full_untruncated_fill_ids)):
+                continue
+            req.output_ids.append(1)
+            most = req.sampling_params.max_new_tokens
+            ended = len(req.output_ids) >= most or (most < 300 and self.chance.random() < 0.01)
+            if ended or req.aborted:
+                self._end(req, insert=True)
+                self.counts["finished"] += 1
+            elif isinstance(item, Entry):
+                self._cache_unfinished(req, item.end)
+
+    def _cache_unfinished(self, req: Req, tokens: int) -> None:
+        """As ``LSARadixCache.cache_unfinished_req``."""
+        if not (self.runtime.config.cache_outputs or self.runtime.is_exact(req)):
+            return
+        keys = req.keys(tokens)
+        known = [node.page for node in self.tree.match(keys)]
+        own = self.runtime.pages_known(req)
+        self.runtime.pages_replaced(req, tokens, own, np.array(known, dtype=np.int64))
+        nodes, duplicates = self.tree.insert(keys, req.pages)
+        req.pages[: len(nodes)] = [node.page for node in nodes]
+        self._write_row(req)
+        self.allocator.release(duplicates)
+        req.protected = len(nodes)
+        self._lock(req, nodes)
+
+    def _end(self, req: Req, insert: bool) -> None:
+        """As ``LSARadixCache.cache_finished_req``."""
+        outputs = self.runtime.config.cache_outputs
+        insert = insert and (outputs or self.runtime.is_exact(req))
+        self.runtime.request_gone(req)
+        keep = req.kv_committed_len
+        if insert and not outputs:
+            keep = min(keep, max(len(req.origin_input_ids), req.protected * PAGE_SIZE))
+        kept = req.protected
+        if insert:
+            nodes, duplicates = self.tree.insert(req.keys(keep), req.pages)
+            self.allocator.release(duplicates)
+            kept = max(kept, len(nodes))
+        self.allocator.release(req.pages[kept:])
+        self._lock(req, [])
+        self.free_rows.append(req.req_pool_idx)
+        req.pages, req.req_pool_idx, req.protected, req.kv_committed_len, req.gone = [], 0, 0, 0, True
+
+    def _lock(self, req: Req, nodes: list[Node]) -> None:
+        for node in req.locked.line() if req.locked is not None else ():
+            node.locks -= 1
+        req.locked = nodes[-1] if nodes else None
+        for node in req.locked.line() if req.locked is not None else ():
+            node.locks += 1
+
+    def _write_row(self, req: Req) -> None:
+        slots = slots_of(req.pages)
+        self.slots[req.req_pool_idx, : len(slots)] = slots

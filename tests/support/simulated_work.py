@@ -1,0 +1,189 @@
+"""What the simulated scheduler hands around: requests, their KV, and the forward passes that read and write it.
+
+KV is the number of a (text, position), so that a pass sees what it reads instead of what it should.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from simulated_cache import Node, keys_of
+from simulated_gpu import LAYERS
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.pages import pages_complete, pages_spanned
+from sglang_lsa.radix_ext.pager import Pager
+
+LONGEST_ANSWER = 1024
+"""Tokens that a request generates at most."""
+UNWRITTEN = -1.0
+"""In the place of tokens that a page does not have yet."""
+OFFSETS = np.arange(PAGE_SIZE)
+
+
+@dataclass(eq=False)
+class Req:
+    """SGLang's request, as far as our code reads it, and what the simulated scheduler remembers of it."""
+
+    rid: str
+    number: int
+    prompt: np.ndarray
+    """Content of its prompt, one number a token; fixed before anybody asks for its text."""
+    sampling_params: SimpleNamespace
+    priority: int = 0
+    origin_input_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    full_untruncated_fill_ids: list[int] = field(default_factory=list)
+    prefix_indices: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    req_pool_idx: int = 0
+    extra_key: str | None = None
+    kv_committed_len: int = 0
+    pages: list[int] = field(default_factory=list)
+    matched: list[Node] = field(default_factory=list)
+    locked: Node | None = None
+    protected: int = 0
+    """Its first pages that are the tree's."""
+    gone: bool = False
+    """Finished, aborted or retracted: what is in flight of it does not count."""
+    aborted: bool = False
+    between_chunks: bool = False
+
+    @functools.cached_property
+    def text(self) -> np.ndarray:
+        """Content of its pages, ``[pages, PAGE_SIZE]``, with all that it will ever generate."""
+        generated = 1e12 + self.number * 1e6 + np.arange(len(self.prompt), len(self.prompt) + LONGEST_ANSWER)
+        whole = np.concatenate((self.prompt, generated))
+        return whole[: len(whole) // PAGE_SIZE * PAGE_SIZE].reshape(-1, PAGE_SIZE)
+
+    @functools.cached_property
+    def _keys(self) -> list[int]:
+        return keys_of(self.text)
+
+    def keys(self, tokens: int) -> list[int]:
+        """By what the radix tree knows the complete pages of its first tokens."""
+        return self._keys[: pages_complete(tokens)]
+
+    def known(self, positions: np.ndarray, tokens: int) -> np.ndarray:
+        """Content of these pages, in ascending order, when it has ``tokens`` tokens: ``[pages, PAGE_SIZE]``."""
+        found = self.text[positions]
+        if len(positions) and (positions[-1] + 1) * PAGE_SIZE > tokens:
+            found[-1, tokens % PAGE_SIZE :] = UNWRITTEN
+        return found
+
+    @property
+    def page_array(self) -> np.ndarray:
+        """Its virtual pages, int64."""
+        return np.array(self.pages, dtype=np.int64)
+
+
+@dataclass
+class Entry:
+    """A prompt's part of a pass."""
+
+    req: Req
+    start: int
+    end: int
+
+
+class Memory:
+    """The device pool and the mirror of a pager, as numpy sees them.
+
+    Attributes:
+        pools: by layer, keys and values ``[slots]``.
+        mirror: ``[pages, layers, 2, PAGE_SIZE]``.
+    """
+
+    def __init__(self, pager: Pager):
+        self.v2p = pager.ledger.v2p
+        self.pools = [[pool[layer].view(-1).numpy() for pool in (pager.keys, pager.values)] for layer in range(LAYERS)]
+        self.mirror = pager.mirror.pages.view(-1, LAYERS, 2, PAGE_SIZE).numpy()
+
+
+class Reads:
+    """What the requests of a pass read of one memory, and must find there."""
+
+    def __init__(self) -> None:
+        self._of: list[tuple[str, np.ndarray, np.ndarray]] = []
+
+    def add(self, rid: str, pages: np.ndarray, content: np.ndarray) -> None:
+        """These pages of the memory hold ``content``, as of :meth:`Req.known`."""
+        self._of.append((rid, pages, content))
+
+    @functools.cached_property
+    def _together(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pages, content, and which of it is written, of all requests at once and for all layers."""
+        content = np.concatenate([content for _, _, content in self._of])
+        return np.concatenate([pages for _, pages, _ in self._of]), content, content != UNWRITTEN
+
+    def check(self, memory: np.ndarray, what: str) -> None:
+        """Read ``memory``, ``[pages, PAGE_SIZE]``, now.
+
+        Raises:
+            AssertionError: a request reads something else than its own tokens.
+        """
+        if not self._of:
+            return
+        pages, content, written = self._together
+        found = memory[pages]
+        wrong = (found != content) & written
+        if wrong.any():
+            row, token = np.argwhere(wrong)[0]
+            rids = [rid for rid, of, _ in self._of for _ in of]
+            raise AssertionError(
+                f"{rids[row]} reads {found[row, token]:.0f} for {content[row, token]:.0f} in {what}; "
+                f"its pass reads {wrong.sum()} of {written.sum()} tokens wrong"
+            )
+
+
+class ForwardPass:
+    """What a pass reads, must find, and writes; device pages as they are when it is queued, content when it runs."""
+
+    def __init__(self, memory: Memory):
+        self.v2p, self.memory = memory.v2p, memory
+        self._here, self._streamed = Reads(), Reads()
+        self._slots: list[np.ndarray] = []
+        self._content: list[np.ndarray] = []
+
+    def read(self, rid: str, places: np.ndarray, content: np.ndarray) -> None:
+        """These device pages."""
+        assert places.all(), f"{rid} reads a page that is not on the device"
+        self._here.add(rid, places, content)
+
+    def stream(self, rid: str, pages: np.ndarray, content: np.ndarray) -> None:
+        """These pages of the mirror."""
+        self._streamed.add(rid, pages, content)
+
+    def write(self, req: Req, start: int, end: int) -> None:
+        """The tokens that the pass computes."""
+        first = pages_complete(start)
+        places = self.v2p[np.array(req.pages[first : pages_spanned(end)], dtype=np.int64)]
+        assert places.all(), f"{req.rid} writes to a page that is not on the device"
+        tokens = slice(start - first * PAGE_SIZE, end - first * PAGE_SIZE)
+        self._slots.append(slots_of(places)[tokens])
+        self._content.append(req.text[first : pages_spanned(end)].reshape(-1)[tokens])
+
+    @functools.cached_property
+    def _written(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(self._slots), np.concatenate(self._content)
+
+    def run(self, layer: int) -> None:
+        """One layer runs now.
+
+        Raises:
+            AssertionError: a request reads something else than its own tokens.
+        """
+        for which, pool in enumerate(self.memory.pools[layer]):
+            self._here.check(pool.reshape(-1, PAGE_SIZE), f"layer {layer}")
+            self._streamed.check(self.memory.mirror[:, layer, which], f"layer {layer} of the mirror")
+            slots, content = self._written
+            pool[slots] = content
+
+
+def slots_of(pages: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Of the tokens of these pages."""
+    return (np.array(pages, dtype=np.int64)[:, None] * PAGE_SIZE + OFFSETS).reshape(-1)
