@@ -72,6 +72,7 @@ SERVING: tuple[Hook, ...] = (
     uvicorn_run.HOOK,
     tokenizer_manager_validate_one_request.HOOK,
     tokenizer_control_mixin_init_communicators.HOOK,
+    logprob_processor_get_token_ids_logprobs_raw.HOOK,
     generate_req_input_normalize_batch_and_arguments.HOOK,
     embedding_req_input_normalize_batch_and_arguments.HOOK,
     open_ai_serving_chat_convert_to_internal_request.HOOK,
@@ -86,7 +87,6 @@ SERVING: tuple[Hook, ...] = (
     tokenizer_manager_create_abort_task.HOOK,
     scheduler_abort_request.HOOK,
     scheduler_handle_generate_request.HOOK,
-    logprob_processor_get_token_ids_logprobs_raw.HOOK,
 )
 
 

@@ -78,6 +78,9 @@ COUNTERS: dict[str, Metric] = {
     "lsa_failed_batches": Metric(
         "batches", "Batches whose requests were failed because memory ran out while they were computed"
     ),
+    "lsa_integrity_failures": Metric(
+        "findings", "Times that an idle server found its own records inconsistent; always a bug, please report it"
+    ),
     "lsa_graphless_steps": Metric(
         "steps", "Decode steps that read more than the CUDA graphs' buffers hold, so without one"
     ),
@@ -173,6 +176,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_host_evicted_pages": runtime.host_evicted_pages,
         "lsa_refresh_failures": lookahead.failures,
         "lsa_failed_batches": runtime.failed_batches,
+        "lsa_integrity_failures": runtime.integrity_failures,
         "lsa_graphless_steps": runtime.graphless_steps,
         "lsa_prompt_tokens": runtime.prefill.prompt_tokens,
         "lsa_prefix_hit_tokens": runtime.prefill.radix_hit_tokens,

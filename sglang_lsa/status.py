@@ -64,7 +64,11 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "updates": runtime.weight_updates,
             "indexer_is_stale": runtime.weight_updates > 0 and runtime.indexer is not None,
         },
-        "failures": {"refreshes": lookahead.failures, "batches": runtime.failed_batches},
+        "failures": {
+            "refreshes": lookahead.failures,
+            "batches": runtime.failed_batches,
+            "integrity": runtime.integrity_failures,
+        },
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
         "refreshes": lookahead.refreshes,

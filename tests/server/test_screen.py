@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fuzz import Fuzz
-from serving import assert_idle, generate
+from serving import assert_idle, finished_request, generate
 from soak import FLAGS, LSA_CONFIG
 
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -247,7 +247,7 @@ def test_header_is_obeyed(small: ServerProcess) -> None:
         "request_id": "resp_obeyed",
     }
     assert ask(small, RESPONSES, body, {"X-LSA": "policy=recency,budget=0.4,watch=0,3"})[0] == 200
-    [entry] = [entry for entry in small.get("/lsa/status")["finished"] if entry["rid"] == "resp_obeyed"]
+    entry = finished_request(small, "resp_obeyed")
     assert (entry["policy"], entry["budget"]) == ("recency", 0.4)
     assert [page for page, *_ in entry["watched"][0]["pages"]] == [0, 3]
 
@@ -278,7 +278,7 @@ def test_typed_messages(typed: ServerProcess) -> None:
     body = plain(input_ids=[100] * 900, text=None, rid="typed")
     body["sampling_params"]["custom_params"] = {"lsa": options, "mine": [1, "a", None]}
     assert ask(typed, G, body)[0] == 200
-    [entry] = [entry for entry in typed.get("/lsa/status")["finished"] if entry["rid"] == "typed"]
+    entry = finished_request(typed, "typed")
     assert [page for page, *_ in entry["watched"][0]["pages"]] == [0, 3]
     status, said = ask(typed, G, sampling(custom_params={"mine": {"deep": [1]}}))
     assert status == 400 and "cannot be passed on" in said, said

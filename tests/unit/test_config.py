@@ -539,11 +539,12 @@ def test_more_tokens_than_are_looked_up() -> None:
 
 
 def test_pages_to_watch() -> None:
-    assert RequestOptions.parse({"lsa": {"watch": [3, 0]}}, LSAConfig()).watch == (3, 0)
+    for pages in ([3, 0], "3,0"):
+        assert RequestOptions.parse({"lsa": {"watch": pages}}, LSAConfig()).watch == (3, 0)
     assert RequestOptions.parse({"lsa": {}}, LSAConfig()).watch == ()
 
 
-@pytest.mark.parametrize("pages", [None, 3, "3", [-1], [True], [1.0], [1 << 31], list(range(257))])
+@pytest.mark.parametrize("pages", [None, 3, "3;4", "-1", [-1], [True], [1.0], [1 << 31], list(range(257))])
 def test_impossible_pages_to_watch(pages: object) -> None:
     with pytest.raises(ValueError, match=r"watch is .*: use a list of at most 256 page numbers"):
         RequestOptions.parse({"lsa": {"watch": pages}}, LSAConfig())
