@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Hook:
         why: what would be missing without it.
         until: what would make it unnecessary.
         test: the test that fails without it.
+        needs: package without which SGLang itself serves without what is wrapped, "" for none; then this hook is left
+            out, too.
     """
 
     target: str
@@ -38,6 +41,12 @@ class Hook:
     why: str
     until: str
     test: str
+    needs: str = ""
+
+    @property
+    def needless(self) -> bool:
+        """Whether SGLang serves without what is wrapped here, because a package that it can do without is missing."""
+        return bool(self.needs) and importlib.util.find_spec(self.needs) is None
 
     def problem(self) -> str | None:
         """Why the target cannot be wrapped: it is not there, or takes other parameters than we rely on; else None."""

@@ -19,4 +19,5 @@ HOOK = Hook(
     why="It ignores what it does not know: the client would believe that it got what it asked for.",
     until="It has custom_params.",
     test="tests/server/test_screen.py::test_options_are_never_dropped",
+    needs="openai_harmony",
 )

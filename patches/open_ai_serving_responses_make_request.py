@@ -19,4 +19,5 @@ HOOK = Hook(
     why="An input without a message is HTTP 500.",
     until="SGLang answers HTTP 400.",
     test="tests/server/test_screen.py::test_refused_and_alive",
+    needs="openai_harmony",
 )

@@ -41,6 +41,8 @@ def hook_finding(hook: Hook) -> Finding:
     """One hook."""
     from sglang_lsa.patches.hook import FIX
 
+    if hook.needless:
+        return Finding(SECTION, hook.target, OK, f"not needed: SGLang serves without it, {hook.needs} is not installed")
     try:
         problem = hook.problem()
     except Exception as error:  # importing another release, or a broken one, can raise anything

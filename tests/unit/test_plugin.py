@@ -28,6 +28,8 @@ from sglang_lsa import SGLANG_VERSION, compatibility
 from sglang_lsa.admission import Admission, Admitted
 from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.doctor.findings import OK
+from sglang_lsa.doctor.hooks import hook_finding
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.lookahead import Lookahead
@@ -43,6 +45,7 @@ from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
+from sglang_lsa.patches.table import install as install_hooks
 from sglang_lsa.policies import Recency
 from sglang_lsa.prefill import DevicePoolFull
 from sglang_lsa.radix_ext.pager import Pager
@@ -502,6 +505,18 @@ def test_hooks_of_other_plugins_are_kept(flags: dict[str, Any]) -> None:
     """SGLang itself depends on a package with plugins; which of them runs first is a matter of luck."""
     assert flags["lost"] == []
     assert flags["lost later"] == []
+
+
+def test_a_hook_on_what_sglang_does_without_is_left_out() -> None:
+    """Without the package that it needs SGLang disables the part, and says so; its server starts all the same."""
+    (hook,) = [hook for hook in SERVING if hook.target.endswith(".create_responses")]
+    assert not hook.needless
+    gone = dataclasses.replace(hook, target="sglang.srt.gone.Class.method", needs="no_such_package_of_anybody")
+    assert gone.needless and gone.problem() is not None
+    assert not dataclasses.replace(gone, needs="").needless
+    install_hooks([gone])
+    install_hooks([gone])
+    assert hook_finding(gone).status == OK
 
 
 # the records of the hooks
