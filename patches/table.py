@@ -94,8 +94,8 @@ _wrapped: set[str] = set()
 
 
 def install(hooks: Sequence[Hook]) -> None:
-    """Check every target, then wrap them all. Hooks that are in place already are skipped, and so are those of parts that
-    SGLang itself does without here.
+    """Check every target, then wrap them all. Hooks that are in place already are skipped, and so are those of parts
+    that SGLang itself does without here.
 
     Each is wrapped around whatever is there, by the function that SGLang's own ``apply_hooks`` uses. That one wraps a
     target only once, so that of two plugins with a hook on the same target the second would be lost; and it only logs

@@ -25,5 +25,5 @@ def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProce
     print(json.dumps(seen))
     assert seen["answered"] > REQUESTS * 0.55
     assert seen["streamed"] > 5
-    assert status["failures"] == {"refreshes": 0, "batches": 0}
+    assert status["failures"] == {"refreshes": 0, "batches": 0, "integrity": 0}
     flush(small)
