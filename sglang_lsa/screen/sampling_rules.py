@@ -6,8 +6,16 @@ import math
 import re
 from typing import Any
 
-from sglang_lsa.screen.rules import LARGEST_FLOAT32, Refused, Server, text, texts
+from sglang_lsa.screen.rules import LARGEST_FLOAT32, Refused, Server, number, text, texts
 
+FINITE = number()
+
+GREEDY = 1e-6
+"""Below this temperature SGLang takes the best token, whatever the numbers are."""
+MOST_SCALED = 1e38
+"""What a logit may become. Beyond, it is an infinity in float32, and no probability: a GPU ends the server over it."""
+MOST_LOGIT = 1e3
+"""No model's logit is as large."""
 MOST_SAMPLES = 16_384
 """Answers to one prompt. SGLang has no bound, and builds them all before the first is sent."""
 
@@ -24,7 +32,7 @@ def ids_in_vocabulary(name: str, value: Any, request: Any, server: Server) -> An
 
 
 def logit_bias(name: str, value: Any, request: Any, server: Server) -> Any:
-    """Token id to bias; a bias of -infinity bans a token."""
+    """Token id to bias; a bias of -infinity bans a token. Those that a low temperature would make infinite are cut."""
     if value is None:
         return value
     if not isinstance(value, dict):
@@ -38,7 +46,27 @@ def logit_bias(name: str, value: Any, request: Any, server: Server) -> Any:
             raise Refused(f"{name} of token", key, f"use ids from 0 to {server.vocabulary - 1}")
         if not isinstance(bias, int | float) or not (bias == -math.inf or abs(bias) <= LARGEST_FLOAT32):
             raise Refused(f"{name}[{key}]", bias, "use a number that float32 can hold")
+    most = MOST_SCALED * divisor(request)
+    return {
+        key: bias if abs(bias) <= most or bias == -math.inf else math.copysign(most, bias)
+        for key, bias in value.items()
+    }
+
+
+def repetition_penalty(name: str, value: Any, request: Any, server: Server) -> Any:
+    """A number by which logits are divided: not so small that they become infinite."""
+    value = FINITE(name, value, request, server)
+    least = MOST_LOGIT / MOST_SCALED / divisor(request)
+    if value is not None and 0 < value < least:
+        raise Refused(name, value, f"use a number from {least:.0e} on, or a higher temperature")
     return value
+
+
+def divisor(request: Any) -> float:
+    """By what a request's temperature divides logits, if that makes them larger; else 1."""
+    parameters = request.sampling_params
+    temperature = parameters.get("temperature") if isinstance(parameters, dict) else None
+    return float(temperature) if isinstance(temperature, int | float) and GREEDY <= temperature < 1 else 1.0
 
 
 def patterns(name: str, value: Any, request: Any, server: Server) -> Any:

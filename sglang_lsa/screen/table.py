@@ -68,7 +68,13 @@ SAMPLING: tuple[Row, ...] = (
     ),
     _sampling("frequency_penalty", "a number", ERROR, FINITE, '"a"'),
     _sampling("presence_penalty", "a number", ERROR, FINITE, '"a"'),
-    _sampling("repetition_penalty", "a number", ERROR, FINITE, '"a"'),
+    _sampling(
+        "repetition_penalty",
+        "a number; divided by the temperature from 1e-35 on",
+        ENDS,
+        sampling_rules.repetition_penalty,
+        "1e-300",
+    ),
     _sampling(
         "n", f"a whole number up to {sampling_rules.MOST_SAMPLES}; null for 1", ERROR, sampling_rules.samples, '"2"'
     ),

@@ -102,7 +102,7 @@ def test_parallel_samples_share_their_prompt(features: ServerProcess) -> None:
         sampling = {"n": 3, "temperature": 1.0, "sampling_seed": 5}
         running = pool.submit(ask, features, prompt, 120, sampling=sampling)
         children = watch(features, running, lambda children: len(children) == 3)
-        first_pages = [resident(features, child["rid"]) for child in children]
+        first_pages = [pages_read_now(features, child["rid"]) for child in children]
         held = features.get("/lsa/status")["physical"]["held"]
         answers = running.result()
     assert len(answers) == 3
@@ -365,7 +365,7 @@ def test_a_refusal_says_why_whatever_logprobs_are_asked_for(
 # --- inside ----------------------------------------------------------------------------------------------------------
 
 
-def resident(server: ServerProcess, rid: str) -> set[int]:
+def pages_read_now(server: ServerProcess, rid: str) -> set[int]:
     """Pages that a running request reads."""
     return set(get_requests(server.url, rid)["running"][0]["resident"])
 

@@ -59,6 +59,7 @@ REFUSED: dict[str, tuple[str, Body, str]] = {
     "regex": (G, sampling(regex="("), "regex"),
     "top_k": (G, sampling(top_k=2**31), "use -1 for all"),
     "logit_bias_beyond_float32": (G, sampling(logit_bias={"5": 1e39}), "float32"),
+    "penalty_of_nothing": (G, sampling(repetition_penalty=1e-300), "use a number from 1e-35 on"),
     "logit_bias_text": (G, sampling(logit_bias={"5": "a"}), "float32"),
     "schema_as_an_object": (G, sampling(json_schema={"type": "object"}), "use a text"),
     "stream_interval": (G, sampling(stream_interval="a") | {"stream": True}, "use a finite number"),

@@ -94,6 +94,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bias_beyond_float32": ({"logit_bias": {"5": 1e39}}, {}),
     "bias_beyond_the_vocabulary": ({"logit_bias": {"49152": 1}}, {}),
     "bias_a_list": ({"logit_bias": [5]}, {}),
+    "penalty_that_makes_logits_infinite": ({"repetition_penalty": 1e-300}, {}),
+    "penalty_with_a_temperature_that_does": ({"repetition_penalty": 1e-34, "temperature": 0.01}, {}),
     "half_a_surrogate_pair": ({"stop": ["\ud800"]}, {}),
     "unknown_parameter": ({"temprature": 1}, {}),
     "stop_ids_infinite": ({"stop_token_ids": [INF]}, {}),
@@ -152,7 +154,8 @@ LEGAL: dict[str, dict[str, Any]] = {
     "fraction_of_a_token": {"min_new_tokens": 1.5, "top_k": 3.5},
     "stop_texts": {"stop": ["", "é", "\x00", "🙂"]},
     "stop_patterns": {"stop_regex": [r"\d+", "a|b", ""]},
-    "banned_token": {"logit_bias": {"5": -INF, " 6 ": 3.4e38, "0": -100}},
+    "banned_token": {"logit_bias": {"5": -INF, " 6 ": 1e38, "0": -100}},
+    "small_penalty": {"repetition_penalty": 1e-34},
     "text_that_is_no_grammar": {"regex": "(", "json_schema": None, "ebnf": "root ::="},
     "custom": {"custom_params": {"mine": [1, {"a": None}], "lsa": None}},
     "custom_of_another_type": {"custom_params": "x"},
@@ -166,6 +169,15 @@ LEGAL: dict[str, dict[str, Any]] = {
 def test_what_stock_answers_passes_unchanged(parameters: dict[str, Any]) -> None:
     given = json.loads(json.dumps(parameters))
     assert screened(parameters).sampling_params == given == parameters
+
+
+@pytest.mark.parametrize(("temperature", "most"), [(None, 1e38), (2.0, 1e38), (0.5, 5e37), (1e-7, 1e38)])
+def test_a_bias_stays_finite_when_it_is_divided_by_the_temperature(temperature: float | None, most: float) -> None:
+    """An infinite logit is no probability, over which a GPU ends the server."""
+    given = {"logit_bias": {"5": 3e38, "6": -3e38, "7": -INF, "8": 4}} | (
+        {"temperature": temperature} if temperature else {}
+    )
+    assert screened(given).sampling_params["logit_bias"] == {"5": most, "6": -most, "7": -INF, "8": 4}
 
 
 def test_what_means_the_same_is_put_in_a_form_that_works() -> None:
