@@ -97,6 +97,7 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_host_evicted_pages": pressure["host_evicted_pages"],
         "lsa_refresh_failures": failures["refreshes"],
         "lsa_failed_batches": failures["batches"],
+        "lsa_integrity_failures": failures["integrity"],
         "lsa_graphless_steps": status["graphless_steps"],
         "lsa_prompt_tokens": radix["prompt_tokens"],
         "lsa_prefix_hit_tokens": radix["hit_tokens"],
