@@ -98,6 +98,8 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_refresh_failures": failures["refreshes"],
         "lsa_failed_batches": failures["batches"],
         "lsa_integrity_failures": failures["integrity"],
+        "lsa_weight_updates": status["weights"]["updates"],
+        "lsa_indexer_stale": float(status["weights"]["indexer_is_stale"]),
         "lsa_graphless_steps": status["graphless_steps"],
         "lsa_prompt_tokens": radix["prompt_tokens"],
         "lsa_prefix_hit_tokens": radix["hit_tokens"],
