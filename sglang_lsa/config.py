@@ -96,7 +96,8 @@ class LSAConfig:
     prefill: str = _option(
         "exact",
         "How a prompt reads the prefix that the radix tree has: all of it, or (resident) only the pages of it that are "
-        "predicted to matter. What was computed over a resident prefix does not enter the tree.",
+        "predicted to matter. What was computed over a resident prefix does not enter the tree, unless "
+        "--lsa-cache-outputs lets it.",
         choices=PREFILLS,
     )
     staging_pages: int = _option(
