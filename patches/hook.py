@@ -46,8 +46,7 @@ class Hook:
     @property
     def needless(self) -> bool:
         """Whether SGLang serves without what is wrapped here, because a package that it can do without is missing."""
-        found = importlib.util.find_spec
-        return bool(self.needs) and found("sglang") is not None and found(self.needs) is None
+        return bool(self.needs) and importlib.util.find_spec(self.needs) is None
 
     def problem(self) -> str | None:
         """Why the target cannot be wrapped: it is not there, or takes other parameters than we rely on; else None."""

@@ -34,14 +34,19 @@ def hook_findings(hooks: Sequence[Hook] | None = None) -> list[Finding]:
         found = [Finding(SECTION, "sglang", TROUBLE, "not installed", why, FIX)]
     except IncompatibleSGLang:
         found = [Finding(SECTION, "sglang", TROUBLE, f"is version {version}", why, FIX)]
-    return found + [hook_finding(hook) for hook in hooks or (*INTAKE, *SERVING)]
+    served = found[0].status == OK
+    return found + [hook_finding(hook, served) for hook in hooks or (*INTAKE, *SERVING)]
 
 
-def hook_finding(hook: Hook) -> Finding:
-    """One hook."""
+def hook_finding(hook: Hook, served: bool = True) -> Finding:
+    """One hook.
+
+    Args:
+        served: SGLang itself is there, in the release that the hooks were written for.
+    """
     from sglang_lsa.patches.hook import FIX
 
-    if hook.needless:
+    if served and hook.needless:
         return Finding(SECTION, hook.target, OK, f"not needed: SGLang serves without it, {hook.needs} is not installed")
     try:
         problem = hook.problem()

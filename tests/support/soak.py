@@ -39,8 +39,12 @@ TOLERANCE = 2e-3
 FLAGS = ["--dtype", "float32", "--skip-server-warmup", "--enable-metrics", "--chunked-prefill-size", "512"]
 FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}', "--enable-priority-scheduling"]
 """The first six layers of the embedded model."""
-KINDS = {"ask": 62, "abort": 8, "disconnect": 8, "flush": 3, "bad": 5, "many": 6, "again": 4, "config": 4}
+KINDS = {"ask": 78, "abort": 8, "disconnect": 8, "flush": 3, "bad": 3}
 """What a client does, by how often."""
+MORE_KINDS = KINDS | {"bad": 5, "many": 6, "again": 4, "config": 4}
+"""With ``--more``: several answers, names used again, other configurations, more that is wrong; and priorities."""
+PRIORITIES = [0]
+MORE_PRIORITIES = (0, 0, 100)
 LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "staging_pages": 4}
 """32 pages on the device, 221 on the host; a chunk takes 8."""
 
@@ -96,7 +100,7 @@ def questions(rng: random.Random, count: int) -> list[Question]:
             choices += [{"enabled": False}] * 3
         tokens = rng.choice((8, 24, 80, 300 if len(prompt) < 400 else 150))
         options = tuple(rng.choice(choices).items())
-        made.append(Question(prompt, options, tokens, priority=rng.choice((0, 0, 0, 100))))
+        made.append(Question(prompt, options, tokens, priority=rng.choice(PRIORITIES)))
     return made
 
 
@@ -300,7 +304,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Soak a server of its own and check every answer.")
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", action="store_true", help="other kinds of requests, and priorities")
     args = parser.parse_args()
+    if args.more:
+        KINDS.update(MORE_KINDS)
+        PRIORITIES.extend(MORE_PRIORITIES)
     from serving import assert_idle, flush
 
     from sglang_lsa.embedded_model import embedded_model_path
