@@ -380,7 +380,7 @@ def test_without_sglang_the_rest_is_still_looked_at(monkeypatch: pytest.MonkeyPa
     assert report.host is not None
     hooks = [finding for finding in report.findings if finding.section == "hooks"]
     assert len(hooks) > 10
-    assert {finding.status for finding in hooks} == {TROUBLE}
+    assert {finding.status for finding in hooks if finding.name.startswith("sglang")} == {TROUBLE}
     (plan,) = [finding for finding in report.findings if finding.section == "server"]
     assert (plan.name, plan.status) == ("memory plan", SKIPPED)
     out = io.StringIO()
