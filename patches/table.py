@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sglang_lsa.patches import (
     anthropic_serving_handle_messages,
+    batch_result_processor_process_batch_result_prefill,
     decode_cuda_graph_runner_can_run_graph,
     embedding_req_input_normalize_batch_and_arguments,
     forward_batch_init_new,
@@ -32,6 +33,7 @@ from sglang_lsa.patches import (
     scheduler_handle_generate_request,
     scheduler_init_request_dispatcher,
     scheduler_on_idle,
+    scheduler_output_streamer_stream_output,
     scheduler_pool_stats_observer_get_pool_stats,
     scheduler_run_batch,
     scheduler_weight_updater_manager_flush_cache,
@@ -87,6 +89,8 @@ SERVING: tuple[Hook, ...] = (
     tokenizer_manager_create_abort_task.HOOK,
     scheduler_abort_request.HOOK,
     scheduler_handle_generate_request.HOOK,
+    batch_result_processor_process_batch_result_prefill.HOOK,
+    scheduler_output_streamer_stream_output.HOOK,
 )
 
 
