@@ -37,7 +37,9 @@ LONGEST = (LSA_CONFIG["device_tokens"] // 64 - 1) * 64 - 1
 
 
 @pytest.fixture(scope="module")
-def workers(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def workers(
+    small: ServerProcess, model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("workers")
     MemoryIndexer(IndexerConfig(ModelShape(576, LAYERS, 9, 3, 64), ((1, 0), (3, 4)))).save(folder / "indexer")
     config = folder / "lsa.json"
