@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from sglang_lsa.control import MAX_BYTES, parse_changes
 from sglang_lsa.patches.http_routes import refuse_foreign
+from sglang_lsa.serve.control import MAX_BYTES, parse_changes
 
 
 def add_control_route(app: FastAPI) -> None:

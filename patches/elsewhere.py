@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_lsa.screen.header import EXAMPLE
+from sglang_lsa.serve.screen.header import EXAMPLE
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.screen.request import refusing, screen_samples
+from sglang_lsa.serve.screen.request import refusing, screen_samples
 
 
 def normalize(original, self):

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from sglang_lsa.control import is_foreign
-from sglang_lsa.one_request import formatted
-from sglang_lsa.view.guard import HEADERS
+from sglang_lsa.serve.control import is_foreign
+from sglang_lsa.serve.one_request import formatted
+from sglang_lsa.serve.view.guard import HEADERS
 
 
 def add_routes() -> None:
@@ -42,7 +42,7 @@ def add_status_routes(router: APIRouter, manager: Callable[[], Any]) -> None:
 
     @router.get("/lsa/status")
     async def status(request: Request) -> Response:
-        """Counters of the first scheduler, see ``sglang_lsa.status``."""
+        """Counters of the first scheduler, see ``sglang_lsa.serve.status``."""
         refuse_foreign(request)
         (first, *_) = await ask(manager())
         return _json(json.dumps(first))
@@ -50,7 +50,7 @@ def add_status_routes(router: APIRouter, manager: Callable[[], Any]) -> None:
     @router.get("/lsa/requests")
     async def requests(request: Request, rid: str | None = None) -> Response:
         """All that is known of the requests with this id; without one, a few numbers of those that run and of the last
-        ones that finished. See ``sglang_lsa.one_request``."""
+        ones that finished. See ``sglang_lsa.serve.one_request``."""
         refuse_foreign(request)
         found = await ask(manager(), requests=True, named=rid)
         return _json(await asyncio.to_thread(_written, found))  # long ones take a while, and others want an answer

@@ -12,11 +12,11 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
         SystemExit: LSA cannot work with them. An exception would reach the user inside a traceback of this process,
             and end the one that serves with the status of a process that was killed.
     """
-    from sglang_lsa.compatibility import Unsupported
     from sglang_lsa.config import PAGE_SIZE
-    from sglang_lsa.model_guard import problems
+    from sglang_lsa.memory.pager import Pager
+    from sglang_lsa.patches.compatibility import Unsupported
+    from sglang_lsa.patches.model_guard import problems
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-    from sglang_lsa.radix_ext.pager import Pager
 
     pool = token_to_kv_pool
     if found := problems(

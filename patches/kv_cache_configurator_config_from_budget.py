@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sglang_lsa.engine.sizing import kv_token_bytes, plan_memory, server_needs
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.sizing import kv_token_bytes, plan_memory, server_needs
 
 
 def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):

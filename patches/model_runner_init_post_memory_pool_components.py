@@ -6,9 +6,9 @@ from sglang_lsa.patches.hook import Hook
 
 
 def create_runtime(result, self):
-    from sglang_lsa.metrics import Metrics
-    from sglang_lsa.model_guard import softmax_scale
-    from sglang_lsa.runtime import LSARuntime
+    from sglang_lsa.engine.runtime import LSARuntime
+    from sglang_lsa.patches.model_guard import softmax_scale
+    from sglang_lsa.serve.metrics import Metrics
 
     args = self.server_args
     self.lsa = LSARuntime(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.screen.request import refusing
+from sglang_lsa.serve.screen.request import refusing
 
 
 def convert(original, self, request, raw_request=None):

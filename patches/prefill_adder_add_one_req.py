@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sglang_lsa.engine.preemption import pages_let_go
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.preemption import pages_let_go
 
 
 def add_one_req(original, self, req, *args, **kwargs):

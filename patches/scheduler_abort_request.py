@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.screen.rids import only
+from sglang_lsa.serve.screen.rids import only
 
 
 def abort_exactly(original, self, recv_req):

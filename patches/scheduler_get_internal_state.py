@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.status import status
-from sglang_lsa.view.answer import VIEW, snapshot_text
+from sglang_lsa.serve.status import status
+from sglang_lsa.serve.view.answer import VIEW, snapshot_text
 
 
 def add_status(original, self, recv_req):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from sglang_lsa.one_request import collect, overview
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.status import config_in_force, status
+from sglang_lsa.serve.one_request import collect, overview
+from sglang_lsa.serve.status import config_in_force, status
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sglang_lsa.metrics import device_share
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.serve.metrics import device_share
 
 
 def count_device_pages(result, self):

@@ -8,8 +8,8 @@ from http import HTTPStatus
 
 import torch
 
+from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.prefill import DevicePoolFull
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang_lsa.screen.header import HEADER, asked, parse
-from sglang_lsa.screen.request import UNCHECKED
+from sglang_lsa.serve.screen.header import HEADER, asked, parse
+from sglang_lsa.serve.screen.request import UNCHECKED
 
 READING = "request_body_to_args"
 """FastAPI's function that turns a body into a route's arguments."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sglang_lsa.compatibility import apply_defaults, attach
 from sglang_lsa.config import config_from_argument
+from sglang_lsa.patches.compatibility import apply_defaults, attach
 from sglang_lsa.patches.hook import Hook
 
 

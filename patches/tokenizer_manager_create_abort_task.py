@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.screen.rids import owned
+from sglang_lsa.serve.screen.rids import owned
 
 DELAY = 2.0
 """Seconds, as SGLang waits."""

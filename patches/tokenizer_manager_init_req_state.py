@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.screen.header import asked, merged
-from sglang_lsa.screen.request import refusing, screen
-from sglang_lsa.screen.rules import Server
+from sglang_lsa.serve.screen.header import asked, merged
+from sglang_lsa.serve.screen.request import refusing, screen
+from sglang_lsa.serve.screen.rules import Server
 
 
 def screened(original, self, obj, request=None, lifecycle_id=None):
@@ -50,6 +50,6 @@ HOOK = Hook(
     function=screened,
     parameters=("self", "obj", "request", "lifecycle_id"),
     why="SGLang's scheduler and detokenizer end with the first value that they do not expect.",
-    until="SGLang checks the fields in sglang_lsa/screen/table.py itself.",
+    until="SGLang checks the fields in sglang_lsa/serve/screen/table.py itself.",
     test="tests/server/test_screen.py::test_refused_and_alive",
 )

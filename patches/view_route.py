@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.view.answer import VIEW
-from sglang_lsa.view.events import Broadcast
-from sglang_lsa.view.routes import add_routes
+from sglang_lsa.serve.view.answer import VIEW
+from sglang_lsa.serve.view.events import Broadcast
+from sglang_lsa.serve.view.routes import add_routes
 
 
 def add_view_route(router: Any) -> None:

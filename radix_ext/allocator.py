@@ -7,8 +7,8 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
 from sglang.srt.utils import get_num_new_pages
 
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.radix_ext.transfer import ids_on
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.transfer import ids_on
 
 
 class VirtualPageAllocator(PagedTokenToKVPoolAllocator):

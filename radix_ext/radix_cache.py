@@ -12,10 +12,10 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from sglang_lsa.pages import align_up
+from sglang_lsa.memory.pages import align_up
 
 if TYPE_CHECKING:
-    from sglang_lsa.runtime import LSARuntime
+    from sglang_lsa.engine.runtime import LSARuntime
 
 
 def build_tree_cache(params, runtime: LSARuntime) -> LSARadixCache | LSAChunkCache:

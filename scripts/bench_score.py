@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.observe import QueryObserver
+from sglang_lsa.engine.policies import Request
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.kernels.page_score import to_8_bits
-from sglang_lsa.observe import QueryObserver
-from sglang_lsa.policies import Request
 
 TOKENS = (32_768, 131_072, 524_288)
 BATCHES = (1, 16)

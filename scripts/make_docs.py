@@ -13,7 +13,7 @@ import sys
 
 from sglang_lsa import config
 from sglang_lsa.config import LSAConfig, RequestOptions
-from sglang_lsa.screen.table import FIELDS, SAMPLING, Row
+from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/config.py; change it there. -->"
@@ -69,7 +69,7 @@ client.chat.completions.create(..., extra_body={"custom_params": {"lsa": {"budge
 """
 
 
-REQUESTS_NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/screen/table.py; change it there. -->"
+REQUESTS_NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/serve/screen/table.py; change it there. -->"
 REQUESTS_HEAD = """# What a request may say
 
 ## Requests that end stock SGLang
@@ -81,7 +81,7 @@ and the other generating routes before anything reaches the scheduler. What cann
 value seen and what to do; what means nothing on this server is left out; what stock answers is answered.
 
 The rows below are the screen itself. A test fails if the installed SGLang has a field without a row or a reason in
-`sglang_lsa/screen/harmless.py` why none is needed; `tests/server/test_screen.py` asks a real server, and
+`sglang_lsa/serve/screen/harmless.py` why none is needed; `tests/server/test_screen.py` asks a real server, and
 `python tests/support/fuzz.py` sends it ten thousand mutated requests.
 """
 REQUESTS_TAIL = """

@@ -131,7 +131,7 @@ def _address(text: str) -> str:
 def _view(args: argparse.Namespace) -> int:
     import asyncio
 
-    from sglang_lsa.view.forward import serve
+    from sglang_lsa.serve.view.forward import serve
 
     try:
         asyncio.run(serve(args.server, args.port, lambda address: print(f"Open {address}", flush=True)))

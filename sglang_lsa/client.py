@@ -17,7 +17,7 @@ class NoServer(RuntimeError):
 
 
 def get_status(url: str, timeout: float = 60) -> dict[str, Any]:
-    """The ``/lsa/status`` of the server at ``url``; its contents are described in ``sglang_lsa.status``.
+    """The ``/lsa/status`` of the server at ``url``; its contents are described in ``sglang_lsa.serve.status``.
 
     Raises:
         NoServer: nothing listens there, or it is not a server with LSA.
@@ -32,8 +32,9 @@ def get_requests(url: str, rid: str | None = None, timeout: float = 60) -> dict[
     """The ``/lsa/requests`` of the server at ``url``: ``finished`` and ``running`` ones, the newest last.
 
     Args:
-        rid: all that is known of the requests of this name, their sets included (``sglang_lsa.one_request.formatted``);
-            None: a few numbers of those that run and of the last 64 that finished.
+        rid: all that is known of the requests of this name, their sets included
+            (``sglang_lsa.serve.one_request.formatted``); None: a few numbers of those that run and of the last 64 that
+            finished.
 
     Raises:
         NoServer: nothing listens there, or it is not a server with LSA.

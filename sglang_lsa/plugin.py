@@ -39,7 +39,7 @@ def install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from sglang_lsa.compatibility import BACKENDS, RADIX_CACHE_BACKEND
+    from sglang_lsa.patches.compatibility import BACKENDS, RADIX_CACHE_BACKEND
     from sglang_lsa.patches.table import INTAKE, SERVING
     from sglang_lsa.patches.table import install as install_hooks
     from sglang_lsa.stock_server import let_sglang_run_on_this_cpu
@@ -57,13 +57,13 @@ def install() -> None:
 
 
 def _cpu_attention_backend(model_runner):
-    from sglang_lsa.attention import LSATorchBackend
+    from sglang_lsa.attend.torch_native import LSATorchBackend
 
     return LSATorchBackend(model_runner)
 
 
 def _gpu_attention_backend(model_runner):
-    from sglang_lsa.attention_flashinfer import LSAFlashInferBackend
+    from sglang_lsa.attend.flashinfer import LSAFlashInferBackend
 
     return LSAFlashInferBackend(model_runner, init_new_workspace=model_runner.init_new_workspace)
 

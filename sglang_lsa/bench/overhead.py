@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.status import status
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.serve.status import status
 
 STEPS = 256
 """Decode steps that are measured: four windows."""

@@ -23,7 +23,7 @@ from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.serving import READY_SECONDS, SYSTEMS, commit, gpu_name
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.radix_ext.host_mirror import GB, require_host_memory
+from sglang_lsa.memory.mirror import GB, require_host_memory
 from sglang_lsa.server_process import ServerProcess
 
 CHUNK = 8192

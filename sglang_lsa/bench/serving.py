@@ -23,8 +23,8 @@ from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
+from sglang_lsa.memory.mirror import GB, available_host_memory
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import LSA, ServerProcess
 
 STOCK = "sglang.launch_server"

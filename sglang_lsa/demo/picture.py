@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_lsa.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
 
 NOT_RESIDENT, SINK, RECENT, CHOSEN, NOT_WRITTEN = range(5)
 NAMES = {

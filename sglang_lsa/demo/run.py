@@ -187,7 +187,7 @@ def _panel(question: Question, policy: str, answer: Answer, request: dict[str, A
         ),
         history=request["history"],
         context_tokens=request["context_tokens"],
-        # As in sglang_lsa.selection.
+        # As in sglang_lsa.engine.selection.
         sink_pages=min(CONFIG.sink_pages, bound // 2),
         recent_pages=max(1, min(CONFIG.recent_pages, bound // 4)),
         fact_pages=pages,

@@ -158,9 +158,9 @@ def _server(
     args: argparse.Namespace, server_flags: Sequence[str], gpu: Gpu | None
 ) -> tuple[Server | None, tuple[Fit, ...], list[Finding]]:
     """The server that the flags would start, how many contexts it runs, and what is to be said about both."""
-    from sglang_lsa.compatibility import Unsupported
     from sglang_lsa.doctor.server import Assumed, plan_server, resolve
-    from sglang_lsa.models import seen_after_load
+    from sglang_lsa.patches.compatibility import Unsupported
+    from sglang_lsa.patches.models import seen_after_load
 
     assumed = Assumed(_bytes(args.gpu_memory_gb), _bytes(args.free_host_memory_gb))
     why = "the server would refuse to start"
@@ -192,7 +192,7 @@ def _server(
 
 def plan_findings(server: Server) -> list[Finding]:
     """Whether the host holds what was planned, and its mirror what the device has room for."""
-    from sglang_lsa.sizing import round_up_gb
+    from sglang_lsa.engine.sizing import round_up_gb
 
     plan, sized = server.plan, server.config.device_tokens or server.config.device_memory_gb
     name = "memory plan"
@@ -215,7 +215,7 @@ def plan_findings(server: Server) -> list[Finding]:
 def context_finding(server: Server, context: Fit, asked: bool) -> Finding | None:
     """What is wrong with contexts of this length; trouble only if they were asked for."""
     from sglang_lsa.doctor.contexts import HOST
-    from sglang_lsa.sizing import round_up_gb
+    from sglang_lsa.engine.sizing import round_up_gb
 
     name, status, plan = f"contexts of {context.tokens}", TROUBLE if asked else NOTE, server.plan
     if context.tokens > server.context_tokens:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.selection import budget_pages
-from sglang_lsa.sizing import MemoryPlan, largest_set, longest_dense, max_resident_pages, set_bounds
+from sglang_lsa.engine.selection import budget_pages
+from sglang_lsa.engine.sizing import MemoryPlan, largest_set, longest_dense, max_resident_pages, set_bounds
+from sglang_lsa.memory.pages import pages_spanned
 
 DEVICE, HOST, REQUESTS = "device pool", "host mirror", "--max-running-requests"
 

@@ -89,7 +89,7 @@ def host_here() -> Host:
     """What this process can have of the host's memory, its container's limit included."""
     import psutil
 
-    from sglang_lsa.radix_ext.host_mirror import available_host_memory
+    from sglang_lsa.memory.mirror import available_host_memory
 
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     free = shutil.disk_usage(SHM).free if os.path.isdir(SHM) else None

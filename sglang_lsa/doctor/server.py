@@ -1,8 +1,8 @@
 """The server that these flags would start: its arguments as SGLang resolves them, and its memory plan. Loads nothing.
 
 Arguments go through the server's own code with the hooks installed in this process, and the plan is made by
-:mod:`sglang_lsa.sizing`, which the server calls when its model is loaded. What the server measures then is estimated
-here: the device memory that is free before the weights are loaded, and the weights.
+:mod:`sglang_lsa.engine.sizing`, which the server calls when its model is loaded. What the server measures then is
+estimated here: the device memory that is free before the weights are loaded, and the weights.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa import compatibility, sizing
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.doctor.contexts import Fit, fit
 from sglang_lsa.doctor.machine import Gpu
 from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, weights_of
+from sglang_lsa.engine import sizing
+from sglang_lsa.engine.sizing import MemoryPlan, kv_token_bytes, plan_memory, server_needs
 from sglang_lsa.launch_server import server_arguments, with_defaults
-from sglang_lsa.radix_ext import host_mirror
-from sglang_lsa.radix_ext.host_mirror import GB
-from sglang_lsa.sizing import MemoryPlan, kv_token_bytes, plan_memory, server_needs
+from sglang_lsa.memory import mirror as host_mirror
+from sglang_lsa.memory.mirror import GB
+from sglang_lsa.patches import compatibility
 
 CUDA_CONTEXT_BYTES = GB // 2
 """Assumed to be gone from a GPU before weights are loaded."""

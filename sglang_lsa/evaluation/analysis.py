@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sglang_lsa.evaluation.arms import FULL
-from sglang_lsa.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
 
 
 def lost(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.evaluation.questions import Question
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.selection import budget_pages
+from sglang_lsa.memory.pages import pages_spanned
 
 FULL, LSA, EVIDENCE = "full", "lsa", "evidence"
 

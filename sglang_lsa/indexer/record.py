@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sglang_lsa.admission import NAME
+from sglang_lsa.engine.admission import NAME
 from sglang_lsa.indexer.corpus import Prompt, Tokens, make_prompts
 from sglang_lsa.indexer.recording import BadRecording, read_recording
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess

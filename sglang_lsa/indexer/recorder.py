@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
+from sglang_lsa.engine.admission import key_of
+from sglang_lsa.engine.policies import Request
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
 from sglang_lsa.kernels.page_score import bound_score
-from sglang_lsa.pages import pages_complete, pages_spanned
-from sglang_lsa.policies import Request
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
 

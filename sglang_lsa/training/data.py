@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.selection import always_kept, budget_pages
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.record import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, Facts, read_recording
-from sglang_lsa.pages import pages_complete, pages_spanned
-from sglang_lsa.selection import always_kept, budget_pages
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 HORIZON = 64
 """Tokens after an anchor whose attention is to be predicted."""

@@ -13,9 +13,9 @@ from rich.table import Table
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 
+from sglang_lsa.engine.selection import select
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.selection import select
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.training.data import Recording
 
 BUDGETS = (0.135, 0.07)

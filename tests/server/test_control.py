@@ -12,7 +12,7 @@ import pytest
 from prompts import needle, prose
 from serving import finished_request, generate, running_requests, wait_until_idle
 
-from sglang_lsa.control import CHANGEABLE, MAX_BYTES
+from sglang_lsa.serve.control import CHANGEABLE, MAX_BYTES
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server

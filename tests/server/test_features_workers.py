@@ -23,9 +23,9 @@ from serving import assert_idle, finished_request, flush, is_busy, refused, wait
 from soak import FLAGS, LSA_CONFIG
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.reading import IN_PLACE
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.reading import IN_PLACE
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = pytest.mark.server

@@ -13,8 +13,8 @@ import yaml
 from prompts import prose
 from serving import flush, generate, wait_until_idle
 
-from sglang_lsa.metrics import COUNTERS, GAUGES, PREFIX
-from sglang_lsa.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.serve.metrics import COUNTERS, GAUGES, PREFIX
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = pytest.mark.server

@@ -13,7 +13,7 @@ from prompts import needle, prose
 from serving import finished_request, flush, flush_cache, generate, running_requests, wait_until_idle
 from soak import FLAGS
 
-from sglang_lsa.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import STOCK, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -16,9 +16,9 @@ import pytest
 from prompts import needle
 from serving import flush, generate, is_busy, wait_until_idle
 
+from sglang_lsa.serve.view.events import MOST_STREAMS
+from sglang_lsa.serve.view.routes import PAGE
 from sglang_lsa.server_process import ServerProcess
-from sglang_lsa.view.events import MOST_STREAMS
-from sglang_lsa.view.routes import PAGE
 
 pytestmark = pytest.mark.server
 

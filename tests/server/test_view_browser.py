@@ -17,8 +17,8 @@ from prompts import needle
 from serving import generate
 from view_pages import ARGUMENTS, CHROMIUM, Crowd, ViewServer
 
+from sglang_lsa.serve.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode
 from sglang_lsa.server_process import ServerProcess
-from sglang_lsa.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make setup`")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")

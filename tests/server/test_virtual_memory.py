@@ -17,7 +17,7 @@ from serving import (
 )
 
 from sglang_lsa.client import get_requests
-from sglang_lsa.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from sglang_lsa import launch_server
-from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.policies import Quest, Refresh, Request
-from sglang_lsa.prefill import Prefill
-from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.staging import StagedPages, Staging
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.policies import Quest, Refresh, Request
+from sglang_lsa.engine.prefill import Prefill
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.staging import StagedPages, Staging
 
 DOOMED: set[str] = set()
 """Kinds of fault that the batch being queued asks for: what the names of its requests begin with."""

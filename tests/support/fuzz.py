@@ -28,8 +28,8 @@ from serving import assert_idle
 from soak import FLAGS, LSA_CONFIG
 from tqdm import tqdm
 
-from sglang_lsa.control import CHANGEABLE
-from sglang_lsa.screen.request import SAMPLING_NAMES
+from sglang_lsa.serve.control import CHANGEABLE
+from sglang_lsa.serve.screen.request import SAMPLING_NAMES
 from sglang_lsa.server_process import LSA, ServerProcess
 
 ANSWERS = {200, 400, 401, 403, 404, 405, 413, 415, 422}

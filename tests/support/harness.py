@@ -14,8 +14,8 @@ import torch
 from simulated_gpu import LAYERS, SimulatedGPU
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.policies import Request
-from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.memory.pager import Pager
 
 NONE = np.zeros(0, dtype=np.int64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.memory.pager import Pager
 
 
 def owed(pager: Pager) -> dict[str, int]:

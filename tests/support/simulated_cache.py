@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.memory.pager import Pager
 
 NONE = np.zeros(0, dtype=np.int64)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.radix_ext.transfer import Finished
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.transfer import Finished
 
 LAYERS = 2
 

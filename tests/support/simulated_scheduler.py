@@ -13,12 +13,12 @@ from simulated_cache import NONE, Allocator, Node, Tree
 from simulated_gpu import SimulatedGPU
 from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
 
-from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.reading import RESIDENT
-from sglang_lsa.resident_table import COUNT, PAGES, TAIL_START
-from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.engine.admission import key_of
+from sglang_lsa.engine.reading import RESIDENT
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.memory.resident_table import COUNT, PAGES, TAIL_START
 
 
 class Scheduler:

@@ -16,8 +16,8 @@ from simulated_cache import Node, keys_of
 from simulated_gpu import LAYERS
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.pages import pages_complete, pages_spanned
-from sglang_lsa.radix_ext.pager import Pager
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 LONGEST_ANSWER = 1024
 """Tokens that a request generates at most."""

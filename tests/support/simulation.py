@@ -30,9 +30,9 @@ from simulated_scheduler import Scheduler
 from simulated_work import Req
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.policies import Request
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.pager import Pager
 
 ROWS = 8
 """Requests that run at the same time."""

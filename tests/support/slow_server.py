@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sglang_lsa import launch_server
-from sglang_lsa.radix_ext.transfer import StreamTransfer
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.staging import StagedPages
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.staging import StagedPages
+from sglang_lsa.memory.transfer import StreamTransfer
 
 CYCLES_A_MS = 1_500_000
 """Roughly, of a GPU clock."""

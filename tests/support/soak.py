@@ -29,7 +29,7 @@ from soak_more import WrongOptions, change_configuration, several_answers, use_a
 from tqdm import tqdm
 
 from sglang_lsa.client import get_requests
-from sglang_lsa.control import CHANGEABLE
+from sglang_lsa.serve.control import CHANGEABLE
 from sglang_lsa.server_process import LSA, ServerProcess
 
 VOCABULARY = (1000, 40_000)

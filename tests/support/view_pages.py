@@ -14,11 +14,11 @@ import numpy as np
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
-from sglang_lsa.metrics import COUNTERS, GAUGES
+from sglang_lsa.serve.metrics import COUNTERS, GAUGES
+from sglang_lsa.serve.view.events import Broadcast
+from sglang_lsa.serve.view.routes import add_routes
+from sglang_lsa.serve.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode, pages_per_column
 from sglang_lsa.server_process import free_port
-from sglang_lsa.view.events import Broadcast
-from sglang_lsa.view.routes import add_routes
-from sglang_lsa.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode, pages_per_column
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 """The system's browser; None without one."""

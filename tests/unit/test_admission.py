@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from promises import owed
 
-from sglang_lsa.admission import Admission, Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.policies import Recency
-from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
-from sglang_lsa.resident_table import ResidentTable
+from sglang_lsa.engine.admission import Admission, Admitted
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.policies import Recency
+from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.memory.resident_table import ResidentTable
 
 PHYSICAL, VIRTUAL = 24, 200
 ROOM = (PHYSICAL - 1) * PAGE_SIZE

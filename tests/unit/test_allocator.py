@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from promises import owed
 from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
 
+from sglang_lsa.memory.ledger import LedgerError
+from sglang_lsa.memory.pager import Pager
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-from sglang_lsa.radix_ext.ledger import LedgerError
-from sglang_lsa.radix_ext.pager import Pager
 
 PAGE = 4
 PAGES = 12

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.attention import QUERY_BLOCK, LSATorchBackend, attend, attend_part
+from sglang_lsa.attend.torch_native import QUERY_BLOCK, LSATorchBackend, attend, attend_part
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.reading import Reading
 from sglang_lsa.kernels.merge_states import merge_states
-from sglang_lsa.reading import Reading
-from sglang_lsa.staging import Staging
+from sglang_lsa.memory.staging import Staging
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]

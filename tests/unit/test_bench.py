@@ -25,8 +25,8 @@ from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures, stock_kv_bytes
 from sglang_lsa.bench.shapes import SHAPES
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.serve.status import status as status_of
 from sglang_lsa.server_process import ServerFailed
-from sglang_lsa.status import status as status_of
 
 GB = 1 << 30
 VOCABULARY = 128256

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.control import (
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.serve.control import (
     CHANGEABLE,
     MAX_BYTES,
     OF_A_REQUEST,
@@ -22,10 +24,8 @@ from sglang_lsa.control import (
     is_foreign,
     parse_changes,
 )
-from sglang_lsa.metrics import measure
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.status import status
+from sglang_lsa.serve.metrics import measure
+from sglang_lsa.serve.status import status
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ from sglang_lsa.doctor.report import show
 from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
 from sglang_lsa.doctor.versions import package_finding, version_findings
 from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
+from sglang_lsa.engine.sizing import MemoryPlan
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.sizing import MemoryPlan
 
 EIGHT_B = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.fetch import Fetch
+from sglang_lsa.engine.deferred_scores import Fetch
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sglang_lsa.metrics import COUNTERS, GAUGES, PREFIX
+from sglang_lsa.serve.metrics import COUNTERS, GAUGES, PREFIX
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "grafana"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_lsa.radix_ext import heat as heat_module
-from sglang_lsa.radix_ext.heat import HALF_LIFE, Heat
+from sglang_lsa.memory import heat as heat_module
+from sglang_lsa.memory.heat import HALF_LIFE, Heat
 
 
 def ids(*pages: int) -> np.ndarray:

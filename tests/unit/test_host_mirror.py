@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from sglang_lsa.radix_ext import host_mirror
-from sglang_lsa.radix_ext.host_mirror import GB, HostMirror, available_host_memory, require_host_memory
+from sglang_lsa.memory import mirror as host_mirror
+from sglang_lsa.memory.mirror import GB, HostMirror, available_host_memory, require_host_memory
 
 V2 = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current")
 V1 = ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes")

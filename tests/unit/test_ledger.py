@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang_lsa.radix_ext.heat import HALF_LIFE
-from sglang_lsa.radix_ext.ledger import Ledger, LedgerError, Plan
+from sglang_lsa.memory.heat import HALF_LIFE
+from sglang_lsa.memory.ledger import Ledger, LedgerError, Plan
 
 
 def ledger_with(*pages: int, virtual: int = 8, physical: int = 4) -> Ledger:

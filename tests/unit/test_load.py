@@ -11,9 +11,9 @@ import torch
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats, SchedulerPoolStatsObserver
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.scheduler_pool_stats_observer_get_pool_stats import HOOK
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-from sglang_lsa.radix_ext.pager import Pager
 
 PHYSICAL, VIRTUAL = 40, 160
 TOTAL = VIRTUAL * PAGE_SIZE

@@ -14,12 +14,12 @@ from harness import Wanted
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
-from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.pages import align_up, pages_complete, pages_spanned
-from sglang_lsa.policies import Policy, Random, Recency, Request
-from sglang_lsa.radix_ext.ledger import LedgerError
-from sglang_lsa.resident_table import ResidentTable
-from sglang_lsa.selection import Watched
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.policies import Policy, Random, Recency, Request
+from sglang_lsa.engine.selection import Watched
+from sglang_lsa.memory.ledger import LedgerError
+from sglang_lsa.memory.pages import align_up, pages_complete, pages_spanned
+from sglang_lsa.memory.resident_table import ResidentTable
 
 PHYSICAL, VIRTUAL = 24, 160
 WINDOW = 4

@@ -15,12 +15,12 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_lsa.compatibility import Unsupported
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.model_guard import attention_layers, problems, softmax_scale
-from sglang_lsa.models import WINDOWED, model_problems, seen_after_load
 from sglang_lsa.patches import kv_cache_configurator_build_allocator as build_allocator_hook
 from sglang_lsa.patches import model_runner_init_post_memory_pool_components as create_runtime_hook
+from sglang_lsa.patches.compatibility import Unsupported
+from sglang_lsa.patches.model_guard import attention_layers, problems, softmax_scale
+from sglang_lsa.patches.models import WINDOWED, model_problems, seen_after_load
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 5, 4, 2, 16

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.observe import PageKeys, QueryObserver, default_layers, recent_tokens
 from sglang_lsa.kernels.page_table import resident_slots
-from sglang_lsa.observe import PageKeys, QueryObserver, default_layers, recent_tokens
-from sglang_lsa.resident_table import ResidentTable
+from sglang_lsa.memory.resident_table import ResidentTable
 
 HEADS, DIM = 2, 3
 LAYERS = (1, 4)

@@ -16,14 +16,14 @@ from fastapi.testclient import TestClient
 from sglang.srt.managers import io_struct
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
-from sglang_lsa.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
+from sglang_lsa.engine.policies import HISTORY_WINDOWS, Request, Window
+from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
+from sglang_lsa.engine.selection import Watched
+from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.http_routes import add_status_routes, ask, refuse_foreign, together
 from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
-from sglang_lsa.policies import HISTORY_WINDOWS, Request, Window
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import FINISHED_REMEMBERED, LSARuntime
-from sglang_lsa.selection import Watched
-from sglang_lsa.status import status
+from sglang_lsa.serve.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
+from sglang_lsa.serve.status import status
 
 
 @pytest.fixture

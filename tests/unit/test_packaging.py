@@ -156,10 +156,10 @@ def test_python_range_is_the_same_everywhere() -> None:
 
 MAY_IMPORT_SGLANG = {
     "sglang_lsa/plugin.py",
-    "sglang_lsa/attention.py",
-    "sglang_lsa/attention_flashinfer.py",
+    "sglang_lsa/attend/torch_native.py",
+    "sglang_lsa/attend/flashinfer.py",
     "sglang_lsa/launch_server.py",
-    "sglang_lsa/model_guard.py",
+    "patches/model_guard.py",
     "sglang_lsa/stock_server.py",
     "sglang_lsa/doctor/server.py",
     "radix_ext/allocator.py",
@@ -214,11 +214,15 @@ def test_layers(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("path", "source", "forbidden"),
     [
-        ("sglang_lsa/pages.py", "import sglang", ["sglang"]),
-        ("sglang_lsa/pages.py", "import sglang_lsa.config", []),
-        ("radix_ext/ledger.py", "def f():\n    from sglang.srt import server_args", ["sglang.srt.server_args"]),
-        ("radix_ext/ledger.py", "importlib.import_module('sglang.srt')", ["sglang.srt"]),
-        ("radix_ext/ledger.py", "if TYPE_CHECKING:\n    import sglang\nelse:\n    import sglang.srt", ["sglang.srt"]),
+        ("sglang_lsa/memory/pages.py", "import sglang", ["sglang"]),
+        ("sglang_lsa/memory/pages.py", "import sglang_lsa.config", []),
+        ("sglang_lsa/memory/ledger.py", "def f():\n    from sglang.srt import server_args", ["sglang.srt.server_args"]),
+        ("sglang_lsa/memory/ledger.py", "importlib.import_module('sglang.srt')", ["sglang.srt"]),
+        (
+            "sglang_lsa/memory/ledger.py",
+            "if TYPE_CHECKING:\n    import sglang\nelse:\n    import sglang.srt",
+            ["sglang.srt"],
+        ),
         ("radix_ext/allocator.py", "import sglang", []),
         ("patches/any.py", "import sglang", []),
         ("kernels/a.py", "import triton.language\nfrom . import b\nfrom sglang_lsa.kernels.b import c", []),

@@ -16,13 +16,13 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.pages import pages_spanned
-from sglang_lsa.policies import Request
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.page_index import PageIndex
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-from sglang_lsa.radix_ext.page_index import PageIndex
-from sglang_lsa.radix_ext.pager import Pager
 from sglang_lsa.radix_ext.radix_cache import LSAChunkCache, build_tree_cache
-from sglang_lsa.runtime import LSARuntime
 
 WAITS = {
     "cpu",

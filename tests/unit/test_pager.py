@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from promises import owed
 from simulated_gpu import LAYERS
 
-from sglang_lsa.radix_ext.ledger import LedgerError
+from sglang_lsa.memory.ledger import LedgerError
 
 PAGE, HEADS, DIM = 4, 2, 3
 PHYSICAL, VIRTUAL = 4, 10

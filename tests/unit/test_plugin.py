@@ -25,32 +25,32 @@ import pytest
 import torch
 
 from sglang_lsa import SGLANG_VERSION, compatibility
-from sglang_lsa.admission import Admission, Admitted
-from sglang_lsa.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.doctor.findings import OK
 from sglang_lsa.doctor.hooks import hook_finding
+from sglang_lsa.engine.admission import Admission, Admitted
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.policies import Recency
+from sglang_lsa.engine.prefill import DevicePoolFull
+from sglang_lsa.engine.reading import IN_PLACE, STREAMED
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.lookahead import Lookahead
-from sglang_lsa.models import shape_of
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches import (
     model_runner_forward,
     scheduler_add_request_to_queue,
     scheduler_run_batch,
     uvicorn_run,
 )
+from sglang_lsa.patches.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
 from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
+from sglang_lsa.patches.models import shape_of
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.patches.table import install as install_hooks
-from sglang_lsa.policies import Recency
-from sglang_lsa.prefill import DevicePoolFull
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.reading import IN_PLACE, STREAMED
-from sglang_lsa.resident_table import ResidentTable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALL = (*INTAKE, *SERVING)

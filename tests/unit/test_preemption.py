@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.preemption import pages_let_go
+from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.prefill_adder_add_one_req import choose_after_preemption, preemptible
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass, get_new_batch_prefill
-from sglang_lsa.preemption import pages_let_go
-from sglang_lsa.radix_ext.pager import Pager
 
 DEVICE_PAGES = 24
 NOTHING = np.zeros(0, dtype=np.int64)

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from promises import owed
 from simulated_gpu import LAYERS
 
-from sglang_lsa import prefill as prefill_module
-from sglang_lsa.admission import key_of
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.one_request import collect, formatted
-from sglang_lsa.pages import pages_complete, pages_spanned
-from sglang_lsa.policies import Request
-from sglang_lsa.prefill import DevicePoolFull
-from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED, Reading
-from sglang_lsa.runtime import LSARuntime
+from sglang_lsa.engine import prefill as prefill_module
+from sglang_lsa.engine.admission import key_of
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.prefill import DevicePoolFull
+from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
+from sglang_lsa.serve.one_request import collect, formatted
 
 PHYSICAL, VIRTUAL = 24, 250
 CHUNK = 4 * PAGE_SIZE

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.prompt_lookup import LONGEST, MOST, continued_at, pages_next
+from sglang_lsa.engine.prompt_lookup import LONGEST, MOST, continued_at, pages_next
 
 A, B = list(range(100, 120)), list(range(200, 220))
 

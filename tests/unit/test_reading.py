@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.reading import Reading
+from sglang_lsa.engine.reading import Reading
 
 PAGES = np.array([7, 3, 9, 4], dtype=np.int64)
 """Virtual pages of a prefix of four pages, in order of position."""

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from sglang_lsa.config import markdown_table
-from sglang_lsa.metrics import markdown_table as metrics_table
+from sglang_lsa.serve.metrics import markdown_table as metrics_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

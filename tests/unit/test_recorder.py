@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
+from sglang_lsa.engine.policies import Request
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score_reference
-from sglang_lsa.policies import Request
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 8
 OBSERVED = (0, 2)

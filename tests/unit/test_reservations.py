@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_lsa.radix_ext.reservations import Reservations
+from sglang_lsa.memory.reservations import Reservations
 
 
 def test_what_is_taken_is_no_longer_owed() -> None:

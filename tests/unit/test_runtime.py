@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.admission import Admitted
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.admission import Admitted
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
-from sglang_lsa.metrics import COUNTERS, GAUGES, measure
-from sglang_lsa.policies import Request
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.reading import IN_PLACE, RESIDENT, STREAMED
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.sizing import selector_needs
-from sglang_lsa.status import overhead_bytes, status
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
+from sglang_lsa.serve.status import overhead_bytes, status
 
 ROWS, CONTEXT = 9, 20 * PAGE_SIZE
 
@@ -69,7 +69,7 @@ def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_indices_reference(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices)
         compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
 
-    monkeypatch.setattr("sglang_lsa.runtime.decode_indices", seen)
+    monkeypatch.setattr("sglang_lsa.engine.runtime.decode_indices", seen)
     runtime._compile_kernels()
     lanes = {lanes_for(batch) for batch in range(1, ROWS)}
     kinds = (torch.int32, torch.int64)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
-from sglang_lsa.screen import harmless, header, rids
-from sglang_lsa.screen.request import refusing, row_of, screen, screen_samples
-from sglang_lsa.screen.rules import Refused, Server
-from sglang_lsa.screen.sampling_rules import MOST_SAMPLES
-from sglang_lsa.screen.table import ROWS
+from sglang_lsa.serve.screen import harmless, header, rids
+from sglang_lsa.serve.screen.request import refusing, row_of, screen, screen_samples
+from sglang_lsa.serve.screen.rules import Refused, Server
+from sglang_lsa.serve.screen.sampling_rules import MOST_SAMPLES
+from sglang_lsa.serve.screen.table import ROWS
 
 SERVER = Server(vocabulary=49152, hidden_size=4, dtype="bfloat16")
 
@@ -57,7 +57,7 @@ def test_every_field_has_a_row_or_a_reason() -> None:
     known: set[str] = set()
     for route, fields, reasons in models():
         missing = [name for name in fields if row_of(name) is None and name not in reasons]
-        assert not missing, f"{route}: {missing} have neither a row in sglang_lsa/screen/table.py nor a reason"
+        assert not missing, f"{route}: {missing} have neither a row in sglang_lsa/serve/screen/table.py nor a reason"
         known |= set(fields)
     stale = [row.field for row in ROWS if (row.sampling or row.field) not in known]
     stale += [name for name in {*harmless.REQUEST, *harmless.PROTOCOLS} if name not in known]

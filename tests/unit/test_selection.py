@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_lsa.selection import (
+from sglang_lsa.engine.selection import (
     Watched,
     affordable,
     always_kept,

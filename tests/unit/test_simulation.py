@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from simulation import failure_of
 
-from sglang_lsa.prefill import Prefill
-from sglang_lsa.radix_ext.ledger import Ledger
+from sglang_lsa.engine.prefill import Prefill
+from sglang_lsa.memory.ledger import Ledger
 
 SEEDS = range(200)
 

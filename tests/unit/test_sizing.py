@@ -11,11 +11,8 @@ import torch
 
 from sglang_lsa import observe, sizing
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
-from sglang_lsa.radix_ext.host_mirror import GB, available_host_memory
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.sizing import (
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.sizing import (
     HOST_SHARE,
     MemoryPlan,
     Needs,
@@ -25,7 +22,10 @@ from sglang_lsa.sizing import (
     selector_needs,
     server_needs,
 )
-from sglang_lsa.status import overhead_bytes
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.memory.mirror import GB, available_host_memory
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.serve.status import overhead_bytes
 
 TOKEN_BYTES = 16384  # 65,536 tokens in a GB
 PLENTY = 1 << 40

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.staging import StagedPages, Staging, staging_bytes, sums_bytes
+from sglang_lsa.memory.staging import StagedPages, Staging, staging_bytes, sums_bytes
 
 PAGE, LAYERS, HEADS, DIM = 4, 3, 2, 5
 BLOCK = 3

@@ -19,19 +19,18 @@ from aiohttp import web
 
 from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.policies import Request
-from sglang_lsa.radix_ext.ledger import Ledger
-from sglang_lsa.radix_ext.pager import Pager
-from sglang_lsa.runtime import LSARuntime
-from sglang_lsa.server_process import free_port
-from sglang_lsa.view import snapshot as snapshot_module
-from sglang_lsa.view import tree as tree_module
-from sglang_lsa.view.answer import snapshot_text
-from sglang_lsa.view.events import Broadcast, TooManyStreams, encode_event
-from sglang_lsa.view.forward import application
-from sglang_lsa.view.guard import content_security_policy, refusal
-from sglang_lsa.view.routes import PAGE
-from sglang_lsa.view.snapshot import (
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.serve.view import snapshot as snapshot_module
+from sglang_lsa.serve.view import tree as tree_module
+from sglang_lsa.serve.view.answer import snapshot_text
+from sglang_lsa.serve.view.events import Broadcast, TooManyStreams, encode_event
+from sglang_lsa.serve.view.forward import application
+from sglang_lsa.serve.view.guard import content_security_policy, refusal
+from sglang_lsa.serve.view.routes import PAGE
+from sglang_lsa.serve.view.snapshot import (
     ARRIVING,
     CACHED,
     HOST,
@@ -45,7 +44,8 @@ from sglang_lsa.view.snapshot import (
     pages_per_column,
     snapshot,
 )
-from sglang_lsa.view.tree import TreePicture
+from sglang_lsa.serve.view.tree import TreePicture
+from sglang_lsa.server_process import free_port
 
 
 def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options: object) -> LSARuntime:

@@ -1,0 +1,201 @@
+"""What LSA needs of SGLang's server arguments: defaults for what the user left open, refusals for what cannot work yet.
+
+Works on the arguments' attributes; imports no SGLang.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import tempfile
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.memory.mirror import GB, require_host_memory
+from sglang_lsa.patches.models import model_problems
+
+logger = logging.getLogger(__name__)
+
+RADIX_CACHE_BACKEND = "lsa"
+BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
+"""Attention backend that LSA extends, by device; users name it as they do without LSA."""
+MAX_RUNNING_REQUESTS = 256
+CPU_CHUNK = 2048
+
+KV_DTYPES = ("auto", "bfloat16", "bf16")
+
+REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    # (attribute, value that is fine, what to do)
+    ("speculative_algorithm", None, "remove --speculative-algorithm"),
+    ("disaggregation_mode", "null", "remove --disaggregation-mode: LSA needs no separate prefill servers"),
+    ("dcp_size", 1, "remove --dcp-size"),
+    ("attn_cp_size", 1, "remove --attn-cp-size"),
+    ("enable_prefill_cp", False, "remove --enable-prefill-cp"),
+    ("pp_size", 1, "use --pp-size 1"),
+    ("tp_size", 1, "use --tp-size 1"),
+    ("dp_size", 1, "use --dp-size 1 and several servers behind a router"),
+    ("nnodes", 1, "use one node"),
+    ("enable_hierarchical_cache", False, "remove --enable-hierarchical-cache: LSA has its own host mirror"),
+    ("enable_lmcache", False, "remove --enable-lmcache: LSA has its own host mirror"),
+    ("enable_flexkv", False, "remove --enable-flexkv: LSA has its own host mirror"),
+    ("enable_hisparse", False, "remove --enable-hisparse: LSA replaces it"),
+    ("enable_unified_memory", False, "remove --enable-unified-memory"),
+    ("enable_page_major_kv_layout", False, "remove --enable-page-major-kv-layout"),
+    ("enable_memory_saver", False, "remove --enable-memory-saver"),
+    ("enable_mixed_chunk", False, "remove --enable-mixed-chunk"),
+    ("enable_torch_compile", False, "remove --enable-torch-compile"),
+    ("enable_deterministic_inference", False, "remove --enable-deterministic-inference"),
+    ("enable_pdmux", False, "remove --enable-pdmux"),
+    ("enable_two_batch_overlap", False, "remove --enable-two-batch-overlap"),
+    ("enable_streaming_session", False, "remove --enable-streaming-session"),
+    ("enable_session_radix_cache", False, "remove --enable-session-radix-cache"),
+    ("dllm_algorithm", None, "remove --dllm-algorithm"),
+    ("is_embedding", False, "serve embedding models without LSA"),
+    ("prefill_only_disable_kv_cache", False, "remove --prefill-only-disable-kv-cache: LSA needs a KV cache"),
+    ("enable_return_routed_experts", False, "remove --enable-return-routed-experts: experts are kept by place in KV"),
+    ("kv_canary", "none", "remove --kv-canary: it knows one number of a token's place in KV, LSA has two"),
+    ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
+    ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
+)
+
+
+class Unsupported(ValueError):
+    """The server was asked for something that LSA cannot do; it serves nothing.
+
+    Attributes:
+        problems: one line each, with the value seen and what to do.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("LSA cannot start:\n  " + "\n  ".join(problems))
+        self.problems = tuple(problems)
+
+
+def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> None:
+    """Fill in what the user left open, before SGLang resolves its arguments. What was given is not touched."""
+    defaults: dict[str, Any] = {
+        "page_size": PAGE_SIZE,
+        "radix_cache_backend": RADIX_CACHE_BACKEND,
+        "max_running_requests": MAX_RUNNING_REQUESTS,
+    }
+    if arguments.get("device") is None and not _cuda():
+        defaults["device"] = "cpu"
+    if (arguments.get("device") or defaults.get("device")) == "cpu":
+        defaults |= {
+            "attention_backend": BACKENDS["cpu"],
+            "sampling_backend": "pytorch",
+            "grammar_backend": "llguidance",  # xgrammar pins memory, which takes a driver
+            "chunked_prefill_size": CPU_CHUNK,
+        }
+        arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
+    else:
+        defaults["attention_backend"] = BACKENDS["cuda"]
+        if arguments.get("cuda_graph_config") is None:
+            defaults["cuda_graph_backend_prefill"] = "disabled"
+            if config.record:  # what is recorded grows with every step
+                defaults["cuda_graph_backend_decode"] = "disabled"
+    for name, value in defaults.items():
+        if arguments.get(name) is None:
+            arguments[name] = value
+
+
+def attach(server_args: Any, config: LSAConfig) -> Any:
+    """Put ``config`` on resolved server arguments, after checking that both can work together.
+
+    Raises:
+        Unsupported: naming everything that cannot, with the value seen and what to do.
+    """
+    problems = [
+        f"--{name.replace('_', '-')} {seen}: not supported with LSA yet: {fix}"
+        for name, fine, fix in REFUSED_FLAGS
+        if (seen := getattr(server_args, name, fine)) != fine
+    ]
+    problems += worker_problems(server_args) + device_problems(server_args, config)
+    if config.host_memory_gb is not None:
+        try:
+            require_host_memory(
+                int(config.host_memory_gb * GB), f"--lsa-host-memory-gb {config.host_memory_gb}", "lower it"
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    model = server_args.get_model_config()
+    problems += kv_problems(server_args, model) + model_problems(model, config)
+    if config.record is not None:
+        problems += folder_problems(config.record)
+    if problems:
+        raise Unsupported(problems)
+    object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
+    return server_args
+
+
+def kv_problems(server_args: Any, model: Any) -> list[str]:
+    """What about the type of KV cannot work, one line each, as far as flags decide it."""
+    asked, computed = server_args.kv_cache_dtype, str(model.dtype).removeprefix("torch.")
+    if asked not in KV_DTYPES:
+        return [f"--kv-cache-dtype {asked}: not supported with LSA yet: use one of {', '.join(KV_DTYPES)}"]
+    if server_args.device == "cuda" and asked != "auto" and computed != "bfloat16":
+        return [
+            f"--kv-cache-dtype {asked}, but the model computes in {computed}: not supported with LSA on a GPU yet: "
+            "leave the flag out, or use --dtype bfloat16"
+        ]
+    return []
+
+
+def worker_problems(server_args: Any) -> list[str]:
+    """What cannot work with several HTTP workers, one line each."""
+    workers = getattr(server_args, "tokenizer_worker_num", 1)
+    if workers == 1:
+        return []
+    where = f"not supported with --tokenizer-worker-num {workers}"
+    # SGLang's workers end when there is an API key, and look for no administrator's, who /lsa/config is for.
+    problems = [
+        f"--{name}: {where}: SGLang checks no keys there; use one worker, or let a proxy check them"
+        for name in ("api-key", "admin-api-key")
+        if getattr(server_args, name.replace("-", "_"), None)
+    ]
+    if getattr(server_args, "enable_http2", False):
+        problems.append(f"--enable-http2: {where}: the workers would serve without LSA; remove one of the two")
+    return problems
+
+
+def folder_problems(path: str) -> list[str]:
+    """Why recordings cannot be written to this folder, which is made if need be."""
+    try:
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"--lsa-record {path}: cannot be written ({error.strerror}): give a folder that this user can write"]
+
+
+def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
+    """What about device, attention backend and CUDA graphs cannot work, one line each."""
+    device = server_args.device
+    if device not in BACKENDS:
+        return [f"--device {device}: not supported with LSA yet: use {' or '.join(BACKENDS)}"]
+    if device == "cuda" and not _cuda():
+        return ["--device cuda: torch sees no NVIDIA GPU here: use --device cpu"]
+    problems = [
+        f"--{name.replace('_', '-')} {seen}: not supported with LSA on this device ({device}): "
+        f"use {BACKENDS[device]}, or leave it out"
+        for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+        if (seen := getattr(server_args, name, None)) not in (None, BACKENDS[device])
+    ]
+    graphs = getattr(server_args, "cuda_graph_config", None)
+    if device == "cuda" and graphs is not None:
+        decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")
+        for phase, backend, fine, where in (
+            ("prefill", graphs.prefill.backend, ("disabled",), "with LSA yet"),
+            ("decode", graphs.decode.backend, decode, why),
+        ):
+            if backend not in fine:
+                problems.append(f"--cuda-graph-backend-{phase} {backend}: not supported {where}: use {fine[-1]}")
+    return problems
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,1 @@
+"""Attention over resident sets and streamed blocks, a file for each of SGLang's backends."""

@@ -1,0 +1,163 @@
+"""attend: the attention backend. Prefill reads everything; decode reads a request's resident pages and its tail."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from torch.nn.functional import scaled_dot_product_attention
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.observe import recent_tokens
+from sglang_lsa.kernels.merge_states import LOG2_E, merge_states
+from sglang_lsa.kernels.page_table import physical_slots, resident_slots
+
+
+class LSATorchBackend(TorchNativeAttnBackend):
+    """SGLang's ``torch_native`` backend over physical pages.
+
+    Unlike the stock backend it computes a chunk's own queries only, with a causal mask aligned to the end of the
+    keys, where the stock backend computes a whole square of which it keeps the last rows.
+    """
+
+    def __init__(self, model_runner):
+        super().__init__(model_runner)
+        self.lsa = model_runner.lsa
+        self.slots: list[torch.Tensor] = []
+
+    def init_forward_metadata(self, forward_batch):
+        """Look up once per forward pass which slots each request reads."""
+        super().init_forward_metadata(forward_batch)
+        rows, lengths = forward_batch.req_pool_indices, forward_batch.seq_lens
+        req_to_token = self.req_to_token_pool.req_to_token
+        v2p = self.lsa.pager.v2p
+        if forward_batch.forward_mode.is_decode():
+            table = self.lsa.table
+            self.slots = resident_slots(
+                table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, PAGE_SIZE
+            )
+        elif self.lsa.prefill.readings is None:
+            self.slots = [
+                physical_slots(req_to_token[row, :length], v2p, PAGE_SIZE)
+                for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+            ]
+        else:
+            own = forward_batch.out_cache_loc.split(forward_batch.extend_seq_lens.tolist())
+            self.slots = [
+                torch.cat((reading.slots(self.lsa.pager.ledger.v2p), new))
+                for reading, new in zip(self.lsa.prefill.readings, own, strict=True)
+            ]
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        lengths = forward_batch.extend_seq_lens.tolist()
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, lengths)
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, [1] * len(self.slots))
+
+    def _forward(self, q, k, v, layer, forward_batch, save_kv_cache, lengths: list[int]):
+        """Attention of ``lengths[i]`` new tokens of each request ``i``; they are the last tokens of its slots."""
+        pool = self.token_to_kv_pool
+        if save_kv_cache and k is not None and v is not None:
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        self._observe(q, layer.layer_id, forward_batch, lengths)
+        if self.lsa.recorder is not None:
+            self.lsa.recorder.observe(layer.layer_id, q)
+        if self.lsa.prefill.staged is not None and forward_batch.forward_mode.is_extend():
+            return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
+        out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))
+        start = 0
+        for slots, count in zip(self.slots, lengths, strict=True):
+            out[start : start + count] = attend(
+                q[start : start + count],
+                keys[slots],
+                values[slots],
+                layer.scaling,
+            )
+            start += count
+        return out.flatten(1)
+
+    def _attend_streamed(self, q, keys, values, layer) -> torch.Tensor:
+        """Attention of one request's chunk, part by part: its own tokens, the pages in place, then those from the host.
+
+        Returns:
+            float32 ``[tokens, q_heads, head_dim]``.
+        """
+        (slots,) = self.slots
+        here, own = slots[: -len(q)], slots[-len(q) :]
+        out, lse = attend_part(q, keys[own], values[own], layer.scaling, causal=True)
+        out = out.float()
+        if len(here):
+            merge_states(out, lse, *attend_part(q, keys[here], values[here], layer.scaling))
+        for staged_keys, staged_values in self.lsa.prefill.staged.layer(layer.layer_id):
+            merge_states(out, lse, *attend_part(q, staged_keys, staged_values, layer.scaling))
+        return out
+
+    def _observe(self, q, layer_id: int, forward_batch, lengths: list[int]) -> None:
+        observer = self.lsa.observer
+        if layer_id in observer.slot_of_layer:
+            tokens, owners = recent_tokens(lengths, observer.positions)
+            rows = forward_batch.req_pool_indices[torch.from_numpy(owners)]
+            recent = torch.from_numpy(tokens)
+            observer.observe(layer_id, q[recent], rows, forward_batch.positions[recent])
+
+
+QUERY_BLOCK = 512
+KEY_BLOCK = 512
+"""Torch's CPU kernel sums over keys in blocks of this size. A call sees whole blocks, so that its sums are those of the
+stock backend, which sees all keys; the mask hides those that come too late."""
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of the last ``n`` of ``length`` tokens.
+
+    Args:
+        q: ``[n, q_heads, head_dim]``.
+        keys, values: ``[length, kv_heads, head_dim]``, ``length >= n``.
+
+    Returns:
+        ``[n, q_heads, head_dim]``.
+    """
+    n, length = q.shape[0], keys.shape[0]
+    grouped = q.shape[1] != keys.shape[1]
+    q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys, values.to(q.dtype)))
+    keys = keys.to(q.dtype)
+    if n in (1, length):  # one query sees everything; a whole prompt is plainly causal
+        out = scaled_dot_product_attention(q, keys, values, scale=scale, enable_gqa=grouped, is_causal=n > 1)
+        return out.squeeze(0).transpose(0, 1)
+    blocks = []
+    for start in range(0, n, QUERY_BLOCK):
+        stop = min(n, start + QUERY_BLOCK)
+        before = length - n + start
+        visible = min(length, -(-(length - n + stop) // KEY_BLOCK) * KEY_BLOCK)
+        mask = torch.ones(stop - start, visible, dtype=torch.bool, device=q.device).tril_(before)
+        blocks.append(
+            scaled_dot_product_attention(
+                q[:, :, start:stop],
+                keys[:, :, :visible],
+                values[:, :, :visible],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(blocks, dim=2).squeeze(0).transpose(0, 1)
+
+
+def attend_part(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to some of the keys, in a form that can be merged with attention to the others.
+
+    Args:
+        q: ``[n, q_heads, head_dim]``.
+        keys, values: ``[m, kv_heads, head_dim]``, contiguous or not; with ``causal``, ``m`` is ``n``.
+
+    Returns:
+        ``[n, q_heads, head_dim]`` in the type of ``q``, and base-2 log-sum-exps, float32 ``[n, q_heads]``.
+    """
+    q, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, keys.to(q.dtype), values.to(q.dtype)))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, causal, scale=scale)
+    return out.squeeze(0).transpose(0, 1), (lse.squeeze(0).transpose(0, 1) * LOG2_E).contiguous()

@@ -1,0 +1,1 @@
+"""What a request goes through, in its order: observe, score, select, plan, recall, remap."""

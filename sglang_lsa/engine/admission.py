@@ -1,0 +1,254 @@
+"""Admission: which prompts the device pool takes, when, and how each of them will be prefilled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_spanned
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+"""What the names of recorded requests are made of."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """How a prompt is prefilled.
+
+    Attributes:
+        how: one of the three ways of ``sglang_lsa.engine.reading``.
+        prefix: virtual pages that the radix tree has of it.
+        demand: device pages promised to it until it decodes.
+        chunk_tokens: the most that one pass may compute of it; None when that is up to SGLang.
+    """
+
+    how: str
+    prefix: np.ndarray
+    demand: int
+    chunk_tokens: int | None = None
+
+
+def key_of(req: Any) -> str:
+    """By what everything on this side knows a request that was admitted; "" for one that was not.
+
+    A client may use a ``rid`` again while the scheduler still has its first use: SGLang's HTTP process forgets it as
+    soon as the client hangs up.
+    """
+    return getattr(req, "lsa_key", "")
+
+
+class Admission:
+    """Counts device pages: SGLang counts tokens of the host mirror, of which there are more.
+
+    A prompt that fits beside everything else is prefilled in place. One that does not is streamed: it needs device
+    pages for one chunk, and then for its resident set. Either has what it needs promised to it before it starts, so
+    that nothing can overtake it, and an idle server takes any prompt that SGLang takes.
+
+    The configuration is the lookahead's, since it may change (``sglang_lsa.serve.control``).
+
+    Args:
+        chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
+        vocabulary: token ids from this on do not exist; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        lookahead: Lookahead,
+        chunk_tokens: int | None,
+        vocabulary: int | None = None,
+    ):
+        self.pager, self.lookahead, self.vocabulary = pager, lookahead, vocabulary
+        self.pages = pager.ledger.physical_pages
+        self.chunk_tokens = chunk_tokens
+        self.admitted: dict[str, Admitted] = {}
+        """By request, from admission until its KV is released."""
+        self.waits = 0
+        """Scheduling passes in which a prompt had to wait for device pages."""
+        self.pressed = 0
+        """Decode steps for which SGLang was asked to retract a request, because there was no page to grow into."""
+        self._promised_prefixes: set[int] = set()
+
+    @property
+    def config(self) -> LSAConfig:
+        """The one in force."""
+        return self.lookahead.config
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def options(self, req: Any) -> RequestOptions:
+        """What this request asked for; what it left open is as the server's configuration was when it arrived.
+
+        It keeps that until it ends, retractions included: it was refused or admitted by these numbers, so a later
+        change of the configuration must not make a set larger than was promised, or a prompt impossible that waits.
+
+        What it asked for is read once, when it arrives. One whose options were refused has those of a request that
+        asked for nothing: SGLang still computes a token of what it aborts.
+        """
+        if not hasattr(req, "lsa_options"):
+            self._read_options(req)
+        return req.lsa_options
+
+    def _read_options(self, req: Any) -> str | None:
+        try:
+            req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
+            return None
+        except ValueError as error:
+            req.lsa_options = RequestOptions.parse(None, self.config)
+            return str(error)
+
+    def longest(self, req: Any) -> int | None:
+        """Tokens that this prompt may have at most because it must be whole on the device; None if it need not be."""
+        whole = self.chunk_tokens is None or self.options(req).dense
+        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+
+    def refusal(self, req: Any) -> str | None:
+        """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
+        if (problem := self._read_options(req)) is not None:
+            return problem
+        options = self.options(req)
+        if options.record and not NAME.fullmatch(req.rid):
+            return (
+                f"custom_params.lsa.record: the rid {req.rid!r:.80} becomes a file name: use letters, digits, - and _"
+            )
+        if options.record:
+            req.extra_key = req.rid  # it must compute all of its pages itself: the radix tree has none under this name
+        ids = np.asarray(req.origin_input_ids, dtype=np.int64)
+        if self.vocabulary is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings
+            return f"The prompt has the token id {wrong}: use ids from 0 to {self.vocabulary - 1}."
+        tokens, room = len(ids), (self.pages - 1) * PAGE_SIZE
+        if options.dense and tokens >= room:
+            return (
+                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in "
+                f"decode; the device pool takes fewer than {room}. Ask for a budget below 1 and a policy other than "
+                "full, shorten the prompt, or start the server with a larger --lsa-device-tokens."
+            )
+        if self.chunk_tokens is None and tokens >= room:
+            return (
+                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); without chunked prefill the "
+                f"device pool takes prompts of fewer than {room}. Start the server with --chunked-prefill-size "
+                f"{room // 2} or so, or with a larger --lsa-device-tokens, or shorten the prompt."
+            )
+        if options.dense:
+            # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
+            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room - tokens)
+        return None
+
+    def choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+        """How this prompt can be prefilled now, next to one growing page per running request; None if it must wait.
+
+        Args:
+            running: requests that decode, or were admitted in this pass.
+            batch: how the prompts admitted in this pass are prefilled. A streamed one is computed alone, and so are
+                prompts over a resident prefix, apart from others of their kind.
+            chunk_tokens: what SGLang would compute of it at most; None without chunks.
+        """
+        self.pager.poll()
+        found = self._choose(req, running, batch, chunk_tokens)
+        if found is None and not batch:
+            self.waits += 1
+            self._warm(req, self.pager.page_index.prefix(req))
+        return found
+
+    def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+        options = self.options(req)
+        prefix = self.pager.page_index.prefix(req)
+        tokens = len(req.full_untruncated_fill_ids)
+        pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1
+        prunable = not options.dense and tokens >= self.config.min_context
+        least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
+        chunk = min(least, self.pages // 2)
+        resident = self.lookahead.set_pages(pages, options.budget)
+
+        def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
+            if demand > room or not company:
+                return None
+            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * PAGE_SIZE)
+
+        if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
+            own = pages - len(prefix)
+            # What the prompt reads of its prefix, and then its first set: neither is larger.
+            largest = max(resident, self.lookahead.set_pages(len(prefix), options.budget))
+            if (demand := largest + own + 1) < self.pages:
+                return admit(RESIDENT, demand, all(other == RESIDENT for other in batch), chunk)
+        in_place, one_pass = self._new_pages(prefix, pages), chunk_tokens is None and least > chunk
+        if in_place <= room or one_pass or not prunable:
+            return admit(IN_PLACE, in_place, all(other == IN_PLACE for other in batch))
+        return admit(STREAMED, max(chunk + 1, resident), not batch, chunk)
+
+    def _worth_it(self, prefix: int, resident: int) -> bool:
+        """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""
+        return prefix * PAGE_SIZE >= self.config.min_context and resident < prefix
+
+    def promise(self, req: Any, admitted: Admitted) -> None:
+        """This prompt was admitted: keep device pages for it until it decodes."""
+        uses = 1
+        req.lsa_key = req.rid
+        while req.lsa_key in self.admitted:
+            uses += 1
+            req.lsa_key = f"{req.rid} ({uses})"
+        self.admitted[req.lsa_key] = admitted
+        self.pager.reservations.promise(req.lsa_key, admitted.demand)
+        self._promised_prefixes.update(admitted.prefix.tolist() if admitted.how == IN_PLACE else ())
+        if admitted.how != IN_PLACE:
+            self._warm(req, admitted.prefix)
+
+    def admitted_as(self, req: Any) -> Admitted:
+        """How a prompt that was admitted is prefilled."""
+        return self.admitted[key_of(req)]
+
+    def batch_formed(self) -> None:
+        """The prompts admitted in this pass are about to be computed."""
+        self._promised_prefixes.clear()
+
+    def forget(self, req: Any) -> None:
+        """The request is gone."""
+        self.admitted.pop(key_of(req), None)
+        req.lsa_key, req.lsa_warmed = "", False
+
+    def _warm(self, req: Any, prefix: np.ndarray) -> None:
+        """Bring in what past requests over this prefix selected, once for each request."""
+        if not getattr(req, "lsa_warmed", False):
+            req.lsa_warmed = True
+            hot = self.pager.ledger.heat.hottest(prefix, int(self.lookahead.largest_set))
+            self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
+
+    def _new_pages(self, prefix: np.ndarray, pages: int) -> int:
+        """Device pages that a prompt of ``pages`` pages takes in place from those that can be had.
+
+        Prefix pages that another request holds, or was promised in this pass, cost nothing; all others do, even those
+        on the device, which are then no longer there to give up.
+        """
+        promised = np.fromiter((page in self._promised_prefixes for page in prefix.tolist()), bool, len(prefix))
+        return pages - int((self.pager.ledger.is_held(prefix) | promised).sum())
+
+    # -- decode --------------------------------------------------------------------------------------------------
+
+    def can_decode(self, reqs: Iterable[Any], shrink: Callable[[int], None]) -> bool:
+        """Whether every one of ``reqs`` that is about to open a page gets one.
+
+        Unheld pages are given up first, coldest first; then resident sets are made smaller, and only then is SGLang
+        asked to retract a request.
+
+        Args:
+            shrink: makes resident sets of running requests smaller until so many device pages are let go.
+        """
+        opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
+        if opening == 0 or opening <= self.pager.unpromised_pages:
+            return True
+        self.pager.settle()  # before a request loses anything, count what is only on its way
+        if opening <= self.pager.unpromised_pages:
+            return True
+        shrink(opening - self.pager.unpromised_pages)
+        self.pager.settle()
+        self.pressed += opening > self.pager.unpromised_pages
+        return opening <= self.pager.unpromised_pages

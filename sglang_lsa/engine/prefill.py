@@ -1,0 +1,274 @@
+"""Prefill: gives the prompts of a pass their device pages, and says what each of them reads."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.admission import Admission, Admitted, key_of
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.engine.selection import affordable, always_kept
+from sglang_lsa.memory.ledger import LedgerError
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
+from sglang_lsa.memory.staging import StagedPages, Staging
+
+logger = logging.getLogger(__name__)
+
+FIRST_LOOK_PAGES = 32
+"""Hot pages that the first look at a resident prefix reads."""
+
+
+class DevicePoolFull(RuntimeError):
+    """A page that must be on the device cannot be; admission and retraction should have prevented that."""
+
+
+class Prefill:
+    """Between admission and decode, one pass after the other.
+
+    Args:
+        requests: by name; prompts are entered here with their first pass.
+        req_to_token: ``[requests + 1, max_context]`` SGLang's table of virtual slots.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        lookahead: Lookahead,
+        admission: Admission,
+        staging: Staging,
+        requests: dict[str, Request],
+        req_to_token: torch.Tensor,
+    ):
+        self.pager, self.lookahead, self.admission = pager, lookahead, admission
+        self.staging, self.requests, self.req_to_token = staging, requests, req_to_token
+        self.readings: list[Reading] | None = None
+        """What each request of the pass being queued reads before its own tokens; None when that is all, in place."""
+        self.staged: StagedPages | None = None
+        """Pages that this pass reads from the host."""
+        self.looking: list[int] = []
+        """Requests of this pass, by their place in it, whose resident prefix is chosen after a first look."""
+        self.batch: list[Request] = []
+        self.streamed_passes = 0
+        self.resident_prompts = 0
+        self.radix_hit_tokens = 0
+        self.prompt_tokens = 0
+
+    @property
+    def config(self) -> LSAConfig:
+        """The one in force."""
+        return self.lookahead.config
+
+    def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> None:
+        """Every page that this pass reads in place or writes gets a place on the device.
+
+        Args:
+            lengths: tokens of each request after this pass.
+            new_pages: virtual pages that SGLang allocated for this batch, in the order of its requests.
+        """
+        self.admission.batch_formed()
+        self.readings, self.staged, self.looking, self.batch = None, None, [], []
+        readings, taken = [], 0
+        for index, (req, tokens, prefix) in enumerate(zip(batch.reqs, lengths, batch.prefix_lens, strict=True)):
+            admitted = self.admission.admitted_as(req)
+            known = self._known_pages(req, admitted, prefix)
+            wanted = pages_spanned(tokens) - len(known)
+            pages = np.concatenate((known, new_pages[taken : taken + wanted]))
+            taken += wanted
+            request = self._enter(req, admitted, tokens, prefix, pages)
+            self.batch.append(request)
+            readings.append(self._bring(request, admitted))
+            if admitted.how == RESIDENT:
+                self.looking.append(index)
+        if taken != len(new_pages):
+            raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that needs {taken}")
+        if self.looking or not all(reading.whole for reading in readings):
+            self.readings = readings
+        if any(len(reading.streamed) for reading in readings):
+            (reading,) = readings  # admission computes it alone
+            self.staged = self.staging.read(reading.streamed)
+            self.streamed_passes += 1
+
+    def end_pass(self, req: Any, middle: bool) -> None:
+        """The pass is queued, and so are the copies to the mirror of what it completes: let go of what is not needed.
+
+        Args:
+            middle: more chunks of this prompt follow.
+        """
+        request, how = self.requests[key_of(req)], self.admission.admitted_as(req).how
+        if how == STREAMED:  # its promise stands until its first resident set is held
+            self.pager.retain(request.key, request.pages[pages_complete(request.tokens) :])
+            if not middle:
+                self.lookahead.await_first(request)
+        elif not middle:
+            self.pager.reservations.settle(request.key)
+            if how == RESIDENT:  # until its first window is predicted it reads what its prompt read
+                self.lookahead.remap(request, request.prefix_positions, request.cached_pages, request.prefix_ranks)
+
+    # -- a prompt's pages ----------------------------------------------------------------------------------------
+
+    def _known_pages(self, req: Any, admitted: Admitted, prefix: int) -> np.ndarray:
+        """Virtual pages of what the request has already, or the radix tree."""
+        request = self.requests.get(key_of(req))
+        if request is not None:
+            return request.pages[: pages_spanned(prefix)]
+        if len(admitted.prefix) == pages_spanned(prefix):
+            return admitted.prefix
+        return self.pager.page_index.pages(self.req_to_token[req.req_pool_idx, :prefix])
+
+    def _enter(self, req: Any, admitted: Admitted, tokens: int, prefix: int, pages: np.ndarray) -> Request:
+        request = self.requests.get(key_of(req))
+        if request is None:
+            options = self.admission.options(req)
+            ids = req.full_untruncated_fill_ids
+            seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
+            request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)
+            request.key = key_of(req)
+            request.first_observed, request.cached_tokens, request.prompt_tokens = prefix, prefix, len(ids)
+            request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
+            request.name_sets(options.sets)
+            request.record, request.dense_steps = options.record, options.dense_steps
+            request.prompt_lookup, request.watch = options.prompt_lookup, options.watch
+            request.text = lambda tokens: text_of(req, tokens)
+            self.requests[request.key] = request
+            self.radix_hit_tokens += prefix
+            self.prompt_tokens += len(ids)
+            self.resident_prompts += admitted.how == RESIDENT
+            # Until its first window is predicted a request reads all of its pages.
+            self.lookahead.table.remap(request.row, np.zeros(0, dtype=np.int64), 0)
+        request.tokens, request.computed, request.pages = tokens, prefix, pages
+        return request
+
+    def _bring(self, request: Request, admitted: Admitted) -> Reading:
+        """Hold what the pass reads in place and writes; returns what it reads of the tokens before."""
+        before = request.pages[: pages_spanned(request.computed)]
+        if admitted.how == IN_PLACE:
+            self.hold(request.key, request.pages)
+            self.pager.require(request.pages, layer_by_layer=True)
+            return Reading.all_of(before, request.computed)
+        if admitted.how == RESIDENT:
+            look = self._first_look(request)
+            here = self._here(request, look)
+            needed = np.concatenate((before[here], request.pages[len(here) :]))
+            self.pager.retain(request.key, needed)
+            self.hold(request.key, needed)
+            request.prefix_positions, request.prefix_ranks = look, None
+            return self._read(request, here)
+        self.hold(request.key, request.pages[pages_complete(request.computed) :])
+        here = self.pager.ledger.on_device(before)
+        self.pager.ledger.read_next(before[here])  # not held: that would seem to make room for whoever shares them
+        return self._read(request, here, stream=True)
+
+    def _read(self, request: Request, here: np.ndarray, stream: bool = False) -> Reading:
+        """Read the pages ``here`` (bool, over those before this pass) in place; stream or leave out the others."""
+        before = request.pages[: len(here)]
+        self.pager.require(before[here], layer_by_layer=True)
+        return Reading.of(before, request.computed, here, ~here & stream)
+
+    def hold(self, holder: str, pages: np.ndarray) -> None:
+        """Hold ``pages`` now, whatever that waits for.
+
+        Raises:
+            DevicePoolFull: the device pool cannot take them.
+        """
+        if self.pager.hold(holder, pages, layer_by_layer=True):
+            return
+        self.pager.settle()
+        if not self.pager.hold(holder, pages, layer_by_layer=True):
+            raise DevicePoolFull(
+                f"LSA: the device pool ({self.pager.ledger.physical_pages} pages, {self.pager.ledger.held_pages} held) "
+                f"cannot take {len(pages)} pages of {holder}; admission should have prevented this, please report it"
+            )
+
+    # -- a resident prefix ---------------------------------------------------------------------------------------
+
+    def _first_look(self, request: Request) -> np.ndarray:
+        """Pages of the cached prefix that a prompt reads to find out which ones it needs: the best of what its last
+        pass read, or else the first, the last, and hot ones that are on the device.
+
+        Few, so that the first look costs little, and at most half of a set where not more than that stay anyway: what
+        was looked at belongs to the set that is chosen, which must have room for what the look asks for.
+
+        Returns:
+            Positions, ascending.
+        """
+        cached, ledger = request.cached_pages, self.pager.ledger
+        prefix = request.pages[:cached]
+        bound = self.lookahead.set_pages(cached, request.budget)
+        look = always_kept(cached, bound, self.config.sink_pages, self.config.recent_pages)
+        room = max(0, bound // 2 - int(look.sum()))
+        before = request.prefix_positions[~look[request.prefix_positions]]
+        if request.prefix_ranks is not None:
+            ranks = dict(zip(request.prefix_positions.tolist(), request.prefix_ranks.tolist(), strict=True))
+            before = before[np.argsort([-ranks[position] for position in before.tolist()], kind="stable")]
+        look[before[:room]] = True
+        room -= min(room, len(before))
+        hot = np.isin(prefix, ledger.heat.hottest(prefix, min(FIRST_LOOK_PAGES, room)))
+        look |= hot & ledger.on_device(prefix) & ~ledger.arriving(prefix)
+        return np.flatnonzero(look)
+
+    def _here(self, request: Request, positions: np.ndarray) -> np.ndarray:
+        """What a pass reads in place that reads ``positions`` of the cached prefix: bool, over the pages before it."""
+        here = np.zeros(pages_spanned(request.computed), dtype=bool)
+        here[positions] = True
+        here[request.cached_pages :] = True
+        return here
+
+    def choose_resident(self) -> None:
+        """The first look is queued: choose what its requests read of their prefixes, and send for it.
+
+        Look, score, hold, commit: what a request reads changes when everything that it is to read is held. A choice
+        that fails leaves a request with what it looked at.
+        """
+        assert self.readings is not None
+        for index in self.looking:
+            request = self.batch[index]
+            try:
+                chosen, ranks = self._chosen(request)
+                self.hold(request.key, request.pages[chosen])
+                request.prefix_positions, request.prefix_ranks = chosen, ranks
+                self.readings[index] = self._read(request, self._here(request, chosen))
+            except LedgerError:
+                raise
+            except Exception:
+                self.lookahead.failures += 1
+                request.failures += 1
+                logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
+        self.looking = []
+
+    def _chosen(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        """What was looked at, and the best of the other pages by the queries of the look and by the heat of the prefix.
+
+        Together no more than a set, and no more than can be had: pages that the look reads cannot be given up while its
+        pass runs, and what the rest of the prompt needs is not touched. Heat at most doubles a score: it decides
+        between pages of which the queries say little.
+
+        Returns:
+            Positions, ascending, and their scores; infinite for pages that stay whatever their score.
+        """
+        cached = request.cached_pages
+        scores = self.lookahead.score(request, cached).values()
+        scores = np.where(np.isnan(scores), -np.inf, scores)
+        heat = self.pager.ledger.heat.values[request.pages[:cached]]
+        if heat.any():
+            scores = scores * (1 + heat / heat.max())
+        found = self.lookahead.choose(scores, cached, request.budget, upcoming=request.prefix_positions)
+        costs = ~self.pager.ledger.is_held(request.pages[found.positions])
+        still_to_come = pages_spanned(request.prompt_tokens) - len(request.pages)
+        kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))
+        positions, ranks = found.positions[kept], found.ranks[kept]
+        return positions, np.where(np.isposinf(ranks), np.inf, scores[positions])
+
+
+def text_of(req: Any, tokens: int) -> np.ndarray:
+    """The first ``tokens`` token ids of a request, or those of them that the scheduler knows, int64 ``[n]``."""
+    prompt, generated = (np.asarray(ids, dtype=np.int64) for ids in (req.origin_input_ids, req.output_ids))
+    return np.concatenate((prompt, generated))[:tokens]

@@ -1,0 +1,241 @@
+"""Memory plan: how many tokens the device pool and the host mirror hold, decided before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.observe import observed_layers, observed_positions
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
+from sglang_lsa.memory.pages import align_up, pages_spanned
+from sglang_lsa.memory.staging import staging_bytes, sums_bytes
+
+logger = logging.getLogger(__name__)
+
+HOST_SHARE = {"cpu": 0.2, "cuda": 0.6}
+"""Part of the free host memory that the mirror takes unless told otherwise. On a CPU the model lives there, too."""
+
+
+def round_up_gb(bytes_: int) -> float:
+    """GB with two digits, never less than ``bytes_``."""
+    return math.ceil(bytes_ / GB * 100) / 100
+
+
+LARGEST_SHARE = 0.5
+"""No resident set is predicted larger than this part of the device pool, whatever its budget."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What LSA's own buffers on the device are made of.
+
+    Attributes:
+        rows: requests that run at the same time, and one for padding.
+        graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
+        context_tokens: longest context that SGLang's table has room for.
+        page_key_bytes: Quest's bytes for one page.
+        row_bytes: selector's bytes for one request.
+        staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
+        indexer_bytes: a trained indexer's bytes for one page.
+        map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
+    """
+
+    rows: int
+    graph_batch: int
+    context_tokens: int
+    page_key_bytes: int
+    row_bytes: int
+    staging_bytes: int = 0
+    indexer_bytes: int = 0
+    map_bytes: int = 4
+
+    def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
+        """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
+        pages = virtual_tokens // PAGE_SIZE + 1
+        columns = 2 + max_resident_pages(self.context_tokens, physical_tokens // PAGE_SIZE)
+        graph = graph_tokens(config, self.graph_batch, self.context_tokens, physical_tokens)
+        overhead = {
+            "page_keys": pages * self.page_key_bytes,
+            "queries": self.rows * self.row_bytes,
+            "tables": self.rows * (columns + 2) * 4 + pages * self.map_bytes,
+            "graph_indices": graph * 4,
+            "staging": self.staging_bytes,
+        }
+        return overhead | ({"indexer": pages * self.indexer_bytes} if self.indexer_bytes else {})
+
+
+def selector_needs(
+    config: LSAConfig,
+    *,
+    rows: int,
+    chunk_tokens: int,
+    graph_batch: int,
+    context_tokens: int,
+    layers: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    map_bytes: int = 4,
+) -> Needs:
+    """What the observers, page keys and staging take, for a model of this shape."""
+    observed = len(observed_layers(config, layers))
+    page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
+    row_bytes = observed_positions(config) * observed * q_heads * head_dim * itemsize
+    indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
+    staging = staging_bytes(config.staging_pages, PAGE_SIZE, kv_heads, head_dim, itemsize)
+    staging += sums_bytes(chunk_tokens, q_heads, head_dim)
+    return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
+
+
+def server_needs(
+    server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int
+) -> Needs:
+    """What LSA's own buffers are made of, for a server of these SGLang arguments.
+
+    Args:
+        server_args: resolved, with the LSA configuration on them.
+        model: SGLang's ModelConfig.
+        layers: that keep KV.
+        itemsize: bytes of one number of KV.
+        extra_context: tokens of a row of SGLang's table beyond the model's context.
+        tp_size: ranks that share the heads.
+    """
+    graphs = server_args.cuda_graph_config.decode
+    on_gpu = server_args.device == "cuda"
+    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
+    return selector_needs(
+        server_args.lsa_config,
+        rows=requests + 1,
+        chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
+        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
+        context_tokens=model.context_len + extra_context,
+        layers=layers,
+        q_heads=model.num_attention_heads // tp_size,
+        kv_heads=model.get_num_kv_heads(tp_size),
+        head_dim=model.head_dim,
+        itemsize=itemsize,
+        map_bytes=4 if on_gpu else 8,
+    )
+
+
+def kv_token_bytes(model: Any, *, layers: int, itemsize: int, tp_size: int) -> int:
+    """Bytes of KV per token, all layers of one rank; arguments as for :func:`server_needs`."""
+    return int(model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim) * layers * itemsize)
+
+
+def largest_set(physical_pages: int, columns: int) -> float:
+    """Pages of the largest resident set that is predicted, with a resident table of so many columns."""
+    return min(physical_pages * LARGEST_SHARE, columns)
+
+
+def set_bounds(context_pages: int, budget: float, min_pages: int, largest: float) -> tuple[float, int]:
+    """Budget and least pages as they apply to a request when no set is larger than ``largest`` pages."""
+    return min(budget, largest / context_pages), min(min_pages, int(largest))
+
+
+def longest_dense(physical_pages: int) -> int:
+    """Requests of at least so many tokens are pruned, whatever ``min_context`` says: half of the device pool."""
+    return physical_pages * PAGE_SIZE // 2
+
+
+def max_resident_pages(context_tokens: int, physical_pages: int) -> int:
+    """Columns of the resident table: no set is larger than a request, or than its share of the device pool."""
+    return min(pages_spanned(context_tokens), int(physical_pages * LARGEST_SHARE) + 1)
+
+
+def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int) -> int:
+    """Tokens that a decode CUDA graph can read, all requests together; larger batches run without a graph.
+
+    As many as ``batch`` requests of the longest context read within the budget, and as the device pool holds.
+    """
+    if batch == 0:
+        return 0
+    window = pages_spanned(config.window + config.prefetch_steps) + 1  # what a request may grow by meanwhile
+    budget = max(config.budget, config.fallback_budget or 0.0)
+    resident = max(int(context_tokens * budget), config.min_pages * PAGE_SIZE, config.min_context)
+    return max(batch * min(context_tokens, resident + window * PAGE_SIZE), physical_tokens + batch)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes in tokens, multiples of the page size, and device bytes beside KV by purpose."""
+
+    physical_tokens: int
+    virtual_tokens: int
+    token_bytes: int
+    overhead: Mapping[str, int] = field(default_factory=dict)
+
+
+def plan_memory(
+    config: LSAConfig,
+    *,
+    token_bytes: int,
+    budgeted_tokens: int,
+    context_tokens: int,
+    device: str,
+    needs: Needs | None = None,
+) -> MemoryPlan:
+    """Size device pool and host mirror.
+
+    Args:
+        token_bytes: KV bytes of one token, all layers.
+        budgeted_tokens: what SGLang's own memory fraction (or ``--max-total-tokens``) allows on the device.
+        context_tokens: longest context of the model.
+        device: ``cpu`` or ``cuda``.
+        needs: LSA's own buffers; on a GPU they are taken from the budget before KV.
+
+    Raises:
+        ValueError: more host memory is asked for than is free, or the pools would be too small to serve anything.
+    """
+    if config.host_memory_gb is not None:
+        host_bytes = int(config.host_memory_gb * GB)
+        require_host_memory(host_bytes, f"--lsa-host-memory-gb {config.host_memory_gb}", "lower it")
+    else:
+        host_bytes = int(available_host_memory() * HOST_SHARE[device])
+    virtual = host_bytes // token_bytes // PAGE_SIZE * PAGE_SIZE - PAGE_SIZE
+    if config.device_tokens is not None:
+        physical = config.device_tokens
+    elif config.device_memory_gb is not None:
+        physical = int(config.device_memory_gb * GB) // token_bytes
+    elif device == "cpu":  # SGLang would take nearly all memory; a quarter of the mirror, but one whole context
+        physical = min(virtual, max(virtual // 4, context_tokens + 2 * PAGE_SIZE))
+    else:
+        physical = min(budgeted_tokens, virtual)
+        if physical < budgeted_tokens:
+            logger.warning(
+                "LSA: the device has room for %d tokens of KV, the host mirror for %d: raise --lsa-host-memory-gb to "
+                "use the device fully",
+                budgeted_tokens,
+                virtual,
+            )
+    buffers = needs.overhead(config, min(physical, budgeted_tokens), virtual) if needs and device == "cuda" else {}
+    left = budgeted_tokens - pages_spanned(-(-sum(buffers.values()) // token_bytes)) * PAGE_SIZE
+    physical = min(physical, left) // PAGE_SIZE * PAGE_SIZE
+    if physical < 4 * PAGE_SIZE:
+        raise ValueError(
+            f"the device pool would hold {max(0, physical)} tokens ({max(0, physical) * token_bytes / GB:.3f} GB): "
+            f"give it at least {4 * PAGE_SIZE} tokens ({4 * PAGE_SIZE * token_bytes / GB:.3f} GB)"
+        )
+    if virtual < physical:
+        raise ValueError(
+            f"the host mirror would hold {virtual} tokens ({host_bytes / GB:.2f} GB), fewer than the device pool's "
+            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb(align_up(physical + PAGE_SIZE) * token_bytes)} or "
+            "more, or lower --lsa-device-tokens"
+        )
+    overhead = needs.overhead(config, physical, virtual) if needs else {}  # of a smaller pool: no more than was taken
+    logger.info(
+        "LSA: device pool %d tokens (%.2f GB), host mirror %d tokens (%.2f GB), %d KV bytes a token%s",
+        physical,
+        physical * token_bytes / GB,
+        virtual,
+        virtual * token_bytes / GB,
+        token_bytes,
+        "".join(f", {name.replace('_', ' ')} {size / GB:.3f} GB" for name, size in overhead.items()),
+    )
+    return MemoryPlan(physical, virtual, token_bytes, overhead)

@@ -1,0 +1,1 @@
+"""What a server tells and is told: status, metrics, control, one request, the live view, the screen of requests."""
