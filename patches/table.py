@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from sglang_lsa.patches import (
     anthropic_serving_handle_messages,
-    batch_result_processor_process_batch_result_prefill,
     decode_cuda_graph_runner_can_run_graph,
     embedding_req_input_normalize_batch_and_arguments,
     forward_batch_init_new,
@@ -28,6 +27,7 @@ from sglang_lsa.patches import (
     schedule_batch_check_decode_mem,
     scheduler_abort_request,
     scheduler_add_request_to_queue,
+    scheduler_batch_result_processor_process_batch_result_prefill,
     scheduler_get_internal_state,
     scheduler_get_new_batch_prefill_raw,
     scheduler_handle_generate_request,
@@ -89,7 +89,7 @@ SERVING: tuple[Hook, ...] = (
     tokenizer_manager_create_abort_task.HOOK,
     scheduler_abort_request.HOOK,
     scheduler_handle_generate_request.HOOK,
-    batch_result_processor_process_batch_result_prefill.HOOK,
+    scheduler_batch_result_processor_process_batch_result_prefill.HOOK,
     scheduler_output_streamer_stream_output.HOOK,
 )
 

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from sglang_lsa.patches.batch_result_processor_process_batch_result_prefill import keep_logprobs_in_step
+from sglang_lsa.patches.scheduler_batch_result_processor_process_batch_result_prefill import keep_logprobs_in_step
 from sglang_lsa.patches.scheduler_output_streamer_stream_output import stream_output
 
 pytest.importorskip("sglang.srt.managers.schedule_batch")

@@ -186,7 +186,7 @@ def test_counters_are_those_of_their_owners() -> None:
         "resident_prompts": 6,
     }
     assert shown["pressure"] == {"admission_waits": 7, "shrunk_sets": 9, "retractions": 8, "host_evicted_pages": 10}
-    assert shown["failures"] == {"refreshes": 11, "batches": 12}
+    assert shown["failures"] == {"refreshes": 11, "batches": 12, "integrity": 0}
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
 
 

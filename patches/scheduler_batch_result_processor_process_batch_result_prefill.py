@@ -10,20 +10,22 @@ def keep_logprobs_in_step(self, batch, result, *args, **kwargs):
 
     SGLang reads those rows one prompt after the other, and does not step over the ones of a prompt that it skips.
     """
-    output = getattr(result, "logits_output", None)
-    rows = getattr(output, "input_token_logprobs", None)
-    if rows is None or not batch.return_logprob or not any(skipped(req) for req in batch.reqs):
+    if not batch.return_logprob or not any(skipped(req) for req in batch.reqs):
+        return
+    output = result.logits_output
+    if output.input_token_logprobs is None:
         return
     count = self.logprob_result_processor.calculate_num_input_logprobs
     lengths, starts = result.extend_input_len_per_req, result.extend_logprob_start_len_per_req
-    kept, end = [], 0
+    kept: list[int] = []
+    end = 0
     for req, length, start in zip(batch.reqs, lengths, starts, strict=True):
         begin, end = end, end + count(req, length, start)
         if not skipped(req):
             kept += range(begin, end)
     if result.copy_done is not None:
         result.copy_done.synchronize()  # or the rows are still on their way from the device
-    output.input_token_logprobs = rows[kept]
+    output.input_token_logprobs = output.input_token_logprobs[kept]
 
 
 def skipped(req):
