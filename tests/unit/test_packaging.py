@@ -159,7 +159,6 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/attend/torch_native.py",
     "sglang_lsa/attend/flashinfer.py",
     "sglang_lsa/launch_server.py",
-    "patches/model_guard.py",
     "sglang_lsa/stock_server.py",
     "sglang_lsa/doctor/server.py",
     "radix_ext/allocator.py",
