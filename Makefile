@@ -11,7 +11,7 @@ RUN := PATH="$(BIN):$$PATH"
 PYTEST := env OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  VENV=dir        use another environment (default .venv)"
 	@echo "  PYTHON=python   build it from this interpreter (3.10-3.12)"
