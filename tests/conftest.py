@@ -16,19 +16,20 @@ TOGETHER = {"stock": "lsa"}
 """What is compared with another shared server runs where that one is."""
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest go first: what needs the two servers that most tests need, then other servers, then everything else.
     A server that two need goes after the first of them."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
     groups = ["lsa", "small", *dict.fromkeys(group(item) for item in items)]
     items.sort(key=lambda item: (not item.get_closest_marker("server"), groups.index(group(item)), *order(item)))
 
 
 def group(item: pytest.Item) -> str:
     shared = shared_servers(item)
-    return TOGETHER.get(shared[-1], shared[-1]) if shared else item.nodeid.split("::")[0]
+    return TOGETHER.get(shared[-1], shared[-1]) if shared else item.path.stem
 
 
 def order(item: pytest.Item) -> tuple[int, int]:
