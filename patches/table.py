@@ -35,6 +35,7 @@ from sglang_lsa.patches import (
     scheduler_on_idle,
     scheduler_output_streamer_stream_output,
     scheduler_pool_stats_observer_get_pool_stats,
+    scheduler_process_input_requests,
     scheduler_run_batch,
     scheduler_weight_updater_manager_flush_cache,
     server_args_add_cli_args,
@@ -91,6 +92,7 @@ SERVING: tuple[Hook, ...] = (
     scheduler_handle_generate_request.HOOK,
     scheduler_batch_result_processor_process_batch_result_prefill.HOOK,
     scheduler_output_streamer_stream_output.HOOK,
+    scheduler_process_input_requests.HOOK,
 )
 
 

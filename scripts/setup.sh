@@ -108,7 +108,9 @@ install() {
 install_with_uv() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv || return 1
   # The wheels of PyTorch and CUDA are large: allow a slow line more than uv's 30 s of silence.
-  UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --python "$venv/bin/python" -e '.[dev,train]'
+  # Compiled once here: otherwise every process of every server might compile thousands of files as it starts.
+  UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --compile-bytecode \
+    --python "$venv/bin/python" -e '.[dev,train]'
 }
 
 trap 'exit 130' INT

@@ -14,36 +14,7 @@ from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 
 DEVICE_TOKENS = 9600
-SHARED = ("keyed", "stock", "lsa", "small")
-"""Servers that many files use, in the order in which they come and go: at most two at a time are in memory."""
 SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics", "--enable-cache-report"]
-
-
-last_use: dict[str, str] = {}
-"""By the name of a shared server: the last test that needs it."""
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a server follow each other, so that it can go after the last of them."""
-    places = [place for place, item in enumerate(items) if item.get_closest_marker("server")]
-    for place, item in zip(places, sorted((items[place] for place in places), key=_order), strict=True):
-        items[place] = item
-
-
-def _order(item: pytest.Item) -> tuple[int, int]:
-    shared = _shared(item)
-    return max(shared, default=-1), -len(shared)
-
-
-def _shared(item: pytest.Item) -> list[int]:
-    """Places in :data:`SHARED` of the servers that a test asks for."""
-    return [place for place, name in enumerate(SHARED) if name in getattr(item, "fixturenames", ())]
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    for item in session.items:
-        last_use.update({SHARED[place]: item.nodeid for place in _shared(item)})
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +69,7 @@ def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_is_left(request: pytest.FixtureRequest, last_of: list[str]) -> Iterator[None]:
     """After every test the idle LSA servers hold no page for anybody, and never had to ask the device which ones.
     Servers that no later test needs end."""
     yield
@@ -106,6 +77,5 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         server = request.getfixturevalue(name)
         assert_idle(server)
         assert server.get("/lsa/status")["page_reads"] == 0
-    for name in SHARED:
-        if last_use.get(name) == request.node.nodeid:
-            request.getfixturevalue(name).stop()
+    for name in last_of:
+        request.getfixturevalue(name).stop()

@@ -39,12 +39,9 @@ TOLERANCE = 2e-3
 FLAGS = ["--dtype", "float32", "--skip-server-warmup", "--enable-metrics", "--chunked-prefill-size", "512"]
 FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}', "--enable-priority-scheduling"]
 """The first six layers of the embedded model."""
-KINDS = {"ask": 78, "abort": 8, "disconnect": 8, "flush": 3, "bad": 3}
+KINDS = {"ask": 66, "abort": 7, "disconnect": 7, "flush": 3, "bad": 3, "many": 6, "again": 4, "config": 4}
 """What a client does, by how often."""
-MORE_KINDS = KINDS | {"bad": 5, "many": 6, "again": 4, "config": 4}
-"""With ``--more``: several answers, names used again, other configurations, more that is wrong; and priorities."""
-PRIORITIES = [0]
-MORE_PRIORITIES = (0, 0, 100)
+PRIORITIES = (0, 0, 100)
 LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "staging_pages": 4}
 """32 pages on the device, 221 on the host; a chunk takes 8."""
 
@@ -304,11 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Soak a server of its own and check every answer.")
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--more", action="store_true", help="other kinds of requests, and priorities")
     args = parser.parse_args()
-    if args.more:
-        KINDS.update(MORE_KINDS)
-        PRIORITIES.extend(MORE_PRIORITIES)
     from serving import assert_idle, flush
 
     from sglang_lsa.embedded_model import embedded_model_path

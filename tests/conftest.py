@@ -1,0 +1,73 @@
+"""The order of the tests, and which of them belong together.
+
+Two processes run them (``pytest -n 2``). Tests that share a server follow each other in one of the two, so that it is
+started once and can end after the last of them; other tests of one file stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+SHARED = ("keyed", "stock", "lsa", "small")
+"""Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
+TOGETHER = {"stock": "lsa"}
+"""What is compared with another shared server runs where that one is."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest go first: what needs the two servers that most tests need, then other servers, then everything else.
+    A server that two need goes after the first of them."""
+    groups = ["lsa", "small", *dict.fromkeys(group(item) for item in items)]
+    items.sort(key=lambda item: (not item.get_closest_marker("server"), groups.index(group(item)), *order(item)))
+
+
+def group(item: pytest.Item) -> str:
+    shared = shared_servers(item)
+    return TOGETHER.get(shared[-1], shared[-1]) if shared else item.path.stem
+
+
+def order(item: pytest.Item) -> tuple[int, int]:
+    shared = shared_servers(item)
+    return max((SHARED.index(name) for name in shared), default=-1), -len(shared)
+
+
+def shared_servers(item: pytest.Item) -> list[str]:
+    """The shared servers that a test asks for, in their order."""
+    return [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+
+
+class LastUse:
+    """The last test of this process, in order, that needs each shared server; filled once all tests are known."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, pytest.Item] = {}
+
+    def note(self, items: Iterable[pytest.Item]) -> None:
+        for item in items:
+            self.tests.update(dict.fromkeys(shared_servers(item), item))
+
+    def ends_with(self, item: pytest.Item) -> list[str]:
+        return [name for name, last in self.tests.items() if last is item]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LAST_USE] = LastUse()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[LAST_USE].note(session.items)
+
+
+@pytest.fixture
+def last_of(request: pytest.FixtureRequest) -> list[str]:
+    """Shared servers that no later test needs."""
+    return request.config.stash[LAST_USE].ends_with(request.node)
+
+
+LAST_USE = pytest.StashKey[LastUse]()
