@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_lsa.demo.document import Question
+from sglang_lsa.texts.document import Question
 
 MODEL = "SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 20

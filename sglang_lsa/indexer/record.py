@@ -16,9 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sglang_lsa.engine.admission import NAME
-from sglang_lsa.indexer.corpus import Prompt, Tokens, make_prompts
 from sglang_lsa.indexer.recording import BadRecording, read_recording
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
+from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
 
 MANIFEST = "manifest.json"
 FORMAT = 1

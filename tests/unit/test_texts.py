@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from sglang_lsa.demo.document import FACTS, Question, build_document, fact_pages
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.questions import questions
 from sglang_lsa.evaluation.suites import longgen, mrcr, nolima, ruler, scbench
 from sglang_lsa.evaluation.task import Task
-from sglang_lsa.indexer.corpus import EVALUATION, FAMILIES, make_prompts
+from sglang_lsa.texts.corpus import make_prompts
+from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages
+from sglang_lsa.texts.families import EVALUATION, FAMILIES
+from sglang_lsa.texts.haystack import Haystack
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar"
 TASKS = [task for suite in (ruler, scbench, mrcr, nolima, longgen) for task in suite.TASKS.values()]
