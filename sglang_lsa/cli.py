@@ -330,7 +330,7 @@ def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _record(args: argparse.Namespace) -> int:
-    from sglang_lsa.indexer.record import record
+    from sglang_lsa.training.record import record
 
     names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "layers", "server_args")
     try:
