@@ -11,12 +11,12 @@ import dataclasses
 import pathlib
 import sys
 
-from sglang_lsa import config
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.config.values import LEAST
 from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
-NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/config.py; change it there. -->"
+NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/config; change it there. -->"
 
 REQUEST = {
     "enabled": ("`true`", "`true`, `false`", "`false`: every step reads all pages, as stock SGLang does."),
@@ -169,9 +169,9 @@ def allowed(field: dataclasses.Field) -> str:
         return "a path"
     if kind.startswith("tuple"):
         return "whole numbers; in JSON a list"
-    if field.name in config._LEAST:
+    if field.name in LEAST:
         number = "whole number" if kind == "int" else "number"
-        return f"{number}, {config._LEAST[field.name]} or more"
+        return f"{number}, {LEAST[field.name]} or more"
     if accepts(field.name, 1.5):
         return "number"
     return f"number in {'[' if accepts(field.name, 0.0) else '('}0, 1]"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_lsa.bench.client import Stream
+from sglang_lsa.streaming import Stream
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from sglang_lsa.bench.serving import commit
 from sglang_lsa.client import get_finished
-from sglang_lsa.demo.document import Document, Fact, Question, build_document, load_tokenizer
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.texts.document import Document, Fact, Question, build_document, load_tokenizer
 
 TOKENS = 6600
 ANSWER_TOKENS = 28

@@ -17,8 +17,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sglang_lsa.bench.serving import commit
-from sglang_lsa.indexer.corpus import Prompt, Tokens, make_prompts
 from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
 
 FULL = "full"
 VALUES = {

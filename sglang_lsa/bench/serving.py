@@ -211,7 +211,7 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: 
         "tpot_ms_p50": figures.percentile(50),
         "tpot_ms_p99": figures.percentile(99),
         "ttft_s": figures.ttft_s,
-        "cached_tokens": int(np.median([stream.cached for stream in streams if stream.tokens])),
+        "cached_tokens": int(np.median([stream.cached or 0 for stream in streams if stream.tokens])),
         "kv_pool_bytes": group.pool_tokens * group.shape.token_bytes,
         "kv_gpu_bytes": stock_kv_bytes(group, arm, figures.running, decode),
         "lsa_overhead_gpu_bytes": 0,

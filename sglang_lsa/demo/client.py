@@ -1,26 +1,22 @@
-"""Asks a server through the OpenAI client: streaming, greedy, with the times of the tokens."""
+"""Asks a server through its OpenAI-compatible chat: streaming, greedy, with the times of the tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
-import statistics
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang_lsa.demo.document import Question
+import aiohttp
+
+from sglang_lsa.streaming import RequestFailed, Stream, encoded, follow, median_gap, session
+from sglang_lsa.texts.document import Question
 
 MODEL = "SmolLM2-135M-Instruct"
 ANSWER_TOKENS = 20
 """Enough for a sentence with the number; the small model rambles on after it."""
 TIMEOUT_SECONDS = 900.0
-
-
-class ServerBroke(RuntimeError):
-    """A stream ended too early; the message names the request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +60,13 @@ def ask_in_sequence(url: str, requests: Sequence[Request], done: Callable[[], No
     """Ask one question after the other; calls ``done`` after each.
 
     Raises:
-        openai.OpenAIError: the server refused a request, broke down, or did not answer in time.
-        ServerBroke: an answer ended too early.
+        RequestFailed: the server refused a request, or an answer ended too early.
+        aiohttp.ClientError: the server broke down, or said nothing for :data:`TIMEOUT_SECONDS`.
     """
 
     async def ask() -> list[Answer]:
-        async with _client(url) as client:
-            return [await _ask(client, request, done) for request in requests]
+        async with session(TIMEOUT_SECONDS) as http:
+            return [await _ask(http, url, request, done) for request in requests]
 
     return asyncio.run(ask())
 
@@ -79,52 +75,41 @@ def ask_at_once(url: str, requests: Sequence[Request], done: Callable[[], None] 
     """Ask all questions at the same time; else as :func:`ask_in_sequence`."""
 
     async def ask() -> list[Answer]:
-        async with _client(url) as client:
-            return await asyncio.gather(*(_ask(client, request, done) for request in requests))
+        async with session(TIMEOUT_SECONDS) as http:
+            return await asyncio.gather(*(_ask(http, url, request, done) for request in requests))
 
     return asyncio.run(ask())
 
 
-def _client(url: str) -> Any:
-    import openai
-
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_SECONDS, max_retries=0)
-
-
-async def _ask(client: Any, request: Request, done: Callable[[], None]) -> Answer:
+async def _ask(http: aiohttp.ClientSession, url: str, request: Request, done: Callable[[], None]) -> Answer:
     rid = f"demo-{uuid.uuid4().hex}"
-    extra: dict[str, Any] = {"rid": rid, "ignore_eos": request.ignore_eos}
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "messages": request.question.messages,
+        "temperature": 0,
+        "max_tokens": request.tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "rid": rid,
+        "ignore_eos": request.ignore_eos,
+    }
     if request.lsa is not None:
-        extra["custom_params"] = {"lsa": request.lsa}
-    sent = time.perf_counter()
-    stream = await client.chat.completions.create(
-        model=MODEL,
-        messages=request.question.messages,
-        temperature=0,
-        max_tokens=request.tokens,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body=extra,
-    )
-    pieces, times, usage = [], [], None
-    async for chunk in stream:
-        usage = chunk.usage or usage
-        if chunk.choices and chunk.choices[0].delta.content:
-            pieces.append(chunk.choices[0].delta.content)
-            times.append(time.perf_counter())
-    if usage is None or len(times) < 2:
-        raise ServerBroke(f"the answer to {rid} ended after {len(times)} pieces of text, token counts: {usage}")
-    text = "".join(pieces).strip()
-    details = usage.prompt_tokens_details
+        body["custom_params"] = {"lsa": request.lsa}
+    sent = encoded(body)
+    stream = await follow(http, f"{url}/v1/chat/completions", sent, Stream())
+    times, text = stream.text_times, stream.text.strip()
+    if not stream.usage or len(times) < 2:
+        counts = stream.usage or None
+        raise RequestFailed(f"the answer to {rid} ended after {len(times)} pieces of text, token counts: {counts}")
     done()
     return Answer(
         rid=rid,
         text=text,
         right=request.question.answered_by(text),
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=(details.cached_tokens or 0) if details else 0,
-        completion_tokens=usage.completion_tokens,
-        ttft=times[0] - sent,
-        tpot=(times[-1] - times[0]) / (usage.completion_tokens - 1),
-        itl=statistics.median(later - earlier for earlier, later in itertools.pairwise(times)),
+        prompt_tokens=stream.prompt_tokens,
+        cached_tokens=stream.cached or 0,
+        completion_tokens=stream.count,
+        ttft=times[0] - stream.sent,
+        tpot=(times[-1] - times[0]) / (stream.count - 1),
+        itl=median_gap(times),
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 from sglang_lsa.client import get_finished, get_requests
 from sglang_lsa.demo.client import Answer, Request, ask_at_once, ask_in_sequence, nothing
-from sglang_lsa.demo.document import Question
 from sglang_lsa.demo.watch import StatusWatch, busiest, gained
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
+from sglang_lsa.texts.document import Question
 
 SPEED_TOKENS = 64
 

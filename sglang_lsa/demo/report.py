@@ -15,8 +15,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from sglang_lsa.demo.client import Answer
-from sglang_lsa.demo.document import Question
 from sglang_lsa.demo.measure import Phase, Speed
+from sglang_lsa.texts.document import Question
 
 COLUMNS = 136
 """Width of what is printed where the output is no terminal."""

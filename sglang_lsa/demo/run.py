@@ -13,13 +13,13 @@ from rich.console import Console
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.demo import report
 from sglang_lsa.demo.client import MODEL, Answer, Request, ask_in_sequence
-from sglang_lsa.demo.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 from sglang_lsa.demo.measure import SPEED_TOKENS, Phase, Speed, measure_phase, measure_speed
 from sglang_lsa.demo.picture import Panel, draw
 from sglang_lsa.demo.servers import DemoFailed, server, talking_to, wait_for
 from sglang_lsa.demo.verdict import lost_answers, print_verdict, results_json
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
+from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 
 CONFIG = LSAConfig(device_tokens=9600, host_memory_gb=2)
 """The device pool holds one document and a half; everything else is a default."""

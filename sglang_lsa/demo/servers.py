@@ -7,8 +7,11 @@ import pathlib
 import signal
 from collections.abc import Iterator, Sequence
 
-from sglang_lsa.demo.client import MODEL, ServerBroke
+import aiohttp
+
+from sglang_lsa.demo.client import MODEL
 from sglang_lsa.server_process import ServerFailed, ServerProcess
+from sglang_lsa.streaming import RequestFailed
 
 START_SECONDS = 600.0
 """Two servers import SGLang at the same time, perhaps on a machine that others use too."""
@@ -44,11 +47,9 @@ def wait_for(process: ServerProcess) -> None:
 @contextlib.contextmanager
 def talking_to(process: ServerProcess) -> Iterator[None]:
     """Turn what goes wrong in the block into a DemoFailed that names this server's log."""
-    import openai
-
     try:
         yield
-    except (openai.OpenAIError, ServerBroke, OSError) as error:
+    except (aiohttp.ClientError, RequestFailed, OSError) as error:
         status = process.process.poll()
         state = "still runs" if status is None else f"ended with status {status}"
         raise DemoFailed(

@@ -14,8 +14,8 @@ from rich.markup import escape
 import sglang_lsa
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.demo.client import MODEL, Answer
-from sglang_lsa.demo.document import Question
 from sglang_lsa.demo.measure import Phase, Speed
+from sglang_lsa.texts.document import Question
 
 
 def lost_answers(questions: Sequence[Question], references: Sequence[Answer], phases: Sequence[Phase]) -> list[str]:

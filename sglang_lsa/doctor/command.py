@@ -31,7 +31,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_lsa.config import PAGE_SIZE, add_cli_args, config_from_args
@@ -39,6 +38,7 @@ from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding, has_
 from sglang_lsa.doctor.hooks import hook_findings
 from sglang_lsa.doctor.kernels import kernel_findings
 from sglang_lsa.doctor.machine import GB, Gpu, Host, gpu_here, host_findings, host_here
+from sglang_lsa.doctor.report import Report, as_json, show
 from sglang_lsa.doctor.versions import version_findings
 
 if TYPE_CHECKING:
@@ -50,22 +50,6 @@ SECTION = "server"
 
 class WrongUsage(ValueError):
     """A flag that no machine and no model could make right."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that was found. ``server`` is None when it would not start, ``host`` when it could not be looked at."""
-
-    findings: tuple[Finding, ...]
-    gpu: Gpu | None
-    host: Host | None
-    kernels: str | None
-    server: Server | None
-    contexts: tuple[Fit, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not has_trouble(self.findings)
 
 
 def from_arguments(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
@@ -86,12 +70,8 @@ def from_arguments(args: argparse.Namespace, server_flags: Sequence[str]) -> int
     with _quiet():
         report = examine(args, server_flags)
     if args.json:
-        from sglang_lsa.doctor.report import as_json
-
         print(json.dumps(as_json(report), indent=1))
     else:
-        from sglang_lsa.doctor.report import show
-
         show(report)
     return 0 if report.ok else 1
 

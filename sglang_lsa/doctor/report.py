@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,15 +11,31 @@ from rich.table import Table
 from rich.text import Text
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding
+from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding, has_trouble
+from sglang_lsa.doctor.machine import GB, Gpu, Host
 
 if TYPE_CHECKING:
-    from sglang_lsa.doctor.command import Report
+    from sglang_lsa.doctor.contexts import Fit
     from sglang_lsa.doctor.server import Server
 
-GB = 1 << 30
 STYLES = {OK: "green", NOTE: "yellow", TROUBLE: "bold red", SKIPPED: "dim"}
 SECTIONS = ("versions", "machine", "kernels", "hooks", "server")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found. ``server`` is None when it would not start, ``host`` when it could not be looked at."""
+
+    findings: tuple[Finding, ...]
+    gpu: Gpu | None
+    host: Host | None
+    kernels: str | None
+    server: Server | None
+    contexts: tuple[Fit, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not has_trouble(self.findings)
 
 
 def show(report: Report, console: Console | None = None) -> None:

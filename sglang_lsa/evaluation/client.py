@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import time
 import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+
+from sglang_lsa.streaming import RequestFailed, Stream, encoded, follow
 
 
 class EndpointFailed(RuntimeError):
@@ -100,31 +100,15 @@ class Endpoint:
         }
         if options is not None:
             body |= {"rid": rid, "custom_params": {"lsa": options}} | ({"cache_salt": salt} if salt else {})
+        sent = encoded(body)
+        stream = Stream()
         try:
-            return await self._stream(body)
+            await follow(self.session, self.url + "/v1/completions", sent, stream, self.headers)
+        except RequestFailed as error:
+            raise EndpointFailed(f"{self.url}: {error}") from error
         except (aiohttp.ClientError, ValueError, KeyError) as error:
             raise EndpointFailed(f"{self.url} failed in the middle of an answer: {error!r}") from error
-
-    async def _stream(self, body: dict[str, Any]) -> Answer:
-        began = time.perf_counter()
-        first = last = 0.0
-        text = ""
-        usage: dict[str, Any] = {}
-        async with self.session.post(self.url + "/v1/completions", json=body, headers=self.headers) as answer:
-            if answer.status != 200:
-                raise EndpointFailed(f"{self.url}: HTTP {answer.status}: {(await answer.text())[:500]}")
-            async for line in answer.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    raise EndpointFailed(f"{self.url}: {chunk['error']}")
-                last = time.perf_counter() - began
-                first = first or last
-                text += "".join(choice["text"] for choice in chunk["choices"])
-                usage = chunk.get("usage") or usage
-        if not usage:
+        if not stream.usage:
             raise EndpointFailed(f"{self.url}: an answer ended early, without usage: see the server's log")
-        details = usage.get("prompt_tokens_details")
-        cached = details.get("cached_tokens") if details else None
-        return Answer(text, usage["completion_tokens"], (first, last), cached)
+        first, last = (stream.times[each] - stream.sent for each in (0, -1))
+        return Answer(stream.text, stream.count, (first, last), stream.cached)

@@ -22,7 +22,6 @@ from sglang_lsa.bench.serving import command_line, commit
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.evaluation.analysis import write_analysis
 from sglang_lsa.evaluation.arms import ARMS, Arm, parse_arms
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.plots import plot_depth, plot_footprint
 from sglang_lsa.evaluation.questions import Question, questions
 from sglang_lsa.evaluation.run import run
@@ -32,6 +31,7 @@ from sglang_lsa.evaluation.suites.ruler_qa import qa_tasks
 from sglang_lsa.evaluation.summary import AVERAGE, summarise, write_markdown
 from sglang_lsa.evaluation.task import Count, Sample, Task
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
+from sglang_lsa.texts.haystack import Haystack
 
 GENERATED: dict[str, dict[str, Task]] = {
     "ruler": ruler.TASKS,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.evaluation.task import Sample, Turn
+from sglang_lsa.texts.fitting import pages_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def questions(sample: Sample, tokenizer: Any) -> Iterator[Question]:
         messages = [*history, {"role": "user", "content": said}]
         ids, starts, text = read(messages, turn.start, tokenizer)
         before = text.index(sample.context)
-        yield Question(sample, number, ids, pages_of(turn, before, starts))
+        yield Question(sample, number, ids, pages_of(turn.evidence, before, starts))
         if not sample.together:
             history = [*messages, {"role": "assistant", "content": golden(turn)}]
 
@@ -64,12 +63,3 @@ def read(messages: list[dict[str, str]], start: str, tokenizer: Any) -> tuple[tu
     text += start
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     return tuple(found.input_ids), [begin for begin, _ in found.offset_mapping], text
-
-
-def pages_of(turn: Turn, before: int, starts: list[int]) -> tuple[int, ...]:
-    """Pages of the turn's evidence; ``before`` characters come before the context, tokens begin at ``starts``."""
-    pages: set[int] = set()
-    for first, stop in turn.evidence:
-        begin, end = (bisect.bisect_right(starts, before + at) - 1 for at in (first, stop - 1))
-        pages.update(range(begin // PAGE_SIZE, end // PAGE_SIZE + 1))
-    return tuple(sorted(pages))

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import aiohttp
 from tqdm import tqdm
 
+from sglang_lsa import streaming
 from sglang_lsa.config import MOST_WATCHED
 from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.arms import FULL, Arm, asked_of
@@ -225,13 +225,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """See :class:`Evaluation`; ``url`` is of our server, ``others`` of the others."""
 
-    async def session() -> list[dict[str, Any]]:
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=3600)
-        # The server closes connections that were idle for some seconds, perhaps just when the next question is sent.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as http:
+    async def ask() -> list[dict[str, Any]]:
+        async with streaming.session(silence=3600) as http:
             endpoints = {name: Endpoint(http, other, api_key=api_key) for name, other in (others or {}).items()}
             server = Endpoint(http, url, api_key=api_key)
             return await Evaluation(model, server, arms, store, endpoints, together).run(asked, seconds)
 
-    return asyncio.run(session())
+    return asyncio.run(ask())

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sglang_lsa.evaluation.haystack import Haystack
+from sglang_lsa.texts.fitting import Fit, Span
+from sglang_lsa.texts.haystack import Haystack
 
 Count = Callable[[str], int]
 """Tokens of a text."""
@@ -35,7 +36,7 @@ class Turn:
     new_tokens: int
     metric: str = "all"
     start: str = ""
-    evidence: tuple[tuple[int, int], ...] = ()
+    evidence: tuple[Span, ...] = ()
     golden: str = ""
 
 
@@ -106,19 +107,13 @@ class Task:
         if length < self.least:
             raise ValueError(f"{name}: {length} tokens are too few for this task: use {self.least} or more")
         seed = f"{self.suite}-{self.like or self.name}-{length}-{number}"
-        characters, too_few, too_many = length * 3, 0, length * 16
-        for _ in range(24):
+        fit = Fit(length, most=length * 16, tries=24)
+        for characters in fit.sizes():
             made = self.make(random.Random(seed), characters, haystack)
             turns = "".join(turn.question + turn.start for turn in made.turns)
             asked = count(made.context) + count(turns) + sum(turn.new_tokens for turn in made.turns)
             asked += overhead + A_TURN * (len(made.turns) - 1)
-            if length * 0.9 <= asked <= length:
+            if fit.fits(asked):
                 shown = (made.context, made.turns, made.together, made.depth, self.averaged)
                 return Sample(name, self.suite, self.name, length, *shown)
-            if asked < length:
-                too_few = characters
-            else:
-                too_many = characters
-            wanted = int(characters * length * 0.96 / asked)
-            characters = wanted if too_few < wanted < too_many else (too_few + too_many) // 2
-        raise ValueError(f"{name} cannot be made {length} tokens long (seen: {asked}): use another --lengths")
+        raise ValueError(f"{name} cannot be made {length} tokens long (seen: {fit.tokens}): use another --lengths")

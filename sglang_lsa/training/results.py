@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from sglang_lsa.indexer.manifest import Manifest
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.record import Manifest
 from sglang_lsa.training.data import load_recordings
 from sglang_lsa.training.recall import Rules, measure, recall_table, summarise
 

@@ -17,12 +17,13 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from transformers import TrainerCallback, set_seed
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig
+from sglang_lsa.indexer.heads import Head, retrieval_heads
+from sglang_lsa.indexer.manifest import Manifest
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.record import Manifest
 from sglang_lsa.indexer.recording import BadRecording
 from sglang_lsa.training.calibrate import calibrate, with_threshold
 from sglang_lsa.training.card import write_card
-from sglang_lsa.training.data import Batches, Head, Recording, load_recordings, require_same, retrieval_heads
+from sglang_lsa.training.data import Batches, Recording, load_recordings, require_same
 from sglang_lsa.training.losses import PageLoss
 from sglang_lsa.training.recall import RecallEvaluator, Rules, measure, recall_table
 from sglang_lsa.training.settings import TrainSettings

@@ -12,7 +12,7 @@ pytest.importorskip("sentence_transformers")
 from rich.console import Console
 
 from sglang_lsa.config import RECORDED_POSITIONS, RUNS
-from sglang_lsa.indexer.record import Entry, Manifest
+from sglang_lsa.indexer.manifest import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.training.settings import TrainSettings
 from sglang_lsa.training.train import train

@@ -15,9 +15,10 @@ from transformers.models.llama import modeling_llama
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
-from sglang_lsa.indexer.record import Manifest, record
+from sglang_lsa.indexer.heads import retrieval_heads
+from sglang_lsa.indexer.manifest import Manifest
 from sglang_lsa.indexer.recording import BLOCK, read_recording
-from sglang_lsa.training.data import retrieval_heads
+from sglang_lsa.training.record import record
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"

@@ -17,6 +17,7 @@ from serving import assert_idle, finished_request, generate
 from soak import FLAGS, LSA_CONFIG
 
 from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.streaming import event_of
 
 pytestmark = pytest.mark.server
 
@@ -169,8 +170,7 @@ class Stream:
     def _read(self) -> None:
         try:
             while line := self.answer.readline():
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
+                if (event := event_of(line)) is not None:
                     reason = event.get("error") or event["meta_info"]["finish_reason"]
                     self.reasons += [reason] if reason else []
                 self.started.set()

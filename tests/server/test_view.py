@@ -19,6 +19,7 @@ from serving import flush, generate, is_busy, wait_until_idle
 from sglang_lsa.serve.view.events import MOST_STREAMS
 from sglang_lsa.serve.view.routes import PAGE
 from sglang_lsa.server_process import ServerProcess
+from sglang_lsa.streaming import event_of
 
 pytestmark = pytest.mark.server
 
@@ -46,8 +47,8 @@ def status_of(server: ServerProcess, path: str, headers: dict[str, str] | None =
 def frames(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     """Events as they come."""
     while line := response.readline():
-        if line.startswith(b"data: "):
-            yield json.loads(line.removeprefix(b"data: "))
+        if (event := event_of(line)) is not None:
+            yield event
 
 
 @pytest.fixture

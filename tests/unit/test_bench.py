@@ -20,13 +20,14 @@ from rich.console import Console
 
 from sglang_lsa import cli
 from sglang_lsa.bench import overhead, prefill, report, serving
-from sglang_lsa.bench.client import RequestFailed, Stream, run_together
+from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures, stock_kv_bytes
 from sglang_lsa.bench.shapes import SHAPES
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.serve.status import status as status_of
 from sglang_lsa.server_process import ServerFailed
+from sglang_lsa.streaming import RequestFailed, Stream
 
 GB = 1 << 30
 VOCABULARY = 128256

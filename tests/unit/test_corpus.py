@@ -9,21 +9,12 @@ import re
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.demo.document import load_tokenizer
 from sglang_lsa.embedded_model import embedded_model_path
-from sglang_lsa.indexer.corpus import (
-    ADJECTIVES,
-    ASSIGNMENTS,
-    FACTS,
-    FAMILIES,
-    LETTERS,
-    LISTS,
-    NOUNS,
-    Prompt,
-    Texts,
-    Tokens,
-    make_prompts,
-)
+from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
+from sglang_lsa.texts.document import load_tokenizer
+from sglang_lsa.texts.families import FAMILIES
+from sglang_lsa.texts.haystack import Texts
+from sglang_lsa.texts.words import ADJECTIVES, ASSIGNMENTS, FACTS, LETTERS, LISTS, NOUNS
 
 SPLITS = tuple(NOUNS)
 

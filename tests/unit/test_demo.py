@@ -18,7 +18,14 @@ from sglang_lsa import cli
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.demo import run as demo
 from sglang_lsa.demo.client import Answer
-from sglang_lsa.demo.document import (
+from sglang_lsa.demo.measure import Phase
+from sglang_lsa.demo.picture import CHOSEN, NOT_RESIDENT, NOT_WRITTEN, RECENT, SINK, Panel, draw, residency_map
+from sglang_lsa.demo.report import make_console, step
+from sglang_lsa.demo.servers import DemoFailed
+from sglang_lsa.demo.verdict import lost_answers, print_verdict
+from sglang_lsa.demo.watch import busiest, gained
+from sglang_lsa.embedded_model import EmbeddedModelError, embedded_model_path
+from sglang_lsa.texts.document import (
     FACTS,
     FILLER,
     Document,
@@ -30,13 +37,6 @@ from sglang_lsa.demo.document import (
     load_tokenizer,
     prompt_tokens,
 )
-from sglang_lsa.demo.measure import Phase
-from sglang_lsa.demo.picture import CHOSEN, NOT_RESIDENT, NOT_WRITTEN, RECENT, SINK, Panel, draw, residency_map
-from sglang_lsa.demo.report import make_console, step
-from sglang_lsa.demo.servers import DemoFailed
-from sglang_lsa.demo.verdict import lost_answers, print_verdict
-from sglang_lsa.demo.watch import busiest, gained
-from sglang_lsa.embedded_model import EmbeddedModelError, embedded_model_path
 
 MODEL_CONTEXT = 8192
 

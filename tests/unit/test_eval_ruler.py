@@ -10,13 +10,13 @@ from collections import Counter
 
 import pytest
 
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.suites import ruler
 from sglang_lsa.evaluation.suites.ruler import ADJECTIVES, DEPTHS, NOUNS, TASKS
 from sglang_lsa.evaluation.suites.ruler_qa import qa_tasks
 from sglang_lsa.evaluation.task import Count, Made, Sample, Task
-from sglang_lsa.indexer import corpus
+from sglang_lsa.texts import words as recorded
+from sglang_lsa.texts.haystack import Haystack
 
 LENGTHS = (2048, 6000)
 COUNTS: dict[str, Count] = {
@@ -220,9 +220,9 @@ def test_frequent_words(samples: dict[tuple[str, str, int, int], Sample]) -> Non
 def test_words_are_of_no_training_prompt() -> None:
     own = ADJECTIVES.split() + NOUNS.split()
     assert len(set(ADJECTIVES.split())) >= 60 and len(set(NOUNS.split())) >= 120 and len(own) == len(set(own))
-    for split in corpus.NOUNS:
-        assert not set(own) & set(corpus.NOUNS[split].split() + corpus.ADJECTIVES[split].split())
-    assert not set(re.split(r"(?<=\.) ?", ruler.NOISE)) & set(re.split(r"(?<=\.) ?", corpus.FILLER)) - {""}
+    for split in recorded.NOUNS:
+        assert not set(own) & set(recorded.NOUNS[split].split() + recorded.ADJECTIVES[split].split())
+    assert not set(re.split(r"(?<=\.) ?", ruler.NOISE)) & set(re.split(r"(?<=\.) ?", recorded.FILLER)) - {""}
 
 
 def squad() -> dict[str, object]:

@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.suites import longgen, mrcr, nolima, scbench
 from sglang_lsa.evaluation.task import A_TURN, Made, Sample, Task, Turn
+from sglang_lsa.texts.haystack import Haystack
 
 TASKS = [*scbench.TASKS.values(), *mrcr.TASKS.values(), *nolima.TASKS.values(), *longgen.TASKS.values()]
 LENGTHS = (3000, 8000)

@@ -114,7 +114,7 @@ def test_wheel_holds_the_shipped_indexers(wheel: pathlib.Path) -> None:
 
 def test_wheel_holds_the_speeches(wheel: pathlib.Path) -> None:
     files = zipfile.ZipFile(wheel)
-    speeches, note = (files.read(f"sglang_lsa/evaluation/data/{name}") for name in ("speeches.txt.xz", "README.md"))
+    speeches, note = (files.read(f"sglang_lsa/texts/data/{name}") for name in ("speeches.txt.xz", "README.md"))
     assert hashlib.sha256(speeches).hexdigest() in note.decode()
 
 

@@ -10,7 +10,8 @@ import re
 import pytest
 
 from sglang_lsa.bench.selectors import VALUES, summary, table, write
-from sglang_lsa.indexer.corpus import EVALUATION, FAMILIES, Texts
+from sglang_lsa.texts.families import EVALUATION, FAMILIES
+from sglang_lsa.texts.haystack import Texts
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])

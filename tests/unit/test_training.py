@@ -18,12 +18,13 @@ from rich.console import Console
 
 from sglang_lsa.config import RUNS
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape, shipped_indexers
+from sglang_lsa.indexer.heads import retrieval_heads
+from sglang_lsa.indexer.manifest import Entry, Manifest
 from sglang_lsa.indexer.model import MemoryIndexer, slow_dimensions
-from sglang_lsa.indexer.record import Entry, Manifest
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, write_recording
 from sglang_lsa.kernels.page_score import from_8_bits, to_8_bits
 from sglang_lsa.training.calibrate import calibrate
-from sglang_lsa.training.data import Batches, load_recordings, retrieval_heads
+from sglang_lsa.training.data import Batches, load_recordings
 from sglang_lsa.training.losses import LOSSES, PageLoss
 from sglang_lsa.training.recall import Rules, measure, predict, summarise
 from sglang_lsa.training.results import measure_indexer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 
-from sglang_lsa.evaluation.haystack import Haystack, split_sentences
-from sglang_lsa.evaluation.suites.weaving import SENTENCE, prose, weave
 from sglang_lsa.evaluation.task import Made, Task, Turn
+from sglang_lsa.texts.haystack import SENTENCE, Haystack, split_sentences
+from sglang_lsa.texts.weaving import prose, weave
 
 ENTRIES = 60
 ASKED = 20

@@ -11,9 +11,9 @@ import functools
 import random
 from collections.abc import Iterator
 
-from sglang_lsa.evaluation.haystack import Haystack
-from sglang_lsa.evaluation.suites.weaving import fill, spread, weave
 from sglang_lsa.evaluation.task import Made, Task, Turn
+from sglang_lsa.texts.haystack import Haystack
+from sglang_lsa.texts.weaving import fill, spread, weave
 
 NEEDLES = (1, 2, 4, 8)
 WORDS = 120

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import random
 
-from sglang_lsa.evaluation.haystack import Haystack
-from sglang_lsa.evaluation.suites.weaving import SENTENCE, prose, weave
 from sglang_lsa.evaluation.task import Made, Task, Turn
+from sglang_lsa.texts.haystack import SENTENCE, Haystack
+from sglang_lsa.texts.weaving import prose, weave
 
 DEPTHS = 26
 """From first to last, equally far apart."""

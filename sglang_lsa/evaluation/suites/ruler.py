@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.task import Made, Make, Task, Turn
+from sglang_lsa.texts.haystack import Haystack
 
 ADJECTIVES = (
     "ancient azure bitter blunt brave bright broad broken bronze careful cheap clever cloudy coarse cold cosmic "

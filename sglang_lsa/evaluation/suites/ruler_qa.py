@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.evaluation.haystack import Haystack
 from sglang_lsa.evaluation.suites.ruler import fork, shuffled
 from sglang_lsa.evaluation.task import Made, Task, Turn
+from sglang_lsa.texts.haystack import Haystack
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import random
 import string
 from dataclasses import replace
 
-from sglang_lsa.evaluation.haystack import Haystack
-from sglang_lsa.evaluation.suites.weaving import SENTENCE, fill, prose, spread, weave
 from sglang_lsa.evaluation.task import Made, Make, Task, Turn
+from sglang_lsa.texts.haystack import SENTENCE, Haystack
+from sglang_lsa.texts.weaving import fill, prose, spread, weave
 
 TURNS = 5
 CHAIN = 4

@@ -7,9 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from sglang_lsa.evaluation.haystack import Haystack
-
-SENTENCE = r"(?<=[.!?])\s+|\n"
+from sglang_lsa.texts.haystack import Haystack
 
 
 def spread(rng: random.Random, number: int) -> list[float]:

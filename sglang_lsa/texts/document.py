@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.texts.fitting import pages_of
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """Repeated as in the noise haystack of RULER (Hsieh et al., 2024)."""
@@ -104,11 +104,9 @@ def prompt_tokens(tokenizer: Any, question: Question) -> int:
 def fact_pages(tokenizer: Any, question: Question) -> list[int]:
     """Positions, in pages of the prompt, of the pages that hold the hidden fact."""
     prompt = _prompt(tokenizer, question)
-    encoded = tokenizer(prompt, return_offsets_mapping=True)
-    start = prompt.index(question.document.fact.sentence)
-    end = start + len(question.document.fact.sentence)
-    inside = [token for token, (first, last) in enumerate(encoded["offset_mapping"]) if last > start and first < end]
-    return sorted({token // PAGE_SIZE for token in inside})
+    starts = [start for start, _ in tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]]
+    sentence = question.document.fact.sentence
+    return list(pages_of([(0, len(sentence))], prompt.index(sentence), starts))
 
 
 def _prompt(tokenizer: Any, question: Question) -> str:

@@ -1,13 +1,11 @@
-"""Configuration: one frozen dataclass; flags, JSON file, README table and per-request override come from its fields."""
+"""LSAConfig: what LSA does on one server, checked when it is made."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import pathlib
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,6 @@ PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
-MOST_WATCHED = 256
-"""Pages whose scores a request may ask for."""
 MOST_LOOKED_UP = 64
 """Tokens at the end of a text that a request may ask to have occurred before."""
 RUNS = 32
@@ -124,25 +120,25 @@ class LSAConfig:
             object.__setattr__(self, "observe_layers", tuple(int(layer) for layer in self.observe_layers))
         if self.policy is None:
             object.__setattr__(self, "policy", "indexer" if self.indexer else "quest")
-        _require_choice("policy", self.policy, POLICIES)
-        _require_choice("prefill", self.prefill, PREFILLS)
-        _require_fraction("budget", self.budget)
+        require_choice("policy", self.policy, POLICIES)
+        require_choice("prefill", self.prefill, PREFILLS)
+        require_fraction("budget", self.budget)
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("--lsa-threshold nan is no number: use one")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"--lsa-min-coverage {self.min_coverage} is out of range: use a share in [0, 1]")
         if self.fallback_budget is not None:
-            _require_fraction("fallback_budget", self.fallback_budget)
+            require_fraction("fallback_budget", self.fallback_budget)
             if self.fallback_budget < self.budget:
                 raise ValueError(
                     f"--lsa-fallback-budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
                 )
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{_flag(name)} {value} is no size: use a finite number")
+                raise ValueError(f"{flag_of(name)} {value} is no size: use a finite number")
             if value is not None and value < least:
-                raise ValueError(f"{_flag(name)} {value} is too small: use {least} or more")
+                raise ValueError(f"{flag_of(name)} {value} is too small: use {least} or more")
         if self.prompt_lookup > MOST_LOOKED_UP:
             raise ValueError(f"--lsa-prompt-lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.prefetch_steps >= self.window:
@@ -192,193 +188,6 @@ def _arrive(values: dict[str, Any]) -> LSAConfig:
     return config
 
 
-@dataclass(frozen=True)
-class GivenSet:
-    """A resident set that a request names itself, for evaluation and replay.
-
-    Attributes:
-        tokens: context, in tokens, of the first decode step that reads it; the new token counts.
-        tail_start: page from which on everything is read.
-        positions: pages before that, ascending.
-    """
-
-    tokens: int
-    tail_start: int
-    positions: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.tokens}:{self.tail_start}:{','.join(map(str, self.positions))}"
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """What one request asked for: ``custom_params={"lsa": {...}}``. Everything absent comes from the server.
-
-    Attributes:
-        sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
-            with ``;`` between sets, which is what ``/lsa/requests`` tells of a request.
-        record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
-        dense_steps: decode steps that read everything before the first set is predicted.
-        prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
-        watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
-    """
-
-    policy: str
-    budget: float
-    enabled: bool = True
-    prefill: str = "exact"
-    sets: tuple[GivenSet, ...] = ()
-    record: int = 0
-    dense_steps: int = 0
-    prompt_lookup: int = LSAConfig.prompt_lookup
-    watch: tuple[int, ...] = ()
-
-    @property
-    def dense(self) -> bool:
-        """Whether this request reads all of its pages, whatever its length."""
-        full = not self.enabled or self.policy == "full" or self.budget >= 1.0 or self.record > 0
-        return not self.sets and full
-
-    @classmethod
-    def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
-        """Read ``custom_params`` of a request.
-
-        Raises:
-            ValueError: unknown key, wrong type or impossible value; becomes HTTP 400.
-        """
-        asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
-        if asked is None:
-            return cls(
-                str(config.policy),
-                config.budget,
-                prefill=config.prefill,
-                dense_steps=config.dense_steps,
-                prompt_lookup=config.prompt_lookup,
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(asked, dict):
-            raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
-        unknown = sorted(set(asked) - set(known))
-        if unknown:
-            raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use {', '.join(known)}")
-        enabled = asked.get("enabled", True)
-        if not isinstance(enabled, bool):
-            raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
-        budget = asked.get("budget", config.budget)
-        if isinstance(budget, bool) or not isinstance(budget, int | float):
-            raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
-        _require_fraction("custom_params.lsa.budget", budget)
-        policy = asked.get("policy", config.policy)
-        allowed = POLICIES if config.indexer else tuple(name for name in POLICIES if name != "indexer")
-        _require_choice("custom_params.lsa.policy", policy, allowed)
-        prefill = asked.get("prefill", config.prefill)
-        _require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
-        sets = _parse_sets(asked.get("sets", ""))
-        if sets and (not enabled or policy == "full"):
-            raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
-        record = _count(asked, "record", 0, "tokens")
-        if record and not config.record:
-            raise ValueError(f"custom_params.lsa.record is {record}: this server was not started with --lsa-record")
-        if record and sets:
-            raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
-        dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
-        prompt_lookup = _count(asked, "prompt_lookup", config.prompt_lookup, "tokens")
-        if prompt_lookup > MOST_LOOKED_UP:
-            raise ValueError(
-                f"custom_params.lsa.prompt_lookup is {prompt_lookup}: use a number of tokens, {MOST_LOOKED_UP} or less"
-            )
-        watch = asked.get("watch", [])
-        if isinstance(watch, str) and re.fullmatch(r"(\d{1,10}(,\d{1,10})*)?", watch, re.ASCII):
-            watch = [int(page) for page in watch.split(",") if page]  # as SGLang's messages can carry it
-        pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
-        if not pages or len(watch) > MOST_WATCHED:
-            raise ValueError(
-                f"custom_params.lsa.watch is {watch!r:.80}: "
-                f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
-            )
-        counts = (record, dense_steps, prompt_lookup)
-        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
-
-
-def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:
-    value = asked.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"custom_params.lsa.{name} is {value!r}: use a number of {unit}, 0 or more")
-    return value
-
-
-def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
-    """Resident sets in their written form; see :class:`RequestOptions`."""
-    problem = f"custom_params.lsa.sets is {text!r:.80}: write tokens:tail_start:p,p,p with ; between sets"
-    if not isinstance(text, str):
-        raise ValueError(problem)
-    sets: list[GivenSet] = []
-    for part in filter(None, text.split(";")):
-        try:
-            tokens, tail_start, positions = part.split(":")
-            given = GivenSet(int(tokens), int(tail_start), tuple(int(p) for p in positions.split(",") if p))
-        except ValueError:
-            raise ValueError(problem) from None
-        ordered = all(a < b for a, b in zip((-1, *given.positions), (*given.positions, given.tail_start), strict=True))
-        if not ordered or given.tail_start * PAGE_SIZE >= given.tokens:
-            raise ValueError(f"{problem}; positions ascend and lie before tail_start, and that before tokens")
-        if sets and sets[-1].tokens >= given.tokens:
-            raise ValueError(f"{problem}; each set begins at more tokens than the one before")
-        sets.append(given)
-    return tuple(sets)
-
-
-def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """Add one ``--lsa-*`` flag per configuration field, and ``--lsa-config``."""
-    group = parser.add_argument_group("Lookahead Sparse Attention (sglang-lsa)")
-    group.add_argument("--lsa-config", metavar="FILE.json", help="Read LSA options from a JSON file; flags win.")
-    for field in dataclasses.fields(LSAConfig):
-        options: dict[str, Any] = {"default": None, "help": field.metadata["help"]}
-        if str(field.type) == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = _PARSERS[str(field.type).removesuffix(" | None")]
-            options["metavar"] = field.metadata["metavar"]
-            options["choices"] = field.metadata["choices"]
-            if field.default is not None:
-                options["help"] += f" Default: {field.default}."
-        group.add_argument(_flag(field.name), **options)
-
-
-def markdown_table() -> str:
-    """The table of flags in the README."""
-    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(LSAConfig):
-        default = "" if field.default is None else str(field.default)
-        values = f" One of {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-        lines.append(f"| `{_flag(field.name)}` | {default} | {field.metadata['help']}{values} |")
-    return "\n".join(lines)
-
-
-def config_from_args(args: argparse.Namespace) -> LSAConfig | None:
-    """The configuration that the ``--lsa-*`` flags in ``args`` ask for; None when there is none of them."""
-    given = {
-        field.name: value
-        for field in dataclasses.fields(LSAConfig)
-        if (value := getattr(args, f"lsa_{field.name}", None)) is not None
-    }
-    path = getattr(args, "lsa_config", None)
-    if path is None and not given:
-        return None
-    return LSAConfig.from_mapping({**(read_json_object(path) if path else {}), **given}, str(path or "--lsa flags"))
-
-
-def config_from_argument(value: LSAConfig | dict[str, Any] | str | pathlib.Path | None) -> LSAConfig | None:
-    """The configuration given to ``sgl.Engine(lsa_config=...)``: an LSAConfig, a mapping, or the path of a file."""
-    if value is None or isinstance(value, LSAConfig):
-        return value
-    if isinstance(value, dict):
-        return LSAConfig.from_mapping(value, "lsa_config")
-    if isinstance(value, str | pathlib.Path):
-        return LSAConfig.from_file(value)
-    raise ValueError(f"lsa_config is {value!r}: use an LSAConfig, a mapping or the path of a JSON file")
-
-
 def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
@@ -398,7 +207,7 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
     return values
 
 
-_LEAST: dict[str, float] = {
+LEAST: dict[str, float] = {
     "min_pages": 1,
     "window": 1,
     "first_window": 1,
@@ -415,16 +224,11 @@ _LEAST: dict[str, float] = {
     "device_memory_gb": 0,
     "host_memory_gb": 0,
 }
+"""The smallest value of a field that is a number."""
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float, "tuple[int, ...]": _layers}
-
-
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Of the field ``name``."""
     return "--lsa-" + name.replace("_", "-")
 
 
@@ -446,11 +250,13 @@ def coerce(name: str, declared: str, value: Any, source: str) -> Any:
     raise ValueError(f"{source}: {name} is {value!r}: use a value of type {base}")
 
 
-def _require_fraction(name: str, value: float) -> None:
+def require_fraction(name: str, value: float) -> None:
+    """Raises ValueError unless it is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} {value} is out of range: use a number in (0, 1]")
 
 
-def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless it is one of them."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")

@@ -1,0 +1,34 @@
+"""Configuration: the flags, the JSON file, the README table and a request's options come from one frozen dataclass."""
+
+from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument, markdown_table
+from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
+from sglang_lsa.config.values import (
+    MOST_LOOKED_UP,
+    PAGE_SIZE,
+    POLICIES,
+    PREFILLS,
+    RECORDED_POSITIONS,
+    RUNS,
+    LSAConfig,
+    arrived_by_pickle,
+    coerce,
+)
+
+__all__ = [
+    "MOST_LOOKED_UP",
+    "MOST_WATCHED",
+    "PAGE_SIZE",
+    "POLICIES",
+    "PREFILLS",
+    "RECORDED_POSITIONS",
+    "RUNS",
+    "GivenSet",
+    "LSAConfig",
+    "RequestOptions",
+    "add_cli_args",
+    "arrived_by_pickle",
+    "coerce",
+    "config_from_args",
+    "config_from_argument",
+    "markdown_table",
+]

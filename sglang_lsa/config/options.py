@@ -1,0 +1,157 @@
+"""RequestOptions: what one request asked for, in ``custom_params`` or a header."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_lsa.config.values import (
+    MOST_LOOKED_UP,
+    PAGE_SIZE,
+    POLICIES,
+    PREFILLS,
+    LSAConfig,
+    require_choice,
+    require_fraction,
+)
+
+MOST_WATCHED = 256
+"""Pages whose scores a request may ask for."""
+
+
+@dataclass(frozen=True)
+class GivenSet:
+    """A resident set that a request names itself, for evaluation and replay.
+
+    Attributes:
+        tokens: context, in tokens, of the first decode step that reads it; the new token counts.
+        tail_start: page from which on everything is read.
+        positions: pages before that, ascending.
+    """
+
+    tokens: int
+    tail_start: int
+    positions: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.tokens}:{self.tail_start}:{','.join(map(str, self.positions))}"
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What one request asked for: ``custom_params={"lsa": {...}}``. Everything absent comes from the server.
+
+    Attributes:
+        sets: resident sets of its windows, instead of predicted ones. In JSON a string, ``tokens:tail_start:p,p,p``
+            with ``;`` between sets, which is what ``/lsa/requests`` tells of a request.
+        record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
+        dense_steps: decode steps that read everything before the first set is predicted.
+        prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
+        watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
+    """
+
+    policy: str
+    budget: float
+    enabled: bool = True
+    prefill: str = "exact"
+    sets: tuple[GivenSet, ...] = ()
+    record: int = 0
+    dense_steps: int = 0
+    prompt_lookup: int = LSAConfig.prompt_lookup
+    watch: tuple[int, ...] = ()
+
+    @property
+    def dense(self) -> bool:
+        """Whether this request reads all of its pages, whatever its length."""
+        full = not self.enabled or self.policy == "full" or self.budget >= 1.0 or self.record > 0
+        return not self.sets and full
+
+    @classmethod
+    def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
+        """Read ``custom_params`` of a request.
+
+        Raises:
+            ValueError: unknown key, wrong type or impossible value; becomes HTTP 400.
+        """
+        asked = (custom_params or {}).get("lsa") if isinstance(custom_params, dict) else None
+        if asked is None:
+            return cls(
+                str(config.policy),
+                config.budget,
+                prefill=config.prefill,
+                dense_steps=config.dense_steps,
+                prompt_lookup=config.prompt_lookup,
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(asked, dict):
+            raise ValueError(f"custom_params.lsa is {asked!r}: use an object with {', '.join(known)}")
+        unknown = sorted(set(asked) - set(known))
+        if unknown:
+            raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use {', '.join(known)}")
+        enabled = asked.get("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
+        budget = asked.get("budget", config.budget)
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
+        require_fraction("custom_params.lsa.budget", budget)
+        policy = asked.get("policy", config.policy)
+        allowed = POLICIES if config.indexer else tuple(name for name in POLICIES if name != "indexer")
+        require_choice("custom_params.lsa.policy", policy, allowed)
+        prefill = asked.get("prefill", config.prefill)
+        require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
+        sets = _parse_sets(asked.get("sets", ""))
+        if sets and (not enabled or policy == "full"):
+            raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
+        record = _count(asked, "record", 0, "tokens")
+        if record and not config.record:
+            raise ValueError(f"custom_params.lsa.record is {record}: this server was not started with --lsa-record")
+        if record and sets:
+            raise ValueError("custom_params.lsa has both record and sets: recordings are of full attention")
+        dense_steps = _count(asked, "dense_steps", config.dense_steps, "steps")
+        prompt_lookup = _count(asked, "prompt_lookup", config.prompt_lookup, "tokens")
+        if prompt_lookup > MOST_LOOKED_UP:
+            raise ValueError(
+                f"custom_params.lsa.prompt_lookup is {prompt_lookup}: use a number of tokens, {MOST_LOOKED_UP} or less"
+            )
+        watch = asked.get("watch", [])
+        if isinstance(watch, str) and re.fullmatch(r"(\d{1,10}(,\d{1,10})*)?", watch, re.ASCII):
+            watch = [int(page) for page in watch.split(",") if page]  # as SGLang's messages can carry it
+        pages = isinstance(watch, list) and all(type(page) is int and 0 <= page < 1 << 31 for page in watch)
+        if not pages or len(watch) > MOST_WATCHED:
+            raise ValueError(
+                f"custom_params.lsa.watch is {watch!r:.80}: "
+                f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
+            )
+        counts = (record, dense_steps, prompt_lookup)
+        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
+
+
+def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:
+    value = asked.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"custom_params.lsa.{name} is {value!r}: use a number of {unit}, 0 or more")
+    return value
+
+
+def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
+    """Resident sets in their written form; see :class:`RequestOptions`."""
+    problem = f"custom_params.lsa.sets is {text!r:.80}: write tokens:tail_start:p,p,p with ; between sets"
+    if not isinstance(text, str):
+        raise ValueError(problem)
+    sets: list[GivenSet] = []
+    for part in filter(None, text.split(";")):
+        try:
+            tokens, tail_start, positions = part.split(":")
+            given = GivenSet(int(tokens), int(tail_start), tuple(int(p) for p in positions.split(",") if p))
+        except ValueError:
+            raise ValueError(problem) from None
+        ordered = all(a < b for a, b in zip((-1, *given.positions), (*given.positions, given.tail_start), strict=True))
+        if not ordered or given.tail_start * PAGE_SIZE >= given.tokens:
+            raise ValueError(f"{problem}; positions ascend and lie before tail_start, and that before tokens")
+        if sets and sets[-1].tokens >= given.tokens:
+            raise ValueError(f"{problem}; each set begins at more tokens than the one before")
+        sets.append(given)
+    return tuple(sets)

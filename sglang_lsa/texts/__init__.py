@@ -1,0 +1,1 @@
+"""Made texts: what a seed yields never changes, for indexers were trained on it and results were measured with it."""
