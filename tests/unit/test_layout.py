@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 
 # --- the bytes of a page ---------------------------------------------------------------------------------------------
@@ -28,9 +29,9 @@ def test_the_mirrors_bytes_of_a_fixed_pool_are_what_they_were(page: int, dtype: 
     """Computed before there were layouts, of a mirror ``[pages, layers, 2, page, kv_heads, head_dim]``."""
     pools = torch.randn(2, 3, 6 * page, 2, 16, generator=torch.Generator().manual_seed(18)).to(dtype)
     keys, values = ([layer.clone() for layer in pool] for pool in pools)
-    pager = Pager(keys, values, 9, page)
+    pager = Pager(MhaLayout(keys, values, page), 9)
     pager.ledger.allocate(range(1, 10))
     assert pager.hold("a", [7, 2, 4])
     pager.store(np.array([2, 7, 4]))
-    stored = pager.mirror.pages[[2, 4, 7]].contiguous().view(torch.uint8).numpy().tobytes()
+    stored = pager.mirror.pages[[2, 4, 7]].numpy().tobytes()
     assert hashlib.sha256(stored).hexdigest() == checksum
