@@ -23,12 +23,14 @@ class Recall:
     virtual: np.ndarray
     finished: Finished
     layered: bool
+    total: int
+    """Layers that have pages."""
     layers: int = 0
     """Layers that have arrived."""
 
     @property
     def done(self) -> bool:
-        return self.layers == LAYERS
+        return self.layers == self.total
 
 
 @dataclass
@@ -121,7 +123,7 @@ class SimulatedGPU:
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
     ) -> None:
-        self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer))
+        self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer, len(self._pieces)))
 
     def ended(self) -> tuple[int, int]:
         return self.stored, self.recalled
@@ -219,8 +221,8 @@ class SimulatedGPU:
     def _store(self) -> None:
         store = self.stores[self.stored]
         self.compute_to(store.after)
-        for layer in range(LAYERS):
-            for buffer, part in self._pieces[layer]:
+        for pieces in self._pieces:
+            for buffer, part in pieces:
                 part[store.virtual] = buffer[store.physical]
         self.stored += 1
 
@@ -230,7 +232,7 @@ class SimulatedGPU:
 
     def _recall(self) -> None:
         recall = self.recalls[self.recalled]
-        for layer in range(recall.layers, recall.layers + 1 if recall.layered else LAYERS):
+        for layer in range(recall.layers, recall.layers + 1 if recall.layered else recall.total):
             for buffer, part in self._pieces[layer]:
                 buffer[recall.physical] = part[recall.virtual]
             recall.layers = layer + 1
