@@ -128,15 +128,19 @@ def _moves_of(width: int, parts: list[tuple[torch.Tensor, int]], page_bytes: int
 def move_pages_reference(
     prepared: Sequence[Move], physical: torch.Tensor, mirror: torch.Tensor, virtual: torch.Tensor, *, to_host: bool
 ) -> None:
-    """:func:`pages_to_host` or :func:`pages_from_host` with buffers looked up by :func:`moves` before."""
+    """:func:`pages_to_host` or :func:`pages_from_host` with buffers looked up by :func:`moves` before, all on the host.
+
+    In numpy, which copies rows: torch's indexing copies word by word, and takes several times as long.
+    """
+    p, v = physical.numpy(), virtual.numpy()
     for move in prepared:
-        words = mirror.view(WORDS[move.word][1])
+        words = mirror.view(WORDS[move.word][1]).numpy()
         for buffer, offset in zip(move.buffers, move.offsets, strict=True):
-            part = words[:, offset : offset + move.width]
+            part, pool = words[:, offset : offset + move.width], buffer.numpy()
             if to_host:
-                part[virtual] = buffer[physical].to(mirror.device)
+                part[v] = pool[p]
             else:
-                buffer[physical] = part[virtual].to(buffer.device)
+                pool[p] = part[v]
 
 
 def move_pages_triton(
