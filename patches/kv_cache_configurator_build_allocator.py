@@ -15,6 +15,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     from sglang_lsa.config import PAGE_SIZE
     from sglang_lsa.memory.pager import Pager
     from sglang_lsa.patches.compatibility import Unsupported
+    from sglang_lsa.patches.layouts import layout_of
     from sglang_lsa.patches.model_guard import problems
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 
@@ -29,7 +30,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
         record=self.server_args.lsa_config.record is not None,
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
-    pager = Pager(pool.k_buffer, pool.v_buffer, sizes.max_total_num_tokens // PAGE_SIZE, PAGE_SIZE)
+    pager = Pager(layout_of(pool, PAGE_SIZE), sizes.max_total_num_tokens // PAGE_SIZE)
     size = pager.ledger.virtual_pages * PAGE_SIZE
     return VirtualPageAllocator(size, PAGE_SIZE, self.kv_cache_dtype, self.device, pool, pager)
 

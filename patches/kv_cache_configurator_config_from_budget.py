@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_lsa.engine.sizing import kv_token_bytes, plan_memory, server_needs
+from sglang_lsa.engine.sizing import kv_page, plan_memory, server_needs
 from sglang_lsa.patches.hook import Hook
 
 
@@ -19,7 +19,7 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
     extra = get_req_to_token_extra_context_len(self.server_args)
     plan = plan_memory(
         self.server_args.lsa_config,
-        token_bytes=kv_token_bytes(self.model_config, **shape),
+        page=kv_page(self.model_config, **shape),
         budgeted_tokens=pool_config.max_total_num_tokens,
         context_tokens=self.model_config.context_len,
         device=self.device,

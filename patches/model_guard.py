@@ -16,6 +16,8 @@ from sglang.srt.configs.model_config import ModelConfig, is_minimax_sparse
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_lsa.patches.layouts import LAYOUTS
+
 KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NOT_YET = "not supported with LSA yet"
 
@@ -63,7 +65,7 @@ def problems(
         model_dtype: of queries.
         record: attention is recorded, which is computed without SGLang's kernels.
     """
-    if type(pool) is not MHATokenToKVPool:
+    if type(pool) not in LAYOUTS:
         return [f"{name}: SGLang keeps its KV in a {type(pool).__name__}: {NOT_YET}: serve it without --lsa flags"]
     layers = attention_layers(model)
     found = _layout_problems(pool) + _dtype_problems(pool, model_dtype) + _order_problems(name, layers, pool)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.serve.status import status
@@ -49,7 +50,7 @@ class Scheduler:
         physical = int(0.3 * requests * pages) + pages  # a prompt in full beside the sets of the others
         virtual = (requests + 1) * pages + physical
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
-        self.pager = Pager(keys, values, virtual, PAGE_SIZE)
+        self.pager = Pager(MhaLayout(keys, values, PAGE_SIZE), virtual)
         self.table = torch.zeros((requests + 2, tokens + 64 * PAGE_SIZE), dtype=torch.int32)
         config = LSAConfig.from_mapping({"policy": "random", "min_context": 1024, **options})
         self.runtime = LSARuntime(config, self.pager, self.table, 1, 1.0)

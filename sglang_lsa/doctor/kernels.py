@@ -69,13 +69,12 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
     from sglang_lsa.kernels import (
         attention_mass,
         merge_states,
-        page_copy,
         page_keys,
+        page_move,
         page_score,
         page_table,
         record,
         retriever_score,
-        stage_pages,
     )
 
     def random(device: str, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,27 +83,18 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
     def ids(device: str, values: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
-    def copy(device: str) -> Outputs:
-        mirror = random("cpu", 4, 2, 2, 64, 2, 16)
-        mirror = mirror.pin_memory() if device == "cuda" else mirror
-        pools = [[torch.zeros(4 * 64, 2, 16, device=device) for _ in range(2)] for _ in range(2)]
+    def move(device: str) -> Outputs:
+        mirror, target = random("cpu", 4, 2 * 64 * 2 * 16).view(torch.uint8), torch.zeros(4, 16384, dtype=torch.uint8)
+        if device == "cuda":
+            mirror, target = mirror.pin_memory(), target.pin_memory()
+        buffers = [torch.zeros(4, 8192, dtype=torch.uint8, device=device) for _ in range(2)]
         there, back = ids(device, [1, 3]), ids(device, [2, 1])
-        addresses = page_copy.pool_addresses(*pools)
-        page_copy.copy_pages_triton(addresses, there, mirror, back, to_host=False)
-        target = torch.zeros_like(mirror)
-        target = target.pin_memory() if device == "cuda" else target
-        page_copy.copy_pages_triton(addresses, there, target, back, to_host=True)
+        run = page_move.move_pages_triton
+        run(page_move.moves(buffers, [0, 8192], mirror), there, mirror, back, to_host=False)
+        run(page_move.moves(buffers, [0, 8192], target), there, target, back, to_host=True)
         if device == "cuda":
             torch.cuda.synchronize()
         return target[[2, 1]], mirror[[2, 1]], 0.0
-
-    def stage(device: str) -> Outputs:
-        mirror = random("cpu", 4, 2, 2, 64, 2, 16)
-        mirror = mirror.pin_memory() if device == "cuda" else mirror
-        seen, expected = torch.zeros(2, 128, 2, 16, device=device), torch.zeros(2, 128, 2, 16)
-        stage_pages._stage_pages_triton(mirror, ids(device, [3, 1]), 1, *seen)
-        stage_pages.stage_pages_reference(mirror, ids("cpu", [3, 1]), 1, *expected)
-        return seen, expected, 0.0
 
     def keys(device: str) -> Outputs:
         pools = [random("cpu", 4 * 64, 2, 16, seed=layer) for layer in range(2)]
@@ -177,8 +167,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         return seen, expected, LIMIT
 
     return {
-        "page_copy": copy,
-        "stage_pages": stage,
+        "page_move": move,
         "page_keys": keys,
         "bound_score": bounds,
         "page_score": score,

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.doctor.contexts import Fit, fit
 from sglang_lsa.doctor.machine import Gpu
 from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, weights_of
 from sglang_lsa.engine import sizing
-from sglang_lsa.engine.sizing import MemoryPlan, kv_token_bytes, plan_memory, server_needs
+from sglang_lsa.engine.sizing import MemoryPlan, kv_page, plan_memory, server_needs
 from sglang_lsa.launch_server import server_arguments, with_defaults
 from sglang_lsa.memory import mirror as host_mirror
 from sglang_lsa.memory.mirror import GB
@@ -84,7 +84,7 @@ class Server:
 
     @property
     def page_bytes(self) -> int:
-        return self.plan.token_bytes * PAGE_SIZE
+        return self.plan.page.page_bytes
 
     @property
     def pool_bytes(self) -> int:
@@ -166,7 +166,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
         "itemsize": dtype.itemsize,
         "tp_size": server_args.tp_size,
     }
-    extra, token_bytes = get_req_to_token_extra_context_len(server_args), kv_token_bytes(model, **shape)
+    extra, page = get_req_to_token_extra_context_len(server_args), kv_page(model, **shape)
     dummy = server_args.load_format == "dummy"
     weights = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
     memory = _device_memory(server_args.device, gpu, assumed)
@@ -178,11 +178,12 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
             "may be used: raise that, or take a larger GPU or a smaller model"
         )
     limit = server_args.max_total_tokens
-    tokens = min(budgeted // token_bytes, limit if limit is not None else budgeted) // PAGE_SIZE * PAGE_SIZE
+    pages = min(budgeted // page.page_bytes, (limit if limit is not None else budgeted) // page.page_tokens)
+    tokens = pages * page.page_tokens
     with _as_if(assumed):
         plan = plan_memory(
             config,
-            token_bytes=token_bytes,
+            page=page,
             budgeted_tokens=tokens,
             context_tokens=model.context_len,
             device=server_args.device,

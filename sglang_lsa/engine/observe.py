@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.kernels.page_keys import store_key_bounds
 from sglang_lsa.kernels.record import record
+from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.transfer import ids_on
 
 
@@ -58,19 +59,33 @@ class QueryObserver:
 
 
 class PageKeys:
-    """Key bounds of every complete page, by virtual page: ``[virtual_pages + 1, layers, 2, kv_heads, head_dim]``."""
+    """Key bounds of every complete page, by virtual page: ``[virtual_pages + 1, layers, 2, kv_heads, head_dim]``.
 
-    def __init__(self, virtual_pages: int, keys: Sequence[torch.Tensor], layers: Sequence[int]):
-        _, kv_heads, head_dim = keys[0].shape
-        self.sources = [keys[layer] for layer in layers]
-        shape = (virtual_pages + 1, len(layers), 2, kv_heads, head_dim)
-        self.table = torch.zeros(shape, dtype=keys[0].dtype, device=keys[0].device)
+    Raises:
+        ValueError: the layout has no keys to look at.
+    """
+
+    def __init__(self, virtual_pages: int, layout: KVLayout, layers: Sequence[int]):
+        self.layout, self.layers = layout, tuple(layers)
+        padding = layout.keys(self.layers[0], torch.zeros(1, dtype=torch.int64, device=layout.device))
+        if padding is None:
+            raise ValueError(f"a {type(layout).__name__} shows no keys: the model's own index must choose pages")
+        shape = (virtual_pages + 1, len(layers), 2, *padding.shape[2:])
+        self.table = torch.zeros(shape, dtype=padding.dtype, device=layout.device)
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         """Remember pages that have just been filled, reading them from the device pool."""
-        if len(virtual):
-            p, v = ids_on(self.table.device, np.stack((physical, virtual)))
-            store_key_bounds(self.sources, p, v, self.table, PAGE_SIZE)
+        if not len(virtual):
+            return
+        p, v = ids_on(self.table.device, np.stack((physical, virtual)))
+        in_place = self.layout.key_buffers
+        if in_place:
+            pools = [in_place[layer] for layer in self.layers]
+        else:
+            found = [self.layout.keys(layer, p) for layer in self.layers]
+            pools = [keys.flatten(0, 1) for keys in found if keys is not None]
+            p = torch.arange(len(virtual), device=p.device)
+        store_key_bounds(pools, p, v, self.table, self.layout.page_tokens)
 
     @property
     def nbytes(self) -> int:

@@ -78,14 +78,14 @@ class LSARuntime:
         self.pager, self.req_to_token = pager, req_to_token
         pager.page_index.checked = config.debug
         rows, self.max_context = req_to_token.shape
-        keys = pager.keys
+        keys = list(pager.layout.key_buffers.values())
         layers = observed_layers(config, len(keys))
         self.observer = QueryObserver(
             rows, observed_positions(config), layers, q_heads, keys[0].shape[2], keys[0].dtype, keys[0].device
         )
-        self.page_keys = PageKeys(pager.ledger.virtual_pages, keys, layers)
+        self.page_keys = PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
         self.table = ResidentTable(
-            rows, max_resident_pages(self.max_context, pager.ledger.physical_pages), keys[0].device
+            rows, max_resident_pages(self.max_context, pager.ledger.physical_pages), pager.page, pager.device
         )
         self.on_gpu = pager.device.type == "cuda"
         self.rows = np.zeros(0, dtype=np.int64)
@@ -132,7 +132,7 @@ class LSARuntime:
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead, chunk_tokens, vocabulary)
-        self.staging = Staging(pager.mirror.pages, config.staging_pages, pager.device, lambda: pager.compute())
+        self.staging = Staging(pager.layout, pager.mirror.pages, config.staging_pages, lambda: pager.compute())
         self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
         """Device bytes that prompts need to read the host mirror; no context enters."""
         self.prefill = Prefill(pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)

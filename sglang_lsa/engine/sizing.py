@@ -11,8 +11,10 @@ from typing import Any
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.observe import observed_layers, observed_positions
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
-from sglang_lsa.memory.pages import align_up, pages_spanned
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.staging import staging_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Needs:
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
         indexer_bytes: a trained indexer's bytes for one page.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
+        page: tokens of a page.
     """
 
     rows: int
@@ -53,12 +56,13 @@ class Needs:
     staging_bytes: int = 0
     indexer_bytes: int = 0
     map_bytes: int = 4
+    page: int = PAGE_SIZE
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
         """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
-        pages = virtual_tokens // PAGE_SIZE + 1
-        columns = 2 + max_resident_pages(self.context_tokens, physical_tokens // PAGE_SIZE)
-        graph = graph_tokens(config, self.graph_batch, self.context_tokens, physical_tokens)
+        pages = virtual_tokens // self.page + 1
+        columns = 2 + max_resident_pages(self.context_tokens, physical_tokens // self.page, self.page)
+        graph = graph_tokens(config, self.graph_batch, self.context_tokens, physical_tokens, self.page)
         overhead = {
             "page_keys": pages * self.page_key_bytes,
             "queries": self.rows * self.row_bytes,
@@ -71,6 +75,7 @@ class Needs:
 
 def selector_needs(
     config: LSAConfig,
+    page: PageShape,
     *,
     rows: int,
     chunk_tokens: int,
@@ -83,14 +88,18 @@ def selector_needs(
     itemsize: int,
     map_bytes: int = 4,
 ) -> Needs:
-    """What the observers, page keys and staging take, for a model of this shape."""
+    """What the observers, page keys and staging take, for pages and a model of this shape.
+
+    Args:
+        kv_heads, head_dim, itemsize: of the keys that Quest looks at.
+    """
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
     row_bytes = observed_positions(config) * observed * q_heads * head_dim * itemsize
     indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
-    staging = staging_bytes(config.staging_pages, PAGE_SIZE, kv_heads, head_dim, itemsize)
-    staging += sums_bytes(chunk_tokens, q_heads, head_dim)
-    return Needs(rows, graph_batch, context_tokens, page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
+    staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
+    bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
+    return Needs(rows, graph_batch, context_tokens, *bytes_, page.page_tokens)
 
 
 def server_needs(
@@ -111,6 +120,7 @@ def server_needs(
     largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
     return selector_needs(
         server_args.lsa_config,
+        kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
         rows=requests + 1,
         chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
         graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
@@ -124,9 +134,9 @@ def server_needs(
     )
 
 
-def kv_token_bytes(model: Any, *, layers: int, itemsize: int, tp_size: int) -> int:
-    """Bytes of KV per token, all layers of one rank; arguments as for :func:`server_needs`."""
-    return int(model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim) * layers * itemsize)
+def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
+    """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
+    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
 
 
 def largest_set(physical_pages: int, columns: int) -> float:
@@ -139,27 +149,29 @@ def set_bounds(context_pages: int, budget: float, min_pages: int, largest: float
     return min(budget, largest / context_pages), min(min_pages, int(largest))
 
 
-def longest_dense(physical_pages: int) -> int:
+def longest_dense(physical_pages: int, page: int = PAGE_SIZE) -> int:
     """Requests of at least so many tokens are pruned, whatever ``min_context`` says: half of the device pool."""
-    return physical_pages * PAGE_SIZE // 2
+    return physical_pages * page // 2
 
 
-def max_resident_pages(context_tokens: int, physical_pages: int) -> int:
+def max_resident_pages(context_tokens: int, physical_pages: int, page: int = PAGE_SIZE) -> int:
     """Columns of the resident table: no set is larger than a request, or than its share of the device pool."""
-    return min(pages_spanned(context_tokens), int(physical_pages * LARGEST_SHARE) + 1)
+    return min(pages_spanned(context_tokens, page), int(physical_pages * LARGEST_SHARE) + 1)
 
 
-def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int) -> int:
+def graph_tokens(
+    config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int, page: int = PAGE_SIZE
+) -> int:
     """Tokens that a decode CUDA graph can read, all requests together; larger batches run without a graph.
 
     As many as ``batch`` requests of the longest context read within the budget, and as the device pool holds.
     """
     if batch == 0:
         return 0
-    window = pages_spanned(config.window + config.prefetch_steps) + 1  # what a request may grow by meanwhile
+    window = pages_spanned(config.window + config.prefetch_steps, page) + 1  # what a request may grow by meanwhile
     budget = max(config.budget, config.fallback_budget or 0.0)
-    resident = max(int(context_tokens * budget), config.min_pages * PAGE_SIZE, config.min_context)
-    return max(batch * min(context_tokens, resident + window * PAGE_SIZE), physical_tokens + batch)
+    resident = max(int(context_tokens * budget), config.min_pages * page, config.min_context)
+    return max(batch * min(context_tokens, resident + window * page), physical_tokens + batch)
 
 
 @dataclass(frozen=True)
@@ -168,14 +180,19 @@ class MemoryPlan:
 
     physical_tokens: int
     virtual_tokens: int
-    token_bytes: int
+    page: PageShape
     overhead: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token, all layers."""
+        return self.page.page_bytes // self.page.page_tokens
 
 
 def plan_memory(
     config: LSAConfig,
     *,
-    token_bytes: int,
+    page: PageShape,
     budgeted_tokens: int,
     context_tokens: int,
     device: str,
@@ -184,7 +201,7 @@ def plan_memory(
     """Size device pool and host mirror.
 
     Args:
-        token_bytes: KV bytes of one token, all layers.
+        page: what a page of KV weighs.
         budgeted_tokens: what SGLang's own memory fraction (or ``--max-total-tokens``) allows on the device.
         context_tokens: longest context of the model.
         device: ``cpu`` or ``cuda``.
@@ -193,18 +210,19 @@ def plan_memory(
     Raises:
         ValueError: more host memory is asked for than is free, or the pools would be too small to serve anything.
     """
+    page_bytes, page_tokens = page.page_bytes, page.page_tokens
     if config.host_memory_gb is not None:
         host_bytes = int(config.host_memory_gb * GB)
         require_host_memory(host_bytes, f"--lsa-host-memory-gb {config.host_memory_gb}", "lower it")
     else:
         host_bytes = int(available_host_memory() * HOST_SHARE[device])
-    virtual = host_bytes // token_bytes // PAGE_SIZE * PAGE_SIZE - PAGE_SIZE
+    virtual = (host_bytes // page_bytes - 1) * page_tokens
     if config.device_tokens is not None:
         physical = config.device_tokens
     elif config.device_memory_gb is not None:
-        physical = int(config.device_memory_gb * GB) // token_bytes
+        physical = int(config.device_memory_gb * GB) * page_tokens // page_bytes
     elif device == "cpu":  # SGLang would take nearly all memory; a quarter of the mirror, but one whole context
-        physical = min(virtual, max(virtual // 4, context_tokens + 2 * PAGE_SIZE))
+        physical = min(virtual, max(virtual // 4, context_tokens + 2 * page_tokens))
     else:
         physical = min(budgeted_tokens, virtual)
         if physical < budgeted_tokens:
@@ -215,27 +233,29 @@ def plan_memory(
                 virtual,
             )
     buffers = needs.overhead(config, min(physical, budgeted_tokens), virtual) if needs and device == "cuda" else {}
-    left = budgeted_tokens - pages_spanned(-(-sum(buffers.values()) // token_bytes)) * PAGE_SIZE
-    physical = min(physical, left) // PAGE_SIZE * PAGE_SIZE
-    if physical < 4 * PAGE_SIZE:
+    left = budgeted_tokens - -(-sum(buffers.values()) // page_bytes) * page_tokens
+    physical = min(physical, left) // page_tokens * page_tokens
+    if physical < 4 * page_tokens:
+        pages = max(0, physical) // page_tokens
         raise ValueError(
-            f"the device pool would hold {max(0, physical)} tokens ({max(0, physical) * token_bytes / GB:.3f} GB): "
-            f"give it at least {4 * PAGE_SIZE} tokens ({4 * PAGE_SIZE * token_bytes / GB:.3f} GB)"
+            f"the device pool would hold {pages * page_tokens} tokens ({pages * page_bytes / GB:.3f} GB): "
+            f"give it at least {4 * page_tokens} tokens ({4 * page_bytes / GB:.3f} GB)"
         )
     if virtual < physical:
         raise ValueError(
             f"the host mirror would hold {virtual} tokens ({host_bytes / GB:.2f} GB), fewer than the device pool's "
-            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb(align_up(physical + PAGE_SIZE) * token_bytes)} or "
+            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb((physical // page_tokens + 1) * page_bytes)} or "
             "more, or lower --lsa-device-tokens"
         )
     overhead = needs.overhead(config, physical, virtual) if needs else {}  # of a smaller pool: no more than was taken
+    plan = MemoryPlan(physical, virtual, page, overhead)
     logger.info(
         "LSA: device pool %d tokens (%.2f GB), host mirror %d tokens (%.2f GB), %d KV bytes a token%s",
         physical,
-        physical * token_bytes / GB,
+        physical // page_tokens * page_bytes / GB,
         virtual,
-        virtual * token_bytes / GB,
-        token_bytes,
+        virtual // page_tokens * page_bytes / GB,
+        plan.token_bytes,
         "".join(f", {name.replace('_', ' ')} {size / GB:.3f} GB" for name, size in overhead.items()),
     )
-    return MemoryPlan(physical, virtual, token_bytes, overhead)
+    return plan

@@ -11,18 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sglang_lsa.memory.device_pages import DevicePages, LedgerError, Pages, distinct, ids
 from sglang_lsa.memory.heat import Heat
+from sglang_lsa.memory.invariants import broken_invariant
 
-Pages = np.ndarray
-"""Virtual or physical page ids, int64 ``[n]``."""
-
+__all__ = ["NEVER", "Ledger", "LedgerError", "Pages", "Plan"]
 
 NEVER = -1
 """In place of the number of a forward pass."""
-
-
-class LedgerError(RuntimeError):
-    """An invariant of the ledger does not hold; always a bug, never a consequence of load."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Plan:
 
 
 @dataclass
-class Ledger:
+class Ledger(DevicePages):
     """Maps virtual pages to physical ones.
 
     A page is *held* by every request that needs it on the device; held pages are never moved. A page held by nobody
@@ -68,19 +64,14 @@ class Ledger:
             )
         self.v2p = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self.p2v = np.zeros(self.physical_pages + 1, dtype=np.int64)
-        self._started = 0
-        self._finished = 0
-        self._copies = np.zeros(self.physical_pages + 1, dtype=np.int32)
+        DevicePages.__init__(self, self.physical_pages)
         self.reset()
 
     def reset(self) -> None:
         """Forget every page (SGLang flushed its cache). Nobody may hold one."""
         if getattr(self, "_holders", None):
             raise LedgerError(f"reset while {sorted(self._holders)} hold pages")
-        if self._started != self._finished:
-            raise LedgerError(f"reset during forward pass {self._started}")
-        if self._copies.any():
-            raise LedgerError(f"reset while {int((self._copies > 0).sum())} pages are being copied")
+        self._free_all()
         self.v2p[:] = 0
         self.p2v[:] = 0
         self._allocated = np.zeros(self.virtual_pages + 1, dtype=bool)
@@ -91,49 +82,12 @@ class Ledger:
         self._recalled = np.full(self.virtual_pages + 1, NEVER, dtype=np.int64)
         self._holders: dict[str, set[int]] = {}
         self._generation = np.zeros(self.virtual_pages + 1, dtype=np.int64)
-        self._arriving = np.zeros(self.physical_pages + 1, dtype=bool)
-        self._free = list(range(self.physical_pages, 0, -1))
-        self._limbo: list[tuple[int, int]] = []
         self._clock = 0
         self.heat = Heat(self.virtual_pages + 1)
         self._moved = np.ones(self.virtual_pages + 1, dtype=bool)
         self._any_moved = True
 
-    # -- forward passes ------------------------------------------------------------------------------------------
-
-    def forward_started(self) -> int:
-        """A forward pass that may read any page now on the device begins; returns its number."""
-        self._started += 1
-        return self._started
-
-    @property
-    def passes(self) -> int:
-        """Number of the last forward pass that started; 0 before the first."""
-        return self._started
-
-    def forward_finished(self, number: int) -> None:
-        """Forward passes up to ``number`` are done: physical pages given up meanwhile become usable."""
-        if number > self._started:
-            raise LedgerError(f"forward pass {number} finished, {self._started} started")
-        self._finished = max(self._finished, number)
-        self._leave_limbo()
-
-    # -- copies --------------------------------------------------------------------------------------------------
-
-    def copy_started(self, physical: Pages, arriving: bool) -> None:
-        """A copy from or to these device pages begins; ``arriving``: it brings their content."""
-        self._copies[physical] += 1
-        if arriving:
-            self._arriving[physical] = True
-
-    def copy_finished(self, physical: Pages, arriving: bool) -> None:
-        """That copy is done."""
-        if (self._copies[physical] < 1).any():
-            raise LedgerError(f"a copy of {physical[self._copies[physical] < 1].tolist()} ended that never began")
-        self._copies[physical] -= 1
-        if arriving:
-            self._arriving[physical] = False
-        self._leave_limbo()
+    # -- where content is ----------------------------------------------------------------------------------------
 
     def arriving(self, pages: Pages) -> np.ndarray:
         """Which of these pages have a place on the device, but not yet their content."""
@@ -165,7 +119,7 @@ class Ledger:
 
     def allocate(self, pages: Iterable[int]) -> None:
         """SGLang's allocator handed these virtual pages out; they have no content yet."""
-        v = _distinct(pages, "allocated twice")
+        v = distinct(pages, "allocated twice")
         if self._allocated[v].any():
             raise LedgerError(f"allocated twice: {v[self._allocated[v]].tolist()}")
         self._allocated[v] = True
@@ -178,7 +132,7 @@ class Ledger:
 
     def release(self, pages: Iterable[int]) -> None:
         """SGLang's allocator took these virtual pages back; their content is gone."""
-        v = _distinct(pages, "released but not allocated")
+        v = distinct(pages, "released but not allocated")
         if not self._allocated[v].all():
             raise LedgerError(f"released but not allocated: {v[~self._allocated[v]].tolist()}")
         if self._pins[v].any():
@@ -195,7 +149,7 @@ class Ledger:
 
         All or nothing: returns None, and changes nothing, when not enough device pages can be had.
         """
-        v = np.unique(_ids(pages))
+        v = np.unique(ids(pages))
         if not self._allocated[v].all():
             raise LedgerError(f"held but not allocated: {v[~self._allocated[v]].tolist()}")
         absent = v[self.v2p[v] == 0]
@@ -231,7 +185,7 @@ class Ledger:
         held = self._holders.get(holder)
         if held is None:
             return 0
-        return self._unpin(holder, held, list(held if pages is None else held.intersection(_ids(pages).tolist())))
+        return self._unpin(holder, held, list(held if pages is None else held.intersection(ids(pages).tolist())))
 
     def retain(self, holder: str, pages: Iterable[int]) -> int:
         """``holder`` needs none of its pages but these.
@@ -240,7 +194,7 @@ class Ledger:
             How many pages nobody holds any more.
         """
         held = self._holders.get(holder)
-        return 0 if held is None else self._unpin(holder, held, list(held.difference(_ids(pages).tolist())))
+        return 0 if held is None else self._unpin(holder, held, list(held.difference(ids(pages).tolist())))
 
     def read_next(self, pages: Pages) -> None:
         """The next forward pass reads these pages, held or not: they stay on the device until it is done."""
@@ -255,7 +209,7 @@ class Ledger:
             How many pages nobody holds any more.
         """
         held, let_go = self._holders.get(holder, set()), 0
-        for before, after in zip(_ids(old).tolist(), _ids(new).tolist(), strict=True):
+        for before, after in zip(ids(old).tolist(), ids(new).tolist(), strict=True):
             if before == after:
                 continue
             self.heat.move(before, after)
@@ -275,7 +229,7 @@ class Ledger:
 
     def mirrored(self, pages: Iterable[int]) -> None:
         """The host mirror now holds the final content of these pages."""
-        v = _ids(pages)
+        v = ids(pages)
         if not (self._allocated[v].all() and (self.v2p[v] > 0).all()):
             raise LedgerError(f"mirrored without a device copy: {v[self.v2p[v] == 0].tolist()}")
         self._mirrored[v] = True
@@ -289,19 +243,19 @@ class Ledger:
         return sorted(self._holders)
 
     def is_held(self, pages: Iterable[int]) -> np.ndarray:
-        return self._pins[_ids(pages)] > 0
+        return self._pins[ids(pages)] > 0
 
     def is_mirrored(self, pages: Iterable[int]) -> np.ndarray:
-        return self._mirrored[_ids(pages)]
+        return self._mirrored[ids(pages)]
 
     def on_device(self, pages: Iterable[int]) -> np.ndarray:
         """Which of these pages have a place on the device; see :meth:`arriving` for whether they have come."""
-        return self.v2p[_ids(pages)] > 0
+        return self.v2p[ids(pages)] > 0
 
     def recalled(self, pages: Iterable[int]) -> np.ndarray:
         """How many forward passes had started when each of these pages last came from the host mirror, int64 ``[n]``;
         -1 for pages that never did."""
-        return self._recalled[_ids(pages)]
+        return self._recalled[ids(pages)]
 
     def worth_fetching(self, pages: Pages) -> Pages:
         """Those of ``pages``, given hottest first, that can come to the device without giving up a hotter page."""
@@ -348,34 +302,8 @@ class Ledger:
         Raises:
             LedgerError: naming the first that does not hold.
         """
-        mapped = np.flatnonzero(self.v2p)
-        physical = self.v2p[mapped]
-        limbo = [p for _, p in self._limbo]
-        pins = np.zeros_like(self._pins)
-        for held in self._holders.values():
-            pins[list(held)] += 1
-        for holds, what in (
-            (self.v2p[0] == 0 and self.p2v[0] == 0, "the padding page is mapped"),
-            (len(np.unique(physical)) == len(physical), "two virtual pages share a physical page"),
-            ((self.p2v[physical] == mapped).all(), "v2p and p2v disagree"),
-            (int((self.p2v > 0).sum()) == len(mapped), "a physical page maps to a page that is not on the device"),
-            (self._allocated[mapped].all(), "a page on the device is not allocated"),
-            (not self._copies[self._free].any(), "a free physical page is being copied"),
-            (not self._mirrored[~self._allocated].any(), "a page that is not allocated has a mirror copy"),
-            ((pins == self._pins).all(), "the hold counts are wrong"),
-            ((self.v2p[self._pins > 0] > 0).all(), "a held page is not on the device"),
-            (
-                (self._mirrored | (self.v2p > 0) | ~self._has_content())[self._allocated].all(),
-                "a page is nowhere",
-            ),
-            (
-                sorted([*self._free, *limbo, *physical.tolist()]) == list(range(1, self.physical_pages + 1)),
-                "a physical page was lost or counted twice",
-            ),
-            (all(self._holders.values()), "a holder without pages is remembered"),
-        ):
-            if not holds:
-                raise LedgerError(what)
+        if what := broken_invariant(self):
+            raise LedgerError(what)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -420,29 +348,3 @@ class Ledger:
     def _note_moved(self, v: Pages) -> None:
         self._moved[v] = True
         self._any_moved |= len(v) > 0
-
-    def _give_back(self, p: int) -> None:
-        """The content of device page ``p`` is gone."""
-        if self._started == self._finished and not self._copies[p]:
-            self._free.append(p)
-        else:
-            self._limbo.append((self._started, p))
-
-    def _leave_limbo(self) -> None:
-        """Device pages that nothing in flight touches any more become free."""
-        if self._limbo:
-            out = [epoch <= self._finished and not self._copies[p] for epoch, p in self._limbo]
-            self._free.extend(p for (_, p), free in zip(self._limbo, out, strict=True) if free)
-            self._limbo = [entry for entry, free in zip(self._limbo, out, strict=True) if not free]
-
-
-def _distinct(pages: Iterable[int], complaint: str) -> np.ndarray:
-    """Page ids, each a page that can be handed out, and named once."""
-    v = _ids(pages)
-    if len(np.unique(v)) < len(v) or (v < 1).any():
-        raise LedgerError(f"{complaint}: {v.tolist()}")
-    return v
-
-
-def _ids(pages: Iterable[int]) -> np.ndarray:
-    return np.asarray(pages if isinstance(pages, np.ndarray | list | tuple) else list(pages), dtype=np.int64)

@@ -22,7 +22,7 @@ THREADS = 8
 
 
 class HostMirror:
-    """Host memory ``[virtual_pages + 1, layers, 2, page, kv_heads, head_dim]``; slot ``v`` holds virtual page ``v``.
+    """Host memory, uint8 ``[virtual_pages + 1, page_bytes]``; slot ``v`` holds virtual page ``v``.
 
     There is no second allocator: whoever owns the virtual page owns the slot.
 
@@ -34,31 +34,21 @@ class HostMirror:
             left allocated.
     """
 
-    def __init__(
-        self,
-        virtual_pages: int,
-        layers: int,
-        page: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        pinned: bool = False,
-    ):
-        shape = (virtual_pages + 1, layers, 2, page, kv_heads, head_dim)
-        self.page_bytes = layers * 2 * page * kv_heads * head_dim * dtype.itemsize
-        total = (virtual_pages + 1) * self.page_bytes
+    def __init__(self, virtual_pages: int, page_bytes: int, pinned: bool = False):
+        total = (virtual_pages + 1) * page_bytes
         require_host_memory(total, "the host mirror", "lower --lsa-host-memory-gb")
+        self.page_bytes = page_bytes
         self.locked: list[int] = []
         if pinned:
             flat = _huge_pages(total)
             self._lock(flat)
-            self.pages = flat.view(dtype).view(shape)
+            self.pages = flat.view(virtual_pages + 1, page_bytes)
         else:
-            self.pages = torch.empty(shape, dtype=dtype)
+            self.pages = torch.empty((virtual_pages + 1, page_bytes), dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:
-        return self.pages.numel() * self.pages.element_size()
+        return self.pages.numel()
 
     def _lock(self, flat: torch.Tensor) -> None:
         """Give every page of ``flat`` real memory, with several threads, and lock it, with a progress bar."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.mirror import HostMirror
 from sglang_lsa.memory.page_index import PageIndex
+from sglang_lsa.memory.progress import Done, Progress
 from sglang_lsa.memory.reservations import Reservations
 from sglang_lsa.memory.transfer import HostTransfer, StreamTransfer, Transfer, upload
 
@@ -25,23 +27,23 @@ class Pager:
     """Device pool, host mirror and the ledger between them.
 
     Args:
-        keys, values: per layer ``[(physical_pages + 1) * page, kv_heads, head_dim]``, SGLang's own pool buffers.
+        layout: of SGLang's device pool.
         virtual_pages: capacity of the host mirror.
-        page: tokens in a page.
+        progress: through which it becomes known what is finished.
     """
 
-    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], virtual_pages: int, page: int):
-        rows, kv_heads, head_dim = keys[0].shape
-        self.keys, self.values, self.page = keys, values, page
-        self.device = keys[0].device
+    def __init__(self, layout: KVLayout, virtual_pages: int, progress: Progress | None = None):
+        self.layout, self.page = layout, layout.page_tokens
+        self.device = layout.device
         on_gpu = self.device.type == "cuda"
-        self.ledger = Ledger(virtual_pages, rows // page - 1)
-        self.page_index = PageIndex(page)
-        self.mirror = HostMirror(virtual_pages, len(keys), page, kv_heads, head_dim, keys[0].dtype, pinned=on_gpu)
+        self.progress = progress or Progress()
+        self.ledger = Ledger(virtual_pages, layout.physical_pages)
+        self.page_index = PageIndex(self.page)
+        self.mirror = HostMirror(virtual_pages, layout.page_bytes, pinned=on_gpu)
         self.v2p = torch.from_numpy(self.ledger.v2p)
         """``[virtual_pages + 1]`` for kernels. On a CPU it shares memory with the ledger; on a GPU :meth:`flush` brings
         it up to date."""
-        self.transfer: Transfer = HostTransfer(keys, values, self.mirror.pages)
+        self.transfer: Transfer = HostTransfer(layout, self.mirror.pages)
         self.asynchronous = on_gpu
         """Forward passes and copies are queued, and done some time later."""
         self.new_event: Callable[[], Any] = torch.cuda.Event
@@ -50,7 +52,7 @@ class Pager:
         """The stream on which the model runs (GPU)."""
         if on_gpu:
             self.v2p = torch.zeros(virtual_pages + 1, dtype=torch.int32, device=self.device)
-            self.transfer = StreamTransfer(keys, values, self.mirror.pages, lambda: self.compute())
+            self.transfer = StreamTransfer(layout, self.mirror.pages, lambda: self.compute())
         self.reservations = Reservations()
         """Device pages promised to prompts that are still being prefilled."""
         self.stored_pages = 0
@@ -87,8 +89,14 @@ class Pager:
 
     def poll(self) -> None:
         """Take notice of forward passes and copies that are done. Never waits."""
-        self.transfer.poll()
-        while self._passes and self._passes[0][1].query():
+        passes = 0
+        for number, event in self._passes:
+            if not event.query():
+                break
+            passes = number
+        done = self.progress.agreed(Done(passes, *self.transfer.ended()))
+        self.transfer.notice(done.stores, done.recalls)
+        while self._passes and self._passes[0][0] <= done.passes:
             number, event = self._passes.pop(0)
             self._idle_events.append(event)
             self.ledger.forward_finished(number)

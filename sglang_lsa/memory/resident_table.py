@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.transfer import upload
 
 COUNT, TAIL_START, PAGES = 0, 1, 2
@@ -17,9 +16,13 @@ class ResidentTable:
 
     ``table`` is int32 ``[rows, 2 + max_pages]`` on the device. Row 0 is SGLang's padding row: no resident pages, a tail
     that starts at 0. What the host must know to plan attention is kept in :attr:`shortening`, changed by the same call.
+
+    Args:
+        page: tokens of a page.
     """
 
-    def __init__(self, rows: int, max_pages: int, device: str | torch.device = "cpu"):
+    def __init__(self, rows: int, max_pages: int, page: int, device: str | torch.device = "cpu"):
+        self.page = page
         self.table = torch.zeros((rows, PAGES + max_pages), dtype=torch.int32, device=device)
         self.shortening = np.zeros(rows, dtype=np.int64)
         """``[rows]`` tokens that decode leaves out: a request of ``n`` tokens reads ``n - shortening[row]``."""
@@ -56,7 +59,7 @@ class ResidentTable:
         values = np.concatenate(([len(physical), tail_start], physical)).astype(np.int32)
         source = upload(values, self.table.device) if self.table.is_cuda else torch.from_numpy(values)
         self.table[row, : len(values)] = source
-        self.shortening[row] = (tail_start - len(physical)) * PAGE_SIZE
+        self.shortening[row] = (tail_start - len(physical)) * self.page
 
     def lengths(self, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
         """Tokens that decode reads of each request, int64 ``[batch]``; the device computes the same from the table."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from sglang_lsa.kernels.stage_pages import stage_pages
+from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton, moves
+from sglang_lsa.memory.layout.base import KVLayout, PageShape
 from sglang_lsa.memory.transfer import ids_on
 
+ALIGNED = 16
+"""Bytes; of each piece, the pages in a buffer begin at a multiple."""
 
-def staging_bytes(pages: int, page: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Device bytes of both buffers: keys and values of one layer of ``pages`` pages, twice. No context enters."""
-    return 2 * 2 * pages * page * kv_heads * head_dim * itemsize
+
+def staging_bytes(pages: int, shape: PageShape) -> int:
+    """Device bytes of both buffers: the largest layer of ``pages`` pages, twice. No context enters."""
+    return 2 * max(_bounds(pages, widths)[-1] for widths in shape.layers)
+
+
+def _bounds(pages: int, widths: Sequence[int]) -> list[int]:
+    """Where in a buffer the pages of each piece of a layer begin, and the last ones end, in bytes."""
+    return [0, *np.cumsum([-(-pages * width // ALIGNED) * ALIGNED for width in widths]).tolist()]
 
 
 def sums_bytes(tokens: int, q_heads: int, head_dim: int) -> int:
@@ -28,20 +38,32 @@ class Staging:
     waiting by the many of an attention kernel; on a CPU a block is copied when it is asked for.
 
     Args:
-        mirror: ``[virtual_pages + 1, layers, 2, page, kv_heads, head_dim]`` host memory.
+        layout: of the device pool.
+        mirror: uint8 ``[virtual_pages + 1, page_bytes]`` host memory.
         pages: of one block.
-        device: where the buffers lie.
         compute: returns the stream on which the model runs (GPU).
     """
 
-    def __init__(
-        self, mirror: torch.Tensor, pages: int, device: torch.device, compute: Callable[[], torch.cuda.Stream]
-    ):
-        _, self.layers, _, self.page, kv_heads, head_dim = mirror.shape
-        self.mirror, self.pages, self.device, self.compute = mirror, pages, device, compute
-        self.buffers = torch.empty((2, 2, pages * self.page, kv_heads, head_dim), dtype=mirror.dtype, device=device)
+    def __init__(self, layout: KVLayout, mirror: torch.Tensor, pages: int, compute: Callable[[], torch.cuda.Stream]):
+        self.layout, self.mirror, self.pages, self.compute = layout, mirror, pages, compute
+        self.page, self.device = layout.page_tokens, layout.device
+        self.layers = tuple(layout.by_layer)
+        """Those that have pages, in their order."""
+        self.buffers = torch.empty((2, staging_bytes(pages, layout.shape) // 2), dtype=torch.uint8, device=self.device)
+        self.places = torch.arange(pages, device=self.device)
+        """Where the pages of a block lie in a buffer."""
+        self.parts = [[self._parts(buffer, layer) for layer in self.layers] for buffer in self.buffers]
+        """Of each buffer for each layer: uint8 ``[pages, bytes]`` for each piece."""
+        self.moves = [
+            [
+                moves(parts, [piece.offset for piece in layout.by_layer[layer]], mirror)
+                for layer, parts in zip(self.layers, by_layer, strict=True)
+            ]
+            for by_layer in self.parts
+        ]
+        self.move = move_pages_triton if self.device.type == "cuda" else move_pages_reference
         self.copies: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             self.copies = torch.cuda.Stream(priority=-1)
             self.filled = [torch.cuda.Event() for _ in range(2)]
             self.free = [torch.cuda.Event() for _ in range(2)]
@@ -50,7 +72,15 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        return self.buffers.numel() * self.buffers.element_size()
+        return self.buffers.numel()
+
+    def _parts(self, buffer: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
+        widths = [piece.nbytes for piece in self.layout.by_layer[layer]]
+        begins = _bounds(self.pages, widths)
+        return tuple(
+            buffer[begin : begin + self.pages * width].view(self.pages, width)
+            for begin, width in zip(begins, widths, strict=False)
+        )
 
     def read(self, virtual: np.ndarray) -> StagedPages:
         """One forward pass that reads these pages, every layer in turn."""
@@ -59,7 +89,7 @@ class Staging:
 
 
 class StagedPages:
-    """Pages that one forward pass reads, in blocks: the layers in their order, in each layer all blocks.
+    """Pages that one forward pass reads, in blocks: the layers that have pages in their order, in each all blocks.
 
     Args:
         staging: whose buffers it uses; no other pass may use them until this one is queued.
@@ -73,26 +103,32 @@ class StagedPages:
         self.sizes = [len(block) * staging.page for block in self.blocks]
         """Tokens of each block; all but the last are equal."""
         self._next = 0
-        self._end = staging.layers * len(self.blocks)
+        self._end = len(staging.layers) * len(self.blocks)
         if staging.copies is not None and self.blocks:
             staging.copies.wait_stream(torch.cuda.current_stream())  # the ids are uploaded on this stream
             for event in staging.free:
                 event.record()  # what was queued before may still read the buffers
 
-    def layer(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each block, ``[tokens, kv_heads, head_dim]``, valid until the next one is asked for.
+    def layer(self, layer: int) -> Iterator[Any]:
+        """Of each block what attention reads, see :meth:`KVLayout.staged`, valid until the next one is asked for.
+
+        A layer without pages has no blocks.
 
         Raises:
             RuntimeError: layers are not asked for in their order.
         """
+        layers = self.staging.layers
+        if layer not in layers:
+            return
         for block in range(len(self.blocks)):
-            item = layer * len(self.blocks) + block
+            item = layers.index(layer) * len(self.blocks) + block
             if item != self._next:
-                raise RuntimeError(f"layer {layer} was asked for when {self._next // len(self.blocks)} was next")
+                due = (*layers, layers[-1] + 1)[self._next // len(self.blocks)]
+                raise RuntimeError(f"layer {layer} was asked for when {due} was next")
             self._next += 1
             yield self._take(item)
 
-    def _take(self, item: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take(self, item: int) -> Any:
         staging, slot = self.staging, item % 2
         if staging.copies is None:
             self._fill(item)
@@ -104,17 +140,21 @@ class StagedPages:
             if item + 1 < self._end:
                 self._fill(item + 1)
             staging.compute().wait_event(staging.filled[slot])
-        tokens = self.sizes[item % len(self.blocks)]
-        keys, values = staging.buffers[slot, :, :tokens]
-        return keys, values
+        layer, block = divmod(item, len(self.blocks))
+        pages = len(self.blocks[block])
+        return staging.layout.staged(staging.layers[layer], tuple(part[:pages] for part in staging.parts[slot][layer]))
 
     def _fill(self, item: int) -> None:
         staging, slot = self.staging, item % 2
         layer, block = divmod(item, len(self.blocks))
         if staging.copies is None:
-            stage_pages(staging.mirror, self.blocks[block], layer, *staging.buffers[slot])
+            self._copy(slot, layer, block)
             return
         staging.copies.wait_event(staging.free[slot])
         with torch.cuda.stream(staging.copies):
-            stage_pages(staging.mirror, self.blocks[block], layer, *staging.buffers[slot])
+            self._copy(slot, layer, block)
             staging.filled[slot].record()
+
+    def _copy(self, slot: int, layer: int, block: int) -> None:
+        staging, ids = self.staging, self.blocks[block]
+        staging.move(staging.moves[slot][layer], staging.places[: len(ids)], staging.mirror, ids, to_host=False)

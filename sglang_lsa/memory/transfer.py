@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
+from sglang_lsa.kernels.page_move import Move, move_pages_reference, move_pages_triton, moves
+from sglang_lsa.memory.layout.base import KVLayout, Piece
 
 Finished = Callable[[], None]
 
 
 class Transfer(Protocol):
-    """Moves pages. ``finished`` is called when a copy is done: at once, or from a later :meth:`poll`."""
+    """Moves pages. ``finished`` is called when a copy is done: at once, or from a later :meth:`notice`."""
 
     recall_seconds: float
     recalled_pages: int
@@ -32,8 +34,11 @@ class Transfer(Protocol):
         ``layer_by_layer``: first layers first, so that :meth:`before_layer` has something to wait for.
         """
 
-    def poll(self) -> None:
-        """Call ``finished`` of every copy that is done. Never waits."""
+    def ended(self) -> tuple[int, int]:
+        """How many stores and how many recalls are done, of the oldest and counted since the start. Never waits."""
+
+    def notice(self, stores: int, recalls: int) -> None:
+        """Call ``finished`` of so many, counted since the start, unless that has been; all of them are done."""
 
     def wait(self) -> None:
         """Wait for every copy, and call its ``finished``."""
@@ -50,27 +55,35 @@ class Transfer(Protocol):
 
 
 class HostTransfer:
-    """Both sides are host memory: copies are done when the call returns."""
+    """Both sides are host memory: copies are done when the call returns.
 
-    def __init__(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], mirror: torch.Tensor):
-        self.keys, self.values, self.mirror = keys, values, mirror
+    Args:
+        layout: of the device pool.
+        mirror: uint8 ``[virtual_pages + 1, page_bytes]``.
+    """
+
+    def __init__(self, layout: KVLayout, mirror: torch.Tensor):
+        self.mirror, self.moves = mirror, moves_of(layout.pieces, mirror)
         self.recall_seconds = 0.0
         self.recalled_pages = 0
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
-        pages_to_host(self.keys, self.values, p, self.mirror, v)
+        move_pages_reference(self.moves, p, self.mirror, v, to_host=True)
         finished()
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
     ) -> None:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
-        pages_from_host(self.keys, self.values, p, self.mirror, v)
+        move_pages_reference(self.moves, p, self.mirror, v, to_host=False)
         self.recalled_pages += len(physical)
         finished()
 
-    def poll(self) -> None:
+    def ended(self) -> tuple[int, int]:
+        return 0, 0
+
+    def notice(self, stores: int, recalls: int) -> None:
         pass
 
     def wait(self) -> None:
@@ -94,31 +107,32 @@ class _Copy:
     recalled: int
     ids: tuple[torch.Tensor, torch.Tensor]
     """Page ids on the device, alive as long as the copy reads them."""
-    layers: list[torch.cuda.Event]
-    """One for each layer, when they come one after the other."""
+    layers: dict[int, torch.cuda.Event]
+    """One for each layer that has pages, when they come one after the other."""
 
 
 class StreamTransfer:
     """Asynchronous copies. Stores wait for what the compute stream has queued; recalls wait for nothing.
 
     Args:
+        layout: of the device pool.
+        mirror: uint8 ``[virtual_pages + 1, page_bytes]``, page-locked.
         compute: returns the stream on which the model runs.
     """
 
-    def __init__(
-        self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        mirror: torch.Tensor,
-        compute: Callable[[], torch.cuda.Stream],
-    ):
-        self.addresses = pool_addresses(keys, values)
+    def __init__(self, layout: KVLayout, mirror: torch.Tensor, compute: Callable[[], torch.cuda.Stream]):
+        self.device = layout.device
+        self.moves = moves_of(layout.pieces, mirror)
+        self.layer_moves = {layer: moves_of(pieces, mirror) for layer, pieces in layout.by_layer.items()}
+        self.last_layer = max(self.layer_moves)
         self.mirror, self.compute = mirror, compute
         self.stores = torch.cuda.Stream()
         self.recalls = torch.cuda.Stream()
         self.storing: deque[_Copy] = deque()
         self.recalling: deque[_Copy] = deque()
-        self._gates: list[list[torch.cuda.Event]] = []
+        self.stored = self.recalled = 0
+        """Copies whose ``finished`` was called."""
+        self._gates: list[dict[int, torch.cuda.Event]] = []
         self.recall_seconds = 0.0
         self.recalled_pages = 0
 
@@ -133,29 +147,38 @@ class StreamTransfer:
 
     def _copy(self, stream, physical, virtual, finished, to_host: bool, layer_by_layer: bool = False) -> _Copy:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        layers: list[torch.cuda.Event] = []
+        layers: dict[int, torch.cuda.Event] = {}
         with torch.cuda.stream(stream):
-            p, v = upload(np.stack((physical, virtual)), self.addresses.device)
+            p, v = upload(np.stack((physical, virtual)), self.device)
             began.record()
             if layer_by_layer:
-                for layer in range(len(self.addresses)):
-                    copy_pages_triton(self.addresses, p, self.mirror, v, to_host=to_host, layer=layer)
-                    layers.append(torch.cuda.Event())
-                    layers[-1].record()
+                for layer, of_layer in self.layer_moves.items():
+                    move_pages_triton(of_layer, p, self.mirror, v, to_host=to_host)
+                    layers[layer] = torch.cuda.Event()
+                    layers[layer].record()
             else:
-                copy_pages_triton(self.addresses, p, self.mirror, v, to_host=to_host)
+                move_pages_triton(self.moves, p, self.mirror, v, to_host=to_host)
             ended.record()
         return _Copy(began, ended, finished, 0 if to_host else len(physical), (p, v), layers)
 
-    def poll(self) -> None:
-        for copies in (self.storing, self.recalling):
-            while copies and copies[0].ended.query():
-                self._finish(copies.popleft())
+    def ended(self) -> tuple[int, int]:
+        return self.stored + _ended(self.storing), self.recalled + _ended(self.recalling)
+
+    def notice(self, stores: int, recalls: int) -> None:
+        while self.stored < stores:
+            self.stored += 1
+            self.storing.popleft().finished()
+        while self.recalled < recalls:
+            self.recalled += 1
+            copy = self.recalling.popleft()
+            self.recalled_pages += copy.recalled
+            self.recall_seconds += copy.began.elapsed_time(copy.ended) / 1000
+            copy.finished()
 
     def wait(self) -> None:
         self.stores.synchronize()
         self.recalls.synchronize()
-        self.poll()
+        self.notice(*self.ended())
 
     def before_next_kernel(self) -> None:
         self.compute().wait_stream(self.recalls)
@@ -168,15 +191,21 @@ class StreamTransfer:
 
     def before_layer(self, layer: int) -> None:
         for layers in self._gates:
-            self.compute().wait_event(layers[layer])
-        if layer == len(self.addresses) - 1:
+            if layer in layers:
+                self.compute().wait_event(layers[layer])
+        if layer == self.last_layer:
             self._gates = []
 
-    def _finish(self, copy: _Copy) -> None:
-        if copy.recalled:
-            self.recalled_pages += copy.recalled
-            self.recall_seconds += copy.began.elapsed_time(copy.ended) / 1000
-        copy.finished()
+
+def _ended(copies: Iterable[_Copy]) -> int:
+    """How many of these, oldest first, are done."""
+    return sum(1 for _ in itertools.takewhile(lambda copy: copy.ended.query(), copies))
+
+
+def moves_of(pieces: Iterable[Piece], mirror: torch.Tensor) -> tuple[Move, ...]:
+    """What moves these pieces of pages between their buffers and the mirror."""
+    pieces = list(pieces)
+    return moves([piece.buffer for piece in pieces], [piece.offset for piece in pieces], mirror)
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:

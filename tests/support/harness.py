@@ -15,6 +15,7 @@ from simulated_gpu import LAYERS, SimulatedGPU
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.policies import Request
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -64,7 +65,8 @@ class Server:
         keys, values = (
             [torch.zeros((physical + 1) * page, heads, dim, dtype=dtype) for _ in range(LAYERS)] for _ in range(2)
         )
-        self.pager = Pager(keys, values, virtual, page)
+        self.pools = keys, values
+        self.pager = Pager(MhaLayout(keys, values, page), virtual)
         self.ledger = self.pager.ledger
         self.next_page = 1
 
@@ -128,7 +130,7 @@ class Server:
         """What the model writes to these virtual slots, ``[layers, 2, tokens, heads, dim]``: their number, told apart
         by layer, key and value."""
         which = torch.arange(2 * LAYERS).view(LAYERS, 2, 1)
-        heads, dim = self.pager.keys[0].shape[1:]
+        heads, dim = self.pools[0][0].shape[1:]
         return (slots * 2 * LAYERS + which)[..., None, None].expand(-1, -1, -1, heads, dim)
 
     def places(self, slots: torch.Tensor) -> torch.Tensor:
@@ -142,7 +144,7 @@ class Server:
         slots = torch.as_tensor(slots, dtype=torch.int64)
         places, content = self.places(slots), self.content(slots)
         for layer in range(LAYERS):
-            for which, pool in enumerate((self.pager.keys, self.pager.values)):
+            for which, pool in enumerate(self.pools):
                 pool[layer][places] = content[layer, which].to(pool[layer].dtype)
 
     def kernel(self, prefill: bool = False) -> None:
@@ -153,8 +155,8 @@ class Server:
 
     def memory_at(self, places: torch.Tensor) -> torch.Tensor:
         """KV in the device pool, ``[layers, 2, tokens, heads, dim]``."""
-        pools = zip(self.pager.keys, self.pager.values, strict=True)
-        return torch.stack([torch.stack([keys[places], values[places]]) for keys, values in pools])
+        layers = zip(*self.pools, strict=True)
+        return torch.stack([torch.stack([keys[places], values[places]]) for keys, values in layers])
 
     def found_at(self, places: torch.Tensor, prefill: bool = False) -> list[int]:
         """A pass reads these places of the device pool: which virtual slots it finds there."""
@@ -164,7 +166,10 @@ class Server:
 
     def found_in_mirror(self, pages: np.ndarray) -> list[int]:
         """The same of pages of the mirror."""
-        return self.recognized(self.pager.mirror.pages[torch.from_numpy(pages)].permute(1, 2, 0, 3, 4, 5).flatten(2, 3))
+        like = self.pools[0][0]
+        bytes_ = self.pager.mirror.pages[torch.from_numpy(pages)]
+        kv = bytes_.view(like.dtype).view(len(pages), LAYERS, 2, self.pager.page, *like.shape[1:])
+        return self.recognized(kv.permute(1, 2, 0, 3, 4, 5).flatten(2, 3))
 
     def recognized(self, kv: torch.Tensor) -> list[int]:
         """Virtual slots of which this is the content, in every layer and in keys and values."""
@@ -175,7 +180,7 @@ class Server:
     def assert_content(self, page: int, tokens: int | None = None) -> None:
         """The first tokens of this page are on the device, bit by bit."""
         slots = self.slots_of([page])[:tokens]
-        assert torch.equal(self.memory_at(self.places(slots)), self.content(slots).to(self.pager.keys[0].dtype))
+        assert torch.equal(self.memory_at(self.places(slots)), self.content(slots).to(self.pools[0][0].dtype))
 
 
 def request(tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a", **lsa: object) -> SimpleNamespace:

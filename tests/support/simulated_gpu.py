@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.transfer import Finished
@@ -24,12 +23,14 @@ class Recall:
     virtual: np.ndarray
     finished: Finished
     layered: bool
+    total: int
+    """Layers that have pages."""
     layers: int = 0
     """Layers that have arrived."""
 
     @property
     def done(self) -> bool:
-        return self.layers == LAYERS
+        return self.layers == self.total
 
 
 @dataclass
@@ -94,7 +95,7 @@ class SimulatedGPU:
     recall_seconds: float = 0.0
     recalled_pages: int = 0
     calls: collections.Counter[str] = field(default_factory=collections.Counter)
-    """How often the pager made somebody wait, and asked what is done."""
+    """How often the pager made somebody wait."""
     _told: tuple[int, int] = (0, 0)
     """Stores and recalls whose end the host knows."""
     _whole: int = 0
@@ -104,12 +105,13 @@ class SimulatedGPU:
         pager = self.pager
         pager.transfer, pager.asynchronous = self, True
         pager.compute, pager.new_event = lambda: None, lambda: Event(self)
-        # Bytes by page, in numpy: torch's indexing of a few pages costs several times as much.
-        self._mirror = _bytes(pager.mirror.pages)
-        self._pools = [
-            [_bytes(pool[layer]).reshape(-1, *self._mirror.shape[3:]) for pool in (pager.keys, pager.values)]
-            for layer in range(LAYERS)
+        # In numpy: torch's indexing of a few pages costs several times as much.
+        mirror, layers = pager.mirror.pages.numpy(), pager.layout.by_layer.values()
+        self._pieces = [
+            [(piece.buffer.numpy(), mirror[:, piece.offset : piece.offset + piece.nbytes]) for piece in pieces]
+            for pieces in layers
         ]
+        """By layer: of every piece the device's bytes by page, and the mirror's."""
 
     # -- what the pager calls ------------------------------------------------------------------------------------
 
@@ -121,15 +123,17 @@ class SimulatedGPU:
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
     ) -> None:
-        self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer))
+        self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer, len(self._pieces)))
 
-    def poll(self) -> None:
-        self.calls["poll"] += 1
+    def ended(self) -> tuple[int, int]:
+        return self.stored, self.recalled
+
+    def notice(self, stores: int, recalls: int) -> None:
         stored, recalled = self._told
-        self._told = (self.stored, self.recalled)
-        for store in self.stores[stored : self.stored]:
+        self._told = (stores, recalls)
+        for store in self.stores[stored:stores]:
             store.finished()
-        for recall in self.recalls[recalled : self.recalled]:
+        for recall in self.recalls[recalled:recalls]:
             recall.finished()
             self.recalled_pages += len(recall.physical)
 
@@ -176,7 +180,7 @@ class SimulatedGPU:
         for _ in range(min(stores, len(self.storing))):
             self._store()
         self._recall_to(min(self.recalled + recalls, len(self.recalls)))
-        self.poll()
+        self.notice(*self.ended())
 
     def arrive(self) -> None:
         """Let all that is on its way to the device arrive, and let the host know."""
@@ -217,9 +221,9 @@ class SimulatedGPU:
     def _store(self) -> None:
         store = self.stores[self.stored]
         self.compute_to(store.after)
-        for layer in range(LAYERS):
-            for which, pool in enumerate(self._pools[layer]):
-                self._mirror[store.virtual, layer, which] = pool[store.physical]
+        for pieces in self._pieces:
+            for buffer, part in pieces:
+                part[store.virtual] = buffer[store.physical]
         self.stored += 1
 
     def _recall_to(self, place: int) -> None:
@@ -228,12 +232,8 @@ class SimulatedGPU:
 
     def _recall(self) -> None:
         recall = self.recalls[self.recalled]
-        for layer in range(recall.layers, recall.layers + 1 if recall.layered else LAYERS):
-            for which, pool in enumerate(self._pools[layer]):
-                pool[recall.physical] = self._mirror[recall.virtual, layer, which]
+        for layer in range(recall.layers, recall.layers + 1 if recall.layered else recall.total):
+            for buffer, part in self._pieces[layer]:
+                buffer[recall.physical] = part[recall.virtual]
             recall.layers = layer + 1
         self.recalled += recall.done
-
-
-def _bytes(memory: torch.Tensor) -> np.ndarray:
-    return memory.view(torch.uint8).numpy()

@@ -24,6 +24,8 @@ LONGEST_ANSWER = 1024
 UNWRITTEN = -1.0
 """In the place of tokens that a page does not have yet."""
 OFFSETS = np.arange(PAGE_SIZE)
+KV = torch.float64
+"""Type of a token's key, and of its value; there is one of each."""
 
 
 @dataclass(eq=False)
@@ -100,8 +102,9 @@ class Memory:
 
     def __init__(self, pager: Pager):
         self.v2p = pager.ledger.v2p
-        self.pools = [[pool[layer].view(-1).numpy() for pool in (pager.keys, pager.values)] for layer in range(LAYERS)]
-        self.mirror = pager.mirror.pages.view(-1, LAYERS, 2, PAGE_SIZE).numpy()
+        of_layer = pager.layout.by_layer
+        self.pools = [[piece.buffer.view(KV).view(-1).numpy() for piece in of_layer[layer]] for layer in range(LAYERS)]
+        self.mirror = pager.mirror.pages.view(KV).view(-1, LAYERS, 2, PAGE_SIZE).numpy()
 
 
 class Reads:

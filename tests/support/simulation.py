@@ -32,6 +32,7 @@ from simulated_work import Req
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 
 ROWS = 8
@@ -94,7 +95,7 @@ class Simulation:
             [torch.zeros(((physical + 1) * PAGE_SIZE, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
             for _ in range(2)
         )
-        self.pager = Pager(keys, values, virtual, PAGE_SIZE)
+        self.pager = Pager(MhaLayout(keys, values, PAGE_SIZE), virtual)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * PAGE_SIZE), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk)

@@ -37,7 +37,7 @@ class Server(harness.Server):
         super().__init__(physical, VIRTUAL)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
         self.config = LSAConfig.from_mapping({**defaults, **options})
-        table = ResidentTable(4, physical // 2 + 1)
+        table = ResidentTable(4, physical // 2 + 1, PAGE_SIZE)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
         self.admission = Admission(self.pager, self.lookahead, chunk)
         self.chunk = chunk

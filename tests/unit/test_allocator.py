@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from promises import owed
 from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
 
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
@@ -22,7 +23,7 @@ PAGES = 12
 
 def make_allocator(page: int = PAGE, pages: int = PAGES) -> VirtualPageAllocator:
     keys, values = ([torch.zeros(5 * page, 1, 2)] for _ in range(2))
-    pager = Pager(keys, values, pages, page)
+    pager = Pager(MhaLayout(keys, values, page), pages)
     return VirtualPageAllocator(pages * page, page, torch.float32, "cpu", SimpleNamespace(), pager)
 
 

@@ -13,6 +13,7 @@ from sglang_lsa.attend.torch_native import QUERY_BLOCK, LSATorchBackend, attend,
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.reading import Reading
 from sglang_lsa.kernels.merge_states import merge_states
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.staging import Staging
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -257,7 +258,9 @@ def test_a_streamed_chunk_reads_all_tokens_before_it(here: list[int], streamed: 
     reading = Reading.of(np.arange(1, count + 1), before, *masks)
 
     backend = object.__new__(LSATorchBackend)  # SGLang's part of it needs a model runner
-    staging = Staging(mirror, 2, torch.device("cpu"), lambda: pytest.fail("no stream on a CPU"))
+    layout = MhaLayout(list(pool[:, 0]), list(pool[:, 1]), PAGE_SIZE)
+    pages = mirror.flatten(1).view(torch.uint8)
+    staging = Staging(layout, pages, 2, lambda: pytest.fail("no stream on a CPU"))
     backend.lsa = SimpleNamespace(prefill=SimpleNamespace(staged=staging.read(reading.streamed)))
     backend.slots = [torch.cat((reading.slots(v2p), torch.arange(PAGE_SIZE, PAGE_SIZE + 40)))]
     for layer in range(layers):

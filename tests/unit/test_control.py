@@ -13,6 +13,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.serve.control import (
     CHANGEABLE,
@@ -189,7 +190,7 @@ def test_keys(api_key: str | None, admin_key: str | None) -> None:
 
 def make_runtime(**options: Any) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
-    pager = Pager(keys, values, 64, PAGE_SIZE)
+    pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
     table = torch.zeros((9, 20 * PAGE_SIZE), dtype=torch.int32)
     return LSARuntime(LSAConfig.from_mapping(options), pager, table, 2, 1.0, chunk_tokens=4 * PAGE_SIZE)
 

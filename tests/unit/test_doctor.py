@@ -37,6 +37,7 @@ from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
 from sglang_lsa.doctor.versions import package_finding, version_findings
 from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
 from sglang_lsa.engine.sizing import MemoryPlan
+from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.patches.hook import Hook
 
 EIGHT_B = {
@@ -577,7 +578,7 @@ def contexts(
     **options: Any,
 ) -> Fit:
     """With KV of one byte a token, and a mirror that is never the limit unless ``virtual`` says so."""
-    plan = MemoryPlan(physical * 64, virtual * 64, 1, {"staging": overhead})
+    plan = MemoryPlan(physical * 64, virtual * 64, PageShape(64, ((64,),)), {"staging": overhead})
     config = LSAConfig(**{"budget": 0.1, "min_context": 1024, **options})
     return fit(
         config,
@@ -649,7 +650,7 @@ def cpu_server(virtual: int = 64 * 1000, **changed: Any) -> Server:
         static_share=0.8,
         budgeted_bytes=7 * GB,
         budgeted_tokens=300_032,
-        plan=MemoryPlan(64 * 64, virtual, 23040, {"page_keys": 1000}),
+        plan=MemoryPlan(64 * 64, virtual, PageShape(64, ((64 * 23040,),)), {"page_keys": 1000}),
         context_tokens=8192,
         table_tokens=8196,
         chunk_tokens=2048,

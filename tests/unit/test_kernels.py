@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 from sglang_lsa.kernels import page_score
 from sglang_lsa.kernels.attention_mass import attention_mass
 from sglang_lsa.kernels.merge_states import merge_states
-from sglang_lsa.kernels.page_copy import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_keys import key_bounds
+from sglang_lsa.kernels.page_move import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_score import bound_score
 from sglang_lsa.kernels.page_table import decode_indices, physical_slots, resident_slots
 from sglang_lsa.kernels.record import record
-from sglang_lsa.kernels.stage_pages import stage_pages
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Absolute, for values of about one. Scores are computed in float32 whatever the type, so inputs decide."""
@@ -38,57 +37,76 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# --- page_copy -------------------------------------------------------------------------------------------------------
+# --- page_move -------------------------------------------------------------------------------------------------------
 
 
-COPIES = [
-    # layers, page, kv_heads, head_dim, physical -> virtual
-    pytest.param(2, 4, 2, 8, [], [], id="0 pages"),
-    pytest.param(2, 4, 2, 8, [3], [7], id="1 page"),
-    pytest.param(1, 64, 1, 16, [1, 4], [2, 1], id="page of 64, 1 layer, 1 head"),
-    pytest.param(3, 4, 3, 80, [5, 1, 3], [1, 9, 2], id="head_dim 80"),
-    pytest.param(2, 4, 8, 4, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages"),
+def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+MOVES = [
+    # bytes of each buffer's pages, physical -> virtual
+    pytest.param([128, 128], [], [], id="0 pages"),
+    pytest.param([128, 128], [3], [7], id="1 page"),
+    pytest.param([2048, 2048], [1, 4], [2, 1], id="page of 64 tokens, 1 layer, 1 head"),
+    pytest.param([960] * 6, [5, 1, 3], [1, 9, 2], id="head_dim 80, 3 layers"),
+    pytest.param([16] * 4, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages"),
+    pytest.param([24, 36], [5, 2], [1, 9], id="words of 4 bytes, two widths"),
+    pytest.param([6, 10, 6], [5, 2], [1, 9], id="words of 2 bytes"),
+    pytest.param([7, 30, 1, 8], [5, 2], [1, 9], id="single bytes, four widths"),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "page", "heads", "dim", "physical", "virtual"), COPIES)
-def test_page_copy(
-    layers: int, page: int, heads: int, dim: int, physical: list[int], virtual: list[int], dtype: torch.dtype
-) -> None:
-    keys = [random(6 * page, heads, dim, dtype=dtype, seed=layer) for layer in range(layers)]
-    values = [random(6 * page, heads, dim, dtype=dtype, seed=100 + layer) for layer in range(layers)]
-    mirror = torch.full((10, layers, 2, page, heads, dim), NAN, dtype=dtype)
+@pytest.mark.parametrize(("widths", "physical", "virtual"), MOVES)
+def test_page_move(widths: list[int], physical: list[int], virtual: list[int]) -> None:
+    buffers = [random_bytes(6, width, seed=number) for number, width in enumerate(widths)]
+    offsets = [sum(widths[:number]) for number in range(len(widths))]
+    mirror = random_bytes(10, sum(widths), seed=50)
     expected = mirror.clone()
     for p, v in zip(physical, virtual, strict=True):
-        for layer in range(layers):
-            for token in range(page):
-                expected[v, layer, 0, token] = keys[layer][p * page + token]
-                expected[v, layer, 1, token] = values[layer][p * page + token]
+        for buffer, offset in zip(buffers, offsets, strict=True):
+            for byte, value in enumerate(buffer[p].tolist()):
+                expected[v, offset + byte] = value
     p, v = torch.tensor(physical, dtype=torch.int64), torch.tensor(virtual, dtype=torch.int64)
 
-    pages_to_host(keys, values, p, mirror, v)
-    assert torch.equal(mirror.nan_to_num(-77), expected.nan_to_num(-77))
+    pages_to_host(buffers, offsets, p, mirror, v)
+    assert torch.equal(mirror, expected)
 
-    new_keys, new_values = ([torch.full_like(buffer, NAN) for buffer in buffers] for buffers in (keys, values))
-    pages_from_host(new_keys, new_values, p, mirror, v)
-    for new, old in zip([*new_keys, *new_values], [*keys, *values], strict=True):
-        copied = torch.zeros(6 * page, dtype=torch.bool)
-        for place in physical:
-            copied[place * page : (place + 1) * page] = True
-        assert torch.equal(new[copied], old[copied])
-        assert new[~copied].isnan().all()
+    before = [random_bytes(6, width, seed=100 + number) for number, width in enumerate(widths)]
+    after = [buffer.clone() for buffer in before]
+    pages_from_host(after, offsets, p, mirror, v)
+    for new, old, copied in zip(after, before, buffers, strict=True):
+        for page in range(6):
+            assert torch.equal(new[page], (copied if page in physical else old)[page])
 
 
+def test_a_part_of_a_mirror_page_is_moved_alone() -> None:
+    """One layer, or another pool's bytes beside it."""
+    buffers, mirror, one = [random_bytes(4, 8, seed=1), random_bytes(4, 8, seed=2)], random_bytes(4, 40), torch.tensor
+    expected = mirror.clone()
+    expected[2, 8:16], expected[2, 32:40] = buffers[0][3], buffers[1][3]
+    pages_to_host(buffers, [8, 32], one([3]), mirror, one([2]))
+    assert torch.equal(mirror, expected)
+
+
+BYTES = torch.zeros(64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "offset", "words"),
+    [
+        pytest.param(BYTES[:24].view(3, 8), 9, "8 bytes at 9 do not fit into a mirror page of 16", id="end"),
+        pytest.param(BYTES[:24].view(3, 8), -1, "8 bytes at -1 do not fit", id="begin"),
+        pytest.param(BYTES.view(2, 32).float(), 0, r"torch.float32 .*give contiguous uint8 \[pages, byte", id="floats"),
+        pytest.param(BYTES.view(4, 16)[:, :8], 0, r"strides \(16, 1\)", id="not contiguous"),
+        pytest.param(BYTES[1:25].view(3, 8), 0, "at a multiple of 16", id="not aligned"),
+    ],
+)
 @pytest.mark.parametrize("copy", [pages_to_host, pages_from_host])
-@pytest.mark.parametrize(("keys", "values", "shape"), [(2, 2, (3, 1, 2)), (2, 1, (3, 2, 2)), (2, 2, (3, 2, 1))])
-def test_page_copy_refuses_a_mirror_of_another_shape(copy, keys: int, values: int, shape: tuple[int, ...]) -> None:
-    mirror = torch.zeros(*shape, 4, 1, 2)
-    pool = [torch.zeros(8, 1, 2) for _ in range(2)]
-    page = torch.tensor([1])
-    words = rf"mirror \(3, .*\) does not fit {keys} layers of keys and {values} of values: shape it \[pages, layers, 2"
+def test_buffers_that_do_not_fit_are_refused(copy, buffer: torch.Tensor, offset: int, words: str) -> None:
+    mirror, page = torch.zeros(3, 16, dtype=torch.uint8), torch.tensor([1])
     with pytest.raises(ValueError, match=words):
-        copy(pool[:keys], pool[:values], page, mirror, page)
+        copy([buffer], [offset], page, mirror, page)
 
 
 # --- attention_mass --------------------------------------------------------------------------------------------------
@@ -126,32 +144,6 @@ def test_attention_mass(
 def test_attention_mass_of_heads_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="do not fit keys"):
         attention_mass(random(1, 3, 4), random(8, 2, 4), torch.arange(4), torch.tensor([3]), 1.0, 4)
-
-
-# --- stage_pages -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pages", [[], [3], [5, 1, 3]], ids=["0 pages", "1 page", "3 pages"])
-def test_stage_pages(pages: list[int]) -> None:
-    mirror = random(6, 3, 2, 4, 3, 5)
-    keys, values = (torch.full((16, 3, 5), NAN) for _ in range(2))
-    stage_pages(mirror, torch.tensor(pages, dtype=torch.int64), 1, keys, values)
-    for place, page in enumerate(pages):
-        for token in range(4):
-            assert torch.equal(keys[place * 4 + token], mirror[page, 1, 0, token])
-            assert torch.equal(values[place * 4 + token], mirror[page, 1, 1, token])
-    assert keys[len(pages) * 4 :].isnan().all() and values[len(pages) * 4 :].isnan().all()
-
-
-@pytest.mark.parametrize(
-    "buffer", [torch.zeros(7, 1, 2), torch.zeros(8, 2, 2)[:, :1]], ids=["too small", "not contiguous"]
-)
-def test_staging_buffers_that_do_not_fit_are_refused(buffer: torch.Tensor) -> None:
-    mirror, pages = torch.zeros(3, 1, 2, 4, 1, 2), torch.tensor([1, 2])
-    words = rf"a staging buffer of {len(buffer)} rows with strides .* cannot take 2 pages of 4 tokens: give it 8 contig"
-    for buffers in ((buffer, torch.zeros(8, 1, 2)), (torch.zeros(8, 1, 2), buffer)):
-        with pytest.raises(ValueError, match=words):
-            stage_pages(mirror, pages, 0, *buffers)
 
 
 # --- merge_states ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats, SchedulerPoolStatsObserver
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.scheduler_pool_stats_observer_get_pool_stats import HOOK
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
@@ -22,7 +23,7 @@ TOTAL = VIRTUAL * PAGE_SIZE
 def stats_of(held: int, promised: int, allocated: int, hooked: bool = True) -> PoolStats:
     """Of a server whose requests have so many virtual pages and, on the device, hold and were promised so many."""
     keys, values = ([torch.zeros((PHYSICAL + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
-    pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
+    pager = Pager(MhaLayout(keys, values, PAGE_SIZE), VIRTUAL)
     pool: Any = SimpleNamespace()
     allocator = VirtualPageAllocator(TOTAL, PAGE_SIZE, torch.float32, "cpu", pool, pager)
     assert allocator.alloc(allocated * PAGE_SIZE) is not None

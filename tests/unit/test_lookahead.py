@@ -47,7 +47,7 @@ class Server(harness.Server):
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
         defaults["prompt_pages"] = 0
         self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
-        self.table = ResidentTable(16, 32)
+        self.table = ResidentTable(16, 32, PAGE_SIZE)
         self.wanted = Wanted()
         self.queued = Queued()
         policies: dict[str, Policy] = {

@@ -11,6 +11,7 @@ import torch
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, default_layers, recent_tokens
 from sglang_lsa.kernels.page_table import resident_slots
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.resident_table import ResidentTable
 
 HEADS, DIM = 2, 3
@@ -127,7 +128,7 @@ def pool(pages: int) -> list[torch.Tensor]:
 
 def test_page_keys_are_found_by_virtual_page() -> None:
     keys = pool(4)
-    remembered = PageKeys(9, keys, LAYERS)
+    remembered = PageKeys(9, MhaLayout(keys, keys, PAGE_SIZE), LAYERS)
     remembered.complete(np.array([7, 2]), np.array([1, 4]))
     found = remembered.table[[2, 7]]
     assert found.shape == (2, len(LAYERS), 2, HEADS, DIM)
@@ -142,7 +143,7 @@ def test_page_keys_are_found_by_virtual_page() -> None:
 
 def test_page_keys_outlive_the_device_copy() -> None:
     keys = pool(4)
-    remembered = PageKeys(9, keys, LAYERS)
+    remembered = PageKeys(9, MhaLayout(keys, keys, PAGE_SIZE), LAYERS)
     remembered.complete(np.array([7]), np.array([1]))
     before = remembered.table[7].clone()
     assert before.any()
@@ -152,16 +153,16 @@ def test_page_keys_outlive_the_device_copy() -> None:
 
 def test_a_page_that_is_filled_again_is_remembered_anew() -> None:
     keys = pool(4)
-    remembered = PageKeys(9, keys, LAYERS)
+    remembered = PageKeys(9, MhaLayout(keys, keys, PAGE_SIZE), LAYERS)
     remembered.complete(np.array([7]), np.array([1]))
     remembered.complete(np.array([7]), np.array([2]))
-    fresh = PageKeys(9, keys, LAYERS)
+    fresh = PageKeys(9, MhaLayout(keys, keys, PAGE_SIZE), LAYERS)
     fresh.complete(np.array([7]), np.array([2]))
     assert torch.equal(remembered.table, fresh.table)
 
 
 def test_no_page_completed() -> None:
-    remembered = PageKeys(9, pool(4), LAYERS)
+    remembered = PageKeys(9, MhaLayout(pool(4), pool(4), PAGE_SIZE), LAYERS)
     remembered.complete(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
     assert not remembered.table.any()
     assert remembered.nbytes == 10 * len(LAYERS) * 2 * HEADS * DIM * 4
@@ -179,7 +180,7 @@ def test_default_layers(layers: int, expected: tuple[int, ...]) -> None:
 
 
 def test_remap_changes_one_row() -> None:
-    table = ResidentTable(4, 6)
+    table = ResidentTable(4, 6, PAGE_SIZE)
     table.remap(2, np.array([5, 3, 9]), 7)
     table.remap(1, np.array([4]), 2)
     table.remap(2, np.array([8]), 9)
@@ -191,7 +192,7 @@ def test_remap_changes_one_row() -> None:
 
 
 def test_remap_to_dense() -> None:
-    table = ResidentTable(4, 6)
+    table = ResidentTable(4, 6, PAGE_SIZE)
     table.remap(2, np.array([5, 3, 9]), 7)
     table.remap(2, np.zeros(0, dtype=np.int64), 0)
     assert (int(table.count[2]), int(table.tail_start[2])) == (0, 0)
@@ -200,7 +201,7 @@ def test_remap_to_dense() -> None:
 def test_what_the_host_knows_agrees_with_the_table() -> None:
     """Whatever rows are remapped to: as many tokens as the device finds in the table."""
     rng = np.random.default_rng(0)
-    table = ResidentTable(6, 12)
+    table = ResidentTable(6, 12, PAGE_SIZE)
     req_to_token, v2p = torch.zeros((6, 13 * PAGE_SIZE), dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     assert table.lengths(np.arange(6), np.full(6, 70)).tolist() == [70] * 6
     for _ in range(50):
@@ -226,7 +227,7 @@ def test_what_the_host_knows_agrees_with_the_table() -> None:
 
 
 def test_a_full_row() -> None:
-    table = ResidentTable(3, 6)
+    table = ResidentTable(3, 6, PAGE_SIZE)
     table.remap(1, np.arange(1, 7), 9)
     assert table.max_pages == 6
     assert table.pages[1].tolist() == [1, 2, 3, 4, 5, 6]

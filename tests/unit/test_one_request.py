@@ -19,6 +19,7 @@ from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
 from sglang_lsa.engine.policies import HISTORY_WINDOWS, Request, Window
 from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
 from sglang_lsa.engine.selection import Watched
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.http_routes import add_status_routes, ask, refuse_foreign, together
 from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
@@ -30,7 +31,7 @@ from sglang_lsa.serve.status import status
 def runtime() -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     return LSARuntime(
-        LSAConfig(), Pager(keys, values, 64, PAGE_SIZE), torch.zeros((9, 1280), dtype=torch.int32), 2, 1.0
+        LSAConfig(), Pager(MhaLayout(keys, values, PAGE_SIZE), 64), torch.zeros((9, 1280), dtype=torch.int32), 2, 1.0
     )
 
 

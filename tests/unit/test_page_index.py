@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.page_index import PageIndex
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
@@ -70,7 +71,7 @@ class Server:
     def __init__(self, guarded: bool, disable: bool = False):
         self.kind: Any = OnDevice if guarded else torch.Tensor
         keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
-        self.pager = Pager(keys, values, VIRTUAL, PAGE_SIZE)
+        self.pager = Pager(MhaLayout(keys, values, PAGE_SIZE), VIRTUAL)
         size = VIRTUAL * PAGE_SIZE
         pool: Any = SimpleNamespace()
         self.allocator = VirtualPageAllocator(size, PAGE_SIZE, torch.float32, "cpu", pool, self.pager)

@@ -35,6 +35,7 @@ from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, STREAMED
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches import (
@@ -580,9 +581,9 @@ class Adder(SimpleNamespace):
 
     def __init__(self, chunk: int | None, running: int = 0) -> None:
         keys, values = ([torch.zeros((DEVICE_PAGES + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
-        pager = Pager(keys, values, 200, PAGE_SIZE)
+        pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 200)
         config = LSAConfig(policy="recency", budget=0.5, min_pages=1, min_context=4 * PAGE_SIZE)
-        lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
+        lookahead = Lookahead(config, pager, ResidentTable(4, 13, PAGE_SIZE), {"recency": Recency()})
         admission = Admission(pager, lookahead, chunk)
         super().__init__(
             tree_cache=SimpleNamespace(

@@ -11,6 +11,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.preemption import pages_let_go
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.prefill_adder_add_one_req import choose_after_preemption, preemptible
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass, get_new_batch_prefill
@@ -22,7 +23,7 @@ NOTHING = np.zeros(0, dtype=np.int64)
 def pager_holding(**pages: range) -> Pager:
     """A pool in which these requests hold these pages."""
     keys, values = ([torch.zeros((DEVICE_PAGES + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
-    pager = Pager(keys, values, 200, PAGE_SIZE)
+    pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 200)
     pager.ledger.allocate(sorted(set().union(*pages.values())))
     for holder, held in pages.items():
         assert pager.hold(holder, held)

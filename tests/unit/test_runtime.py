@@ -18,6 +18,7 @@ from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.serve.status import overhead_bytes, status
@@ -29,7 +30,7 @@ def make_runtime(chunk: int | None = None, **options: object) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     req_to_token = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
     config = LSAConfig.from_mapping(options)
-    pager = Pager(keys, values, 64, PAGE_SIZE)
+    pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
     return LSARuntime(config, pager, req_to_token, 2, 1.0, chunk_tokens=chunk)
 
 
@@ -133,6 +134,7 @@ def test_staging_takes_what_was_planned_for_it(chunk: int | None, staged: int) -
     runtime = make_runtime(chunk, staging_pages=staged)
     needs = selector_needs(
         runtime.config,
+        runtime.pager.layout.shape,
         rows=ROWS,
         chunk_tokens=chunk or 0,
         graph_batch=0,

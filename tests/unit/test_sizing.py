@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lsa import observe, sizing
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine import observe, sizing
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import (
     HOST_SHARE,
@@ -23,18 +23,19 @@ from sglang_lsa.engine.sizing import (
     server_needs,
 )
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.serve.status import overhead_bytes
 
 TOKEN_BYTES = 16384  # 65,536 tokens in a GB
+PAGE = PageShape(PAGE_SIZE, ((PAGE_SIZE * TOKEN_BYTES,),))
 PLENTY = 1 << 40
 
 
 def plan(device: str = "cpu", budgeted: int = PLENTY, context: int = 8192, **options: Any) -> MemoryPlan:
-    return plan_memory(
-        LSAConfig(**options), token_bytes=TOKEN_BYTES, budgeted_tokens=budgeted, context_tokens=context, device=device
-    )
+    return plan_memory(LSAConfig(**options), page=PAGE, budgeted_tokens=budgeted, context_tokens=context, device=device)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_the_default_mirror_takes_its_share_of_what_is_free(device: str) -> None
 
 def test_sizes_that_were_asked_for() -> None:
     made = plan(host_memory_gb=0.25, device_tokens=1000)
-    assert made == MemoryPlan(physical_tokens=960, virtual_tokens=16384 - 64, token_bytes=TOKEN_BYTES)
+    assert made == MemoryPlan(physical_tokens=960, virtual_tokens=16384 - 64, page=PAGE)
 
 
 def test_mirror_and_its_padding_page_fit_into_what_was_asked_for() -> None:
@@ -106,7 +107,8 @@ def test_the_device_pool_never_exceeds_what_sglang_budgeted(options: dict[str, A
 @pytest.mark.parametrize("token_bytes", [1000, 23040])
 def test_sizes_are_whole_pages(options: dict[str, Any], token_bytes: int) -> None:
     config = LSAConfig(host_memory_gb=0.777, **options)
-    made = plan_memory(config, token_bytes=token_bytes, budgeted_tokens=12345, context_tokens=100, device="cpu")
+    page = PageShape(64, ((64 * token_bytes,),))
+    made = plan_memory(config, page=page, budgeted_tokens=12345, context_tokens=100, device="cpu")
     assert made.physical_tokens % 64 == made.virtual_tokens % 64 == 0
 
 
@@ -167,7 +169,8 @@ NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page_key_bytes=1000,
 
 def test_needs_of_the_observers() -> None:
     config = LSAConfig(query_tokens=10, observe_layers=(1, 2, 3), staging_pages=7)
-    needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
+    page = mha_shape(64, 32, 8, 128, 128, 2)
+    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
     staging = 2 * 2 * 7 * 64 * 8 * 128 * 2 + 1000 * 32 * 129 * 4
     page_keys, rows = 3 * 2 * 8 * 128 * 2, 10 * 3 * 32 * 128 * 2
     assert needs == Needs(5, 4, 8192, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
@@ -181,7 +184,8 @@ def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.M
     for module in (sizing, observe):
         monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens)
-    needs = selector_needs(config, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
+    page = mha_shape(64, 32, 8, 128, 128, 2)
+    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
     assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2
     assert needs.indexer_bytes == 3 * 4 * 64
     assert needs.overhead(config, 4096, 64 * 100)["indexer"] == 101 * 3 * 4 * 64
@@ -194,6 +198,7 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
     rows, context, physical, virtual = 5, 1024, 12, 40
     needs = selector_needs(
         config,
+        mha_shape(64, 3, 2, 8, 8, 4),
         rows=rows,
         chunk_tokens=128,
         graph_batch=4,
@@ -208,7 +213,7 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
     overhead = needs.overhead(config, physical * 64, virtual * 64)
     keys, values = ([torch.zeros((physical + 1) * 64, 2, 8) for _ in range(3)] for _ in range(2))
     request_table = torch.zeros((rows, context), dtype=torch.int32)
-    runtime = LSARuntime(config, Pager(keys, values, virtual, 64), request_table, 4, 1.0, 128)
+    runtime = LSARuntime(config, Pager(MhaLayout(keys, values, 64), virtual), request_table, 4, 1.0, 128)
     runtime.reserve_graph_tokens(4)
     assert overhead_bytes(runtime) == overhead
 
@@ -230,7 +235,11 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
         max_prefill_tokens=16384,
     )
     model = SimpleNamespace(
-        context_len=32768, num_attention_heads=14, head_dim=64, get_num_kv_heads=lambda tp_size: 2 // tp_size
+        context_len=32768,
+        num_attention_heads=14,
+        head_dim=64,
+        v_head_dim=64,
+        get_num_kv_heads=lambda tp_size: 2 // tp_size,
     )
     needs = server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
     assert needs.overhead(config, 786_432, 19_113 * PAGE_SIZE) == {
@@ -270,7 +279,7 @@ def test_tokens_of_a_cuda_graph(options: dict[str, Any], batch: int, physical: i
 def planned(needs: Needs | None, budgeted: int, **options: Any) -> MemoryPlan:
     return plan_memory(
         LSAConfig(host_memory_gb=0.25, **options),
-        token_bytes=TOKEN_BYTES,
+        page=PAGE,
         budgeted_tokens=budgeted,
         context_tokens=8192,
         device="cuda",
@@ -290,7 +299,7 @@ def test_the_buffers_are_taken_from_the_budget() -> None:
 
 
 def test_on_a_cpu_the_buffers_are_told_and_take_nothing_from_the_pool() -> None:
-    options: dict[str, Any] = {"token_bytes": TOKEN_BYTES, "budgeted_tokens": 10_000, "context_tokens": 8192}
+    options: dict[str, Any] = {"page": PAGE, "budgeted_tokens": 10_000, "context_tokens": 8192}
     config = LSAConfig(host_memory_gb=0.25, device_tokens=9984)
     made = plan_memory(config, **options, device="cpu", needs=NEEDS)
     assert made.physical_tokens == 9984

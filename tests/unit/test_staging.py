@@ -9,25 +9,32 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
 from sglang_lsa.memory.staging import StagedPages, Staging, staging_bytes, sums_bytes
 
-PAGE, LAYERS, HEADS, DIM = 4, 3, 2, 5
+PAGE, LAYERS, HEADS, DIM, V_DIM = 4, 3, 2, 5, 3
 BLOCK = 3
 """Pages in a buffer."""
 MIRRORED = 12
 
 
-def make_staging(block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Staging:
+def make_staging(block: int = BLOCK, dtype: torch.dtype = torch.float32, page: int = PAGE) -> Staging:
     """Over a mirror whose content tells page, layer and token."""
-    shape = (MIRRORED + 1, LAYERS, 2, PAGE, HEADS, DIM)
-    mirror = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return Staging(mirror, block, torch.device("cpu"), lambda: pytest.fail("there is no stream on a CPU"))
+    keys, values = ([torch.zeros(page, HEADS, dim, dtype=dtype) for _ in range(LAYERS)] for dim in (DIM, V_DIM))
+    layout = MhaLayout(keys, values, page)
+    content = torch.randn(MIRRORED + 1, layout.page_bytes // dtype.itemsize, generator=torch.Generator().manual_seed(0))
+    mirror = content.to(dtype).view(torch.uint8)
+    return Staging(layout, mirror, block, lambda: pytest.fail("there is no stream on a CPU"))
 
 
 def expected(staging: Staging, pages: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of these pages, one after the other."""
-    content = staging.mirror[pages, layer]
-    return content[:, 0].reshape(-1, HEADS, DIM), content[:, 1].reshape(-1, HEADS, DIM)
+    layout = staging.layout
+    assert isinstance(layout, MhaLayout)
+    keys, values = (staging.mirror[pages, p.offset : p.offset + p.nbytes].flatten() for p in layout.by_layer[layer])
+    dtype = layout.key_buffers[0].dtype
+    return keys.view(dtype).view(-1, HEADS, DIM), values.view(dtype).view(-1, HEADS, V_DIM)
 
 
 def copies(blocks: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -38,11 +45,8 @@ def copies(blocks: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[to
 def check_layer(staged: StagedPages, pages: list[int], layer: int) -> None:
     blocks = copies(staged.layer(layer))
     assert [len(keys) for keys, _ in blocks] == [len(values) for _, values in blocks] == staged.sizes
-    none = torch.zeros(0, HEADS, DIM, dtype=staged.staging.mirror.dtype)
-    keys, values = (torch.cat([none, *parts]) for parts in (zip(*blocks, strict=True) if blocks else ((), ())))
-    wanted = expected(staged.staging, pages, layer)
-    assert torch.equal(keys, wanted[0])
-    assert torch.equal(values, wanted[1])
+    for which, wanted in enumerate(expected(staged.staging, pages, layer)):
+        assert torch.equal(torch.cat([wanted[:0], *(block[which] for block in blocks)]), wanted)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -51,13 +55,15 @@ def check_layer(staged: StagedPages, pages: list[int], layer: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [
-        pytest.param((1, 1, 1, 1, 1), 4, id="smallest"),
-        pytest.param((256, 64, 8, 128, 2), 128 << 20, id="8B"),
-        pytest.param((16, 64, 3, 64, 4), 2 * 2 * 16 * 64 * 3 * 64 * 4, id="float32"),
+        pytest.param((1, ((1,),)), 2 * 16, id="smallest"),
+        pytest.param((256, mha_shape(64, 32, 8, 128, 128, 2).layers), 128 << 20, id="8B"),
+        pytest.param((16, mha_shape(64, 5, 3, 64, 64, 4).layers), 2 * 2 * 16 * 64 * 3 * 64 * 4, id="float32"),
+        pytest.param((10, ((80,), (24, 9), (100,))), 2 * 1008, id="the largest layer"),
     ],
 )
-def test_two_buffers_of_keys_and_values(arguments: tuple[int, int, int, int, int], size: int) -> None:
-    assert staging_bytes(*arguments) == size
+def test_two_buffers_of_a_layer(arguments: tuple[int, tuple[tuple[int, ...], ...]], size: int) -> None:
+    pages, layers = arguments
+    assert staging_bytes(pages, PageShape(64, layers)) == size
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_sums_of_a_chunk(arguments: tuple[int, int, int], size: int) -> None:
 @pytest.mark.parametrize("block", [1, BLOCK, 20])
 def test_what_is_planned_is_what_is_allocated(block: int, dtype: torch.dtype) -> None:
     staging = make_staging(block, dtype)
-    assert staging.nbytes == staging_bytes(block, PAGE, HEADS, DIM, dtype.itemsize)
+    assert staging.nbytes == staging_bytes(block, mha_shape(PAGE, LAYERS, HEADS, DIM, V_DIM, dtype.itemsize))
     assert staging.nbytes == staging.buffers.untyped_storage().nbytes()
 
 
@@ -109,9 +115,10 @@ def test_every_layer_has_the_content_of_the_mirror(pages: list[int], blocks: lis
     assert staging.staged_pages == len(pages)
 
 
+@pytest.mark.parametrize("page", [16, 64, 256])
 @pytest.mark.parametrize("block", [1, 2, 5, 12, 50])
-def test_blocks_of_any_size(block: int) -> None:
-    staging, pages = make_staging(block), list(range(12, 0, -1))
+def test_blocks_and_pages_of_any_size(block: int, page: int) -> None:
+    staging, pages = make_staging(block, page=page), list(range(12, 0, -1))
     staged = staging.read(np.array(pages))
     for layer in range(LAYERS):
         check_layer(staged, pages, layer)
@@ -124,9 +131,8 @@ def test_a_block_stays_until_the_next_is_asked_for() -> None:
     seen = []
     for layer in range(LAYERS):
         for keys, values in staged.layer(layer):
-            page = [4, 8][len(seen) % 2]
-            assert torch.equal(keys, staging.mirror[page, layer, 0])
-            assert torch.equal(values, staging.mirror[page, layer, 1])
+            wanted = expected(staging, [[4, 8][len(seen) % 2]], layer)
+            assert torch.equal(keys, wanted[0]) and torch.equal(values, wanted[1])
             seen.append((keys.data_ptr(), values.data_ptr()))
     assert len(set(seen)) == 2
     assert all(a != b for a, b in pairwise(seen))

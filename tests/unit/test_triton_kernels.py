@@ -15,8 +15,8 @@ import torch
 
 from sglang_lsa.kernels.attention_mass import _attention_mass_triton, attention_mass_reference
 from sglang_lsa.kernels.merge_states import _merge_states_triton, merge_states_reference
-from sglang_lsa.kernels.page_copy import copy_pages_triton, pages_from_host, pages_to_host, pool_addresses
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
+from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton, moves
 from sglang_lsa.kernels.page_score import (
     _bound_score_triton,
     _page_score_triton,
@@ -34,7 +34,6 @@ from sglang_lsa.kernels.page_table import (
 )
 from sglang_lsa.kernels.record import _record_triton, record_reference
 from sglang_lsa.kernels.retriever_score import _retriever_score_triton, pack_keys, retriever_score_reference
-from sglang_lsa.kernels.stage_pages import _stage_pages_triton, stage_pages_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -79,112 +78,89 @@ def assert_same(seen: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# --- page_copy -------------------------------------------------------------------------------------------------------
+# --- page_move -------------------------------------------------------------------------------------------------------
 
 
-COPIES = [
-    # layers, page, kv_heads, head_dim, physical -> virtual
-    pytest.param(2, 4, 2, 8, [], [], id="0 pages"),
-    pytest.param(2, 4, 2, 8, [3], [7], id="1 page"),
-    pytest.param(1, 64, 1, 16, [1, 4], [2, 1], id="page of 64, 1 layer, 1 head"),
-    pytest.param(2, 63, 1, 4, [1, 4], [2, 1], id="page of 63"),
-    pytest.param(3, 4, 3, 80, [5, 1, 3], [1, 9, 2], id="head_dim 80"),
-    pytest.param(2, 64, 3, 80, [5, 1, 3], [1, 9, 2], id="a block is not full"),
-    pytest.param(1, 64, 8, 128, [2, 5], [9, 1], id="several blocks"),
-    pytest.param(5, 4, 8, 4, [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages, more work than programs"),
+def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def mha(layers: int, page: int, heads: int, dim: int, v_dim: int | None = None) -> list[int]:
+    """Bytes of the buffers' pages, in bfloat16."""
+    return [page * heads * width * 2 for width in (dim, v_dim or dim)] * layers
+
+
+MOVES = [
+    # bytes of each buffer's pages, physical -> virtual
+    pytest.param(mha(2, 4, 2, 8), [], [], id="0 pages"),
+    pytest.param(mha(2, 4, 2, 8), [3], [7], id="1 page"),
+    pytest.param(mha(1, 64, 1, 16), [1, 4], [2, 1], id="page of 64, 1 layer, 1 head"),
+    pytest.param(mha(2, 63, 1, 4), [1, 4], [2, 1], id="page of 63"),
+    pytest.param(mha(3, 16, 3, 80), [5, 1, 3], [1, 9, 2], id="page of 16, head_dim 80"),
+    pytest.param(mha(2, 64, 3, 80), [5, 1, 3], [1, 9, 2], id="a block is not full"),
+    pytest.param(mha(1, 64, 8, 128), [2, 5], [9, 1], id="several blocks"),
+    pytest.param(mha(1, 256, 2, 128), [2, 5], [9, 1], id="page of 256"),
+    pytest.param(mha(5, 4, 8, 4), [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], id="all pages, more work than programs"),
+    pytest.param(mha(2, 64, 2, 96, 64), [5, 2], [1, 9], id="keys wider than values"),
+    pytest.param([24, 36], [5, 2], [1, 9], id="words of 4 bytes"),
+    pytest.param([6, 10, 6], [5, 2], [1, 9], id="words of 2 bytes"),
+    pytest.param([4099, 30, 1, 8], [5, 2], [1, 9], id="single bytes, several blocks"),
 ]
 
 
+def on_device(buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [buffer.to(DEVICE, copy=True) for buffer in buffers]
+
+
+def pinned(mirror: torch.Tensor) -> torch.Tensor:
+    return mirror.pin_memory() if ON_GPU else mirror.clone()
+
+
 @pytest.mark.parametrize("to_host", [True, False], ids=["to host", "from host"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "page", "heads", "dim", "physical", "virtual"), COPIES)
-def test_copy_pages(
-    layers: int,
-    page: int,
-    heads: int,
-    dim: int,
-    physical: list[int],
-    virtual: list[int],
-    dtype: torch.dtype,
-    to_host: bool,
-) -> None:
-    def pool(seed: int) -> list[torch.Tensor]:
-        return [random(6 * page, heads, dim, dtype=dtype, seed=seed + layer) for layer in range(layers)]
-
-    keys, values = pool(1), pool(100)
-    mirror = torch.empty((10, layers, 2, page, heads, dim), dtype=dtype, pin_memory=ON_GPU)
-    mirror.copy_(random(*mirror.shape, dtype=dtype, seed=200))
-    expected_keys, expected_values = ([buffer.cpu() for buffer in buffers] for buffers in (pool(1), pool(100)))
-    expected_mirror = mirror.clone()
+@pytest.mark.parametrize(("widths", "physical", "virtual"), MOVES)
+def test_move_pages(widths: list[int], physical: list[int], virtual: list[int], to_host: bool) -> None:
+    pool = [random_bytes(6, width, seed=number) for number, width in enumerate(widths)]
+    offsets = [sum(widths[:number]) for number in range(len(widths))]
+    expected_mirror = random_bytes(10, sum(widths), seed=200)
+    seen, mirror = on_device(pool), pinned(expected_mirror)
     p, v = torch.tensor(physical, dtype=torch.int64), torch.tensor(virtual, dtype=torch.int64)
-    if to_host:
-        pages_to_host(expected_keys, expected_values, p, expected_mirror, v)
-    else:
-        pages_from_host(expected_keys, expected_values, p, expected_mirror, v)
+    move_pages_reference(moves(pool, offsets, expected_mirror), p, expected_mirror, v, to_host=to_host)
 
-    copy_pages_triton(pool_addresses(keys, values), ids(physical), mirror, ids(virtual), to_host=to_host)
+    move_pages_triton(moves(seen, offsets, mirror), ids(physical), mirror, ids(virtual), to_host=to_host)
     synchronize()
     assert_same(mirror, expected_mirror)
-    for seen, expected in zip([*keys, *values], [*expected_keys, *expected_values], strict=True):
-        assert_same(seen.cpu(), expected)
+    for moved, expected in zip(seen, pool, strict=True):
+        assert_same(moved.cpu(), expected)
 
 
 @pytest.mark.parametrize("to_host", [True, False], ids=["to host", "from host"])
-def test_copying_one_layer_leaves_the_others(to_host: bool) -> None:
+@pytest.mark.parametrize("widths", [mha(3, 4, 2, 80), [40, 12, 16, 9, 7, 40]], ids=["mha", "odd"])
+def test_moving_one_layer_leaves_the_others(widths: list[int], to_host: bool) -> None:
     """Layer after layer, the copy is that of all layers."""
-    layers, page, physical, virtual = 3, 4, [5, 1, 3], [1, 9, 2]
-    keys, values = ([random(6 * page, 2, 80, seed=10 * which + i) for i in range(layers)] for which in (0, 1))
-    mirror = torch.empty((10, layers, 2, page, 2, 80), pin_memory=ON_GPU)
-    mirror.copy_(random(*mirror.shape, seed=200))
-    old_keys, old_values = ([buffer.cpu().clone() for buffer in buffers] for buffers in (keys, values))
-    expected_mirror, p, v = mirror.clone(), torch.tensor(physical), torch.tensor(virtual)
-    for layer in range(layers):
-        mirror_layer, keys_layer, values_layer = (
-            expected_mirror[:, layer : layer + 1],
-            [old_keys[layer]],
-            [old_values[layer]],
-        )
-        (pages_to_host if to_host else pages_from_host)(keys_layer, values_layer, p, mirror_layer, v)
-        copy_pages_triton(
-            pool_addresses(keys, values), ids(physical), mirror, ids(virtual), to_host=to_host, layer=layer
-        )
+    physical, virtual = [5, 1, 3], [1, 9, 2]
+    pool = [random_bytes(6, width, seed=number) for number, width in enumerate(widths)]
+    offsets = [sum(widths[:number]) for number in range(len(widths))]
+    expected_mirror = random_bytes(10, sum(widths), seed=200)
+    seen, mirror = on_device(pool), pinned(expected_mirror)
+    p, v = torch.tensor(physical), torch.tensor(virtual)
+    for layer in range(0, len(widths), 2):
+        layers = slice(layer, layer + 2)
+        expected = moves(pool[layers], offsets[layers], expected_mirror)
+        move_pages_reference(expected, p, expected_mirror, v, to_host=to_host)
+        found = moves(seen[layers], offsets[layers], mirror)
+        move_pages_triton(found, ids(physical), mirror, ids(virtual), to_host=to_host)
         synchronize()
         assert_same(mirror, expected_mirror)
-        for seen, expected in zip([*keys, *values], [*old_keys, *old_values], strict=True):
-            assert_same(seen.cpu(), expected)
+        for moved, still in zip(seen, pool, strict=True):
+            assert_same(moved.cpu(), still)
 
 
-def test_pages_of_odd_size_are_refused() -> None:
-    pool = [random(8, 1, 3, dtype=torch.float16)]
-    mirror = torch.zeros((3, 1, 2, 1, 1, 3), dtype=torch.float16)
-    with pytest.raises(ValueError, match="a page has 6 bytes in a layer, which is not a multiple of 8"):
-        copy_pages_triton(pool_addresses(pool, pool), ids([1]), mirror, ids([1]), to_host=True)
-
-
-# --- stage_pages -----------------------------------------------------------------------------------------------------
-
-
-STAGED = [
-    # layers, page, kv_heads, head_dim, pages
-    pytest.param(2, 4, 2, 8, [], id="0 pages"),
-    pytest.param(2, 4, 2, 8, [7], id="1 page"),
-    pytest.param(2, 63, 1, 4, [1, 4], id="page of 63"),
-    pytest.param(3, 64, 3, 80, [5, 1, 3], id="a block is not full, head_dim 80"),
-    pytest.param(2, 64, 8, 128, [2, 5, 2], id="several blocks, a page twice"),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "page", "heads", "dim", "pages"), STAGED)
-def test_stage_pages(layers: int, page: int, heads: int, dim: int, pages: list[int], dtype: torch.dtype) -> None:
-    mirror = torch.empty((8, layers, 2, page, heads, dim), dtype=dtype, pin_memory=ON_GPU)
-    mirror.copy_(random(*mirror.shape, dtype=dtype))
-    seen, expected = (torch.full((2, 4 * page, heads, dim), NAN, dtype=dtype, device=d) for d in (DEVICE, "cpu"))
-    for layer in range(layers):
-        _stage_pages_triton(mirror, ids(pages), layer, *seen)
-        stage_pages_reference(mirror, torch.tensor(pages, dtype=torch.int64), layer, *expected)
-        synchronize()
-        assert_same(seen.cpu(), expected)
+def test_pages_of_the_usual_sizes_move_in_words_of_8_bytes_with_one_launch() -> None:
+    mirror = torch.zeros(2, sum(mha(4, 64, 8, 128)), dtype=torch.uint8)
+    buffers = [torch.zeros(2, width, dtype=torch.uint8) for width in mha(4, 64, 8, 128)]
+    (move,) = moves(buffers, range(0, mirror.shape[1], buffers[0].shape[1]), mirror)
+    assert (move.buffers[0].dtype, move.width, move.unit) == (torch.int64, 16384, 16384)
+    assert move.places.tolist() == list(range(8))
 
 
 # --- merge_states ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.serve.view import snapshot as snapshot_module
@@ -52,7 +53,7 @@ def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options
     keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
     table = torch.zeros((rows, (virtual + 1) * PAGE_SIZE), dtype=torch.int32)
     config = LSAConfig.from_mapping({"min_pages": 1, **options})
-    return LSARuntime(config, Pager(keys, values, virtual, PAGE_SIZE), table, 2, 1.0)
+    return LSARuntime(config, Pager(MhaLayout(keys, values, PAGE_SIZE), virtual), table, 2, 1.0)
 
 
 def add_request(runtime: LSARuntime, rid: str, pages: np.ndarray, **fields: Any) -> Request:

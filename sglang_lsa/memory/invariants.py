@@ -1,0 +1,43 @@
+"""What must hold of a ledger at any time, restated from nothing but its records."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from sglang_lsa.memory.ledger import Ledger
+
+
+def broken_invariant(ledger: Ledger) -> str | None:
+    """The first invariant that does not hold, in words; None when all do."""
+    mapped = np.flatnonzero(ledger.v2p)
+    physical = ledger.v2p[mapped]
+    limbo = [p for _, p in ledger._limbo]
+    pins = np.zeros_like(ledger._pins)
+    for held in ledger._holders.values():
+        pins[list(held)] += 1
+    for holds, what in (
+        (ledger.v2p[0] == 0 and ledger.p2v[0] == 0, "the padding page is mapped"),
+        (len(np.unique(physical)) == len(physical), "two virtual pages share a physical page"),
+        ((ledger.p2v[physical] == mapped).all(), "v2p and p2v disagree"),
+        (int((ledger.p2v > 0).sum()) == len(mapped), "a physical page maps to a page that is not on the device"),
+        (ledger._allocated[mapped].all(), "a page on the device is not allocated"),
+        (not ledger._copies[ledger._free].any(), "a free physical page is being copied"),
+        (not ledger._mirrored[~ledger._allocated].any(), "a page that is not allocated has a mirror copy"),
+        ((pins == ledger._pins).all(), "the hold counts are wrong"),
+        ((ledger.v2p[ledger._pins > 0] > 0).all(), "a held page is not on the device"),
+        (
+            (ledger._mirrored | (ledger.v2p > 0) | ~ledger._has_content())[ledger._allocated].all(),
+            "a page is nowhere",
+        ),
+        (
+            sorted([*ledger._free, *limbo, *physical.tolist()]) == list(range(1, ledger.physical_pages + 1)),
+            "a physical page was lost or counted twice",
+        ),
+        (all(ledger._holders.values()), "a holder without pages is remembered"),
+    ):
+        if not holds:
+            return what
+    return None
