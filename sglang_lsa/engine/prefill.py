@@ -12,9 +12,10 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted, key_of
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import affordable, always_kept
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
@@ -48,7 +49,8 @@ class Prefill:
         requests: dict[str, Request],
         req_to_token: torch.Tensor,
     ):
-        self.pager, self.lookahead, self.admission = pager, lookahead, admission
+        self.pager, self.admission, self.rules = pager, admission, lookahead.rules
+        self.sets, self.scorer, self.counts = lookahead.sets, lookahead.scorer, lookahead.counts
         self.staging, self.requests, self.req_to_token = staging, requests, req_to_token
         self.readings: list[Reading] | None = None
         """What each request of the pass being queued reads before its own tokens; None when that is all, in place."""
@@ -65,7 +67,7 @@ class Prefill:
     @property
     def config(self) -> LSAConfig:
         """The one in force."""
-        return self.lookahead.config
+        return self.rules.config
 
     def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> None:
         """Every page that this pass reads in place or writes gets a place on the device.
@@ -107,11 +109,11 @@ class Prefill:
         if how == STREAMED:  # its promise stands until its first resident set is held
             self.pager.retain(request.key, request.pages[pages_complete(request.tokens) :])
             if not middle:
-                self.lookahead.await_first(request)
+                self.sets.await_first(request)
         elif not middle:
             self.pager.reservations.settle(request.key)
             if how == RESIDENT:  # until its first window is predicted it reads what its prompt read
-                self.lookahead.remap(request, request.prefix_positions, request.cached_pages, request.prefix_ranks)
+                self.sets.remap(request, request.prefix_positions, request.cached_pages, request.prefix_ranks)
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
@@ -142,8 +144,7 @@ class Prefill:
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)
             self.resident_prompts += admitted.how == RESIDENT
-            # Until its first window is predicted a request reads all of its pages.
-            self.lookahead.table.remap(request.row, np.zeros(0, dtype=np.int64), 0)
+            self.sets.enter(request.row)
         request.tokens, request.computed, request.pages = tokens, prefix, pages
         return request
 
@@ -202,7 +203,7 @@ class Prefill:
         """
         cached, ledger = request.cached_pages, self.pager.ledger
         prefix = request.pages[:cached]
-        bound = self.lookahead.set_pages(cached, request.budget)
+        bound = self.rules.set_pages(cached, request.budget)
         look = always_kept(cached, bound, self.config.sink_pages, self.config.recent_pages)
         room = max(0, bound // 2 - int(look.sum()))
         before = request.prefix_positions[~look[request.prefix_positions]]
@@ -239,7 +240,7 @@ class Prefill:
             except LedgerError:
                 raise
             except Exception:
-                self.lookahead.failures += 1
+                self.counts.failures += 1
                 request.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
         self.looking = []
@@ -255,12 +256,12 @@ class Prefill:
             Positions, ascending, and their scores; infinite for pages that stay whatever their score.
         """
         cached = request.cached_pages
-        scores = self.lookahead.score(request, cached).values()
+        scores = self.scorer.score(request, cached).values()
         scores = np.where(np.isnan(scores), -np.inf, scores)
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        found = self.lookahead.choose(scores, cached, request.budget, upcoming=request.prefix_positions)
+        found = choose(self.rules, scores, cached, request.budget, upcoming=request.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
         still_to_come = pages_spanned(request.prompt_tokens) - len(request.pages)
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))

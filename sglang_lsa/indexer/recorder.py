@@ -13,7 +13,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.engine.admission import key_of
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import GivenSet
-from sglang_lsa.engine.policies import Request, Window
+from sglang_lsa.engine.request import Request, Window
 from sglang_lsa.engine.selection import budget_pages
 
 if TYPE_CHECKING:

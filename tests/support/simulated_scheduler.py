@@ -242,7 +242,7 @@ class Scheduler:
             forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
         )
         number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
-        table, queued = self.runtime.lookahead.table, ForwardPass(self.memory)
+        table, queued = self.runtime.lookahead.sets.table, ForwardPass(self.memory)
         rows, shortening = table.table.numpy(), table.shortening
         for req in reqs:
             request, row, before = self.runtime.requests[key_of(req)], req.req_pool_idx, req.kv_committed_len - 1

@@ -14,8 +14,10 @@ from harness import Wanted
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.policies import Policy, Random, Recency, Request
+from sglang_lsa.engine.policies import Policy, Random, Recency
+from sglang_lsa.engine.request import Request, State
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pages import align_up, pages_complete, pages_spanned
@@ -92,7 +94,7 @@ class Server(harness.Server):
         if promised is not None:
             self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
             self.pager.reservations.promise(rid, promised)
-            self.lookahead.await_first(request)
+            self.lookahead.sets.await_first(request)
             self.push_off()
         self.lookahead.begin(request)
         return request
@@ -198,7 +200,7 @@ def test_a_set_stays_for_a_window() -> None:
         server.decode(request)
         assert request.window == step // WINDOW
         assert len(request.history) == request.window + 1
-    assert server.lookahead.refreshes == 5
+    assert server.lookahead.counts.refreshes == 5
     assert server.wanted.calls == 5
 
 
@@ -225,7 +227,7 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
 def test_a_text_that_copies_keeps_what_comes_next(policy: str, later: list[int] | None, lead: int) -> None:
     """Its last eight tokens are those before the last one of page 2."""
     server = Server(lead, lead)
-    server.lookahead.policies["quest"] = server.wanted  # type: ignore[index]
+    server.lookahead.scorer.policies["quest"] = server.wanted  # type: ignore[index]
     server.wanted.values = {3: 0.9, 6: 0.5}
     prompt = list(range(10 * PAGE_SIZE + 5))
     text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
@@ -247,7 +249,7 @@ def test_what_is_copied_first_comes_first() -> None:
     text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
     request = server.prefill("a", len(text), prompt_lookup=8, text=text, watch=(6,))
     assert server.read(request) == [0, 2]
-    assert server.lookahead.choose(np.zeros(10), 11, 0.3, "wanted", upcoming=[4, 2]).positions.tolist() == [0, 4]
+    assert choose(server.lookahead.rules, np.zeros(10), 11, 0.3, "wanted", upcoming=[4, 2]).positions.tolist() == [0, 4]
     (window,) = request.windows
     assert window.watched == Watched(((6, 0.9, 0),), None)
 
@@ -402,7 +404,7 @@ def test_a_stall_keeps_the_old_set_for_one_more_window() -> None:
     server.wanted.positions = [5, 6, 7]
     for _ in range(WINDOW):
         server.decode(request)
-    assert (request.stalls, server.lookahead.stalls, request.window) == (1, 1, 1)
+    assert (request.stalls, server.lookahead.counts.stalls, request.window) == (1, 1, 1)
     assert server.read(request) == old == request.positions.tolist()
     assert list(request.history) == history
     assert server.pager.ledger.held_by("a") == held | {int(request.pages[12])}
@@ -425,21 +427,21 @@ def test_a_policy_that_fails_leaves_the_most_recent_pages(error: Exception, capl
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         request = server.prefill("a", 12 * PAGE_SIZE)
     assert request.positions.tolist() == [0, 7, 8, 9, 10, 11]
-    assert server.lookahead.fallbacks == 1
+    assert server.lookahead.counts.fallbacks == 1
     assert "scoring a with wanted failed; its most recent pages stay" in caplog.text
     server.wanted.error = None
     server.wanted.positions = [4]
     for _ in range(WINDOW):
         server.decode(request)
     assert 4 in request.positions
-    assert server.lookahead.fallbacks == 1
+    assert server.lookahead.counts.fallbacks == 1
 
 
 def test_a_policy_that_does_not_exist_leaves_the_most_recent_pages() -> None:
     server = Server()
     request = server.prefill("a", 12 * PAGE_SIZE, policy="unheard of")
     assert request.positions.tolist() == [0, 7, 8, 9, 10, 11]
-    assert server.lookahead.fallbacks == 1
+    assert server.lookahead.counts.fallbacks == 1
 
 
 # --- a set that fits in part -----------------------------------------------------------------------------------------
@@ -475,8 +477,8 @@ def test_a_set_that_fits_in_part_keeps_the_best_of_the_old_one(room: int, positi
         server.decode(request)
     assert server.read(request) == request.positions.tolist() == sorted(positions)
     assert server.held_positions(request) == [*sorted(positions), 12]
-    assert (request.shrunk, server.lookahead.shrunk) == (int(room < 3),) * 2
-    assert (request.stalls, server.lookahead.stalls, request.window) == (0, 0, 1)
+    assert (request.shrunk, server.lookahead.counts.shrunk) == (int(room < 3),) * 2
+    assert (request.stalls, server.lookahead.counts.stalls, request.window) == (0, 0, 1)
     assert request.history[-1] == sorted(positions)
     assert request.ranks is not None
     ranks = dict(zip(request.positions.tolist(), request.ranks.tolist(), strict=True))
@@ -491,7 +493,12 @@ def test_a_set_of_which_nothing_new_fits_is_a_stall() -> None:
     for _ in range(WINDOW - 1):
         server.decode(request)
     assert (server.read(request), server.held_positions(request)) == (old, held)
-    assert (request.shrunk, request.stalls, server.lookahead.shrunk, server.lookahead.stalls) == (0, 1, 0, 1)
+    assert (request.shrunk, request.stalls, server.lookahead.counts.shrunk, server.lookahead.counts.stalls) == (
+        0,
+        1,
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(("min_pages", "positions"), [(4, [0, 5, 11]), (5, None)], ids=["enough", "too few"])
@@ -562,9 +569,9 @@ def test_given_sets_are_read_at_the_tokens_that_they_name(text: str, server: tup
     request = running.prefill("a", 640, sets=sets)
     running.push_off()
     assert reads(running, request, 90) == expected
-    assert running.wanted.calls == running.lookahead.stalls == running.lookahead.failures == 0
+    assert running.wanted.calls == running.lookahead.counts.stalls == running.lookahead.counts.failures == 0
     assert [window.as_given() for window in request.windows] == list(sets)
-    assert not running.lookahead.on_their_way
+    assert not running.lookahead.refresher.on_their_way
 
 
 def test_after_the_last_given_set_nothing_changes() -> None:
@@ -572,7 +579,7 @@ def test_after_the_last_given_set_nothing_changes() -> None:
     request = server.prefill("a", 640, sets=given_sets("641:10:3"))
     for _ in range(20 * WINDOW):
         server.decode(request)
-    assert (server.lookahead.refreshes, server.wanted.calls, request.window) == (1, 0, 0)
+    assert (server.lookahead.counts.refreshes, server.wanted.calls, request.window) == (1, 0, 0)
     assert server.read(request) == [3]
 
 
@@ -599,11 +606,11 @@ def test_the_windows_of_a_request_can_be_replayed(tokens: int, server: tuple[int
     for _ in range(steps):
         first.wanted.positions = [1 + (3 * request.window + place) % 9 for place in range(3)]
         seen |= reads(first, request, 1)
-        if len(request.positions) >= 3 and not first.lookahead.shrunk:
+        if len(request.positions) >= 3 and not first.lookahead.counts.shrunk:
             first.lookahead.shrink([request], 1)
     windows = [window for window in request.windows if window.tokens]
     assert len({tuple(window.positions) for window in windows}) >= 3
-    assert first.lookahead.shrunk == 1
+    assert first.lookahead.counts.shrunk == 1
 
     text = ";".join(str(window.as_given()) for window in windows)
     second = Server(lead, lag, window=window)
@@ -650,7 +657,7 @@ def test_the_largest_sets_are_halved_first(wanted: int, large_set: list[int], sm
         assert int(server.table.shortening[request.row]) == (request.tail_start - len(positions)) * PAGE_SIZE
     freed = 10 - len(large_set) - len(small_set)
     assert server.pager.unpromised_pages == obtainable + freed
-    assert server.lookahead.shrunk == large.shrunk + small.shrunk
+    assert server.lookahead.counts.shrunk == large.shrunk + small.shrunk
     server.pager.ledger.check()
 
 
@@ -705,7 +712,7 @@ def test_sets_that_were_not_predicted_do_not_shrink(kind: str) -> None:
     held, read = server.held_positions(request), server.read(request)
     server.lookahead.shrink([request], 9)
     assert (server.held_positions(request), server.read(request)) == (held, read)
-    assert (request.shrunk, server.lookahead.shrunk, server.lookahead.failures) == (0, 0, 0)
+    assert (request.shrunk, server.lookahead.counts.shrunk, server.lookahead.counts.failures) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("lead", "lag"), [(0, 0), (LEAD, LAG)], ids=["cpu", "gpu"])
@@ -723,7 +730,7 @@ def test_a_request_that_still_reads_everything_gets_its_first_set_under_pressure
     server.lookahead.shrink([request], 1)
     assert server.read(request) == [0, 2, 4]
     assert server.held_positions(request) == [0, 2, 4, 12]
-    assert (request.shrunk, server.lookahead.failures, server.lookahead.stalls) == (1, 0, 0)
+    assert (request.shrunk, server.lookahead.counts.failures, server.lookahead.counts.stalls) == (1, 0, 0)
     for _ in range(12 * PAGE_SIZE + 1, 1000 if sets else 12 * PAGE_SIZE + 2 * LONG):
         server.decode(request)
     assert request.window >= 1, "its own set at its time, or the next prediction"
@@ -736,7 +743,7 @@ def test_pressure_completes_a_first_set_and_leaves_prompts_alone(first: bool) ->
     server = Server(LEAD, LAG, window=LONG)
     server.wanted.values = {2: 5.0, 4: 4.0}
     request = server.prefill("a", 12 * PAGE_SIZE)
-    assert request.next is not None and request.next.positions is None
+    assert request.next is not None and request.next.state is State.QUEUED
     if not first:
         request.tokens += 1
     server.lookahead.shrink([request], 1)
@@ -775,7 +782,7 @@ def test_a_set_that_cannot_shrink_is_left_as_it_is(
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         server.lookahead.shrink([large, small], 1)
     assert "shrinking the set of large failed; it keeps the pages that it has" in caplog.text
-    assert server.lookahead.failures == 1
+    assert server.lookahead.counts.failures == 1
     assert server.read(large) == large.positions.tolist() == server.held_positions(large) == [0, 2, 4, 6, 8, 11]
     assert (large.shrunk, large.history) == (0, [[0, 2, 4, 6, 8, 11]])
     assert server.read(small) == [0, 7], "the others still shrink"
@@ -790,7 +797,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 STAGES: dict[str, Callable[[Server, pytest.MonkeyPatch], None]] = {
-    "choose": lambda server, patch: patch.setattr(server.lookahead, "choose", fail),
+    "choose": lambda server, patch: patch.setattr("sglang_lsa.engine.refresh.choose", fail),
     "recall": lambda server, patch: patch.setattr(server.pager, "hold_if_spare", fail),
     "table": lambda server, patch: patch.setattr(server.table, "remap", fail),
 }
@@ -812,8 +819,8 @@ def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
         for _ in range(WINDOW):
             server.decode(request)
     assert "refreshing a failed; it keeps the pages that it has" in caplog.text
-    assert (request.failures, server.lookahead.failures, request.window) == (1, 1, 1)
-    assert (request.stalls, request.next, server.lookahead.on_their_way) == (0, None, {})
+    assert (request.failures, server.lookahead.counts.failures, request.window) == (1, 1, 1)
+    assert (request.stalls, request.next, server.lookahead.refresher.on_their_way) == (0, None, {})
     assert server.read(request) == request.positions.tolist() == old
     assert server.held_positions(request) == [*held, 12]
     assert torch.equal(server.table.table, table)
@@ -843,7 +850,7 @@ def test_an_inconsistent_ledger_is_not_a_failed_refresh(monkeypatch: pytest.Monk
     monkeypatch.setattr(server.pager, "retain", broken)
     with pytest.raises(LedgerError, match="injected"):
         server.lookahead.shrink([small], 1)
-    assert server.lookahead.failures == 0
+    assert server.lookahead.counts.failures == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -867,18 +874,18 @@ def test_a_first_window_that_fails_leaves_the_request_dense(stage: str, monkeypa
 def test_scores_that_are_no_numbers_choose_nothing() -> None:
     server = Server()
     nan = float("nan")
-    found = server.lookahead.choose(np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
+    found = choose(server.lookahead.rules, np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
     assert found.positions.tolist() == [0, 1, 3, 7]
     assert found.ranks.tolist() == [float("inf"), 2, 3, float("inf")]
     assert not found.collapsed
-    found = server.lookahead.choose(np.full(8, nan), 8, 0.5)
+    found = choose(server.lookahead.rules, np.full(8, nan), 8, 0.5)
     assert (found.positions.tolist(), found.ranks.tolist()) == ([0, 7], [float("inf")] * 2)
     assert found.collapsed
 
 
 def test_a_set_that_has_room_for_all_keeps_pages_without_a_score_as_the_worst() -> None:
     server = Server(min_pages=8)
-    found = server.lookahead.choose(np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
+    found = choose(server.lookahead.rules, np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
     assert found.positions.tolist() == [0, 1, 2, 3]
     assert found.ranks.tolist() == [float("inf"), float("-inf"), 2.0, float("inf")]
     assert not found.collapsed
@@ -898,7 +905,7 @@ def test_a_set_says_what_it_is_expected_to_cover() -> None:
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
     assert server.read(request) == [0, 3, 5, 6, 8]
     assert request.coverage == pytest.approx(1.7 / 2.0)
-    assert (request.widened, request.collapsed, server.lookahead.widened) == (0, 0, 0)
+    assert (request.widened, request.collapsed, server.lookahead.counts.widened) == (0, 0, 0)
 
 
 def test_scores_that_are_not_shares_promise_nothing() -> None:
@@ -915,7 +922,7 @@ def test_a_set_that_covers_too_little_is_widened() -> None:
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
     assert len(server.read(request)) + 1 == int(13 * 0.8)
     assert request.coverage == pytest.approx(0.8)
-    assert (request.widened, server.lookahead.widened) == (1, 1)
+    assert (request.widened, server.lookahead.counts.widened) == (1, 1)
 
 
 def test_a_set_that_covers_enough_is_not_widened() -> None:
@@ -939,7 +946,7 @@ def test_a_collapsed_selection_is_reported_once_for_each_request(caplog: pytest.
     for _ in range(2 * WINDOW):
         server.decode(request)
     assert server.read(request)[0] == 0 and request.window == 2
-    assert (request.collapsed, server.lookahead.collapsed, request.coverage) == (3, 3, 0.0)
+    assert (request.collapsed, server.lookahead.counts.collapsed, request.coverage) == (3, 3, 0.0)
     assert caplog.text.count("reads its first and last pages only") == 1
 
 
@@ -947,7 +954,7 @@ def test_a_trusted_policy_that_fails_promises_nothing() -> None:
     server = knowing()
     server.wanted.error = RuntimeError("no scores")
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
-    assert (request.coverage, server.lookahead.fallbacks) == (None, 1)
+    assert (request.coverage, server.lookahead.counts.fallbacks) == (None, 1)
 
 
 def test_a_policy_of_which_some_scores_are_no_numbers() -> None:
@@ -956,7 +963,7 @@ def test_a_policy_of_which_some_scores_are_no_numbers() -> None:
     server.wanted.values = {3: float("nan"), 8: float("nan")}
     request = server.prefill("a", 12 * PAGE_SIZE)
     assert server.read(request) == [0, 6, 11]
-    assert (request.failures, server.lookahead.fallbacks) == (0, 0)
+    assert (request.failures, server.lookahead.counts.fallbacks) == (0, 0)
 
 
 # --- heat ------------------------------------------------------------------------------------------------------------
@@ -1043,7 +1050,7 @@ def test_the_first_window_is_dense_until_its_scores_are_read() -> None:
     assert server.read(request) == [0, 3, 6]
     assert server.held_positions(request) == [0, 3, 6, 10]
     assert (int(server.table.tail_start[request.row]), request.stalls) == (10, 0)
-    assert server.lookahead.on_their_way == {}
+    assert server.lookahead.refresher.on_their_way == {}
 
 
 def test_other_passes_count_for_the_lag() -> None:
@@ -1088,8 +1095,8 @@ def test_a_refresh_starts_before_its_window() -> None:
     assert (a.window, server.wanted.calls, a.next) == (0, 1, None)
     server.end()
     assert (a.window, server.wanted.calls) == (1, 2)
-    assert a.next is not None and a.next.positions is None
-    assert server.lookahead.on_their_way == {"a": a}
+    assert a.next is not None and a.next.state is State.QUEUED
+    assert server.lookahead.refresher.on_their_way == {"a": a}
 
 
 def test_scores_are_read_when_their_pass_is_done() -> None:
@@ -1099,12 +1106,12 @@ def test_scores_are_read_when_their_pass_is_done() -> None:
     server.end()
     for _ in range(LAG - 1):
         server.begin_next()
-        assert server.a.next is not None and server.a.next.positions is None
+        assert server.a.next is not None and server.a.next.state is State.QUEUED
         server.end()
     server.queued.compute()
     assert server.gpu.recalling == []
     server.begin_next()
-    assert server.a.next is not None and server.a.next.positions is not None
+    assert server.a.next is not None and server.a.next.state is not State.QUEUED
     assert server.a.next.positions.tolist() == NEW
     (recall,) = server.gpu.recalling
     assert recall.virtual.tolist() == server.a.pages[[5, 6, 7]].tolist()
@@ -1124,7 +1131,7 @@ def test_pages_arrive_while_the_old_set_is_read() -> None:
     assert server.read(a) == a.positions.tolist() == NEW
     assert server.held_positions(a) == [*NEW, 12]
     assert list(a.history) == [OLD, NEW]
-    assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (0, 0, 0)
+    assert (a.stalls, server.lookahead.counts.stalls, server.pager.late_pages) == (0, 0, 0)
     assert server.gpu.recalled_pages == 3
     server.pager.ledger.check()
 
@@ -1136,7 +1143,7 @@ def test_late_pages_leave_the_old_set_until_they_are_there(late: int) -> None:
     for step in range(LONG + 1, LONG + 1 + late):
         server.begin(step)
         assert server.read(a) == a.positions.tolist() == OLD
-        assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (1, 1, 3)
+        assert (a.stalls, server.lookahead.counts.stalls, server.pager.late_pages) == (1, 1, 3)
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
     server.gpu.arrive()
     assert server.read(a) == OLD
@@ -1213,11 +1220,11 @@ def test_pages_opened_during_a_refresh_belong_to_the_tail() -> None:
 def test_a_request_forgotten_during_a_refresh_leaves_nothing(step: int) -> None:
     server = Overlapped()
     server.begin(step)
-    assert server.lookahead.on_their_way == {"a": server.a}
+    assert server.lookahead.refresher.on_their_way == {"a": server.a}
     table = server.table.table.clone()
     server.gone(server.a)
     server.pager.ledger.release(server.a.pages)
-    assert server.lookahead.on_their_way == {}
+    assert server.lookahead.refresher.on_their_way == {}
     assert server.pager.ledger.holders() == []
     for _ in range(LONG):
         server.lookahead.begin_step()
@@ -1236,8 +1243,8 @@ def test_a_set_without_room_costs_its_window_and_no_more() -> None:
     server.begin(LONG - LEAD // 2)
     assert (a.stalls, a.next is None) == (0, False), "there is time to try again"
     server.begin(LONG - LEAD // 2 + 1)
-    assert (a.stalls, server.lookahead.stalls, a.window) == (1, 1, 1)
-    assert server.lookahead.on_their_way == {}
+    assert (a.stalls, server.lookahead.counts.stalls, a.window) == (1, 1, 1)
+    assert server.lookahead.refresher.on_their_way == {}
     assert server.held_positions(a) == [*OLD, 12]
     server.pager.forget("c")
     server.pager.ledger.release(others)
@@ -1277,7 +1284,7 @@ def test_a_policy_that_fails_is_not_waited_for_any_longer() -> None:
     server.begin(LONG)
     server.gpu.arrive()
     server.begin(LONG + 1)
-    assert server.lookahead.fallbacks == 1
+    assert server.lookahead.counts.fallbacks == 1
     assert server.a.positions.tolist() == [0, 8, 9, 10, 11]
     assert server.a.stalls == 0
 
@@ -1302,10 +1309,10 @@ def test_a_stage_that_fails_behind_a_forward_pass(stage: str, monkeypatch: pytes
             server.begin(step)
             server.gpu.arrive()
         server.begin(LONG + 1)
-    assert (a.failures, server.lookahead.failures, a.window, a.next) == (1, 1, 1, None)
+    assert (a.failures, server.lookahead.counts.failures, a.window, a.next) == (1, 1, 1, None)
     assert server.read(a) == a.positions.tolist() == OLD
     assert server.held_positions(a) == [*OLD, 12]
-    assert (a.stalls, a.history, server.lookahead.on_their_way) == (0, [OLD], {})
+    assert (a.stalls, a.history, server.lookahead.refresher.on_their_way) == (0, [OLD], {})
     server.pager.ledger.check()
     for step in range(LONG + 2, 2 * LONG + 4):
         server.begin(step)
@@ -1364,12 +1371,12 @@ def streamed(lead: int = LEAD, lag: int = LAG, promised: int = 6, **options: obj
     server.late(stores=False)
     server.wanted.positions = server.queued.positions = [3, 6]
     request = server.prefill("a", PROMPT, promised=promised, policy="queued" if lag else "wanted")
-    server.lookahead.running = 3
+    server.lookahead.clock.running = 3
     if lag:
         server.queued.compute()
         assert server.held_positions(request) == [12]
         assert owed(server.pager) == {"a": promised}
-        assert server.lookahead.incomplete == server.lookahead.on_their_way == {"a": request}
+        assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == {"a": request}
     return server, request
 
 
@@ -1380,7 +1387,7 @@ def first_step(server: Server, request: Request) -> None:
 
 def is_complete(server: Server, request: Request, positions: list[int]) -> None:
     assert not request.incomplete
-    assert server.lookahead.incomplete == server.lookahead.on_their_way == {}
+    assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == {}
     assert server.read(request) == request.positions.tolist() == positions
     assert (request.tail_start, int(server.table.tail_start[request.row])) == (12, 12)
     assert server.held_positions(request) == [*positions, 12]
@@ -1426,7 +1433,7 @@ def test_only_requests_that_decode_are_completed() -> None:
     server.lookahead.begin_step()
     server.lookahead.complete_first(["b", "c"])
     assert request.incomplete
-    assert server.lookahead.incomplete == {"a": request}
+    assert server.lookahead.sets.incomplete == {"a": request}
     assert server.held_positions(request) == [12]
     assert owed(server.pager) == {"a": 6}
 
@@ -1444,7 +1451,7 @@ def test_the_promise_stands_until_the_set_is_held() -> None:
     assert server.pager.hold("neighbour", others)
     for _ in range(LAG):
         server.lookahead.begin_step()
-    assert request.next is not None and request.next.positions is not None and not request.next.held
+    assert request.next is not None and request.next.state is not State.QUEUED and not request.next.held
     assert owed(server.pager) == {"a": 6}
     assert (request.stalls, request.shrunk) == (0, 0)
     server.pager.forget("neighbour")
@@ -1479,7 +1486,7 @@ def test_a_first_set_is_as_large_as_fits(room: int, positions: list[int]) -> Non
     server.leave(room)
     first_step(server, request)
     is_complete(server, request, positions)
-    assert request.shrunk == server.lookahead.shrunk == int(room < 3)
+    assert request.shrunk == server.lookahead.counts.shrunk == int(room < 3)
 
 
 @pytest.mark.parametrize("stage", ["choose", "recall"])
@@ -1535,7 +1542,7 @@ def test_a_request_forgotten_before_its_first_set() -> None:
     server, request = streamed()
     server.pager.forget("a")
     server.lookahead.forget(request)
-    assert server.lookahead.incomplete == server.lookahead.on_their_way == owed(server.pager) == {}
+    assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == owed(server.pager) == {}
     server.lookahead.begin_step()
     server.lookahead.complete_first(["a"])
     assert server.pager.ledger.holders() == []

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.managers import io_struct
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
-from sglang_lsa.engine.policies import HISTORY_WINDOWS, Request, Window
+from sglang_lsa.engine.request import HISTORY_WINDOWS, Request, Window
 from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.pager import Pager

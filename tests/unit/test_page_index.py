@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.page_index import PageIndex
 from sglang_lsa.memory.pager import Pager

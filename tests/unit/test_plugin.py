@@ -583,7 +583,7 @@ class Adder(SimpleNamespace):
         pager = Pager(keys, values, 200, PAGE_SIZE)
         config = LSAConfig(policy="recency", budget=0.5, min_pages=1, min_context=4 * PAGE_SIZE)
         lookahead = Lookahead(config, pager, ResidentTable(4, 13), {"recency": Recency()})
-        admission = Admission(pager, lookahead, chunk)
+        admission = Admission(pager, lookahead.rules, chunk)
         super().__init__(
             tree_cache=SimpleNamespace(
                 lsa=SimpleNamespace(admission=admission, pager=pager), scheduling_pass=Pass(None)

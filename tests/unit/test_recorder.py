@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds

@@ -13,8 +13,8 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admitted
-from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
@@ -106,7 +106,7 @@ def test_prefill_reads_everything() -> None:
 
 def test_on_a_cpu_a_refresh_is_done_at_once() -> None:
     runtime = make_runtime(prefetch_steps=7)
-    assert (runtime.lookahead.lead, runtime.lookahead.lag) == (0, 0)
+    assert (runtime.lookahead.clock.lead, runtime.lookahead.clock.lag) == (0, 0)
 
 
 def test_graph_buffers_are_as_large_as_planned() -> None:
@@ -123,9 +123,9 @@ def test_a_request_that_is_only_short_does_not_outgrow_the_pool(caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="sglang_lsa"):
         runtime = make_runtime(min_context=4096)
     assert "--lsa-min-context 4096 is more than half of the device pool; requests are pruned from 1280" in caplog.text
-    assert runtime.lookahead.config.min_context == runtime.prefill.config.min_context == 20 * PAGE_SIZE
+    assert runtime.lookahead.rules.config.min_context == runtime.prefill.config.min_context == 20 * PAGE_SIZE
     assert runtime.admission.config.min_context == 20 * PAGE_SIZE
-    assert make_runtime(min_context=300).lookahead.config.min_context == 300
+    assert make_runtime(min_context=300).lookahead.rules.config.min_context == 300
 
 
 @pytest.mark.parametrize(("chunk", "staged"), [(None, 3), (512, 3), (8192, 200)])
@@ -166,11 +166,11 @@ def test_counters_are_those_of_their_owners() -> None:
     runtime.pager.warmed_pages = 2
     runtime.pager.reservations.promise("a", 3)
     runtime.prefill.streamed_passes, runtime.staging.staged_pages, runtime.prefill.resident_prompts = 4, 5, 6
-    runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.shrunk = 7, 8, 9
-    runtime.host_evicted_pages, runtime.lookahead.failures, runtime.failed_batches = 10, 11, 12
+    runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.counts.shrunk = 7, 8, 9
+    runtime.host_evicted_pages, runtime.lookahead.counts.failures, runtime.failed_batches = 10, 11, 12
     runtime.prefill.radix_hit_tokens, runtime.prefill.prompt_tokens = 13, 14
     runtime.graphless_steps, runtime.config_changes, runtime.pager.transfer.recall_seconds = 15, 16, 17.0
-    runtime.lookahead.host_seconds, runtime.lookahead.device_seconds = 18.0, 19.0
+    runtime.lookahead.counts.host_seconds, runtime.lookahead.counts.device_seconds = 18.0, 19.0
     values = measure(runtime)
     names = ("warmed_pages", "promised_pages", "streamed_passes", "streamed_pages", "resident_prompts")
     names += ("admission_waits", "retractions", "shrunk_sets", "host_evicted_pages", "refresh_failures")
@@ -300,14 +300,14 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     request.pages = np.array([1, 2])
     held(runtime, "a", 1, 2)
     runtime.requests["a"] = request
-    runtime.lookahead.await_first(request)
-    runtime.lookahead.on_their_way["a"] = request
+    runtime.lookahead.sets.await_first(request)
+    runtime.lookahead.refresher.on_their_way["a"] = request
     runtime.pager.reservations.promise("a", 5)
     runtime.admission.admitted["a"] = Admitted(STREAMED, np.zeros(0, dtype=np.int64), 5)
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
     assert runtime.requests == runtime.admission.admitted == {}
     assert runtime.pager.reservations.holders() == []
-    assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
+    assert runtime.lookahead.sets.incomplete == runtime.lookahead.refresher.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
     assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))

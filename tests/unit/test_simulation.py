@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from simulation import failure_of
 
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.memory.ledger import Ledger
 
@@ -39,7 +40,7 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
         for index in self.looking:
             request = self.batch[index]
             cached = request.cached_pages
-            found = self.lookahead.choose(self.lookahead.score(request, cached).values(), cached, request.budget)
+            found = choose(self.rules, self.scorer.score(request, cached).values(), cached, request.budget)
             request.prefix_positions, request.prefix_ranks = found.positions, found.ranks
             here = self._here(request, found.positions)
             self.pager.retain(

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.pager import Pager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.serve.metrics import measure
 
