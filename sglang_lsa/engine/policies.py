@@ -33,7 +33,7 @@ class Random:
     """Random pages, others in every window; the same for the same prompt."""
 
     def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
-        return np.random.default_rng((request.seed, request.window + 1)).random(len(pages))
+        return np.random.default_rng((request.asked.seed, request.window + 1)).random(len(pages))
 
 
 class Quest:

@@ -15,7 +15,7 @@ from sglang_lsa.engine.admission import Admission, Admitted, key_of
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
@@ -113,7 +113,9 @@ class Prefill:
         elif not middle:
             self.pager.reservations.settle(request.key)
             if how == RESIDENT:  # until its first window is predicted it reads what its prompt read
-                self.sets.remap(request, request.prefix_positions, request.cached_pages, request.prefix_ranks)
+                self.sets.remap(
+                    request, request.resident.prefix_positions, request.cached_pages, request.resident.prefix_ranks
+                )
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
@@ -132,14 +134,18 @@ class Prefill:
             options = self.admission.options(req)
             ids = req.full_untruncated_fill_ids
             seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
-            request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)
-            request.key = key_of(req)
-            request.first_observed, request.cached_tokens, request.prompt_tokens = prefix, prefix, len(ids)
-            request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
+            request = Request(
+                req.rid,
+                req.req_pool_idx,
+                Asked.of(options, seed),
+                key_of(req),
+                text=lambda tokens: text_of(req, tokens),
+                prompt_tokens=len(ids),
+                cached_pages=len(admitted.prefix),
+                first_observed=prefix,
+                story=Story(admitted.how, prefix),
+            )
             request.name_sets(options.sets)
-            request.record, request.dense_steps = options.record, options.dense_steps
-            request.prompt_lookup, request.watch = options.prompt_lookup, options.watch
-            request.text = lambda tokens: text_of(req, tokens)
             self.requests[request.key] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)
@@ -161,7 +167,7 @@ class Prefill:
             needed = np.concatenate((before[here], request.pages[len(here) :]))
             self.pager.retain(request.key, needed)
             self.hold(request.key, needed)
-            request.prefix_positions, request.prefix_ranks = look, None
+            request.resident.prefix_positions, request.resident.prefix_ranks = look, None
             return self._read(request, here)
         self.hold(request.key, request.pages[pages_complete(request.computed) :])
         here = self.pager.ledger.on_device(before)
@@ -203,12 +209,14 @@ class Prefill:
         """
         cached, ledger = request.cached_pages, self.pager.ledger
         prefix = request.pages[:cached]
-        bound = self.rules.set_pages(cached, request.budget)
+        bound = self.rules.set_pages(cached, request.asked.budget)
         look = always_kept(cached, bound, self.config.sink_pages, self.config.recent_pages)
         room = max(0, bound // 2 - int(look.sum()))
-        before = request.prefix_positions[~look[request.prefix_positions]]
-        if request.prefix_ranks is not None:
-            ranks = dict(zip(request.prefix_positions.tolist(), request.prefix_ranks.tolist(), strict=True))
+        before = request.resident.prefix_positions[~look[request.resident.prefix_positions]]
+        if request.resident.prefix_ranks is not None:
+            ranks = dict(
+                zip(request.resident.prefix_positions.tolist(), request.resident.prefix_ranks.tolist(), strict=True)
+            )
             before = before[np.argsort([-ranks[position] for position in before.tolist()], kind="stable")]
         look[before[:room]] = True
         room -= min(room, len(before))
@@ -235,13 +243,13 @@ class Prefill:
             try:
                 chosen, ranks = self._chosen(request)
                 self.hold(request.key, request.pages[chosen])
-                request.prefix_positions, request.prefix_ranks = chosen, ranks
+                request.resident.prefix_positions, request.resident.prefix_ranks = chosen, ranks
                 self.readings[index] = self._read(request, self._here(request, chosen))
             except LedgerError:
                 raise
             except Exception:
                 self.counts.failures += 1
-                request.failures += 1
+                request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
         self.looking = []
 
@@ -261,7 +269,7 @@ class Prefill:
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        found = choose(self.rules, scores, cached, request.budget, upcoming=request.prefix_positions)
+        found = choose(self.rules, scores, cached, request.asked.budget, upcoming=request.resident.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
         still_to_come = pages_spanned(request.prompt_tokens) - len(request.pages)
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))

@@ -34,10 +34,15 @@ class Pressure:
         had once no forward pass reads it.
         """
         freed = 0
-        smaller = [request for request in requests if request.ranks is not None and request.tail_start]
-        whole = [request for request in requests if not request.tail_start and self._may_be_pruned(request)]
+        smaller = [
+            request for request in requests if request.resident.ranks is not None and request.resident.tail_start
+        ]
+        whole = [request for request in requests if not request.resident.tail_start and self._may_be_pruned(request)]
         for request, let_go in (
-            *((request, self._halve) for request in sorted(smaller, key=lambda request: -len(request.positions))),
+            *(
+                (request, self._halve)
+                for request in sorted(smaller, key=lambda request: -len(request.resident.positions))
+            ),
             *((request, self._prune_now) for request in sorted(whole, key=lambda request: -len(request.pages))),
         ):
             if freed >= wanted:
@@ -54,32 +59,34 @@ class Pressure:
 
     def _may_be_pruned(self, request: Request) -> bool:
         decodes = request.computed == request.tokens >= self.rules.config.min_context
-        return decodes and not request.dense and not request.incomplete
+        return decodes and not request.asked.dense and not request.resident.incomplete
 
     def _prune_now(self, request: Request) -> None:
-        if request.next is None:
+        if request.resident.next is None:
             self.refresher.start(request, predict=True)
         self.refresher.load_now(request, urgent=True)
-        if request.next is not None and request.next.held:
+        if request.resident.next is not None and request.resident.next.held:
             request.steps_left = 0  # of those that were to read everything
             self.refresher.switch_now(request)
             self._count(request)
 
     def _halve(self, request: Request) -> None:
-        assert request.ranks is not None
-        tail = pages_spanned(request.tokens) - request.tail_start
-        stay = int(np.isposinf(request.ranks).sum())
-        size = max(len(request.positions) // 2, self.rules.config.min_pages - tail, stay)
-        if size >= len(request.positions):
+        assert request.resident.ranks is not None
+        tail = pages_spanned(request.tokens) - request.resident.tail_start
+        stay = int(np.isposinf(request.resident.ranks).sum())
+        size = max(len(request.resident.positions) // 2, self.rules.config.min_pages - tail, stay)
+        if size >= len(request.resident.positions):
             return
-        kept = np.sort(np.argsort(-request.ranks, kind="stable")[:size])
-        self.sets.remap(request, request.positions[kept], request.tail_start, request.ranks[kept])
+        kept = np.sort(np.argsort(-request.resident.ranks, kind="stable")[:size])
+        self.sets.remap(
+            request, request.resident.positions[kept], request.resident.tail_start, request.resident.ranks[kept]
+        )
         needed = [request.read_pages()]
-        if request.next is not None and request.next.held:
-            needed.append(request.next.needed(request.pages))
+        if request.resident.next is not None and request.resident.next.held:
+            needed.append(request.resident.next.needed(request.pages))
         self.pager.retain(request.key, np.concatenate(needed))
         self._count(request)
 
     def _count(self, request: Request) -> None:
-        request.shrunk += 1
+        request.story.shrunk += 1
         self.counts.shrunk += 1

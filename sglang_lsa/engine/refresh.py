@@ -52,10 +52,12 @@ class Refresher:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
             new.state = State.CHOSEN
-        elif not request.dense and (request.incomplete or request.tokens >= self.rules.config.min_context):
+        elif not request.asked.dense and (
+            request.resident.incomplete or request.tokens >= self.rules.config.min_context
+        ):
             new.scores = self.scorer.score(request, complete)
             new.due += self.clock.lag
-        request.next = new
+        request.resident.next = new
         self.on_their_way[request.key] = request
         if new.due <= self.clock.step:
             self.advance(request)
@@ -69,8 +71,8 @@ class Refresher:
 
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
-        if request.next is not None:
-            request.next.due, request.next.urgent = self.clock.step, urgent
+        if request.resident.next is not None:
+            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
             self._attempt(request, self._choose)
             self._attempt(request, self._load)
 
@@ -83,19 +85,19 @@ class Refresher:
 
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
-        if request.next is None:
+        if request.resident.next is None:
             self.start(request)
         for last in (False, True):
-            if (new := request.next) is not None and not new.held:
+            if (new := request.resident.next) is not None and not new.held:
                 self.load_now(request, urgent=last)
                 if request.steps_left <= 0:
                     self._attempt(request, self._switch_if_here)
                 if not new.held and not last:
                     self.pager.settle()
-        if request.next is not None:  # sent for, but not here yet
-            self.pager.require(request.next.needed(request.pages))
+        if request.resident.next is not None:  # sent for, but not here yet
+            self.pager.require(request.resident.next.needed(request.pages))
             self.switch_now(request)
-        if request.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
+        if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
             self._keep_tail(request)
 
     def forget(self, request: Request) -> None:
@@ -114,32 +116,32 @@ class Refresher:
         scores = new.scores.values()
         self.counts.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
-        policy = "" if new.scores.failed else request.policy
+        policy = "" if new.scores.failed else request.asked.policy
         prompt = pages_spanned(request.prompt_tokens)
         upcoming = self._upcoming(request, new) if policy not in BLIND else ()
-        found = choose(self.rules, new.values, new.context, request.budget, policy, prompt, upcoming)
+        found = choose(self.rules, new.values, new.context, request.asked.budget, policy, prompt, upcoming)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
-        if request.watch:
+        if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
-            new.watched = watched(request.watch, new.values, new.positions, unscored)
-        request.coverage = found.coverage
-        request.widened += found.widened
+            new.watched = watched(request.asked.watch, new.values, new.positions, unscored)
+        request.story.coverage = found.coverage
+        request.story.widened += found.widened
         self.counts.widened += found.widened
         self.counts.collapsed += found.collapsed
-        if found.collapsed and not request.collapsed:
+        if found.collapsed and not request.story.collapsed:
             logger.warning(
                 "LSA: no page of %s scored above the threshold, so that it reads its first and last pages only; an "
                 "answer from elsewhere is lost: lower --lsa-threshold, or use another policy",
                 request.rid,
             )
-        request.collapsed += found.collapsed
+        request.story.collapsed += found.collapsed
 
     def _upcoming(self, request: Request, new: Refresh) -> np.ndarray:
         """Complete pages that the request reads next if it goes on copying; what is known depends on steps only."""
-        if not request.prompt_lookup:
+        if not request.asked.prompt_lookup:
             return np.zeros(0, dtype=np.int64)
         steps = self.clock.lead + self.clock.window
-        pages = pages_next(request.text(new.computed), request.prompt_lookup, steps)
+        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps)
         return pages[pages < new.complete]
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
@@ -158,14 +160,18 @@ class Refresher:
 
     def _can_wait(self, request: Request, new: Refresh) -> bool:
         """Whether there is time to try again before the next step; what is in flight now can be had then (GPU)."""
-        return self.clock.lag > 0 and not new.urgent and (request.incomplete or request.steps_left > request.lead // 2)
+        return (
+            self.clock.lag > 0
+            and not new.urgent
+            and (request.resident.incomplete or request.steps_left > request.lead // 2)
+        )
 
     def _hold(self, request: Request, new: Refresh) -> bool:
         """Hold the new set beside the old one.
 
         A device page per running request is left for it to grow into. Nothing is held when the set does not fit.
         """
-        if new.tail_start == request.tail_start == 0 and not request.incomplete:
+        if new.tail_start == request.resident.tail_start == 0 and not request.resident.incomplete:
             return True  # it holds all of its pages
         return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
 
@@ -177,19 +183,19 @@ class Refresher:
         if new.ranks is None:
             return False
         wanted = len(new.positions)
-        old = np.setdiff1d(request.positions[request.positions < new.complete], new.positions)
+        old = np.setdiff1d(request.resident.positions[request.resident.positions < new.complete], new.positions)
         positions, ranks = np.append(new.positions, old), np.append(new.ranks, new.values[old])
         costs = ~self.pager.ledger.is_held(request.pages[positions])
         tail = request.pages[new.tail_start :]
         room = self.pager.room_for(request.key) - self._spare(request) - int((~self.pager.ledger.is_held(tail)).sum())
         kept = affordable(ranks, costs, max(0, room))[:wanted]
-        least = 0 if request.incomplete else min(self.rules.config.min_pages - len(tail), wanted)
-        fresh = np.isin(positions[kept], request.positions, invert=True).any()
-        if room < 0 or len(kept) < least or not (fresh or request.incomplete):
+        least = 0 if request.resident.incomplete else min(self.rules.config.min_pages - len(tail), wanted)
+        fresh = np.isin(positions[kept], request.resident.positions, invert=True).any()
+        if room < 0 or len(kept) < least or not (fresh or request.resident.incomplete):
             return False
         order = np.argsort(positions[kept])
         new.positions, new.ranks = positions[kept][order], ranks[kept][order]
-        request.shrunk += 1
+        request.story.shrunk += 1
         self.counts.shrunk += 1
         return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
 
@@ -204,7 +210,7 @@ class Refresher:
             return
         if self.pager.arrived(needed := new.needed(request.pages)):
             self._switch(request, new)
-        elif new.state is State.LOADING and not request.incomplete:
+        elif new.state is State.LOADING and not request.resident.incomplete:
             new.state = State.LATE
             self.pager.count_late(needed)
             self._stall(request)
@@ -212,7 +218,7 @@ class Refresher:
     def _switch(self, request: Request, new: Refresh) -> None:
         """Let go of the old set and let decode attention read the new one."""
         self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
-        request.set_asked = new.asked
+        request.resident.set_asked = new.asked
         if new.tail_start:
             self.pager.retain(request.key, new.needed(request.pages))
             self.pager.ledger.heat.select(request.pages[new.positions])
@@ -221,12 +227,12 @@ class Refresher:
     # -- ends ----------------------------------------------------------------------------------------------------
 
     def _end(self, request: Request) -> None:
-        request.next = None
+        request.resident.next = None
         self.on_their_way.pop(request.key, None)
         self.clock.next_window(request)
 
     def _stall(self, request: Request) -> None:
-        request.stalls += 1
+        request.story.stalls += 1
         self.counts.stalls += 1
 
     def _keep_tail(self, request: Request) -> None:
@@ -238,7 +244,7 @@ class Refresher:
 
     def _attempt(self, request: Request, stage: Callable[[Request, Refresh], None]) -> None:
         """Run one stage. If it fails, the set that the request reads stays for one more window."""
-        new = request.next
+        new = request.resident.next
         if new is None:
             return
         try:
@@ -247,7 +253,7 @@ class Refresher:
             raise
         except Exception:
             self.counts.failures += 1
-            request.failures += 1
+            request.story.failures += 1
             logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
             self.pager.retain(request.key, request.read_pages())
             self._end(request)

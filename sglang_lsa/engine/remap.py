@@ -24,7 +24,7 @@ class ResidentSets:
 
     def await_first(self, request: Request) -> None:
         """Some pages of this request have left the device: it cannot decode before it has a resident set."""
-        request.incomplete = True
+        request.resident.incomplete = True
         self.incomplete[request.key] = request
 
     def remap(
@@ -36,21 +36,23 @@ class ResidentSets:
         watched: Watched | None = None,
     ) -> None:
         """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
-        still_dense = request.tail_start == tail_start == 0
+        still_dense = request.resident.tail_start == tail_start == 0
         if not still_dense:
             self.table.remap(request.row, self.ledger.v2p[request.pages[positions]], tail_start)
-        request.positions, request.tail_start, request.ranks = positions, tail_start, ranks
-        if request.incomplete:
-            request.incomplete = False
+        request.resident.positions, request.resident.tail_start, request.resident.ranks = positions, tail_start, ranks
+        if request.resident.incomplete:
+            request.resident.incomplete = False
             del self.incomplete[request.key]
-        if request.windows and not request.windows[-1].tokens:
-            request.windows.pop()  # no step has read it
-        request.windows.append(Window(tail_start, positions, watched=watched))
+        if request.story.windows and not request.story.windows[-1].tokens:
+            request.story.windows.pop()  # no step has read it
+        request.story.windows.append(Window(tail_start, positions, watched=watched))
 
     def moved(self, request: Request) -> None:
         """The same tokens of this request are in other pages now."""
-        if request.tail_start:
-            self.table.remap(request.row, self.ledger.v2p[request.pages[request.positions]], request.tail_start)
+        if request.resident.tail_start:
+            self.table.remap(
+                request.row, self.ledger.v2p[request.pages[request.resident.positions]], request.resident.tail_start
+            )
 
     def forget(self, request: Request) -> None:
         """The request is gone."""

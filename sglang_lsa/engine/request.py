@@ -1,4 +1,4 @@
-"""A request, from its first prefill chunk until its KV is released: what it reads, and what it will read next."""
+"""A request, from its first prefill chunk until its KV is released: what it asked for, what it reads, its story."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.config import GivenSet
+from sglang_lsa.config import GivenSet, RequestOptions
 from sglang_lsa.engine.deferred_scores import Fetch
 from sglang_lsa.engine.reading import IN_PLACE
 from sglang_lsa.engine.selection import Watched
@@ -17,6 +17,10 @@ from sglang_lsa.memory.pages import pages_spanned
 
 HISTORY_WINDOWS = 32
 """Windows whose resident positions are remembered per request."""
+
+
+def _none() -> np.ndarray:
+    return np.zeros(0, dtype=np.int64)
 
 
 class State(enum.Enum):
@@ -47,7 +51,7 @@ class Refresh:
     scores: Fetch | None = None
     """None for a set that is not predicted: everything, or what the request names itself."""
     state: State = State.QUEUED
-    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    positions: np.ndarray = field(default_factory=_none)
     tail_start: int = 0
     values: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Scores of all complete pages."""
@@ -83,65 +87,72 @@ class Window:
         return GivenSet(self.tokens, self.tail_start, tuple(self.positions.tolist()))
 
 
-def _unknown(tokens: int) -> np.ndarray:
-    return np.zeros(0, dtype=np.int64)
+@dataclass(frozen=True)
+class Asked:
+    """What a request asked for; it stays so until the request ends.
+
+    Attributes:
+        dense: it reads all of its pages, whatever their number.
+        seed: a number made of its prompt: equal prompts get equal random pages and equal window phases.
+        record: tokens at the end of its prompt that are recorded as if they had been generated; 0 for none.
+        dense_steps: decode steps after its prompt before its first set is predicted; until then it reads everything.
+        prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay;
+            0 does not look.
+        watch: pages whose scores it asked for.
+    """
+
+    policy: str
+    budget: float
+    dense: bool = False
+    seed: int = 0
+    record: int = 0
+    dense_steps: int = 0
+    prompt_lookup: int = 0
+    watch: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, options: RequestOptions, seed: int) -> Asked:
+        """From the options of a request."""
+        return cls(
+            options.policy,
+            options.budget,
+            options.dense,
+            seed,
+            options.record,
+            options.dense_steps,
+            options.prompt_lookup,
+            options.watch,
+        )
 
 
 @dataclass
-class Request:
-    """A request as this side sees it, from its first prefill chunk until its KV is released."""
+class Residency:
+    """Which of its pages a request reads, by their positions, and which it will read next."""
 
-    rid: str
-    row: int
-    """Its row in SGLang's ``req_to_token`` and in the static tables."""
-    seed: int
-    """A number made of its prompt: equal prompts get equal random pages and equal window phases."""
-    policy: str
-    budget: float
-    dense: bool
-    key: str = ""
-    """By which everything on this side knows it: ``rid``, unless an earlier request with that one is still here."""
-    tokens: int = 0
-    """Context, the tokens included that the forward pass being queued computes."""
-    computed: int = 0
-    """Tokens whose KV the passes queued before have computed."""
-    pages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Virtual ids of its pages, int64 ``[pages_spanned(tokens)]``."""
-    next: Refresh | None = None
-    first_observed: int = 0
-    window: int = -1
-    steps_left: int = 0
-    lead: int = 0
-    """Steps before the end of its window at which it looks for the next set."""
-    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    positions: np.ndarray = field(default_factory=_none)
+    """Below the tail, ascending."""
     tail_start: int = 0
+    """Pages from here on are all read; 0 for a request that reads everything."""
     ranks: np.ndarray | None = None
     """Scores of ``positions``, by which the worst are given up under pressure; pages that must stay are infinite."""
-    windows: deque[Window] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
-    prompt_tokens: int = 0
-    """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
+    set_asked: int = 0
+    """Forward passes that had started when the set that it reads was predicted; pages recalled since came for it."""
+    next: Refresh | None = None
+    incomplete: bool = False
+    """Some of its pages are only in host memory and it has no resident set yet: it cannot decode without one."""
+    prefix_positions: np.ndarray = field(default_factory=_none)
+    """What its prompt reads of the pages that the radix tree had of it, when it does not read all."""
+    prefix_ranks: np.ndarray | None = None
+
+
+@dataclass
+class Story:
+    """What happened to a request, for the status alone."""
+
     prefill: str = IN_PLACE
     cached_tokens: int = 0
     """Tokens of its prompt that were not computed, because the radix tree had them."""
-    cached_pages: int = 0
-    """Pages that the radix tree had when it was admitted."""
-    prefix_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Those of them that its prompt reads, when it does not read all."""
-    prefix_ranks: np.ndarray | None = None
-    incomplete: bool = False
-    """Some of its pages are only in host memory and it has no resident set yet: it cannot decode without one."""
-    given: deque[GivenSet] | None = None
-    """Resident sets that it named itself and has not read yet."""
-    record: int = 0
-    """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
-    dense_steps: int = 0
-    """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
-    prompt_lookup: int = 0
-    """Tokens at the end of its text that must have occurred before for what followed them to stay; 0 does not look."""
-    text: Callable[[int], np.ndarray] = _unknown
-    """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
-    watch: tuple[int, ...] = ()
-    """Pages whose scores it asked for."""
+    windows: deque[Window] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
     stalls: int = 0
     shrunk: int = 0
     """How often its set was made smaller than its budget because the device pool was full."""
@@ -152,8 +163,51 @@ class Request:
     collapsed: int = 0
     """How often only its first and last pages were worth keeping."""
     failures: int = 0
-    set_asked: int = 0
-    """Forward passes that had started when the set that it reads was predicted; pages recalled since came for it."""
+
+    @property
+    def history(self) -> list[list[int]]:
+        """Positions of each window's set below its tail."""
+        return [window.positions.tolist() for window in self.windows]
+
+
+def _unknown(tokens: int) -> np.ndarray:
+    return _none()
+
+
+@dataclass
+class Request:
+    """A request as this side sees it, from its first prefill chunk until its KV is released."""
+
+    rid: str
+    row: int
+    """Its row in SGLang's ``req_to_token`` and in the static tables."""
+    asked: Asked
+    key: str = ""
+    """By which everything on this side knows it: ``rid``, unless an earlier request with that one is still here."""
+    text: Callable[[int], np.ndarray] = _unknown
+    """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
+    prompt_tokens: int = 0
+    """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
+    cached_pages: int = 0
+    """Pages that the radix tree had when it was admitted."""
+    first_observed: int = 0
+    """First position whose query was seen since it was admitted."""
+    tokens: int = 0
+    """Context, the tokens included that the forward pass being queued computes."""
+    computed: int = 0
+    """Tokens whose KV the passes queued before have computed."""
+    pages: np.ndarray = field(default_factory=_none)
+    """Virtual ids of its pages, int64 ``[pages_spanned(tokens)]``."""
+    given: deque[GivenSet] | None = None
+    """Resident sets that it named itself and has not read yet."""
+    window: int = -1
+    """Number of the window whose set was predicted last; -1 before the first."""
+    steps_left: int = 0
+    """Decode steps before the next set is to be read."""
+    lead: int = 0
+    """Steps before the end of its window at which it looks for the next set."""
+    resident: Residency = field(default_factory=Residency)
+    story: Story = field(default_factory=Story)
 
     def __post_init__(self) -> None:
         self.key = self.key or self.rid
@@ -164,14 +218,9 @@ class Request:
 
     def read_pages(self) -> np.ndarray:
         """Virtual pages that its decode steps read now."""
-        return np.concatenate((self.pages[self.positions], self.pages[self.tail_start :]))
+        return np.concatenate((self.pages[self.resident.positions], self.pages[self.resident.tail_start :]))
 
-    @property
-    def history(self) -> list[list[int]]:
-        """Positions of each window's set below its tail."""
-        return [window.positions.tolist() for window in self.windows]
-
-    def residency(self) -> tuple[int, int]:
+    def sizes(self) -> tuple[int, int]:
         """Pages of the request, and how many of them its decode steps read."""
         context = pages_spanned(self.tokens)
-        return context, len(self.positions) + context - self.tail_start
+        return context, len(self.resident.positions) + context - self.resident.tail_start

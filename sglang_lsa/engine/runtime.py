@@ -23,7 +23,7 @@ from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers, 
 from sglang_lsa.engine.policies import Policy, Quest, Random, Recency
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.reading import RESIDENT
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import graph_tokens, longest_dense, max_resident_pages
 from sglang_lsa.indexer.model import MemoryIndexer
@@ -425,17 +425,17 @@ class LSARuntime:
             slots = self.req_to_token[request.row, : request.tokens : PAGE_SIZE]
             if not np.array_equal(pages_of(slots), request.pages):
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
-            if request.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
+            if request.story.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
                 raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
             self._check_table(request)
 
     def _check_table(self, request: Request) -> None:
-        count = len(request.positions)
+        count = len(request.resident.positions)
         with self.on_stream():
             row = self.table.table[request.row, : PAGES + count].cpu().numpy()
-        physical = self.pager.ledger.v2p[request.pages[request.positions]]
-        shortening = (request.tail_start - count) * PAGE_SIZE
-        expected = (count, request.tail_start, *physical.tolist())
+        physical = self.pager.ledger.v2p[request.pages[request.resident.positions]]
+        shortening = (request.resident.tail_start - count) * PAGE_SIZE
+        expected = (count, request.resident.tail_start, *physical.tolist())
         if tuple(row.tolist()) != expected or self.table.shortening[request.row] != shortening:
             raise RuntimeError(f"LSA: the resident table has another set for {request.rid} than it reads")
 
@@ -450,7 +450,7 @@ class LSARuntime:
         if self.indexer is not None:
             self.indexer.complete(padding, padding)
             scorers.append(self.indexer)
-        request = Request("", 0, 0, "quest", 1.0, False, tokens=self.observer.positions)
+        request = Request("", 0, Asked("quest", 1.0), tokens=self.observer.positions)
         for pages in (1, MANY_PAGES + 1):
             for scorer in scorers:
                 scorer.score(request, np.zeros(pages, dtype=np.int64))

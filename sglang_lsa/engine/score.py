@@ -35,13 +35,15 @@ class Scorer:
         pages = request.pages[:complete]
         try:
             with Fetch.timed(self.device) as fetch:
-                fetch.scores = self.policies[request.policy].score(request, pages)
+                fetch.scores = self.policies[request.asked.policy].score(request, pages)
             if len(fetch.scores) != len(pages):
                 raise ValueError(f"{len(fetch.scores)} scores for {len(pages)} pages")
             return fetch
         except Exception:
             self.counts.fallbacks += 1
-            logger.exception("LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.policy)
+            logger.exception(
+                "LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.asked.policy
+            )
             fetch = Fetch.of(self.policies["recency"].score(request, pages))
             fetch.failed = True
             return fetch

@@ -38,9 +38,9 @@ class Clock:
         if request.given is not None:
             self._await_given(request)
             return request.steps_left <= self.lead
-        if request.dense_steps and not request.incomplete:
+        if request.asked.dense_steps and not request.resident.incomplete:
             # What is predicted during its last steps would hardly know the answer: a quarter must do for the pages.
-            request.steps_left, request.lead = request.dense_steps, min(self.lead, request.dense_steps // 4)
+            request.steps_left, request.lead = request.asked.dense_steps, min(self.lead, request.asked.dense_steps // 4)
             return False
         return True
 
@@ -48,17 +48,17 @@ class Clock:
         """A decode step of these is done, or (GPU) queued: returns those whose next set is to be predicted now."""
         ending = []
         for request in requests:
-            if request.windows and not request.windows[-1].tokens:
-                request.windows[-1].tokens = request.tokens
+            if request.story.windows and not request.story.windows[-1].tokens:
+                request.story.windows[-1].tokens = request.tokens
             request.computed = request.tokens
             request.steps_left -= 1
-            if request.steps_left <= request.lead and request.next is None:
+            if request.steps_left <= request.lead and request.resident.next is None:
                 ending.append(request)
         return ending
 
     def next_window(self, request: Request) -> None:
         """The window that was to begin does."""
-        length, request.lead = self.window_of(request.window, request.seed)
+        length, request.lead = self.window_of(request.window, request.asked.seed)
         request.steps_left += length
         if request.given is not None:
             self._await_given(request)

@@ -133,7 +133,7 @@ def device_share(pager: Pager) -> float:
 def measure(runtime: LSARuntime) -> dict[str, float]:
     """Values of all metrics now; counters as totals since the start."""
     pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
-    sizes = [request.residency() for request in runtime.requests.values()]
+    sizes = [request.sizes() for request in runtime.requests.values()]
     shares = [resident / context for context, resident in sizes if context]
     return {
         "lsa_device_pages": ledger.physical_pages,
@@ -145,7 +145,9 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_host_bytes": ledger.host_pages * pager.page_bytes,
         "lsa_host_mirror_bytes": pager.mirror.nbytes,
         "lsa_context_pages": sum(context for context, _ in sizes),
-        "lsa_coverage": min((told for r in runtime.requests.values() if (told := r.coverage) is not None), default=1.0),
+        "lsa_coverage": min(
+            (told for r in runtime.requests.values() if (told := r.story.coverage) is not None), default=1.0
+        ),
         "lsa_resident_pages": sum(resident for _, resident in sizes),
         "lsa_resident_share": sum(shares) / max(1, len(shares)),
         "lsa_budget": runtime.config.budget,

@@ -90,11 +90,11 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
 def running(runtime: LSARuntime) -> dict[str, int]:
     """The running requests together; pages that they share are counted for each."""
     requests = runtime.requests.values()
-    sizes = [request.residency() for request in requests]
+    sizes = [request.sizes() for request in requests]
     return {
         "requests": len(sizes),
         "decoding": sum(request.window >= 0 for request in requests),
-        "dense": sum(request.tail_start == 0 for request in requests),
+        "dense": sum(request.resident.tail_start == 0 for request in requests),
         "context_pages": sum(context for context, _ in sizes),
         "resident_pages": sum(resident for _, resident in sizes),
     }

@@ -22,7 +22,7 @@ from sglang_lsa.engine import prefill as prefill_module
 from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 from sglang_lsa.serve.one_request import collect, formatted
@@ -66,7 +66,7 @@ class Server(harness.Server):
     def neighbour(self, pages: int | np.ndarray) -> None:
         """Somebody else needs these pages, or so many new ones, on the device."""
         self.hold("neighbour", pages)
-        self.runtime.requests["neighbour"] = Request("neighbour", 8, 0, "quest", 1.0, True)
+        self.runtime.requests["neighbour"] = Request("neighbour", 8, Asked("quest", 1.0, True))
 
     def look_at(self, reading: Reading) -> Read:
         here = self.found_at(reading.slots(self.ledger.v2p), prefill=True)
@@ -190,7 +190,7 @@ def test_a_prompt_in_place(tokens: int) -> None:
     assert server.prefill.readings is None, "backends read everything"
     assert server.ledger.host_pages == pages_complete(tokens)
     request = server.runtime.requests["a"]
-    assert (request.tokens, request.prompt_tokens, request.prefill) == (tokens, tokens, IN_PLACE)
+    assert (request.tokens, request.prompt_tokens, request.story.prefill) == (tokens, tokens, IN_PLACE)
     assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (tokens, 0)
 
 
@@ -296,12 +296,12 @@ def test_a_prompt_beyond_the_pool() -> None:
     assert server.prefill.streamed_passes == 10
 
     request = server.runtime.requests["a"]
-    assert (request.prefill, request.incomplete) == (STREAMED, False)
+    assert (request.story.prefill, request.resident.incomplete) == (STREAMED, False)
     assert owed(server.pager) == {}
-    assert request.positions.tolist() == [0, 30, 45]
+    assert request.resident.positions.tolist() == [0, 30, 45]
     assert server.held(req) == [0, 30, 45, 60]
     assert server.ledger.recalls == 2
-    pages = [*request.pages[request.positions].tolist(), int(request.pages[60])]
+    pages = [*request.pages[request.resident.positions].tolist(), int(request.pages[60])]
     assert {slot // PAGE_SIZE for slot in server.decode(req)} == set(pages)
 
 
@@ -316,7 +316,7 @@ def test_a_prompt_that_is_streamed_because_others_hold_the_pool() -> None:
         assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
         assert server.ledger.held_by("neighbour") == set(range(1, 15))
     assert len(read.streamed) == 2 * PAGE_SIZE
-    assert server.held(req) == server.runtime.requests["a"].positions.tolist()
+    assert server.held(req) == server.runtime.requests["a"].resident.positions.tolist()
 
 
 @pytest.mark.parametrize("ends", [[100], [30, 60, 90], [64, 65, 300, 320, 321], [1]], ids=str)
@@ -438,7 +438,7 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     assert positions(req, read.here, server) == [0, 7, 21, 33, 39]
     assert (read.streamed, server.prefill.staged) == ([], None)
     request = server.runtime.requests["a"]
-    assert (request.prefill, request.cached_pages) == (RESIDENT, 40)
+    assert (request.story.prefill, request.cached_pages) == (RESIDENT, 40)
     assert server.prefill.resident_prompts == 1
     assert not server.runtime.is_exact(req)
     assert server.ledger.recalls == 5
@@ -550,8 +550,8 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         server.runtime.choose_resident()
     assert "choosing a prefix for bad failed; it reads what it looked at" in caplog.text
-    assert (server.lookahead.counts.failures, server.runtime.requests["bad"].failures) == (1, 1)
-    assert server.runtime.requests["good"].failures == 0
+    assert (server.lookahead.counts.failures, server.runtime.requests["bad"].story.failures) == (1, 1)
+    assert server.runtime.requests["good"].story.failures == 0
     assert server.prefill.readings is not None
     reads = [server.look_at(reading) for reading in server.prefill.readings]
     assert positions(bad, reads[0].here, server) == [0, 39]
@@ -682,8 +682,8 @@ def test_until_its_first_window_a_request_reads_what_its_prompt_read() -> None:
     server.lookahead.clock.lead, server.lookahead.clock.lag = 3, 2  # as on a GPU
     server.extend(req)
     request = server.runtime.requests["a"]
-    assert (request.positions.tolist(), request.tail_start) == ([0, 7, 21, 39], 40)
-    assert request.ranks is not None and request.ranks.tolist() == [np.inf, 3.0, 2.0, np.inf]
+    assert (request.resident.positions.tolist(), request.resident.tail_start) == ([0, 7, 21, 39], 40)
+    assert request.resident.ranks is not None and request.resident.ranks.tolist() == [np.inf, 3.0, 2.0, np.inf]
     server.wanted.values = {}
     found = server.decode(req)
     assert found[: 4 * PAGE_SIZE] == [

@@ -14,7 +14,7 @@ import torch
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admitted
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
@@ -205,8 +205,8 @@ def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCa
 def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
     runtime = make_runtime()
     for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
-        request = Request(rid, 1, 0, "quest", 0.5, False, tokens=pages * PAGE_SIZE)
-        request.tail_start, request.positions = pages, np.arange(resident)
+        request = Request(rid, 1, Asked("quest", 0.5), tokens=pages * PAGE_SIZE)
+        request.resident.tail_start, request.resident.positions = pages, np.arange(resident)
         runtime.requests[rid] = request
     values = measure(runtime)
     assert (values["lsa_context_pages"], values["lsa_resident_pages"]) == (18, 12)
@@ -243,17 +243,17 @@ def test_a_pass_that_was_given_up_before_it_started() -> None:
 
 def test_running_requests_shrink_before_one_is_retracted() -> None:
     runtime = make_runtime(policy="recency", min_pages=1, budget=0.5, min_context=64)
-    request = Request("a", 1, 0, "recency", 0.5, False, tokens=20 * PAGE_SIZE)
+    request = Request("a", 1, Asked("recency", 0.5), tokens=20 * PAGE_SIZE)
     request.pages = np.arange(1, 21)
     held(runtime, "a", *range(1, 21))
     runtime.pager.store(request.pages)
     runtime.requests["a"] = request
     runtime.lookahead.begin(request)
     held(runtime, "b", *range(21, 51))
-    assert (len(request.positions), runtime.pager.unpromised_pages) == (10, 0)
+    assert (len(request.resident.positions), runtime.pager.unpromised_pages) == (10, 0)
     opening = [SimpleNamespace(kv_committed_len=20 * PAGE_SIZE)] * 3
     assert runtime.can_decode(opening)
-    assert (len(request.positions), request.shrunk, runtime.admission.pressed) == (5, 1, 0)
+    assert (len(request.resident.positions), request.story.shrunk, runtime.admission.pressed) == (5, 1, 0)
     assert runtime.pager.unpromised_pages == 5
     assert not runtime.can_decode(opening * 3)
     assert runtime.admission.pressed == 1
@@ -296,7 +296,7 @@ def _raises(error: type[Exception] | None) -> AbstractContextManager[object]:
 def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     """Also of one that was still being prefilled, and could not be read whole."""
     runtime = make_runtime()
-    request = Request("a", 1, 0, "quest", 0.5, False, tokens=100)
+    request = Request("a", 1, Asked("quest", 0.5), tokens=100)
     request.pages = np.array([1, 2])
     held(runtime, "a", 1, 2)
     runtime.requests["a"] = request
