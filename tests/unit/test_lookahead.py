@@ -82,11 +82,12 @@ class Server(harness.Server):
             promised: the prompt was streamed: only its last pages are sure to be there, and so many are kept for it.
         """
         self.requests += 1
-        request = Request(rid, self.requests, Asked(policy, self.config.budget, dense, seed), tokens=tokens)
-        request.prompt_tokens, request.asked.watch = tokens, watch
-        request.asked.prompt_lookup, request.text = prompt_lookup, lambda known: np.array(text[:known], dtype=np.int64)
+        asked = Asked(
+            policy, self.config.budget, dense, seed, dense_steps=dense_steps, prompt_lookup=prompt_lookup, watch=watch
+        )
+        request = Request(rid, self.requests, asked, tokens=tokens, prompt_tokens=tokens)
+        request.text = lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
-        request.asked.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
         self.hold(rid, request.pages)
         self.write(self.slots_of(request.pages))

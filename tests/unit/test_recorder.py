@@ -34,8 +34,8 @@ class Server:
         self.v2p = np.zeros(40, dtype=np.int32)
         virtual = np.arange(20, 20 + pages)
         self.v2p[virtual] = np.random.default_rng(0).permutation(np.arange(1, POOL_PAGES))[:pages]
-        self.request = Request("asked", 0, Asked("quest", 1.0, True))
-        self.request.pages, self.request.asked.record = virtual, last
+        self.request = Request("asked", 0, Asked("quest", 1.0, True, record=last))
+        self.request.pages = virtual
         self.request.prompt_tokens = tokens
         self.table = torch.zeros((40, len(OBSERVED), 2, KV_HEADS, DIM))
         for slot, layer in enumerate(OBSERVED):
