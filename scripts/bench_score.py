@@ -19,7 +19,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import QueryObserver
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.kernels.page_score import to_8_bits
@@ -60,7 +60,7 @@ def measure(indexer: MemoryIndexer, tokens: int, batch: int) -> dict[str, float]
     observer.buffer.normal_()
     policy = Indexer(indexer, observer, pool, pages * batch)
     policy.table.copy_(to_8_bits(torch.randn((1, *policy.table.shape[1:]), device="cuda")).expand_as(policy.table))
-    requests = [Request(str(row), row, 0, "indexer", 0.135, False, tokens=tokens) for row in range(batch)]
+    requests = [Request(str(row), row, Asked("indexer", 0.135), tokens=tokens) for row in range(batch)]
     own = [np.arange(pages) + 1 + row * pages for row in range(batch)]
     fresh = np.arange(1, 129)
 

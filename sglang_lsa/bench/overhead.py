@@ -96,7 +96,9 @@ class Scheduler:
     def crowd(self) -> None:
         """Others take the device pages but for two sets of each request: from now on, pages come from the mirror."""
         lookahead, ledger = self.runtime.lookahead, self.pager.ledger
-        two = sum(2 * lookahead.set_pages(len(r.pages), r.budget) + 8 for r in self.runtime.requests.values())
+        two = sum(
+            2 * lookahead.rules.set_pages(len(r.pages), r.asked.budget) + 8 for r in self.runtime.requests.values()
+        )
         others = ledger.physical_pages - max(two, ledger.held_pages + 2 * len(self.requests))
         if others > 0 and not self.pager.hold("others", self.allocate(others)):
             raise RuntimeError(f"no room for {others} other pages beside {ledger.held_pages} that are held")
@@ -139,15 +141,15 @@ def measure_batch(requests: int, tokens: int) -> dict[str, Any]:
     for _ in range(64):  # first windows are shorter, and all at once
         scheduler.decode()
     steps, quiet = [], []
-    refreshes, seconds = runtime.lookahead.refreshes, runtime.lookahead.host_seconds
+    refreshes, seconds = runtime.lookahead.counts.refreshes, runtime.lookahead.counts.host_seconds
     for _ in range(STEPS):
-        before = runtime.lookahead.refreshes
+        before = runtime.lookahead.counts.refreshes
         scheduler.decode()
         steps.append(scheduler.seconds)
-        if runtime.lookahead.refreshes == before:
+        if runtime.lookahead.counts.refreshes == before:
             quiet.append(scheduler.seconds)
-    refreshes = runtime.lookahead.refreshes - refreshes
-    seconds = runtime.lookahead.host_seconds - seconds
+    refreshes = runtime.lookahead.counts.refreshes - refreshes
+    seconds = runtime.lookahead.counts.host_seconds - seconds
     reqs = scheduler.requests
     memory = runtime.requests[reqs[0].rid].pages[: pages_spanned(tokens) - 1]
     asked = scheduler.request(tokens + 512, memory)
@@ -172,7 +174,7 @@ def measure_end() -> dict[str, Any]:
         for _ in range(8 * LONG_WINDOWS + 8):
             scheduler.decode()
         request = scheduler.runtime.requests["r1"]
-        windows = len(request.windows)
+        windows = len(request.story.windows)
         began = time.perf_counter()
         scheduler.runtime.request_gone(scheduler.requests[0])
         seconds.append(time.perf_counter() - began)

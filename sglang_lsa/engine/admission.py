@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
-from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
@@ -52,9 +52,8 @@ class Admission:
     pages for one chunk, and then for its resident set. Either has what it needs promised to it before it starts, so
     that nothing can overtake it, and an idle server takes any prompt that SGLang takes.
 
-    The configuration is the lookahead's, since it may change (``sglang_lsa.serve.control``).
-
     Args:
+        rules: with the configuration in force, since that may change (``sglang_lsa.serve.control``).
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
         vocabulary: token ids from this on do not exist; None if that is not known.
     """
@@ -62,11 +61,11 @@ class Admission:
     def __init__(
         self,
         pager: Pager,
-        lookahead: Lookahead,
+        rules: Rules,
         chunk_tokens: int | None,
         vocabulary: int | None = None,
     ):
-        self.pager, self.lookahead, self.vocabulary = pager, lookahead, vocabulary
+        self.pager, self.rules, self.vocabulary = pager, rules, vocabulary
         self.pages = pager.ledger.physical_pages
         self.chunk_tokens = chunk_tokens
         self.admitted: dict[str, Admitted] = {}
@@ -80,7 +79,7 @@ class Admission:
     @property
     def config(self) -> LSAConfig:
         """The one in force."""
-        return self.lookahead.config
+        return self.rules.config
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
@@ -167,7 +166,7 @@ class Admission:
         prunable = not options.dense and tokens >= self.config.min_context
         least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
         chunk = min(least, self.pages // 2)
-        resident = self.lookahead.set_pages(pages, options.budget)
+        resident = self.rules.set_pages(pages, options.budget)
 
         def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
             if demand > room or not company:
@@ -177,7 +176,7 @@ class Admission:
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
             # What the prompt reads of its prefix, and then its first set: neither is larger.
-            largest = max(resident, self.lookahead.set_pages(len(prefix), options.budget))
+            largest = max(resident, self.rules.set_pages(len(prefix), options.budget))
             if (demand := largest + own + 1) < self.pages:
                 return admit(RESIDENT, demand, all(other == RESIDENT for other in batch), chunk)
         in_place, one_pass = self._new_pages(prefix, pages), chunk_tokens is None and least > chunk
@@ -219,7 +218,7 @@ class Admission:
         """Bring in what past requests over this prefix selected, once for each request."""
         if not getattr(req, "lsa_warmed", False):
             req.lsa_warmed = True
-            hot = self.pager.ledger.heat.hottest(prefix, int(self.lookahead.largest_set))
+            hot = self.pager.ledger.heat.hottest(prefix, int(self.rules.largest_set))
             self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
 
     def _new_pages(self, prefix: np.ndarray, pages: int) -> int:

@@ -2,169 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from sglang_lsa.config import GivenSet
-from sglang_lsa.engine.deferred_scores import Fetch
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
-from sglang_lsa.engine.reading import IN_PLACE
-from sglang_lsa.engine.selection import Watched
+from sglang_lsa.engine.request import Request
 from sglang_lsa.kernels.page_score import bound_score
-from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.transfer import ids_on
-
-HISTORY_WINDOWS = 32
-"""Windows whose resident positions are remembered per request."""
-
-
-@dataclass
-class Refresh:
-    """A resident set on its way: first its scores, then its positions, then its pages."""
-
-    computed: int
-    """Tokens of the request whose KV was computed when it was predicted, or would be by the passes queued before."""
-    complete: int
-    """Complete pages of the request when it was predicted; later ones belong to the tail."""
-    context: int
-    """Pages of the request then, a partly filled last one included."""
-    due: int
-    """Number of the step before which its scores are read."""
-    scores: Fetch | None
-    """None for a set that is not predicted: everything, or what the request names itself."""
-    positions: np.ndarray | None = None
-    tail_start: int = 0
-    values: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Scores of all complete pages."""
-    ranks: np.ndarray | None = None
-    """Scores of ``positions``; pages that must stay have infinite ones."""
-    held: bool = False
-    """Its pages are held beside those of the set before it, and sent for."""
-    watched: Watched | None = None
-    urgent: bool = False
-    """The request cannot decode without it."""
-    late: bool = False
-    """Its window has begun without it."""
-    asked: int = 0
-    """Forward passes that had started when it was predicted."""
-
-    def needed(self, pages: np.ndarray) -> np.ndarray:
-        """Those of the request's ``pages`` that decode would read."""
-        assert self.positions is not None
-        return np.concatenate((pages[self.positions], pages[self.tail_start :]))
-
-
-@dataclass
-class Window:
-    """A resident set that a request read, or reads."""
-
-    tail_start: int
-    positions: np.ndarray
-    tokens: int = 0
-    """Context of the first decode step that read it, in tokens; 0 before that step."""
-    watched: Watched | None = None
-
-    def as_given(self) -> GivenSet:
-        return GivenSet(self.tokens, self.tail_start, tuple(self.positions.tolist()))
-
-
-def _unknown(tokens: int) -> np.ndarray:
-    return np.zeros(0, dtype=np.int64)
-
-
-@dataclass
-class Request:
-    """A request as the lookahead sees it, from its first prefill chunk until its KV is released."""
-
-    rid: str
-    row: int
-    """Its row in SGLang's ``req_to_token`` and in the static tables."""
-    seed: int
-    """A number made of its prompt: equal prompts get equal random pages and equal window phases."""
-    policy: str
-    budget: float
-    dense: bool
-    key: str = ""
-    """By which everything on this side knows it: ``rid``, unless an earlier request with that one is still here."""
-    tokens: int = 0
-    """Context, the tokens included that the forward pass being queued computes."""
-    computed: int = 0
-    """Tokens whose KV the passes queued before have computed."""
-    pages: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Virtual ids of its pages, int64 ``[pages_spanned(tokens)]``."""
-    next: Refresh | None = None
-    first_observed: int = 0
-    window: int = -1
-    steps_left: int = 0
-    lead: int = 0
-    """Steps before the end of its window at which it looks for the next set."""
-    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    tail_start: int = 0
-    ranks: np.ndarray | None = None
-    """Scores of ``positions``, by which the worst are given up under pressure; pages that must stay are infinite."""
-    windows: deque[Window] = field(default_factory=lambda: deque(maxlen=HISTORY_WINDOWS))
-    prompt_tokens: int = 0
-    """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
-    prefill: str = IN_PLACE
-    cached_tokens: int = 0
-    """Tokens of its prompt that were not computed, because the radix tree had them."""
-    cached_pages: int = 0
-    """Pages that the radix tree had when it was admitted."""
-    prefix_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Those of them that its prompt reads, when it does not read all."""
-    prefix_ranks: np.ndarray | None = None
-    incomplete: bool = False
-    """Some of its pages are only in host memory and it has no resident set yet: it cannot decode without one."""
-    given: deque[GivenSet] | None = None
-    """Resident sets that it named itself and has not read yet."""
-    record: int = 0
-    """Tokens at the end of its prompt that are recorded as if they had been generated; 0 for none."""
-    dense_steps: int = 0
-    """Decode steps after its prompt before its first set is predicted; until then it reads everything."""
-    prompt_lookup: int = 0
-    """Tokens at the end of its text that must have occurred before for what followed them to stay; 0 does not look."""
-    text: Callable[[int], np.ndarray] = _unknown
-    """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
-    watch: tuple[int, ...] = ()
-    """Pages whose scores it asked for."""
-    stalls: int = 0
-    shrunk: int = 0
-    """How often its set was made smaller than its budget because the device pool was full."""
-    coverage: float | None = None
-    """Share of attention that its newest set is expected to cover; None where its policy cannot tell."""
-    widened: int = 0
-    """How often its set was made larger than its budget because it was expected to cover too little."""
-    collapsed: int = 0
-    """How often only its first and last pages were worth keeping."""
-    failures: int = 0
-    set_asked: int = 0
-    """Forward passes that had started when the set that it reads was predicted; pages recalled since came for it."""
-
-    def __post_init__(self) -> None:
-        self.key = self.key or self.rid
-
-    def name_sets(self, sets: Sequence[GivenSet]) -> None:
-        """The request says itself what its windows read."""
-        self.given = deque(sets) if sets else None
-
-    def read_pages(self) -> np.ndarray:
-        """Virtual pages that its decode steps read now."""
-        return np.concatenate((self.pages[self.positions], self.pages[self.tail_start :]))
-
-    @property
-    def history(self) -> list[list[int]]:
-        """Positions of each window's set below its tail."""
-        return [window.positions.tolist() for window in self.windows]
-
-    def residency(self) -> tuple[int, int]:
-        """Pages of the request, and how many of them its decode steps read."""
-        context = pages_spanned(self.tokens)
-        return context, len(self.positions) + context - self.tail_start
 
 
 class Policy(Protocol):
@@ -187,7 +33,7 @@ class Random:
     """Random pages, others in every window; the same for the same prompt."""
 
     def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
-        return np.random.default_rng((request.seed, request.window + 1)).random(len(pages))
+        return np.random.default_rng((request.asked.seed, request.window + 1)).random(len(pages))
 
 
 class Quest:

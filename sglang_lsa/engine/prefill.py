@@ -12,9 +12,10 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted, key_of
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
@@ -48,7 +49,8 @@ class Prefill:
         requests: dict[str, Request],
         req_to_token: torch.Tensor,
     ):
-        self.pager, self.lookahead, self.admission = pager, lookahead, admission
+        self.pager, self.admission, self.rules = pager, admission, lookahead.rules
+        self.sets, self.scorer, self.counts = lookahead.sets, lookahead.scorer, lookahead.counts
         self.staging, self.requests, self.req_to_token = staging, requests, req_to_token
         self.readings: list[Reading] | None = None
         """What each request of the pass being queued reads before its own tokens; None when that is all, in place."""
@@ -65,7 +67,7 @@ class Prefill:
     @property
     def config(self) -> LSAConfig:
         """The one in force."""
-        return self.lookahead.config
+        return self.rules.config
 
     def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> None:
         """Every page that this pass reads in place or writes gets a place on the device.
@@ -107,11 +109,13 @@ class Prefill:
         if how == STREAMED:  # its promise stands until its first resident set is held
             self.pager.retain(request.key, request.pages[pages_complete(request.tokens) :])
             if not middle:
-                self.lookahead.await_first(request)
+                self.sets.await_first(request)
         elif not middle:
             self.pager.reservations.settle(request.key)
             if how == RESIDENT:  # until its first window is predicted it reads what its prompt read
-                self.lookahead.remap(request, request.prefix_positions, request.cached_pages, request.prefix_ranks)
+                self.sets.remap(
+                    request, request.resident.prefix_positions, request.cached_pages, request.resident.prefix_ranks
+                )
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
@@ -130,20 +134,23 @@ class Prefill:
             options = self.admission.options(req)
             ids = req.full_untruncated_fill_ids
             seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
-            request = Request(req.rid, req.req_pool_idx, seed, options.policy, options.budget, options.dense)
-            request.key = key_of(req)
-            request.first_observed, request.cached_tokens, request.prompt_tokens = prefix, prefix, len(ids)
-            request.prefill, request.cached_pages = admitted.how, len(admitted.prefix)
+            request = Request(
+                req.rid,
+                req.req_pool_idx,
+                Asked.of(options, seed),
+                key_of(req),
+                text=lambda tokens: text_of(req, tokens),
+                prompt_tokens=len(ids),
+                cached_pages=len(admitted.prefix),
+                first_observed=prefix,
+                story=Story(admitted.how, prefix),
+            )
             request.name_sets(options.sets)
-            request.record, request.dense_steps = options.record, options.dense_steps
-            request.prompt_lookup, request.watch = options.prompt_lookup, options.watch
-            request.text = lambda tokens: text_of(req, tokens)
             self.requests[request.key] = request
             self.radix_hit_tokens += prefix
             self.prompt_tokens += len(ids)
             self.resident_prompts += admitted.how == RESIDENT
-            # Until its first window is predicted a request reads all of its pages.
-            self.lookahead.table.remap(request.row, np.zeros(0, dtype=np.int64), 0)
+            self.sets.enter(request.row)
         request.tokens, request.computed, request.pages = tokens, prefix, pages
         return request
 
@@ -160,7 +167,7 @@ class Prefill:
             needed = np.concatenate((before[here], request.pages[len(here) :]))
             self.pager.retain(request.key, needed)
             self.hold(request.key, needed)
-            request.prefix_positions, request.prefix_ranks = look, None
+            request.resident.prefix_positions, request.resident.prefix_ranks = look, None
             return self._read(request, here)
         self.hold(request.key, request.pages[pages_complete(request.computed) :])
         here = self.pager.ledger.on_device(before)
@@ -202,12 +209,14 @@ class Prefill:
         """
         cached, ledger = request.cached_pages, self.pager.ledger
         prefix = request.pages[:cached]
-        bound = self.lookahead.set_pages(cached, request.budget)
+        bound = self.rules.set_pages(cached, request.asked.budget)
         look = always_kept(cached, bound, self.config.sink_pages, self.config.recent_pages)
         room = max(0, bound // 2 - int(look.sum()))
-        before = request.prefix_positions[~look[request.prefix_positions]]
-        if request.prefix_ranks is not None:
-            ranks = dict(zip(request.prefix_positions.tolist(), request.prefix_ranks.tolist(), strict=True))
+        before = request.resident.prefix_positions[~look[request.resident.prefix_positions]]
+        if request.resident.prefix_ranks is not None:
+            ranks = dict(
+                zip(request.resident.prefix_positions.tolist(), request.resident.prefix_ranks.tolist(), strict=True)
+            )
             before = before[np.argsort([-ranks[position] for position in before.tolist()], kind="stable")]
         look[before[:room]] = True
         room -= min(room, len(before))
@@ -234,13 +243,13 @@ class Prefill:
             try:
                 chosen, ranks = self._chosen(request)
                 self.hold(request.key, request.pages[chosen])
-                request.prefix_positions, request.prefix_ranks = chosen, ranks
+                request.resident.prefix_positions, request.resident.prefix_ranks = chosen, ranks
                 self.readings[index] = self._read(request, self._here(request, chosen))
             except LedgerError:
                 raise
             except Exception:
-                self.lookahead.failures += 1
-                request.failures += 1
+                self.counts.failures += 1
+                request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
         self.looking = []
 
@@ -255,12 +264,12 @@ class Prefill:
             Positions, ascending, and their scores; infinite for pages that stay whatever their score.
         """
         cached = request.cached_pages
-        scores = self.lookahead.score(request, cached).values()
+        scores = self.scorer.score(request, cached).values()
         scores = np.where(np.isnan(scores), -np.inf, scores)
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        found = self.lookahead.choose(scores, cached, request.budget, upcoming=request.prefix_positions)
+        found = choose(self.rules, scores, cached, request.asked.budget, upcoming=request.resident.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
         still_to_come = pages_spanned(request.prompt_tokens) - len(request.pages)
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))

@@ -18,11 +18,13 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admission, key_of
-from sglang_lsa.engine.lookahead import SCORE_LAG, Lookahead
+from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers, observed_positions
-from sglang_lsa.engine.policies import Policy, Quest, Random, Recency, Request
+from sglang_lsa.engine.policies import Policy, Quest, Random, Recency
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.reading import RESIDENT
+from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import graph_tokens, longest_dense, max_resident_pages
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.policy import Indexer
@@ -131,7 +133,7 @@ class LSARuntime:
         thresholds = {"indexer": towers.config.threshold} if config.indexer else {}
         self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)
         self.requests: dict[str, Request] = {}
-        self.admission = Admission(pager, self.lookahead, chunk_tokens, vocabulary)
+        self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = Staging(pager.layout, pager.mirror.pages, config.staging_pages, lambda: pager.compute())
         self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
         """Device bytes that prompts need to read the host mirror; no context enters."""
@@ -160,7 +162,7 @@ class LSARuntime:
     @property
     def config(self) -> LSAConfig:
         """The one in force, with ``min_context`` as it applies."""
-        return self.lookahead.config
+        return self.lookahead.rules.config
 
     def reconfigure(self, values: Mapping[str, Value]) -> None:
         """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``.
@@ -169,7 +171,7 @@ class LSARuntime:
             ValueError: the configuration would be impossible; nothing was changed.
         """
         before, after = self.config, changed(self.config, values)
-        self.lookahead.config = after
+        self.lookahead.rules.config = after
         self.config_changes += 1
         self.config_changed_at = time.time()
         for name in values:
@@ -226,7 +228,7 @@ class LSARuntime:
             self.recorder.begin_pass(batch, lengths, self.requests, self.pager.ledger.v2p)
         self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
         # Most decode steps queue nothing.
-        if self.lookahead.on_their_way or self.lookahead.incomplete or self.pager.ledger.any_moved:
+        if self.lookahead.busy or self.pager.ledger.any_moved:
             with self.on_stream():
                 self.lookahead.begin_step()
                 if batch.forward_mode.is_decode():
@@ -361,10 +363,7 @@ class LSARuntime:
         request.pages = np.concatenate((after, own[len(before) :]))
         with self.on_stream():
             self.pager.require(after[self.pager.ledger.on_device(after)])
-            if request.tail_start:
-                self.table.remap(
-                    request.row, self.pager.ledger.v2p[request.pages[request.positions]], request.tail_start
-                )
+            self.lookahead.sets.moved(request)
 
     def is_exact(self, req: Any) -> bool:
         """Whether the request's prompt was computed over all of its tokens, so that others may use its KV."""
@@ -426,17 +425,17 @@ class LSARuntime:
             slots = self.req_to_token[request.row, : request.tokens : PAGE_SIZE]
             if not np.array_equal(pages_of(slots), request.pages):
                 raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
-            if request.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
+            if request.story.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
                 raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
             self._check_table(request)
 
     def _check_table(self, request: Request) -> None:
-        count = len(request.positions)
+        count = len(request.resident.positions)
         with self.on_stream():
             row = self.table.table[request.row, : PAGES + count].cpu().numpy()
-        physical = self.pager.ledger.v2p[request.pages[request.positions]]
-        shortening = (request.tail_start - count) * PAGE_SIZE
-        expected = (count, request.tail_start, *physical.tolist())
+        physical = self.pager.ledger.v2p[request.pages[request.resident.positions]]
+        shortening = (request.resident.tail_start - count) * PAGE_SIZE
+        expected = (count, request.resident.tail_start, *physical.tolist())
         if tuple(row.tolist()) != expected or self.table.shortening[request.row] != shortening:
             raise RuntimeError(f"LSA: the resident table has another set for {request.rid} than it reads")
 
@@ -451,7 +450,7 @@ class LSARuntime:
         if self.indexer is not None:
             self.indexer.complete(padding, padding)
             scorers.append(self.indexer)
-        request = Request("", 0, 0, "quest", 1.0, False, tokens=self.observer.positions)
+        request = Request("", 0, Asked("quest", 1.0), tokens=self.observer.positions)
         for pages in (1, MANY_PAGES + 1):
             for scorer in scorers:
                 scorer.score(request, np.zeros(pages, dtype=np.int64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.engine.policies import HISTORY_WINDOWS
+from sglang_lsa.engine.request import HISTORY_WINDOWS
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.memory.pages import pages_spanned
 

@@ -9,7 +9,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import QueryObserver
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.memory.transfer import ids_on

@@ -13,7 +13,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.engine.admission import key_of
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
@@ -116,7 +116,7 @@ class Recorder:
         offset = 0
         for req, first, tokens in zip(batch.reqs, firsts, lengths, strict=True):
             request = requests[key_of(req)]
-            if request.record and first == 0:
+            if request.asked.record and first == 0:
                 self.documents[request.key] = self._open(request, req.sampling_params.max_new_tokens)
             if request.key in self.documents:
                 pages = torch.from_numpy(v2p[request.pages].astype(np.int64))
@@ -125,7 +125,7 @@ class Recorder:
             offset += tokens - first
 
     def _open(self, request: Request, new_tokens: int) -> Document:
-        start = max(0, request.prompt_tokens - request.record) // BLOCK * BLOCK
+        start = max(0, request.prompt_tokens - request.asked.record) // BLOCK * BLOCK
         total = request.prompt_tokens + new_tokens
         shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)

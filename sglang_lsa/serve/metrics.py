@@ -133,7 +133,7 @@ def device_share(pager: Pager) -> float:
 def measure(runtime: LSARuntime) -> dict[str, float]:
     """Values of all metrics now; counters as totals since the start."""
     pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
-    sizes = [request.residency() for request in runtime.requests.values()]
+    sizes = [request.sizes() for request in runtime.requests.values()]
     shares = [resident / context for context, resident in sizes if context]
     return {
         "lsa_device_pages": ledger.physical_pages,
@@ -145,7 +145,9 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_host_bytes": ledger.host_pages * pager.page_bytes,
         "lsa_host_mirror_bytes": pager.mirror.nbytes,
         "lsa_context_pages": sum(context for context, _ in sizes),
-        "lsa_coverage": min((told for r in runtime.requests.values() if (told := r.coverage) is not None), default=1.0),
+        "lsa_coverage": min(
+            (told for r in runtime.requests.values() if (told := r.story.coverage) is not None), default=1.0
+        ),
         "lsa_resident_pages": sum(resident for _, resident in sizes),
         "lsa_resident_share": sum(shares) / max(1, len(shares)),
         "lsa_budget": runtime.config.budget,
@@ -157,13 +159,13 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_late_pages": pager.late_pages,
         "lsa_stored_pages": pager.stored_pages,
         "lsa_evicted_pages": ledger.evictions,
-        "lsa_refreshes": lookahead.refreshes,
-        "lsa_refresh_host_seconds": lookahead.host_seconds,
-        "lsa_refresh_device_seconds": lookahead.device_seconds,
-        "lsa_stalls": lookahead.stalls,
-        "lsa_fallbacks": lookahead.fallbacks,
-        "lsa_widened_sets": lookahead.widened,
-        "lsa_collapsed_sets": lookahead.collapsed,
+        "lsa_refreshes": lookahead.counts.refreshes,
+        "lsa_refresh_host_seconds": lookahead.counts.host_seconds,
+        "lsa_refresh_device_seconds": lookahead.counts.device_seconds,
+        "lsa_stalls": lookahead.counts.stalls,
+        "lsa_fallbacks": lookahead.counts.fallbacks,
+        "lsa_widened_sets": lookahead.counts.widened,
+        "lsa_collapsed_sets": lookahead.counts.collapsed,
         "lsa_promised_pages": pager.reservations.total,
         "lsa_staging_bytes": runtime.staging_bytes,
         "lsa_warmed_pages": pager.warmed_pages,
@@ -171,10 +173,10 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
         "lsa_streamed_pages": runtime.staging.staged_pages,
         "lsa_resident_prompts": runtime.prefill.resident_prompts,
         "lsa_admission_waits": runtime.admission.waits,
-        "lsa_shrunk_sets": lookahead.shrunk,
+        "lsa_shrunk_sets": lookahead.counts.shrunk,
         "lsa_retractions": runtime.admission.pressed,
         "lsa_host_evicted_pages": runtime.host_evicted_pages,
-        "lsa_refresh_failures": lookahead.failures,
+        "lsa_refresh_failures": lookahead.counts.failures,
         "lsa_failed_batches": runtime.failed_batches,
         "lsa_integrity_failures": runtime.integrity_failures,
         "lsa_graphless_steps": runtime.graphless_steps,

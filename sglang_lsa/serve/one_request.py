@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import GivenSet
-from sglang_lsa.engine.policies import Request, Window
+from sglang_lsa.engine.request import Request, Window
 from sglang_lsa.engine.selection import budget_pages
 
 if TYPE_CHECKING:
@@ -41,31 +41,31 @@ class Finished:
 
 def finished(runtime: LSARuntime, request: Request) -> Finished:
     """Remember a request that is gone: a few numbers, and references to what it read."""
-    return Finished(describe(runtime, request) | {"number": runtime.finished_requests}, tuple(request.windows))
+    return Finished(describe(runtime, request) | {"number": runtime.finished_requests}, tuple(request.story.windows))
 
 
 def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
     """One request, running or just finished, in a few numbers."""
-    context, resident = request.residency()
-    dense = request.tail_start == 0
+    context, resident = request.sizes()
+    dense = request.resident.tail_start == 0
     return {
         "rid": request.rid,
         "context_tokens": request.tokens,
         "prompt_tokens": request.prompt_tokens,
-        "cached_tokens": request.cached_tokens,
+        "cached_tokens": request.story.cached_tokens,
         "context_pages": context,
         "resident_pages": resident,
-        "budget_pages": context if dense else budget_pages(context, request.budget, runtime.config.min_pages),
+        "budget_pages": context if dense else budget_pages(context, request.asked.budget, runtime.config.min_pages),
         "window": request.window,
-        "policy": "full" if dense else request.policy,
-        "budget": request.budget,
-        "stalls": request.stalls,
-        "shrunk": request.shrunk,
-        "coverage": request.coverage,
-        "widened": request.widened,
-        "collapsed": request.collapsed,
-        "failures": request.failures,
-        "prefill": request.prefill,
+        "policy": "full" if dense else request.asked.policy,
+        "budget": request.asked.budget,
+        "stalls": request.story.stalls,
+        "shrunk": request.story.shrunk,
+        "coverage": request.story.coverage,
+        "widened": request.story.widened,
+        "collapsed": request.story.collapsed,
+        "failures": request.story.failures,
+        "prefill": request.story.prefill,
     }
 
 
@@ -86,7 +86,8 @@ def collect(runtime: LSARuntime, rid: str) -> dict[str, Any]:
     return {
         "finished": [request.summary | {"windows": _packed(request.windows)} for request in gone],
         "running": [
-            describe(runtime, request) | {"windows": _packed(request.windows), "resident": _bytes(request.read_pages())}
+            describe(runtime, request)
+            | {"windows": _packed(request.story.windows), "resident": _bytes(request.read_pages())}
             for request in here
         ],
         "more_running": 0,

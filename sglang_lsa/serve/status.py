@@ -56,7 +56,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         },
         "pressure": {
             "admission_waits": runtime.admission.waits,
-            "shrunk_sets": lookahead.shrunk,
+            "shrunk_sets": lookahead.counts.shrunk,
             "retractions": runtime.admission.pressed,
             "host_evicted_pages": runtime.host_evicted_pages,
         },
@@ -65,21 +65,21 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
             "indexer_is_stale": runtime.weight_updates > 0 and runtime.indexer is not None,
         },
         "failures": {
-            "refreshes": lookahead.failures,
+            "refreshes": lookahead.counts.failures,
             "batches": runtime.failed_batches,
             "integrity": runtime.integrity_failures,
         },
         "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
         "evictions": ledger.evictions,
-        "refreshes": lookahead.refreshes,
-        "refresh_host_seconds": lookahead.host_seconds,
-        "refresh_device_seconds": lookahead.device_seconds,
-        "stalls": lookahead.stalls,
+        "refreshes": lookahead.counts.refreshes,
+        "refresh_host_seconds": lookahead.counts.host_seconds,
+        "refresh_device_seconds": lookahead.counts.device_seconds,
+        "stalls": lookahead.counts.stalls,
         "graphless_steps": runtime.graphless_steps,
         "page_reads": pager.page_index.reads,
-        "fallbacks": lookahead.fallbacks,
-        "widened_sets": lookahead.widened,
-        "collapsed_sets": lookahead.collapsed,
+        "fallbacks": lookahead.counts.fallbacks,
+        "widened_sets": lookahead.counts.widened,
+        "collapsed_sets": lookahead.counts.collapsed,
         "radix": {"hit_tokens": runtime.prefill.radix_hit_tokens, "prompt_tokens": runtime.prefill.prompt_tokens},
         "running": running(runtime),
         "finished_requests": runtime.finished_requests,
@@ -90,11 +90,11 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
 def running(runtime: LSARuntime) -> dict[str, int]:
     """The running requests together; pages that they share are counted for each."""
     requests = runtime.requests.values()
-    sizes = [request.residency() for request in requests]
+    sizes = [request.sizes() for request in requests]
     return {
         "requests": len(sizes),
         "decoding": sum(request.window >= 0 for request in requests),
-        "dense": sum(request.tail_start == 0 for request in requests),
+        "dense": sum(request.resident.tail_start == 0 for request in requests),
         "context_pages": sum(context for context, _ in sizes),
         "resident_pages": sum(resident for _, resident in sizes),
     }

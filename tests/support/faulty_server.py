@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from sglang_lsa import launch_server
-from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.policies import Quest, Refresh, Request
+from sglang_lsa.engine.policies import Quest
 from sglang_lsa.engine.prefill import Prefill
+from sglang_lsa.engine.refresh import Refresher
+from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.staging import StagedPages, Staging
@@ -23,7 +24,7 @@ DOOMED: set[str] = set()
 
 
 def install_faults() -> None:
-    before_forward, switch, score = LSARuntime.before_forward, Lookahead._switch, Quest.score
+    before_forward, switch, score = LSARuntime.before_forward, Refresher._switch, Quest.score
     read, layer, chosen, remap = Staging.read, StagedPages.layer, Prefill._chosen, ResidentTable.remap
 
     def doomed_batch(self: LSARuntime, batch: Any, new_pages: Any) -> int:
@@ -33,7 +34,7 @@ def install_faults() -> None:
             raise torch.OutOfMemoryError("injected: no memory for a decode step")
         return before_forward(self, batch, new_pages)
 
-    def doomed_switch(self: Lookahead, request: Request, new: Refresh) -> None:
+    def doomed_switch(self: Refresher, request: Request, new: Refresh) -> None:
         if request.rid.startswith("badswitch") and request.window > 0:
             raise RuntimeError("injected: the table cannot be written")
         switch(self, request, new)
@@ -63,7 +64,7 @@ def install_faults() -> None:
             raise RuntimeError("injected: the table is gone")
         remap(self, row, physical, tail_start)
 
-    LSARuntime.before_forward, Lookahead._switch, Quest.score = doomed_batch, doomed_switch, doomed_score  # type: ignore
+    LSARuntime.before_forward, Refresher._switch, Quest.score = doomed_batch, doomed_switch, doomed_score  # type: ignore
     Staging.read, StagedPages.layer, Prefill._chosen = doomed_read, doomed_layer, doomed_choice  # type: ignore
     ResidentTable.remap = doomed_remap  # type: ignore
 

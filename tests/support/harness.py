@@ -14,7 +14,7 @@ import torch
 from simulated_gpu import LAYERS, SimulatedGPU
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 

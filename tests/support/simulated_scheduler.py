@@ -242,16 +242,18 @@ class Scheduler:
             forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
         )
         number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
-        table, queued = self.runtime.lookahead.table, ForwardPass(self.memory)
+        table, queued = self.runtime.lookahead.sets.table, ForwardPass(self.memory)
         rows, shortening = table.table.numpy(), table.shortening
         for req in reqs:
             request, row, before = self.runtime.requests[key_of(req)], req.req_pool_idx, req.kv_committed_len - 1
             count, tail_start = rows[row, COUNT], rows[row, TAIL_START]
-            assert (count, tail_start) == (len(request.positions), request.tail_start), "the table has another set"
+            assert (count, tail_start) == (len(request.resident.positions), request.resident.tail_start), (
+                "the table has another set"
+            )
             assert shortening[row] == (tail_start - count) * PAGE_SIZE
             tail = np.arange(tail_start, pages_spanned(before))
             places = np.concatenate((rows[row, PAGES : PAGES + count], queued.v2p[req.page_array[tail]]))
-            queued.read(req.rid, places, req.known(np.concatenate((request.positions, tail)), before))
+            queued.read(req.rid, places, req.known(np.concatenate((request.resident.positions, tail)), before))
             queued.write(req, before, before + 1)
         self.gpu.queue(queued.run, prefill=False)
         self.counts["decoded"] += len(reqs)

@@ -30,7 +30,7 @@ from simulated_scheduler import Scheduler
 from simulated_work import Req
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -102,8 +102,8 @@ class Simulation:
         self.gpu = SimulatedGPU(self.pager, chance)
         self.overlap = chance.random() < 0.7
         lookahead = self.runtime.lookahead
-        lookahead.lag, lookahead.lead = chance.choice([(2, 3), (2, 3), (0, 0)]) if self.overlap else (0, 0)
-        lookahead.policies = {**lookahead.policies, "quest": Scores(chance)}
+        lookahead.clock.lag, lookahead.clock.lead = chance.choice([(2, 3), (2, 3), (0, 0)]) if self.overlap else (0, 0)
+        lookahead.scorer.policies = {**lookahead.scorer.policies, "quest": Scores(chance)}
         self.scheduler = Scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
         self.arrivals = 40
         self.arrived = self.step_number = 0
@@ -111,7 +111,7 @@ class Simulation:
 
     def __str__(self) -> str:
         sizes = f"{self.pager.ledger.physical_pages} device pages, {self.pager.ledger.virtual_pages} host pages"
-        timing = f"lag {self.runtime.lookahead.lag}, overlap {self.overlap}, chunks of {self.chunk // PAGE_SIZE}"
+        timing = f"lag {self.runtime.lookahead.clock.lag}, overlap {self.overlap}, chunks of {self.chunk // PAGE_SIZE}"
         return f"seed {self.seed} at step {self.step_number}: {sizes}, {timing}, {self.config}"
 
     def run(self, steps: int = 150) -> None:
@@ -138,9 +138,9 @@ class Simulation:
         self.counts.update(
             recalled=ledger.recalls,
             evicted=ledger.evictions,
-            stalls=lookahead.stalls,
-            shrunk=lookahead.shrunk,
-            failures=lookahead.failures,
+            stalls=lookahead.counts.stalls,
+            shrunk=lookahead.counts.shrunk,
+            failures=lookahead.counts.failures,
         )
 
     def step(self) -> bool:

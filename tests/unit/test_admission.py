@@ -39,7 +39,7 @@ class Server(harness.Server):
         self.config = LSAConfig.from_mapping({**defaults, **options})
         table = ResidentTable(4, physical // 2 + 1, PAGE_SIZE)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
-        self.admission = Admission(self.pager, self.lookahead, chunk)
+        self.admission = Admission(self.pager, self.lookahead.rules, chunk)
         self.chunk = chunk
 
     def memory_in_the_mirror_only(self, count: int) -> np.ndarray:
@@ -439,7 +439,7 @@ def test_a_request_is_judged_by_what_was_in_force_when_it_arrived() -> None:
     """The HTTP process checks by the configuration at start; one that became impossible since is refused, not an error
     in the scheduler, which still computes a token of what it aborts."""
     server = Server()
-    server.lookahead.config = dataclasses.replace(server.config, policy="full")
+    server.lookahead.rules.config = dataclasses.replace(server.config, policy="full")
     req = request(5 * PAGE_SIZE, sets="321:4:0,2")
     reason = server.admission.refusal(req)
     assert reason is not None and "names sets and switches pruning off" in reason
@@ -644,6 +644,6 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
         if chunk is None:  # one pass computes the rest
             assert admitted.chunk_tokens >= tokens - len(prefix) * PAGE_SIZE or admitted.how == RESIDENT
     if admitted.how == STREAMED:
-        assert admitted.demand >= server.lookahead.set_pages(pages_spanned(tokens), budget)
+        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens), budget)
     server.admission.promise(req, admitted)
     assert server.pager.unpromised_pages >= 1

@@ -731,8 +731,8 @@ def test_overhead_is_that_of_requests_that_are_pruned_and_refreshed(tmp_path: pa
     for _ in range(70):
         scheduler.decode()
     lookahead, requests = scheduler.runtime.lookahead, scheduler.runtime.requests.values()
-    assert lookahead.refreshes >= 4 and lookahead.failures == lookahead.stalls == 0
-    assert all(len(request.positions) < 20 and request.tail_start >= 64 for request in requests)
+    assert lookahead.counts.refreshes >= 4 and lookahead.counts.failures == lookahead.counts.stalls == 0
+    assert all(len(request.resident.positions) < 20 and request.resident.tail_start >= 64 for request in requests)
     assert scheduler.pager.ledger.recalls > 0, "pages come from the mirror"
 
 

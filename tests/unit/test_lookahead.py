@@ -14,8 +14,10 @@ from harness import Wanted
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig, RequestOptions
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.policies import Policy, Random, Recency, Request
+from sglang_lsa.engine.policies import Policy, Random, Recency
+from sglang_lsa.engine.request import Asked, Request, State
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pages import align_up, pages_complete, pages_spanned
@@ -80,11 +82,12 @@ class Server(harness.Server):
             promised: the prompt was streamed: only its last pages are sure to be there, and so many are kept for it.
         """
         self.requests += 1
-        request = Request(rid, self.requests, seed, policy, self.config.budget, dense, tokens=tokens)
-        request.prompt_tokens, request.watch = tokens, watch
-        request.prompt_lookup, request.text = prompt_lookup, lambda known: np.array(text[:known], dtype=np.int64)
+        asked = Asked(
+            policy, self.config.budget, dense, seed, dense_steps=dense_steps, prompt_lookup=prompt_lookup, watch=watch
+        )
+        request = Request(rid, self.requests, asked, tokens=tokens, prompt_tokens=tokens)
+        request.text = lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
-        request.dense_steps = dense_steps
         request.pages = self.allocate(pages_spanned(tokens))
         self.hold(rid, request.pages)
         self.write(self.slots_of(request.pages))
@@ -92,7 +95,7 @@ class Server(harness.Server):
         if promised is not None:
             self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
             self.pager.reservations.promise(rid, promised)
-            self.lookahead.await_first(request)
+            self.lookahead.sets.await_first(request)
             self.push_off()
         self.lookahead.begin(request)
         return request
@@ -145,18 +148,18 @@ def test_the_first_window_is_predicted_from_the_prompt() -> None:
     server.wanted.positions = [3, 6]
     request = server.prefill("a", 10 * PAGE_SIZE + 5)
     # 11 pages, so at most 5: the sink, the two wanted and the growing page; nothing else scored above the threshold.
-    assert list(request.history) == [[0, 3, 6]]
+    assert list(request.story.history) == [[0, 3, 6]]
     assert request.window == 0
-    assert (request.tail_start, int(server.table.tail_start[request.row])) == (10, 10)
-    assert server.read(request) == request.positions.tolist() == list(request.history)[-1]
+    assert (request.resident.tail_start, int(server.table.tail_start[request.row])) == (10, 10)
+    assert server.read(request) == request.resident.positions.tolist() == list(request.story.history)[-1]
 
 
 def test_only_resident_pages_and_the_tail_stay_held() -> None:
     server = Server()
     server.wanted.positions = [3, 6]
     request = server.prefill("a", 10 * PAGE_SIZE + 5)
-    assert server.held_positions(request) == [*request.positions.tolist(), 10]
-    assert server.pager.ledger.held_pages == len(request.positions) + 1
+    assert server.held_positions(request) == [*request.resident.positions.tolist(), 10]
+    assert server.pager.ledger.held_pages == len(request.resident.positions) + 1
     server.pager.ledger.check()
 
 
@@ -164,28 +167,28 @@ def test_the_set_is_within_its_budget() -> None:
     server = Server(budget=0.25)
     server.wanted.positions = list(range(16))
     request = server.prefill("a", 16 * PAGE_SIZE)
-    assert server.held_positions(request) == request.positions.tolist()
-    assert len(request.positions) == 4
+    assert server.held_positions(request) == request.resident.positions.tolist()
+    assert len(request.resident.positions) == 4
 
 
 def test_no_set_takes_more_than_half_of_the_device_pool() -> None:
     server = Server(budget=0.9)
     server.wanted.positions = list(range(20))
     request = server.prefill("a", 20 * PAGE_SIZE)
-    assert len(request.positions) == PHYSICAL // 2
+    assert len(request.resident.positions) == PHYSICAL // 2
 
 
 def test_min_pages_does_not_ask_for_more_than_half_of_the_device_pool() -> None:
     server = Server(budget=0.1, min_pages=18)
     server.wanted.positions = list(range(20))
     request = server.prefill("a", 20 * PAGE_SIZE)
-    assert len(request.positions) == PHYSICAL // 2
+    assert len(request.resident.positions) == PHYSICAL // 2
 
 
 @pytest.mark.parametrize("tokens", [16 * PAGE_SIZE, 16 * PAGE_SIZE + 1, 16 * PAGE_SIZE + 63])
 def test_the_tail_starts_after_the_complete_pages(tokens: int) -> None:
     request = Server().prefill("a", tokens)
-    assert request.tail_start == 16
+    assert request.resident.tail_start == 16
 
 
 # --- the clock -------------------------------------------------------------------------------------------------------
@@ -197,8 +200,8 @@ def test_a_set_stays_for_a_window() -> None:
     for step in range(1, 4 * WINDOW + 1):
         server.decode(request)
         assert request.window == step // WINDOW
-        assert len(request.history) == request.window + 1
-    assert server.lookahead.refreshes == 5
+        assert len(request.story.history) == request.window + 1
+    assert server.lookahead.counts.refreshes == 5
     assert server.wanted.calls == 5
 
 
@@ -209,15 +212,15 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
     request = server.prefill("a", 10 * PAGE_SIZE, dense_steps=steps)
     asked_at = None
     for step in range(1, steps + 1):
-        assert (request.tail_start, request.positions.tolist()) == (0, [])
+        assert (request.resident.tail_start, request.resident.positions.tolist()) == (0, [])
         assert server.held_positions(request) == list(range(len(request.pages)))
         server.decode(request)
         asked_at = asked_at or (step if server.wanted.calls else None)
     assert asked_at == steps - min(lead, steps // 4)
     server.decode(request)
     server.decode(request)
-    assert 2 in request.positions
-    assert request.tail_start > 0
+    assert 2 in request.resident.positions
+    assert request.resident.tail_start > 0
 
 
 @pytest.mark.parametrize("lead", [0, 2])
@@ -225,7 +228,7 @@ def test_dense_steps_read_everything_and_the_first_set_is_predicted_from_them(le
 def test_a_text_that_copies_keeps_what_comes_next(policy: str, later: list[int] | None, lead: int) -> None:
     """Its last eight tokens are those before the last one of page 2."""
     server = Server(lead, lead)
-    server.lookahead.policies["quest"] = server.wanted  # type: ignore[index]
+    server.lookahead.scorer.policies["quest"] = server.wanted  # type: ignore[index]
     server.wanted.values = {3: 0.9, 6: 0.5}
     prompt = list(range(10 * PAGE_SIZE + 5))
     text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
@@ -247,8 +250,8 @@ def test_what_is_copied_first_comes_first() -> None:
     text = [*prompt, *prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE - 1]]
     request = server.prefill("a", len(text), prompt_lookup=8, text=text, watch=(6,))
     assert server.read(request) == [0, 2]
-    assert server.lookahead.choose(np.zeros(10), 11, 0.3, "wanted", upcoming=[4, 2]).positions.tolist() == [0, 4]
-    (window,) = request.windows
+    assert choose(server.lookahead.rules, np.zeros(10), 11, 0.3, "wanted", upcoming=[4, 2]).positions.tolist() == [0, 4]
+    (window,) = request.story.windows
     assert window.watched == Watched(((6, 0.9, 0),), None)
 
 
@@ -279,7 +282,7 @@ def test_a_request_learns_what_pages_it_watches_were_worth() -> None:
     request = server.prefill("a", 10 * PAGE_SIZE + 5, watch=(3, 4, 6, 10))
     while request.window == 0:
         server.decode(request)
-    first, second = (window.watched for window in request.windows)
+    first, second = (window.watched for window in request.story.windows)
     assert first == Watched(((3, 0.9, 0), (4, 0.0, 2), (6, 0.5, 1)), 0.5)
     assert second == first
 
@@ -289,8 +292,8 @@ def test_a_prompt_that_is_not_on_the_device_cannot_be_read_densely() -> None:
     server.wanted.positions = [2]
     request = server.prefill("a", 10 * PAGE_SIZE, dense_steps=5, promised=6)
     server.decode(request)
-    assert request.tail_start > 0
-    assert 2 in request.positions
+    assert request.resident.tail_start > 0
+    assert 2 in request.resident.positions
 
 
 def test_first_windows_have_different_lengths() -> None:
@@ -335,7 +338,7 @@ def test_a_new_window_brings_other_pages_in() -> None:
         server.decode(request)
     assert set(server.read(request)) == {0, 5, 6, 7}
     assert server.pager.ledger.recalls > 0
-    assert server.held_positions(request) == [*request.positions.tolist(), 12]
+    assert server.held_positions(request) == [*request.resident.positions.tolist(), 12]
     server.pager.ledger.check()
 
 
@@ -344,11 +347,11 @@ def test_pages_completed_in_a_window_leave_the_tail_with_the_next() -> None:
     request = server.prefill("a", 8 * PAGE_SIZE)
     for _ in range(2 * PAGE_SIZE - 1):
         server.decode(request)
-    assert request.tail_start == 8
+    assert request.resident.tail_start == 8
     assert set(server.held_positions(request)) >= {8, 9}
     server.decode(request)
-    assert request.tail_start == 10
-    assert server.held_positions(request) == request.positions.tolist()
+    assert request.resident.tail_start == 10
+    assert server.held_positions(request) == request.resident.positions.tolist()
 
 
 # --- dense requests --------------------------------------------------------------------------------------------------
@@ -360,7 +363,7 @@ def test_a_dense_request_keeps_everything(tokens: int) -> None:
     request = server.prefill("a", tokens, dense=True)
     for _ in range(3 * WINDOW):
         server.decode(request)
-    assert (request.positions.tolist(), request.tail_start) == ([], 0)
+    assert (request.resident.positions.tolist(), request.resident.tail_start) == ([], 0)
     assert server.held_positions(request) == list(range(11))
     assert (int(server.table.count[request.row]), int(server.table.tail_start[request.row])) == (0, 0)
     assert server.wanted.calls == 0
@@ -369,21 +372,21 @@ def test_a_dense_request_keeps_everything(tokens: int) -> None:
 def test_a_request_below_min_context_is_dense_until_a_window_begins_above_it() -> None:
     server = Server(min_context=8 * PAGE_SIZE)
     request = server.prefill("a", 8 * PAGE_SIZE - 1)
-    assert (request.tail_start, server.held_positions(request)) == (0, list(range(8)))
+    assert (request.resident.tail_start, server.held_positions(request)) == (0, list(range(8)))
     for _ in range(WINDOW - 1):
         server.decode(request)
-    assert request.tail_start == 0
+    assert request.resident.tail_start == 0
     server.decode(request)
     assert request.tokens == 8 * PAGE_SIZE + 3
-    assert request.tail_start == 8
-    assert server.held_positions(request) == [*request.positions.tolist(), 8]
-    assert len(request.positions) < 8
+    assert request.resident.tail_start == 8
+    assert server.held_positions(request) == [*request.resident.positions.tolist(), 8]
+    assert len(request.resident.positions) < 8
 
 
 def test_min_context_itself_is_sparse() -> None:
     server = Server(min_context=8 * PAGE_SIZE)
-    assert server.prefill("a", 8 * PAGE_SIZE).tail_start == 8
-    assert server.prefill("b", 8 * PAGE_SIZE - 1).tail_start == 0
+    assert server.prefill("a", 8 * PAGE_SIZE).resident.tail_start == 8
+    assert server.prefill("b", 8 * PAGE_SIZE - 1).resident.tail_start == 0
 
 
 # --- when things go wrong --------------------------------------------------------------------------------------------
@@ -397,16 +400,16 @@ def test_a_stall_keeps_the_old_set_for_one_more_window() -> None:
     assert server.pager.unpromised_pages == 24 - len(server.held_positions(request)) - 17
     held = server.pager.ledger.held_by("a")
     assert server.pager.hold("c", server.allocate(server.pager.unpromised_pages - 1))
-    old, history = server.read(request), list(request.history)
+    old, history = server.read(request), list(request.story.history)
 
     server.wanted.positions = [5, 6, 7]
     for _ in range(WINDOW):
         server.decode(request)
-    assert (request.stalls, server.lookahead.stalls, request.window) == (1, 1, 1)
-    assert server.read(request) == old == request.positions.tolist()
-    assert list(request.history) == history
+    assert (request.story.stalls, server.lookahead.counts.stalls, request.window) == (1, 1, 1)
+    assert server.read(request) == old == request.resident.positions.tolist()
+    assert list(request.story.history) == history
     assert server.pager.ledger.held_by("a") == held | {int(request.pages[12])}
-    assert request.tail_start == int(server.table.tail_start[request.row]) == 12
+    assert request.resident.tail_start == int(server.table.tail_start[request.row]) == 12
     server.pager.ledger.check()
 
     server.pager.forget(other.rid)
@@ -415,7 +418,7 @@ def test_a_stall_keeps_the_old_set_for_one_more_window() -> None:
     assert server.read(request) == old
     server.decode(request)
     assert set(server.read(request)) >= {5, 6, 7}
-    assert request.stalls == 1
+    assert request.story.stalls == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no keys"), ValueError("odd"), KeyError("missing")])
@@ -424,22 +427,22 @@ def test_a_policy_that_fails_leaves_the_most_recent_pages(error: Exception, capl
     server.wanted.error = error
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         request = server.prefill("a", 12 * PAGE_SIZE)
-    assert request.positions.tolist() == [0, 7, 8, 9, 10, 11]
-    assert server.lookahead.fallbacks == 1
+    assert request.resident.positions.tolist() == [0, 7, 8, 9, 10, 11]
+    assert server.lookahead.counts.fallbacks == 1
     assert "scoring a with wanted failed; its most recent pages stay" in caplog.text
     server.wanted.error = None
     server.wanted.positions = [4]
     for _ in range(WINDOW):
         server.decode(request)
-    assert 4 in request.positions
-    assert server.lookahead.fallbacks == 1
+    assert 4 in request.resident.positions
+    assert server.lookahead.counts.fallbacks == 1
 
 
 def test_a_policy_that_does_not_exist_leaves_the_most_recent_pages() -> None:
     server = Server()
     request = server.prefill("a", 12 * PAGE_SIZE, policy="unheard of")
-    assert request.positions.tolist() == [0, 7, 8, 9, 10, 11]
-    assert server.lookahead.fallbacks == 1
+    assert request.resident.positions.tolist() == [0, 7, 8, 9, 10, 11]
+    assert server.lookahead.counts.fallbacks == 1
 
 
 # --- a set that fits in part -----------------------------------------------------------------------------------------
@@ -473,13 +476,13 @@ def test_a_set_that_fits_in_part_keeps_the_best_of_the_old_one(room: int, positi
     server, request = crowded(room)
     for _ in range(WINDOW - 1):
         server.decode(request)
-    assert server.read(request) == request.positions.tolist() == sorted(positions)
+    assert server.read(request) == request.resident.positions.tolist() == sorted(positions)
     assert server.held_positions(request) == [*sorted(positions), 12]
-    assert (request.shrunk, server.lookahead.shrunk) == (int(room < 3),) * 2
-    assert (request.stalls, server.lookahead.stalls, request.window) == (0, 0, 1)
-    assert request.history[-1] == sorted(positions)
-    assert request.ranks is not None
-    ranks = dict(zip(request.positions.tolist(), request.ranks.tolist(), strict=True))
+    assert (request.story.shrunk, server.lookahead.counts.shrunk) == (int(room < 3),) * 2
+    assert (request.story.stalls, server.lookahead.counts.stalls, request.window) == (0, 0, 1)
+    assert request.story.history[-1] == sorted(positions)
+    assert request.resident.ranks is not None
+    ranks = dict(zip(request.resident.positions.tolist(), request.resident.ranks.tolist(), strict=True))
     worth = {0: float("inf"), 5: 3.0, 6: 2.0, 7: 1.0, 3: 0.5, 1: 0.4, 2: 0.0}
     assert ranks == {position: worth[position] for position in positions}
     server.pager.ledger.check()
@@ -491,7 +494,17 @@ def test_a_set_of_which_nothing_new_fits_is_a_stall() -> None:
     for _ in range(WINDOW - 1):
         server.decode(request)
     assert (server.read(request), server.held_positions(request)) == (old, held)
-    assert (request.shrunk, request.stalls, server.lookahead.shrunk, server.lookahead.stalls) == (0, 1, 0, 1)
+    assert (
+        request.story.shrunk,
+        request.story.stalls,
+        server.lookahead.counts.shrunk,
+        server.lookahead.counts.stalls,
+    ) == (
+        0,
+        1,
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(("min_pages", "positions"), [(4, [0, 5, 11]), (5, None)], ids=["enough", "too few"])
@@ -507,7 +520,7 @@ def test_a_set_that_would_be_smaller_than_min_pages_is_a_stall(min_pages: int, p
     for _ in range(WINDOW - 1):
         server.decode(request)
     assert server.read(request) == (positions or [0, 11])
-    assert (request.shrunk, request.stalls) == ((1, 0) if positions else (0, 1))
+    assert (request.story.shrunk, request.story.stalls) == ((1, 0) if positions else (0, 1))
 
 
 # --- sets that a request names itself --------------------------------------------------------------------------------
@@ -562,9 +575,9 @@ def test_given_sets_are_read_at_the_tokens_that_they_name(text: str, server: tup
     request = running.prefill("a", 640, sets=sets)
     running.push_off()
     assert reads(running, request, 90) == expected
-    assert running.wanted.calls == running.lookahead.stalls == running.lookahead.failures == 0
-    assert [window.as_given() for window in request.windows] == list(sets)
-    assert not running.lookahead.on_their_way
+    assert running.wanted.calls == running.lookahead.counts.stalls == running.lookahead.counts.failures == 0
+    assert [window.as_given() for window in request.story.windows] == list(sets)
+    assert not running.lookahead.refresher.on_their_way
 
 
 def test_after_the_last_given_set_nothing_changes() -> None:
@@ -572,7 +585,7 @@ def test_after_the_last_given_set_nothing_changes() -> None:
     request = server.prefill("a", 640, sets=given_sets("641:10:3"))
     for _ in range(20 * WINDOW):
         server.decode(request)
-    assert (server.lookahead.refreshes, server.wanted.calls, request.window) == (1, 0, 0)
+    assert (server.lookahead.counts.refreshes, server.wanted.calls, request.window) == (1, 0, 0)
     assert server.read(request) == [3]
 
 
@@ -584,7 +597,7 @@ def test_a_given_set_that_does_not_fit_is_a_stall() -> None:
     server.leave(2)
     seen = reads(server, request, 10)
     assert [seen[tokens][1] for tokens in (642, 645, 648, 649, 651)] == [[0, 3], [0, 3], [0, 3], [4], [4]]
-    assert (request.stalls, request.shrunk) == (1, 0)
+    assert (request.story.stalls, request.story.shrunk) == (1, 0)
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -599,17 +612,17 @@ def test_the_windows_of_a_request_can_be_replayed(tokens: int, server: tuple[int
     for _ in range(steps):
         first.wanted.positions = [1 + (3 * request.window + place) % 9 for place in range(3)]
         seen |= reads(first, request, 1)
-        if len(request.positions) >= 3 and not first.lookahead.shrunk:
+        if len(request.resident.positions) >= 3 and not first.lookahead.counts.shrunk:
             first.lookahead.shrink([request], 1)
-    windows = [window for window in request.windows if window.tokens]
+    windows = [window for window in request.story.windows if window.tokens]
     assert len({tuple(window.positions) for window in windows}) >= 3
-    assert first.lookahead.shrunk == 1
+    assert first.lookahead.counts.shrunk == 1
 
     text = ";".join(str(window.as_given()) for window in windows)
     second = Server(lead, lag, window=window)
     again = second.prefill("a", tokens, sets=given_sets(text))
     assert reads(second, again, steps) == seen
-    assert [window.as_given() for window in again.windows] == [window.as_given() for window in windows]
+    assert [window.as_given() for window in again.story.windows] == [window.as_given() for window in windows]
     assert second.wanted.calls == 0
 
 
@@ -642,15 +655,15 @@ def test_the_largest_sets_are_halved_first(wanted: int, large_set: list[int], sm
     obtainable = server.pager.unpromised_pages
     server.lookahead.shrink([small, large], wanted)
     for request, positions, before in ((large, large_set, 6), (small, small_set, 4)):
-        assert server.read(request) == request.positions.tolist() == positions
+        assert server.read(request) == request.resident.positions.tolist() == positions
         assert server.held_positions(request) == positions
-        assert request.history[-1] == positions
-        assert len(request.history) == 1, "no step has read the larger one"
-        assert request.shrunk == int(len(positions) < before)
-        assert int(server.table.shortening[request.row]) == (request.tail_start - len(positions)) * PAGE_SIZE
+        assert request.story.history[-1] == positions
+        assert len(request.story.history) == 1, "no step has read the larger one"
+        assert request.story.shrunk == int(len(positions) < before)
+        assert int(server.table.shortening[request.row]) == (request.resident.tail_start - len(positions)) * PAGE_SIZE
     freed = 10 - len(large_set) - len(small_set)
     assert server.pager.unpromised_pages == obtainable + freed
-    assert server.lookahead.shrunk == large.shrunk + small.shrunk
+    assert server.lookahead.counts.shrunk == large.story.shrunk + small.story.shrunk
     server.pager.ledger.check()
 
 
@@ -660,14 +673,14 @@ def test_a_set_can_shrink_again_and_grows_with_the_next_window() -> None:
     sizes = []
     for _ in range(4):
         server.lookahead.shrink([large], 1)
-        sizes.append(len(large.positions))
+        sizes.append(len(large.resident.positions))
     assert sizes == [3, 2, 2, 2], "both ends stay"
-    assert large.history == [[0, 2, 4, 6, 8, 11], [0, 11]], "what was read, and what will be"
+    assert large.story.history == [[0, 2, 4, 6, 8, 11], [0, 11]], "what was read, and what will be"
     server.wanted.values = {2: 5.0, 4: 4.0, 6: 3.0, 8: 2.0}
     for _ in range(WINDOW - 1):
         server.decode(large)
     assert server.read(large) == [0, 2, 4, 6, 8]
-    assert (large.stalls, large.shrunk) == (0, 2)
+    assert (large.story.stalls, large.story.shrunk) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -682,8 +695,8 @@ def test_no_set_shrinks_below_min_pages(min_pages: int, tail: int, size: int) ->
     request.pages = np.append(request.pages, server.allocate(tail))
     object.__setattr__(server.config, "min_pages", min_pages)
     server.lookahead.shrink([request], 1)
-    assert len(request.positions) == size
-    assert request.shrunk == int(size < 6)
+    assert len(request.resident.positions) == size
+    assert request.story.shrunk == int(size < 6)
 
 
 def test_sink_and_recent_pages_never_shrink_away() -> None:
@@ -694,7 +707,7 @@ def test_sink_and_recent_pages_never_shrink_away() -> None:
     for _ in range(3):
         server.lookahead.shrink([request], 9)
     assert server.read(request) == [0, 1, 2, 10, 11]
-    assert request.shrunk == 1
+    assert request.story.shrunk == 1
 
 
 @pytest.mark.parametrize("kind", ["dense", "short", "given"])
@@ -705,7 +718,7 @@ def test_sets_that_were_not_predicted_do_not_shrink(kind: str) -> None:
     held, read = server.held_positions(request), server.read(request)
     server.lookahead.shrink([request], 9)
     assert (server.held_positions(request), server.read(request)) == (held, read)
-    assert (request.shrunk, server.lookahead.shrunk, server.lookahead.failures) == (0, 0, 0)
+    assert (request.story.shrunk, server.lookahead.counts.shrunk, server.lookahead.counts.failures) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("lead", "lag"), [(0, 0), (LEAD, LAG)], ids=["cpu", "gpu"])
@@ -719,16 +732,16 @@ def test_a_request_that_still_reads_everything_gets_its_first_set_under_pressure
     steps, sets = (1000, ()) if kind == "dense steps" else (0, given_sets("1000:14:0,3"))
     request = server.prefill("a", 12 * PAGE_SIZE, dense_steps=steps, sets=sets)
     server.decode(request)
-    assert request.tail_start == 0
+    assert request.resident.tail_start == 0
     server.lookahead.shrink([request], 1)
     assert server.read(request) == [0, 2, 4]
     assert server.held_positions(request) == [0, 2, 4, 12]
-    assert (request.shrunk, server.lookahead.failures, server.lookahead.stalls) == (1, 0, 0)
+    assert (request.story.shrunk, server.lookahead.counts.failures, server.lookahead.counts.stalls) == (1, 0, 0)
     for _ in range(12 * PAGE_SIZE + 1, 1000 if sets else 12 * PAGE_SIZE + 2 * LONG):
         server.decode(request)
     assert request.window >= 1, "its own set at its time, or the next prediction"
     if sets:
-        assert request.positions.tolist() == [0, 3]
+        assert request.resident.positions.tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first set on its way", "prompt not done"])
@@ -736,17 +749,17 @@ def test_pressure_completes_a_first_set_and_leaves_prompts_alone(first: bool) ->
     server = Server(LEAD, LAG, window=LONG)
     server.wanted.values = {2: 5.0, 4: 4.0}
     request = server.prefill("a", 12 * PAGE_SIZE)
-    assert request.next is not None and request.next.positions is None
+    assert request.resident.next is not None and request.resident.next.state is State.QUEUED
     if not first:
         request.tokens += 1
     server.lookahead.shrink([request], 1)
-    assert (request.tail_start, request.shrunk) == ((12, 1) if first else (0, 0))
+    assert (request.resident.tail_start, request.story.shrunk) == ((12, 1) if first else (0, 0))
 
 
 def test_pages_that_stay_are_told_from_pages_without_a_score() -> None:
     """A page kept in place of one that did not fit may have no score; it is the first to go, not one that stays."""
     server, large, _ = two_requests()
-    large.ranks = np.array([np.inf, -np.inf, -np.inf, -np.inf, -np.inf, np.inf])
+    large.resident.ranks = np.array([np.inf, -np.inf, -np.inf, -np.inf, -np.inf, np.inf])
     server.lookahead.shrink([large], 9)
     assert server.read(large) == [0, 2, 11]
 
@@ -775,9 +788,11 @@ def test_a_set_that_cannot_shrink_is_left_as_it_is(
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         server.lookahead.shrink([large, small], 1)
     assert "shrinking the set of large failed; it keeps the pages that it has" in caplog.text
-    assert server.lookahead.failures == 1
-    assert server.read(large) == large.positions.tolist() == server.held_positions(large) == [0, 2, 4, 6, 8, 11]
-    assert (large.shrunk, large.history) == (0, [[0, 2, 4, 6, 8, 11]])
+    assert server.lookahead.counts.failures == 1
+    assert (
+        server.read(large) == large.resident.positions.tolist() == server.held_positions(large) == [0, 2, 4, 6, 8, 11]
+    )
+    assert (large.story.shrunk, large.story.history) == (0, [[0, 2, 4, 6, 8, 11]])
     assert server.read(small) == [0, 7], "the others still shrink"
     server.pager.ledger.check()
 
@@ -790,7 +805,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 STAGES: dict[str, Callable[[Server, pytest.MonkeyPatch], None]] = {
-    "choose": lambda server, patch: patch.setattr(server.lookahead, "choose", fail),
+    "choose": lambda server, patch: patch.setattr("sglang_lsa.engine.refresh.choose", fail),
     "recall": lambda server, patch: patch.setattr(server.pager, "hold_if_spare", fail),
     "table": lambda server, patch: patch.setattr(server.table, "remap", fail),
 }
@@ -812,12 +827,12 @@ def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
         for _ in range(WINDOW):
             server.decode(request)
     assert "refreshing a failed; it keeps the pages that it has" in caplog.text
-    assert (request.failures, server.lookahead.failures, request.window) == (1, 1, 1)
-    assert (request.stalls, request.next, server.lookahead.on_their_way) == (0, None, {})
-    assert server.read(request) == request.positions.tolist() == old
+    assert (request.story.failures, server.lookahead.counts.failures, request.window) == (1, 1, 1)
+    assert (request.story.stalls, request.resident.next, server.lookahead.refresher.on_their_way) == (0, None, {})
+    assert server.read(request) == request.resident.positions.tolist() == old
     assert server.held_positions(request) == [*held, 12]
     assert torch.equal(server.table.table, table)
-    assert request.history == [old]
+    assert request.story.history == [old]
     server.pager.ledger.check()
 
     for _ in range(WINDOW - 1):
@@ -825,7 +840,7 @@ def test_a_stage_that_fails_keeps_the_old_set_for_one_more_window(
         assert server.read(request) == old
     server.decode(request)
     assert server.read(request) == [0, 5, 6, 7]
-    assert (request.failures, request.window) == (1, 2)
+    assert (request.story.failures, request.window) == (1, 2)
     server.pager.ledger.check()
 
 
@@ -843,7 +858,7 @@ def test_an_inconsistent_ledger_is_not_a_failed_refresh(monkeypatch: pytest.Monk
     monkeypatch.setattr(server.pager, "retain", broken)
     with pytest.raises(LedgerError, match="injected"):
         server.lookahead.shrink([small], 1)
-    assert server.lookahead.failures == 0
+    assert server.lookahead.counts.failures == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -853,7 +868,7 @@ def test_a_first_window_that_fails_leaves_the_request_dense(stage: str, monkeypa
     with monkeypatch.context() as patch:
         STAGES[stage](server, patch)
         request = server.prefill("a", 12 * PAGE_SIZE)
-    assert (request.failures, request.tail_start, request.history) == (1, 0, [])
+    assert (request.story.failures, request.resident.tail_start, request.story.history) == (1, 0, [])
     assert server.held_positions(request) == list(range(12))
     for _ in range(WINDOW):
         server.decode(request)
@@ -867,18 +882,18 @@ def test_a_first_window_that_fails_leaves_the_request_dense(stage: str, monkeypa
 def test_scores_that_are_no_numbers_choose_nothing() -> None:
     server = Server()
     nan = float("nan")
-    found = server.lookahead.choose(np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
+    found = choose(server.lookahead.rules, np.array([nan, 2, nan, 3, nan, 1, nan, nan]), 8, 0.5)
     assert found.positions.tolist() == [0, 1, 3, 7]
     assert found.ranks.tolist() == [float("inf"), 2, 3, float("inf")]
     assert not found.collapsed
-    found = server.lookahead.choose(np.full(8, nan), 8, 0.5)
+    found = choose(server.lookahead.rules, np.full(8, nan), 8, 0.5)
     assert (found.positions.tolist(), found.ranks.tolist()) == ([0, 7], [float("inf")] * 2)
     assert found.collapsed
 
 
 def test_a_set_that_has_room_for_all_keeps_pages_without_a_score_as_the_worst() -> None:
     server = Server(min_pages=8)
-    found = server.lookahead.choose(np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
+    found = choose(server.lookahead.rules, np.array([1.0, float("nan"), 2.0, 3.0]), 4, 0.5)
     assert found.positions.tolist() == [0, 1, 2, 3]
     assert found.ranks.tolist() == [float("inf"), float("-inf"), 2.0, float("inf")]
     assert not found.collapsed
@@ -897,15 +912,15 @@ def test_a_set_says_what_it_is_expected_to_cover() -> None:
     server.wanted.values = {3: 0.6, 5: 0.4, 6: 0.3, 7: 0.1, 8: 0.4, 9: 0.2}
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
     assert server.read(request) == [0, 3, 5, 6, 8]
-    assert request.coverage == pytest.approx(1.7 / 2.0)
-    assert (request.widened, request.collapsed, server.lookahead.widened) == (0, 0, 0)
+    assert request.story.coverage == pytest.approx(1.7 / 2.0)
+    assert (request.story.widened, request.story.collapsed, server.lookahead.counts.widened) == (0, 0, 0)
 
 
 def test_scores_that_are_not_shares_promise_nothing() -> None:
     server = knowing(fallback_budget=1.0, min_coverage=1.0)
     server.wanted.values = {3: 0.6, 5: 0.4}
     request = server.prefill("a", 12 * PAGE_SIZE + 5)
-    assert request.coverage is None
+    assert request.story.coverage is None
     assert server.read(request) == [0, 3, 5]
 
 
@@ -914,8 +929,8 @@ def test_a_set_that_covers_too_little_is_widened() -> None:
     server.wanted.values = dict.fromkeys(range(1, 11), 0.1)
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
     assert len(server.read(request)) + 1 == int(13 * 0.8)
-    assert request.coverage == pytest.approx(0.8)
-    assert (request.widened, server.lookahead.widened) == (1, 1)
+    assert request.story.coverage == pytest.approx(0.8)
+    assert (request.story.widened, server.lookahead.counts.widened) == (1, 1)
 
 
 def test_a_set_that_covers_enough_is_not_widened() -> None:
@@ -923,7 +938,7 @@ def test_a_set_that_covers_enough_is_not_widened() -> None:
     server.wanted.values = {4: 0.9, 5: 0.06, 6: 0.01}
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
     assert server.read(request) == [0, 4, 5, 6]
-    assert (request.coverage, request.widened) == (1.0, 0)
+    assert (request.story.coverage, request.story.widened) == (1.0, 0)
 
 
 def test_a_policy_has_its_own_threshold_unless_one_is_configured() -> None:
@@ -939,7 +954,7 @@ def test_a_collapsed_selection_is_reported_once_for_each_request(caplog: pytest.
     for _ in range(2 * WINDOW):
         server.decode(request)
     assert server.read(request)[0] == 0 and request.window == 2
-    assert (request.collapsed, server.lookahead.collapsed, request.coverage) == (3, 3, 0.0)
+    assert (request.story.collapsed, server.lookahead.counts.collapsed, request.story.coverage) == (3, 3, 0.0)
     assert caplog.text.count("reads its first and last pages only") == 1
 
 
@@ -947,7 +962,7 @@ def test_a_trusted_policy_that_fails_promises_nothing() -> None:
     server = knowing()
     server.wanted.error = RuntimeError("no scores")
     request = server.prefill("a", 12 * PAGE_SIZE + 5, policy="trusted")
-    assert (request.coverage, server.lookahead.fallbacks) == (None, 1)
+    assert (request.story.coverage, server.lookahead.counts.fallbacks) == (None, 1)
 
 
 def test_a_policy_of_which_some_scores_are_no_numbers() -> None:
@@ -956,7 +971,7 @@ def test_a_policy_of_which_some_scores_are_no_numbers() -> None:
     server.wanted.values = {3: float("nan"), 8: float("nan")}
     request = server.prefill("a", 12 * PAGE_SIZE)
     assert server.read(request) == [0, 6, 11]
-    assert (request.failures, server.lookahead.fallbacks) == (0, 0)
+    assert (request.story.failures, server.lookahead.counts.fallbacks) == (0, 0)
 
 
 # --- heat ------------------------------------------------------------------------------------------------------------
@@ -1005,7 +1020,7 @@ class Overlapped(Server):
         if policy == "queued":
             self.queued.compute()
         self.begin_next()
-        assert self.read(self.a) == [position for position in OLD if position < self.a.tail_start]
+        assert self.read(self.a) == [position for position in OLD if position < self.a.resident.tail_start]
         other = self.prefill("b", 17 * PAGE_SIZE, dense=True)
         self.gone(other)
         assert not self.pager.v2p[self.a.pages[[5, 6, 7]]].any()
@@ -1035,15 +1050,15 @@ def test_the_first_window_is_dense_until_its_scores_are_read() -> None:
     server.queued.positions = [3, 6]
     request = server.prefill("a", 10 * PAGE_SIZE + 5, policy="queued")
     server.decode(request)
-    assert (request.window, request.tail_start, list(request.history)) == (0, 0, [])
+    assert (request.window, request.resident.tail_start, list(request.story.history)) == (0, 0, [])
     assert server.held_positions(request) == list(range(11))
     server.queued.compute()
     server.before_decode(request)
-    assert list(request.history) == [[0, 3, 6]]
+    assert list(request.story.history) == [[0, 3, 6]]
     assert server.read(request) == [0, 3, 6]
     assert server.held_positions(request) == [0, 3, 6, 10]
-    assert (int(server.table.tail_start[request.row]), request.stalls) == (10, 0)
-    assert server.lookahead.on_their_way == {}
+    assert (int(server.table.tail_start[request.row]), request.story.stalls) == (10, 0)
+    assert server.lookahead.refresher.on_their_way == {}
 
 
 def test_other_passes_count_for_the_lag() -> None:
@@ -1051,9 +1066,9 @@ def test_other_passes_count_for_the_lag() -> None:
     server = Server(LEAD, LAG, window=LONG)
     request = server.prefill("a", 10 * PAGE_SIZE)
     server.lookahead.begin_step()
-    assert request.tail_start == 0
+    assert request.resident.tail_start == 0
     server.lookahead.begin_step()
-    assert request.tail_start == 10
+    assert request.resident.tail_start == 10
 
 
 def test_the_first_windows_of_a_gpu_are_spread_over_what_leaves_time_to_prefetch() -> None:
@@ -1070,9 +1085,9 @@ def test_windows_after_a_prompt_double_until_they_are_whole(lead: int, seed: int
     leads = {}
     for _ in range(240):
         server.decode(request)
-        if request.next is None:
+        if request.resident.next is None:
             leads.setdefault(request.window, request.lead)
-    lengths = [after.tokens - before.tokens for before, after in pairwise(list(request.windows)[:-1])]
+    lengths = [after.tokens - before.tokens for before, after in pairwise(list(request.story.windows)[:-1])]
     short = [length for length in (8, 16, 32) if length < window]
     assert lengths[: len(short)] == short
     assert lengths[len(short)] == window - seed % (window - lead)
@@ -1085,11 +1100,11 @@ def test_a_refresh_starts_before_its_window() -> None:
     a = server.a
     assert (a.window, server.wanted.calls) == (0, 1)
     server.begin(LONG - LEAD)
-    assert (a.window, server.wanted.calls, a.next) == (0, 1, None)
+    assert (a.window, server.wanted.calls, a.resident.next) == (0, 1, None)
     server.end()
     assert (a.window, server.wanted.calls) == (1, 2)
-    assert a.next is not None and a.next.positions is None
-    assert server.lookahead.on_their_way == {"a": a}
+    assert a.resident.next is not None and a.resident.next.state is State.QUEUED
+    assert server.lookahead.refresher.on_their_way == {"a": a}
 
 
 def test_scores_are_read_when_their_pass_is_done() -> None:
@@ -1099,13 +1114,13 @@ def test_scores_are_read_when_their_pass_is_done() -> None:
     server.end()
     for _ in range(LAG - 1):
         server.begin_next()
-        assert server.a.next is not None and server.a.next.positions is None
+        assert server.a.resident.next is not None and server.a.resident.next.state is State.QUEUED
         server.end()
     server.queued.compute()
     assert server.gpu.recalling == []
     server.begin_next()
-    assert server.a.next is not None and server.a.next.positions is not None
-    assert server.a.next.positions.tolist() == NEW
+    assert server.a.resident.next is not None and server.a.resident.next.state is not State.QUEUED
+    assert server.a.resident.next.positions.tolist() == NEW
     (recall,) = server.gpu.recalling
     assert recall.virtual.tolist() == server.a.pages[[5, 6, 7]].tolist()
 
@@ -1116,15 +1131,15 @@ def test_pages_arrive_while_the_old_set_is_read() -> None:
     server.begin(LONG - LEAD + LAG)
     for step in range(LONG - LEAD + LAG, LONG + 1):
         server.begin(step)
-        assert server.read(a) == a.positions.tolist() == OLD
+        assert server.read(a) == a.resident.positions.tolist() == OLD
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
         server.pager.ledger.check()
         server.gpu.arrive()
     server.begin(LONG + 1)
-    assert server.read(a) == a.positions.tolist() == NEW
+    assert server.read(a) == a.resident.positions.tolist() == NEW
     assert server.held_positions(a) == [*NEW, 12]
-    assert list(a.history) == [OLD, NEW]
-    assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (0, 0, 0)
+    assert list(a.story.history) == [OLD, NEW]
+    assert (a.story.stalls, server.lookahead.counts.stalls, server.pager.late_pages) == (0, 0, 0)
     assert server.gpu.recalled_pages == 3
     server.pager.ledger.check()
 
@@ -1135,15 +1150,15 @@ def test_late_pages_leave_the_old_set_until_they_are_there(late: int) -> None:
     a = server.a
     for step in range(LONG + 1, LONG + 1 + late):
         server.begin(step)
-        assert server.read(a) == a.positions.tolist() == OLD
-        assert (a.stalls, server.lookahead.stalls, server.pager.late_pages) == (1, 1, 3)
+        assert server.read(a) == a.resident.positions.tolist() == OLD
+        assert (a.story.stalls, server.lookahead.counts.stalls, server.pager.late_pages) == (1, 1, 3)
         assert server.held_positions(a) == sorted({*OLD, *NEW, 12})
     server.gpu.arrive()
     assert server.read(a) == OLD
     server.begin(LONG + 1 + late)
-    assert server.read(a) == a.positions.tolist() == NEW
+    assert server.read(a) == a.resident.positions.tolist() == NEW
     assert server.held_positions(a) == [*NEW, 12]
-    assert (a.stalls, a.window, list(a.history)) == (1, 1, [OLD, NEW])
+    assert (a.story.stalls, a.window, list(a.story.history)) == (1, 1, [OLD, NEW])
     server.pager.ledger.check()
 
 
@@ -1168,7 +1183,7 @@ def test_a_set_that_is_more_than_a_window_late() -> None:
     """Nothing is predicted meanwhile; afterwards the next refresh starts at once."""
     server = Overlapped()
     server.begin(3 * LONG)
-    assert (server.a.window, server.a.stalls, server.wanted.calls) == (1, 1, 2)
+    assert (server.a.window, server.a.story.stalls, server.wanted.calls) == (1, 1, 2)
     server.gpu.arrive()
     server.begin(3 * LONG + 1)
     assert server.read(server.a) == NEW
@@ -1188,7 +1203,7 @@ def test_which_pages_are_read_does_not_depend_on_when_they_arrive() -> None:
             waiting = waiting + 1 if server.gpu.recalling else 0
             if waiting > delay:
                 server.gpu.arrive()
-        return list(server.a.history)
+        return list(server.a.story.history)
 
     expected = history(0)
     assert len(expected) == 5
@@ -1199,13 +1214,13 @@ def test_which_pages_are_read_does_not_depend_on_when_they_arrive() -> None:
 def test_pages_opened_during_a_refresh_belong_to_the_tail() -> None:
     server = Overlapped(tokens=12 * PAGE_SIZE - 6)
     a = server.a
-    assert a.tail_start == 11
+    assert a.resident.tail_start == 11
     server.begin(LONG - LEAD + LAG)
     assert (len(a.pages), a.tokens) == (12, 12 * PAGE_SIZE - 1)
     server.gpu.arrive()
     server.begin(LONG + 1)
     assert len(a.pages) == 13
-    assert (server.read(a), a.tail_start) == (NEW, 11)
+    assert (server.read(a), a.resident.tail_start) == (NEW, 11)
     assert server.held_positions(a) == [*NEW, 11, 12]
 
 
@@ -1213,11 +1228,11 @@ def test_pages_opened_during_a_refresh_belong_to_the_tail() -> None:
 def test_a_request_forgotten_during_a_refresh_leaves_nothing(step: int) -> None:
     server = Overlapped()
     server.begin(step)
-    assert server.lookahead.on_their_way == {"a": server.a}
+    assert server.lookahead.refresher.on_their_way == {"a": server.a}
     table = server.table.table.clone()
     server.gone(server.a)
     server.pager.ledger.release(server.a.pages)
-    assert server.lookahead.on_their_way == {}
+    assert server.lookahead.refresher.on_their_way == {}
     assert server.pager.ledger.holders() == []
     for _ in range(LONG):
         server.lookahead.begin_step()
@@ -1234,10 +1249,10 @@ def test_a_set_without_room_costs_its_window_and_no_more() -> None:
     others = server.allocate(server.pager.unpromised_pages - 1)
     assert server.pager.hold("c", others)
     server.begin(LONG - LEAD // 2)
-    assert (a.stalls, a.next is None) == (0, False), "there is time to try again"
+    assert (a.story.stalls, a.resident.next is None) == (0, False), "there is time to try again"
     server.begin(LONG - LEAD // 2 + 1)
-    assert (a.stalls, server.lookahead.stalls, a.window) == (1, 1, 1)
-    assert server.lookahead.on_their_way == {}
+    assert (a.story.stalls, server.lookahead.counts.stalls, a.window) == (1, 1, 1)
+    assert server.lookahead.refresher.on_their_way == {}
     assert server.held_positions(a) == [*OLD, 12]
     server.pager.forget("c")
     server.pager.ledger.release(others)
@@ -1248,7 +1263,7 @@ def test_a_set_without_room_costs_its_window_and_no_more() -> None:
     assert server.wanted.calls == 3
     server.begin(2 * LONG + 1)
     assert server.read(a) == NEW
-    assert (a.stalls, list(a.history), server.pager.late_pages) == (1, [OLD, NEW], 0)
+    assert (a.story.stalls, list(a.story.history), server.pager.late_pages) == (1, [OLD, NEW], 0)
 
 
 def test_pages_replaced_during_a_refresh_are_replaced_in_the_new_set() -> None:
@@ -1277,9 +1292,9 @@ def test_a_policy_that_fails_is_not_waited_for_any_longer() -> None:
     server.begin(LONG)
     server.gpu.arrive()
     server.begin(LONG + 1)
-    assert server.lookahead.fallbacks == 1
-    assert server.a.positions.tolist() == [0, 8, 9, 10, 11]
-    assert server.a.stalls == 0
+    assert server.lookahead.counts.fallbacks == 1
+    assert server.a.resident.positions.tolist() == [0, 8, 9, 10, 11]
+    assert server.a.story.stalls == 0
 
 
 def test_heat_grows_when_a_set_is_read_not_when_it_is_chosen() -> None:
@@ -1302,27 +1317,27 @@ def test_a_stage_that_fails_behind_a_forward_pass(stage: str, monkeypatch: pytes
             server.begin(step)
             server.gpu.arrive()
         server.begin(LONG + 1)
-    assert (a.failures, server.lookahead.failures, a.window, a.next) == (1, 1, 1, None)
-    assert server.read(a) == a.positions.tolist() == OLD
+    assert (a.story.failures, server.lookahead.counts.failures, a.window, a.resident.next) == (1, 1, 1, None)
+    assert server.read(a) == a.resident.positions.tolist() == OLD
     assert server.held_positions(a) == [*OLD, 12]
-    assert (a.stalls, a.history, server.lookahead.on_their_way) == (0, [OLD], {})
+    assert (a.story.stalls, a.story.history, server.lookahead.refresher.on_their_way) == (0, [OLD], {})
     server.pager.ledger.check()
     for step in range(LONG + 2, 2 * LONG + 4):
         server.begin(step)
         server.gpu.arrive()
     assert server.read(a) == NEW
     assert server.held_positions(a) == [*NEW, 12]
-    assert (a.failures, a.history) == (1, [OLD, NEW])
+    assert (a.story.failures, a.story.history) == (1, [OLD, NEW])
 
 
 def test_a_smaller_set_leaves_the_next_one_alone() -> None:
     server = Overlapped()
     a = server.a
     server.begin(LONG - LEAD + LAG)
-    assert a.next is not None and a.next.held
+    assert a.resident.next is not None and a.resident.next.held
     obtainable = server.pager.unpromised_pages
     server.lookahead.shrink([a], 1)
-    assert server.read(a) == a.positions.tolist() == [0, 11]
+    assert server.read(a) == a.resident.positions.tolist() == [0, 11]
     assert server.held_positions(a) == [0, 5, 6, 7, 11, 12]
     assert server.pager.unpromised_pages == obtainable + 3
     for step in range(LONG - LEAD + LAG, LONG + 1):
@@ -1332,7 +1347,7 @@ def test_a_smaller_set_leaves_the_next_one_alone() -> None:
     server.begin(LONG + 1)
     assert server.read(a) == NEW
     assert server.held_positions(a) == [*NEW, 12]
-    assert (a.history, a.shrunk, a.stalls) == ([OLD, [0, 11], NEW], 1, 0)
+    assert (a.story.history, a.story.shrunk, a.story.stalls) == ([OLD, [0, 11], NEW], 1, 0)
     server.pager.ledger.check()
 
 
@@ -1364,12 +1379,12 @@ def streamed(lead: int = LEAD, lag: int = LAG, promised: int = 6, **options: obj
     server.late(stores=False)
     server.wanted.positions = server.queued.positions = [3, 6]
     request = server.prefill("a", PROMPT, promised=promised, policy="queued" if lag else "wanted")
-    server.lookahead.running = 3
+    server.lookahead.clock.running = 3
     if lag:
         server.queued.compute()
         assert server.held_positions(request) == [12]
         assert owed(server.pager) == {"a": promised}
-        assert server.lookahead.incomplete == server.lookahead.on_their_way == {"a": request}
+        assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == {"a": request}
     return server, request
 
 
@@ -1379,12 +1394,12 @@ def first_step(server: Server, request: Request) -> None:
 
 
 def is_complete(server: Server, request: Request, positions: list[int]) -> None:
-    assert not request.incomplete
-    assert server.lookahead.incomplete == server.lookahead.on_their_way == {}
-    assert server.read(request) == request.positions.tolist() == positions
-    assert (request.tail_start, int(server.table.tail_start[request.row])) == (12, 12)
+    assert not request.resident.incomplete
+    assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == {}
+    assert server.read(request) == request.resident.positions.tolist() == positions
+    assert (request.resident.tail_start, int(server.table.tail_start[request.row])) == (12, 12)
     assert server.held_positions(request) == [*positions, 12]
-    assert request.history == [positions]
+    assert request.story.history == [positions]
     server.pager.ledger.check()
 
 
@@ -1394,7 +1409,7 @@ def test_on_a_cpu_the_first_set_is_there_before_the_first_step() -> None:
     request = server.prefill("a", PROMPT, promised=6)
     is_complete(server, request, FIRST)
     assert owed(server.pager) == {}
-    assert (request.window, request.stalls, request.shrunk) == (0, 0, 0)
+    assert (request.window, request.story.stalls, request.story.shrunk) == (0, 0, 0)
 
 
 def test_the_first_step_waits_for_scores_and_pages() -> None:
@@ -1403,9 +1418,9 @@ def test_the_first_step_waits_for_scores_and_pages() -> None:
     is_complete(server, request, FIRST)
     assert server.gpu.calls["before_next_kernel"] == 1
     assert owed(server.pager) == {}, "what was promised is used"
-    assert (request.window, request.stalls, request.shrunk, server.pager.late_pages) == (0, 0, 0, 0)
+    assert (request.window, request.story.stalls, request.story.shrunk, server.pager.late_pages) == (0, 0, 0, 0)
     server.after_decode(request)
-    assert request.windows[-1].tokens == PROMPT + 1
+    assert request.story.windows[-1].tokens == PROMPT + 1
 
 
 def test_what_has_come_meanwhile_is_not_waited_for() -> None:
@@ -1413,7 +1428,7 @@ def test_what_has_come_meanwhile_is_not_waited_for() -> None:
     server, request = streamed()
     for _ in range(LAG):
         server.lookahead.begin_step()
-    assert request.next is not None and request.next.held
+    assert request.resident.next is not None and request.resident.next.held
     assert owed(server.pager) == {}
     server.gpu.arrive()
     first_step(server, request)
@@ -1425,8 +1440,8 @@ def test_only_requests_that_decode_are_completed() -> None:
     server, request = streamed()
     server.lookahead.begin_step()
     server.lookahead.complete_first(["b", "c"])
-    assert request.incomplete
-    assert server.lookahead.incomplete == {"a": request}
+    assert request.resident.incomplete
+    assert server.lookahead.sets.incomplete == {"a": request}
     assert server.held_positions(request) == [12]
     assert owed(server.pager) == {"a": 6}
 
@@ -1444,13 +1459,17 @@ def test_the_promise_stands_until_the_set_is_held() -> None:
     assert server.pager.hold("neighbour", others)
     for _ in range(LAG):
         server.lookahead.begin_step()
-    assert request.next is not None and request.next.positions is not None and not request.next.held
+    assert (
+        request.resident.next is not None
+        and request.resident.next.state is not State.QUEUED
+        and not request.resident.next.held
+    )
     assert owed(server.pager) == {"a": 6}
-    assert (request.stalls, request.shrunk) == (0, 0)
+    assert (request.story.stalls, request.story.shrunk) == (0, 0)
     server.pager.forget("neighbour")
     server.pager.ledger.release(others)
     server.lookahead.begin_step()
-    assert request.next.held
+    assert request.resident.next.held
     assert owed(server.pager) == {}
 
 
@@ -1467,7 +1486,7 @@ def test_pages_in_flight_are_waited_for() -> None:
     is_complete(server, request, FIRST)
     assert owed(server.pager) == {}
     assert server.gpu.storing == []
-    assert request.shrunk == 0
+    assert request.story.shrunk == 0
 
 
 @pytest.mark.parametrize(
@@ -1479,7 +1498,7 @@ def test_a_first_set_is_as_large_as_fits(room: int, positions: list[int]) -> Non
     server.leave(room)
     first_step(server, request)
     is_complete(server, request, positions)
-    assert request.shrunk == server.lookahead.shrunk == int(room < 3)
+    assert request.story.shrunk == server.lookahead.counts.shrunk == int(room < 3)
 
 
 @pytest.mark.parametrize("stage", ["choose", "recall"])
@@ -1491,7 +1510,9 @@ def test_when_nothing_works_the_tail_is_read(gpu: bool, stage: str, monkeypatch:
         STAGES[stage](server, patch)
         request = server.prefill("a", PROMPT, promised=6)
         first_step(server, request)
-        assert (request.failures, request.stalls) == (1 if gpu else 2, 1), "a CPU tries before the step, too"
+        assert (request.story.failures, request.story.stalls) == (1 if gpu else 2, 1), (
+            "a CPU tries before the step, too"
+        )
     is_complete(server, request, [])
     assert server.held_positions(request) == [12]
     server.after_decode(request)
@@ -1514,7 +1535,7 @@ def test_a_first_set_that_the_table_refuses_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(server.table, "remap", broken_once)
     first_step(server, request)
     assert calls == [3, 0]
-    assert (request.failures, request.stalls) == (1, 1)
+    assert (request.story.failures, request.story.stalls) == (1, 1)
     is_complete(server, request, [])
 
 
@@ -1535,7 +1556,7 @@ def test_a_request_forgotten_before_its_first_set() -> None:
     server, request = streamed()
     server.pager.forget("a")
     server.lookahead.forget(request)
-    assert server.lookahead.incomplete == server.lookahead.on_their_way == owed(server.pager) == {}
+    assert server.lookahead.sets.incomplete == server.lookahead.refresher.on_their_way == owed(server.pager) == {}
     server.lookahead.begin_step()
     server.lookahead.complete_first(["a"])
     assert server.pager.ledger.holders() == []
@@ -1545,15 +1566,15 @@ def test_a_request_forgotten_before_its_first_set() -> None:
 
 
 def test_recency_prefers_later_pages() -> None:
-    scores = Recency().score(Request("a", 1, 0, "recency", 0.5, False), np.arange(5))
+    scores = Recency().score(Request("a", 1, Asked("recency", 0.5)), np.arange(5))
     assert (np.diff(scores) > 0).all()
     assert (scores > 0).all()
-    assert len(Recency().score(Request("a", 1, 0, "recency", 0.5, False), np.arange(0))) == 0
+    assert len(Recency().score(Request("a", 1, Asked("recency", 0.5)), np.arange(0))) == 0
 
 
 def test_random_pages_are_those_of_the_prompt_and_the_window() -> None:
     def scores(seed: int, window: int) -> list[float]:
-        request = Request("a", 1, seed, "random", 0.5, False, window=window)
+        request = Request("a", 1, Asked("random", 0.5, False, seed), window=window)
         return Random().score(request, np.arange(8)).tolist()
 
     assert scores(7, 0) == scores(7, 0)

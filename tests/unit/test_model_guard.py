@@ -183,7 +183,7 @@ def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_pat
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros((3, 4 * PAGE_SIZE), dtype=torch.int32)),
     )
     create_runtime_hook.create_runtime(None, runner)
-    assert runner.lsa.lookahead.policies["quest"].scale == scale
+    assert runner.lsa.lookahead.scorer.policies["quest"].scale == scale
     assert runner.lsa.recorder is not None
     assert runner.lsa.recorder.scale == scale
 

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from sglang.srt.managers import io_struct
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
-from sglang_lsa.engine.policies import HISTORY_WINDOWS, Request, Window
+from sglang_lsa.engine.request import HISTORY_WINDOWS, Asked, Request, Window
 from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -52,13 +52,13 @@ class Unread(np.ndarray):
 
 
 def running(runtime: LSARuntime, rid: str, windows: int = 0, positions: np.ndarray | None = None) -> Request:
-    request = Request(rid, 1, 0, "quest", 0.2, False, tokens=64 * 15 + 9, prompt_tokens=900, window=windows - 1)
+    request = Request(rid, 1, Asked("quest", 0.2), tokens=64 * 15 + 9, prompt_tokens=900, window=windows - 1)
     request.pages = np.arange(1, 17)
-    request.positions = np.array([0, 2]) if positions is None else positions
-    request.tail_start = 14
+    request.resident.positions = np.array([0, 2]) if positions is None else positions
+    request.resident.tail_start = 14
     seen = Watched(((3, 0.5, 7), (4, None, 9)), 0.25)
     for number in range(windows):
-        request.windows.append(Window(14, request.positions, 900 + number, seen if number % 2 else None))
+        request.story.windows.append(Window(14, request.resident.positions, 900 + number, seen if number % 2 else None))
     runtime.requests[rid] = request
     return request
 
@@ -114,7 +114,7 @@ def test_everything_of_a_request(runtime: LSARuntime) -> None:
 
 
 def test_a_window_that_no_step_has_read_is_no_set(runtime: LSARuntime) -> None:
-    running(runtime, "a", 1).windows.append(Window(15, np.array([5]), 0, Watched((), None)))
+    running(runtime, "a", 1).story.windows.append(Window(15, np.array([5]), 0, Watched((), None)))
     (entry,) = told(runtime, "a")["running"]
     assert entry["history"] == [[0, 2], [5]]
     assert entry["sets"] == "900:14:0,2"
@@ -150,7 +150,7 @@ def test_the_overview_is_bounded(runtime: LSARuntime) -> None:
 def test_the_status_is_bounded(runtime: LSARuntime) -> None:
     for number in range(300):
         running(runtime, "x" * 1000 + str(number), HISTORY_WINDOWS)
-    running(runtime, "dense").tail_start = 0
+    running(runtime, "dense").resident.tail_start = 0
     shown = status(runtime)
     assert shown["running"] == {
         "requests": 301,
@@ -218,7 +218,7 @@ def test_over_http(runtime: LSARuntime, client: TestClient) -> None:
 def test_a_description_that_fails_costs_one_answer(
     runtime: LSARuntime, client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    running(runtime, "a", 1).positions = np.array([99])
+    running(runtime, "a", 1).resident.positions = np.array([99])
     answer = client.get("/lsa/requests", params={"rid": "a"})
     assert answer.status_code == 500 and "the scheduler could not describe itself: IndexError" in answer.text
     assert "it goes on" in caplog.text

@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.page_index import PageIndex
@@ -100,7 +100,7 @@ class Server:
         assert prefix.tolist() == [slot // PAGE_SIZE for slot in seen(req.prefix_indices[::PAGE_SIZE])]
         self.tree.inc_lock_ref(req.last_node)
         self.write(req, 0, req.prefix_indices)
-        self.runtime.requests[rid] = Request(rid, req.req_pool_idx, 0, "quest", 0.5, False, pages=prefix)
+        self.runtime.requests[rid] = Request(rid, req.req_pool_idx, Asked("quest", 0.5), pages=prefix)
         self.running.append(req)
         ends = [*range(len(req.prefix_indices) + chunk, len(tokens), chunk), len(tokens)] if chunk else [len(tokens)]
         begin = len(req.prefix_indices)
@@ -338,7 +338,7 @@ def test_a_wrong_note_is_refused_or_found() -> None:
 
 def test_pages_of_a_request_that_was_never_computed() -> None:
     server = Server(guarded=True)
-    server.runtime.requests["a"] = Request("a", 3, 0, "quest", 0.5, False, pages=np.arange(1, 5))
+    server.runtime.requests["a"] = Request("a", 3, Asked("quest", 0.5), pages=np.arange(1, 5))
     assert server.runtime.pages_known(SimpleNamespace(lsa_key="b", req_pool_idx=3)) is None
     assert server.runtime.pages_known(SimpleNamespace(lsa_key="a", req_pool_idx=2)) is None, "a name that is used again"
     found = server.runtime.pages_known(SimpleNamespace(lsa_key="a", req_pool_idx=3))

@@ -584,7 +584,7 @@ class Adder(SimpleNamespace):
         pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 200)
         config = LSAConfig(policy="recency", budget=0.5, min_pages=1, min_context=4 * PAGE_SIZE)
         lookahead = Lookahead(config, pager, ResidentTable(4, 13, PAGE_SIZE), {"recency": Recency()})
-        admission = Admission(pager, lookahead, chunk)
+        admission = Admission(pager, lookahead.rules, chunk)
         super().__init__(
             tree_cache=SimpleNamespace(
                 lsa=SimpleNamespace(admission=admission, pager=pager), scheduling_pass=Pass(None)

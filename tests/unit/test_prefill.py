@@ -20,9 +20,9 @@ from simulated_gpu import LAYERS
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import prefill as prefill_module
 from sglang_lsa.engine.admission import key_of
-from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 from sglang_lsa.serve.one_request import collect, formatted
@@ -60,13 +60,13 @@ class Server(harness.Server):
             self.runtime.admission,
         )
         self.wanted = Wanted()
-        self.lookahead.policies["quest"] = self.wanted  # type: ignore[index]
+        self.lookahead.scorer.policies["quest"] = self.wanted  # type: ignore[index]
         self.chunk = chunk
 
     def neighbour(self, pages: int | np.ndarray) -> None:
         """Somebody else needs these pages, or so many new ones, on the device."""
         self.hold("neighbour", pages)
-        self.runtime.requests["neighbour"] = Request("neighbour", 8, 0, "quest", 1.0, True)
+        self.runtime.requests["neighbour"] = Request("neighbour", 8, Asked("quest", 1.0, True))
 
     def look_at(self, reading: Reading) -> Read:
         here = self.found_at(reading.slots(self.ledger.v2p), prefill=True)
@@ -159,7 +159,7 @@ class Server(harness.Server):
         )
         number = self.runtime.before_forward(batch, new)
         self.write(self.slots(req, req.computed, tokens))
-        table, index = self.lookahead.table, req.req_pool_idx
+        table, index = self.lookahead.sets.table, req.req_pool_idx
         places = table.pages[index, : int(table.count[index])] * PAGE_SIZE
         read = (places[:, None] + torch.arange(PAGE_SIZE)).flatten().long()
         tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * PAGE_SIZE, tokens), dtype=torch.int64)
@@ -190,7 +190,7 @@ def test_a_prompt_in_place(tokens: int) -> None:
     assert server.prefill.readings is None, "backends read everything"
     assert server.ledger.host_pages == pages_complete(tokens)
     request = server.runtime.requests["a"]
-    assert (request.tokens, request.prompt_tokens, request.prefill) == (tokens, tokens, IN_PLACE)
+    assert (request.tokens, request.prompt_tokens, request.story.prefill) == (tokens, tokens, IN_PLACE)
     assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (tokens, 0)
 
 
@@ -233,11 +233,11 @@ def test_a_prompt_in_place_in_chunks() -> None:
         assert read == Read(server.slots(req, 0, begun))
         assert server.held(req) == list(range(pages_spanned(end)))
         assert owed(server.pager) == {"a": promised}
-        assert server.lookahead.refreshes == 0
+        assert server.lookahead.counts.refreshes == 0
     server.extend(req)
     assert server.held(req) == list(range(11))
     assert owed(server.pager) == {}
-    assert server.lookahead.refreshes == 1
+    assert server.lookahead.counts.refreshes == 1
     assert server.prefill.prompt_tokens == 11 * PAGE_SIZE, "counted once"
 
 
@@ -262,11 +262,11 @@ def test_prompts_of_one_pass_get_their_pages_in_their_order() -> None:
 def test_a_request_reads_all_of_its_pages_until_it_has_a_set() -> None:
     """Its row of the table may still be that of the request before it."""
     server = Server(budget=1.0)
-    server.lookahead.table.remap(1, np.array([3, 4]), 5)
+    server.lookahead.sets.table.remap(1, np.array([3, 4]), 5)
     req = server.request(3 * PAGE_SIZE)
     server.admit(req)
     server.extend(req)
-    assert (int(server.lookahead.table.count[1]), int(server.lookahead.table.tail_start[1])) == (0, 0)
+    assert (int(server.lookahead.sets.table.count[1]), int(server.lookahead.sets.table.tail_start[1])) == (0, 0)
 
 
 # --- streamed --------------------------------------------------------------------------------------------------------
@@ -291,17 +291,17 @@ def test_a_prompt_beyond_the_pool() -> None:
             assert server.held(req) == []
             assert owed(server.pager) == {"a": 12}
             assert server.ledger.host_pages == end // PAGE_SIZE
-            assert server.lookahead.refreshes == 0
+            assert server.lookahead.counts.refreshes == 0
     assert server.runtime.staging.staged_pages == streamed == sum(range(4, 40, 4)) + 37
     assert server.prefill.streamed_passes == 10
 
     request = server.runtime.requests["a"]
-    assert (request.prefill, request.incomplete) == (STREAMED, False)
+    assert (request.story.prefill, request.resident.incomplete) == (STREAMED, False)
     assert owed(server.pager) == {}
-    assert request.positions.tolist() == [0, 30, 45]
+    assert request.resident.positions.tolist() == [0, 30, 45]
     assert server.held(req) == [0, 30, 45, 60]
     assert server.ledger.recalls == 2
-    pages = [*request.pages[request.positions].tolist(), int(request.pages[60])]
+    pages = [*request.pages[request.resident.positions].tolist(), int(request.pages[60])]
     assert {slot // PAGE_SIZE for slot in server.decode(req)} == set(pages)
 
 
@@ -316,7 +316,7 @@ def test_a_prompt_that_is_streamed_because_others_hold_the_pool() -> None:
         assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
         assert server.ledger.held_by("neighbour") == set(range(1, 15))
     assert len(read.streamed) == 2 * PAGE_SIZE
-    assert server.held(req) == server.runtime.requests["a"].positions.tolist()
+    assert server.held(req) == server.runtime.requests["a"].resident.positions.tolist()
 
 
 @pytest.mark.parametrize("ends", [[100], [30, 60, 90], [64, 65, 300, 320, 321], [1]], ids=str)
@@ -438,11 +438,11 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     assert positions(req, read.here, server) == [0, 7, 21, 33, 39]
     assert (read.streamed, server.prefill.staged) == ([], None)
     request = server.runtime.requests["a"]
-    assert (request.prefill, request.cached_pages) == (RESIDENT, 40)
+    assert (request.story.prefill, request.cached_pages) == (RESIDENT, 40)
     assert server.prefill.resident_prompts == 1
     assert not server.runtime.is_exact(req)
     assert server.ledger.recalls == 5
-    assert server.lookahead.failures == 0
+    assert server.lookahead.counts.failures == 0
 
 
 def test_both_runs_hold_what_they_read_and_write() -> None:
@@ -538,20 +538,20 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
     server.wanted.values = {7: 3.0}
     bad, good = (resident(server, memory, rid=rid, row=row, budget=0.1) for row, rid in enumerate(("bad", "good"), 1))
     assert server.admit(bad, good) == [RESIDENT, RESIDENT]
-    choose = server.lookahead.choose
+    choose = prefill_module.choose
 
     def broken_once(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(server.lookahead, "choose", choose)
+        monkeypatch.setattr(prefill_module, "choose", choose)
         raise RuntimeError("injected")
 
     batch, new_pages = server.batch({}, bad, good)
     server.runtime.before_forward(batch, new_pages)
-    monkeypatch.setattr(server.lookahead, "choose", broken_once)
+    monkeypatch.setattr(prefill_module, "choose", broken_once)
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         server.runtime.choose_resident()
     assert "choosing a prefix for bad failed; it reads what it looked at" in caplog.text
-    assert (server.lookahead.failures, server.runtime.requests["bad"].failures) == (1, 1)
-    assert server.runtime.requests["good"].failures == 0
+    assert (server.lookahead.counts.failures, server.runtime.requests["bad"].story.failures) == (1, 1)
+    assert server.runtime.requests["good"].story.failures == 0
     assert server.prefill.readings is not None
     reads = [server.look_at(reading) for reading in server.prefill.readings]
     assert positions(bad, reads[0].here, server) == [0, 39]
@@ -564,7 +564,7 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
 def test_a_choice_that_cannot_be_brought_in_is_not_read(lead: int, lag: int) -> None:
     """The pool is tight, the first look has hot pages, and its queries ask for others: what is read is what is held."""
     server = Server(budget=0.2)
-    server.lookahead.lead, server.lookahead.lag = lead, lag
+    server.lookahead.clock.lead, server.lookahead.clock.lag = lead, lag
     memory = server.memory(40)
     server.push_off()
     for page in memory[6:14]:
@@ -580,7 +580,7 @@ def test_a_choice_that_cannot_be_brought_in_is_not_read(lead: int, lag: int) -> 
     looked, chosen = positions(req, read.look, server), positions(req, read.here, server)
     assert set(looked) < set(chosen), "pages that the look reads cannot be given up while its pass runs"
     assert {20, 22} <= set(chosen) and len(chosen) <= 8
-    assert server.lookahead.failures == 0
+    assert server.lookahead.counts.failures == 0
     for _ in range(3):
         found = server.decode(req)
         assert set(found) <= set(server.slots(req, 0, req.computed))
@@ -601,7 +601,7 @@ def test_what_the_rest_of_a_prompt_needs_is_not_taken_for_its_prefix() -> None:
     (read,) = server.extend(req, a=46 * PAGE_SIZE)
     assert len(positions(req, read.here, server)) <= 12 + 4
     server.extend(req)
-    assert (server.lookahead.failures, owed(server.pager)) == (0, {}), "none of its own pages was missing"
+    assert (server.lookahead.counts.failures, owed(server.pager)) == (0, {}), "none of its own pages was missing"
 
 
 def test_what_a_prompt_still_needs_is_its_own_while_its_pass_runs() -> None:
@@ -621,12 +621,12 @@ def test_a_policy_that_fails_leaves_the_most_recent_pages() -> None:
     server = Server(budget=0.25)
     memory = server.memory(20)
     server.push_off()
-    del server.lookahead.policies["quest"]  # type: ignore[attr-defined]
+    del server.lookahead.scorer.policies["quest"]  # type: ignore[attr-defined]
     req = resident(server, memory)
     server.admit(req)
     (read,) = server.extend(req)
     assert positions(req, read.here, server) == [0, 16, 17, 18, 19]
-    assert (server.lookahead.failures, server.lookahead.fallbacks > 0) == (0, True)
+    assert (server.lookahead.counts.failures, server.lookahead.counts.fallbacks > 0) == (0, True)
 
 
 def test_chunks_of_a_prompt_over_a_resident_prefix() -> None:
@@ -638,7 +638,7 @@ def test_chunks_of_a_prompt_over_a_resident_prefix() -> None:
     req = resident(server, memory, own=7)
     assert server.admit(req) == [RESIDENT]
     demand = owed(server.pager)["a"]
-    assert demand == server.lookahead.set_pages(40, 0.5) + 7 + 1
+    assert demand == server.lookahead.rules.set_pages(40, 0.5) + 7 + 1
     (first,) = server.extend(req, a=44 * PAGE_SIZE)
     assert server.held(req) == [0, 7, 21, 39, 40, 41, 42, 43]
     assert owed(server.pager) == {"a": demand - 8}
@@ -679,11 +679,11 @@ def test_until_its_first_window_a_request_reads_what_its_prompt_read() -> None:
     server.wanted.values = {7: 3.0, 21: 2.0}
     req = resident(server, memory)
     server.admit(req)
-    server.lookahead.lead, server.lookahead.lag = 3, 2  # as on a GPU
+    server.lookahead.clock.lead, server.lookahead.clock.lag = 3, 2  # as on a GPU
     server.extend(req)
     request = server.runtime.requests["a"]
-    assert (request.positions.tolist(), request.tail_start) == ([0, 7, 21, 39], 40)
-    assert request.ranks is not None and request.ranks.tolist() == [np.inf, 3.0, 2.0, np.inf]
+    assert (request.resident.positions.tolist(), request.resident.tail_start) == ([0, 7, 21, 39], 40)
+    assert request.resident.ranks is not None and request.resident.ranks.tolist() == [np.inf, 3.0, 2.0, np.inf]
     server.wanted.values = {}
     found = server.decode(req)
     assert found[: 4 * PAGE_SIZE] == [
@@ -833,4 +833,4 @@ def test_an_idle_server_prefills_whatever_it_does_not_refuse(
         found = server.decode(req)
         assert len(set(found)) == len(found)
         assert set(found) <= set(server.slots(req, 0, req.computed))
-    assert server.lookahead.failures == 0
+    assert server.lookahead.counts.failures == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
@@ -34,8 +34,8 @@ class Server:
         self.v2p = np.zeros(40, dtype=np.int32)
         virtual = np.arange(20, 20 + pages)
         self.v2p[virtual] = np.random.default_rng(0).permutation(np.arange(1, POOL_PAGES))[:pages]
-        self.request = Request("asked", 0, 0, "quest", 1.0, True)
-        self.request.pages, self.request.record = virtual, last
+        self.request = Request("asked", 0, Asked("quest", 1.0, True, record=last))
+        self.request.pages = virtual
         self.request.prompt_tokens = tokens
         self.table = torch.zeros((40, len(OBSERVED), 2, KV_HEADS, DIM))
         for slot, layer in enumerate(OBSERVED):
@@ -64,7 +64,7 @@ class Server:
         if strangers:
             reqs, lengths, prefixes = [self.stranger, *reqs], [strangers, *lengths], [0, *prefixes]
         batch = SimpleNamespace(reqs=reqs, prefix_lens=prefixes, forward_mode=SimpleNamespace(is_extend=lambda: extend))
-        other = Request("stranger", 1, 0, "quest", 1.0, False)
+        other = Request("stranger", 1, Asked("quest", 1.0))
         self.recorder.begin_pass(batch, lengths, {"asked": self.request, "stranger": other}, self.v2p)
         noise = torch.full((strangers if extend else min(1, strangers), 1), 99.0)
         for layer in range(LAYERS):

@@ -13,8 +13,8 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admitted
-from sglang_lsa.engine.policies import Request
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
@@ -107,7 +107,7 @@ def test_prefill_reads_everything() -> None:
 
 def test_on_a_cpu_a_refresh_is_done_at_once() -> None:
     runtime = make_runtime(prefetch_steps=7)
-    assert (runtime.lookahead.lead, runtime.lookahead.lag) == (0, 0)
+    assert (runtime.lookahead.clock.lead, runtime.lookahead.clock.lag) == (0, 0)
 
 
 def test_graph_buffers_are_as_large_as_planned() -> None:
@@ -124,9 +124,9 @@ def test_a_request_that_is_only_short_does_not_outgrow_the_pool(caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="sglang_lsa"):
         runtime = make_runtime(min_context=4096)
     assert "--lsa-min-context 4096 is more than half of the device pool; requests are pruned from 1280" in caplog.text
-    assert runtime.lookahead.config.min_context == runtime.prefill.config.min_context == 20 * PAGE_SIZE
+    assert runtime.lookahead.rules.config.min_context == runtime.prefill.config.min_context == 20 * PAGE_SIZE
     assert runtime.admission.config.min_context == 20 * PAGE_SIZE
-    assert make_runtime(min_context=300).lookahead.config.min_context == 300
+    assert make_runtime(min_context=300).lookahead.rules.config.min_context == 300
 
 
 @pytest.mark.parametrize(("chunk", "staged"), [(None, 3), (512, 3), (8192, 200)])
@@ -168,11 +168,11 @@ def test_counters_are_those_of_their_owners() -> None:
     runtime.pager.warmed_pages = 2
     runtime.pager.reservations.promise("a", 3)
     runtime.prefill.streamed_passes, runtime.staging.staged_pages, runtime.prefill.resident_prompts = 4, 5, 6
-    runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.shrunk = 7, 8, 9
-    runtime.host_evicted_pages, runtime.lookahead.failures, runtime.failed_batches = 10, 11, 12
+    runtime.admission.waits, runtime.admission.pressed, runtime.lookahead.counts.shrunk = 7, 8, 9
+    runtime.host_evicted_pages, runtime.lookahead.counts.failures, runtime.failed_batches = 10, 11, 12
     runtime.prefill.radix_hit_tokens, runtime.prefill.prompt_tokens = 13, 14
     runtime.graphless_steps, runtime.config_changes, runtime.pager.transfer.recall_seconds = 15, 16, 17.0
-    runtime.lookahead.host_seconds, runtime.lookahead.device_seconds = 18.0, 19.0
+    runtime.lookahead.counts.host_seconds, runtime.lookahead.counts.device_seconds = 18.0, 19.0
     values = measure(runtime)
     names = ("warmed_pages", "promised_pages", "streamed_passes", "streamed_pages", "resident_prompts")
     names += ("admission_waits", "retractions", "shrunk_sets", "host_evicted_pages", "refresh_failures")
@@ -207,8 +207,8 @@ def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCa
 def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
     runtime = make_runtime()
     for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
-        request = Request(rid, 1, 0, "quest", 0.5, False, tokens=pages * PAGE_SIZE)
-        request.tail_start, request.positions = pages, np.arange(resident)
+        request = Request(rid, 1, Asked("quest", 0.5), tokens=pages * PAGE_SIZE)
+        request.resident.tail_start, request.resident.positions = pages, np.arange(resident)
         runtime.requests[rid] = request
     values = measure(runtime)
     assert (values["lsa_context_pages"], values["lsa_resident_pages"]) == (18, 12)
@@ -245,17 +245,17 @@ def test_a_pass_that_was_given_up_before_it_started() -> None:
 
 def test_running_requests_shrink_before_one_is_retracted() -> None:
     runtime = make_runtime(policy="recency", min_pages=1, budget=0.5, min_context=64)
-    request = Request("a", 1, 0, "recency", 0.5, False, tokens=20 * PAGE_SIZE)
+    request = Request("a", 1, Asked("recency", 0.5), tokens=20 * PAGE_SIZE)
     request.pages = np.arange(1, 21)
     held(runtime, "a", *range(1, 21))
     runtime.pager.store(request.pages)
     runtime.requests["a"] = request
     runtime.lookahead.begin(request)
     held(runtime, "b", *range(21, 51))
-    assert (len(request.positions), runtime.pager.unpromised_pages) == (10, 0)
+    assert (len(request.resident.positions), runtime.pager.unpromised_pages) == (10, 0)
     opening = [SimpleNamespace(kv_committed_len=20 * PAGE_SIZE)] * 3
     assert runtime.can_decode(opening)
-    assert (len(request.positions), request.shrunk, runtime.admission.pressed) == (5, 1, 0)
+    assert (len(request.resident.positions), request.story.shrunk, runtime.admission.pressed) == (5, 1, 0)
     assert runtime.pager.unpromised_pages == 5
     assert not runtime.can_decode(opening * 3)
     assert runtime.admission.pressed == 1
@@ -298,18 +298,18 @@ def _raises(error: type[Exception] | None) -> AbstractContextManager[object]:
 def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     """Also of one that was still being prefilled, and could not be read whole."""
     runtime = make_runtime()
-    request = Request("a", 1, 0, "quest", 0.5, False, tokens=100)
+    request = Request("a", 1, Asked("quest", 0.5), tokens=100)
     request.pages = np.array([1, 2])
     held(runtime, "a", 1, 2)
     runtime.requests["a"] = request
-    runtime.lookahead.await_first(request)
-    runtime.lookahead.on_their_way["a"] = request
+    runtime.lookahead.sets.await_first(request)
+    runtime.lookahead.refresher.on_their_way["a"] = request
     runtime.pager.reservations.promise("a", 5)
     runtime.admission.admitted["a"] = Admitted(STREAMED, np.zeros(0, dtype=np.int64), 5)
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
     assert runtime.requests == runtime.admission.admitted == {}
     assert runtime.pager.reservations.holders() == []
-    assert runtime.lookahead.incomplete == runtime.lookahead.on_their_way == {}
+    assert runtime.lookahead.sets.incomplete == runtime.lookahead.refresher.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
     assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
     runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))

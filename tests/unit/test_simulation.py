@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from simulation import failure_of
 
+from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.memory.ledger import Ledger
 
@@ -39,8 +40,8 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
         for index in self.looking:
             request = self.batch[index]
             cached = request.cached_pages
-            found = self.lookahead.choose(self.lookahead.score(request, cached).values(), cached, request.budget)
-            request.prefix_positions, request.prefix_ranks = found.positions, found.ranks
+            found = choose(self.rules, self.scorer.score(request, cached).values(), cached, request.asked.budget)
+            request.resident.prefix_positions, request.resident.prefix_ranks = found.positions, found.ranks
             here = self._here(request, found.positions)
             self.pager.retain(
                 request.key, np.concatenate((request.pages[: len(here)][here], request.pages[len(here) :]))
@@ -67,7 +68,7 @@ def test_it_finds_a_promise_that_is_forgotten_during_a_pass(monkeypatch: pytest.
                     reservations.settle(request.key)
             else:
                 for request in self.batch:
-                    if arguments[1] or request.incomplete:
+                    if arguments[1] or request.resident.incomplete:
                         reservations.promise(request.key, forgotten[request.key])
 
         return pass_

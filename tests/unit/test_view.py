@@ -19,7 +19,7 @@ from aiohttp import web
 
 from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.ledger import Ledger
@@ -57,7 +57,7 @@ def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options
 
 
 def add_request(runtime: LSARuntime, rid: str, pages: np.ndarray, **fields: Any) -> Request:
-    request = Request(rid, 1, 0, "quest", 0.5, False, tokens=len(pages) * PAGE_SIZE, pages=pages, **fields)
+    request = Request(rid, 1, Asked("quest", 0.5), tokens=len(pages) * PAGE_SIZE, pages=pages, **fields)
     runtime.requests[rid] = request
     return request
 
@@ -84,7 +84,7 @@ def test_states_of_pages() -> None:
     gone = own[~ledger.on_device(own)]
     assert len(gone) == 4
     request = add_request(runtime, "r", own, window=1, tail_start=9, set_asked=ledger.passes)
-    request.positions = np.union1d([0], gone[:2] - 1)  # page ids are positions + 1
+    request.resident.positions = np.union1d([0], gone[:2] - 1)  # page ids are positions + 1
     assert runtime.pager.hold("r", request.read_pages())
     (states,) = page_states(runtime, [request])
     assert states[0] == SINK
@@ -107,13 +107,13 @@ def test_what_an_earlier_window_recalled_is_resident() -> None:
     ledger.forward_finished(ledger.forward_started())
     assert not ledger.on_device(own).any()
     request = add_request(runtime, "r", own, window=1, tail_start=8, set_asked=ledger.passes)
-    request.positions = np.array([2, 3])
+    request.resident.positions = np.array([2, 3])
     assert runtime.pager.hold("r", own[[2, 3]])
     assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RECALLED, RECALLED]
     ledger.forward_finished(ledger.forward_started())
-    request.set_asked = ledger.passes
+    request.resident.set_asked = ledger.passes
     assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RESIDENT, RESIDENT]
-    request.set_asked = 0  # it has no set yet: what its prompt's prefix recalled is for no window
+    request.resident.set_asked = 0  # it has no set yet: what its prompt's prefix recalled is for no window
     assert page_states(runtime, [request])[0][[2, 3]].tolist() == [RESIDENT, RESIDENT]
 
 
@@ -228,7 +228,7 @@ def test_a_snapshot_changes_nothing() -> None:
     runtime = make_runtime()
     mirrored(runtime, np.arange(1, 6))
     request = add_request(runtime, "r", np.arange(1, 6), window=0, tail_start=4)
-    request.positions = np.array([0, 2])
+    request.resident.positions = np.array([0, 2])
     before = [array.copy() for array in (runtime.pager.ledger.v2p, runtime.pager.ledger.heat.values)]
     first = snapshot(runtime)
     second = snapshot(runtime)
@@ -237,7 +237,7 @@ def test_a_snapshot_changes_nothing() -> None:
         (a == b).all()
         for a, b in zip(before, (runtime.pager.ledger.v2p, runtime.pager.ledger.heat.values), strict=True)
     )
-    assert request.positions.tolist() == [0, 2]
+    assert request.resident.positions.tolist() == [0, 2]
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.policies import Request
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.serve.metrics import measure
 
@@ -62,8 +62,8 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
     Args:
         states: of its pages, see :func:`page_states`.
     """
-    context, resident = request.residency()
-    dense = request.tail_start == 0
+    context, resident = request.sizes()
+    dense = request.resident.tail_start == 0
     least = runtime.config.min_pages
     return {
         "rid": request.rid if len(request.rid) <= LONGEST_NAME else request.rid[: LONGEST_NAME - 1] + "…",
@@ -72,15 +72,15 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
         "prompt_tokens": request.prompt_tokens,
         "pages": context,
         "resident": resident,
-        "budget": context if dense else budget_pages(context, request.budget, least),
+        "budget": context if dense else budget_pages(context, request.asked.budget, least),
         "window": request.window,
         "steps_left": max(0, min(request.steps_left, runtime.config.window)),
-        "policy": "full" if dense else request.policy,
+        "policy": "full" if dense else request.asked.policy,
         "phase": "prefill" if request.window < 0 else "decode",
-        "prefill": request.prefill,
-        "coverage": request.coverage,
-        "stalls": request.stalls,
-        "shrunk": request.shrunk,
+        "prefill": request.story.prefill,
+        "coverage": request.story.coverage,
+        "stalls": request.story.stalls,
+        "shrunk": request.story.shrunk,
         "recalled": int((states == RECALLED).sum()),
         "column": (column := pages_per_column(len(states))),
         "map": encode(states, column),
@@ -100,13 +100,13 @@ def page_states(runtime: LSARuntime, requests: Sequence[Request]) -> list[np.nda
     pages = np.concatenate([request.pages for request in requests])
     read = np.zeros(len(pages), dtype=bool)
     for request, start, end in zip(requests, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        read[start + request.positions] = True
-        read[start + request.tail_start : end] = True
+        read[start + request.resident.positions] = True
+        read[start + request.resident.tail_start : end] = True
     here = ledger.on_device(pages)
     # A prompt that is being streamed has no set yet and reads pages that are not here: those are on the host.
     read &= here
     # Before its first set, nothing was recalled for a window.
-    since = np.repeat([request.set_asked or NO_PASS for request in requests], sizes)
+    since = np.repeat([request.resident.set_asked or NO_PASS for request in requests], sizes)
     states = np.full(len(pages), HOST, dtype=np.uint8)
     states[here] = CACHED
     states[read] = RESIDENT

@@ -1,0 +1,92 @@
+"""When decode finds no device page to grow into: resident sets give some up before a request is retracted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from sglang_lsa.engine.choose import Rules
+from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.refresh import Refresher
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Request
+from sglang_lsa.memory.ledger import LedgerError
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_spanned
+
+logger = logging.getLogger(__name__)
+
+
+class Pressure:
+    """Makes resident sets of running requests smaller."""
+
+    def __init__(self, rules: Rules, pager: Pager, sets: ResidentSets, refresher: Refresher, counts: Counts):
+        self.rules, self.pager, self.sets = rules, pager, sets
+        self.refresher, self.counts = refresher, counts
+
+    def shrink(self, requests: Sequence[Request], wanted: int) -> None:
+        """Make resident sets smaller, the largest first and each by half, until ``wanted`` device pages are let go.
+
+        None becomes smaller than ``min_pages``. When that is not enough, requests that still read everything, because
+        they asked for that many steps or wait for a set of their own, get their first set now. What was let go can be
+        had once no forward pass reads it.
+        """
+        freed = 0
+        smaller = [
+            request for request in requests if request.resident.ranks is not None and request.resident.tail_start
+        ]
+        whole = [request for request in requests if not request.resident.tail_start and self._may_be_pruned(request)]
+        for request, let_go in (
+            *(
+                (request, self._halve)
+                for request in sorted(smaller, key=lambda request: -len(request.resident.positions))
+            ),
+            *((request, self._prune_now) for request in sorted(whole, key=lambda request: -len(request.pages))),
+        ):
+            if freed >= wanted:
+                return
+            held = self.pager.ledger.held_pages
+            try:
+                let_go(request)
+                freed += held - self.pager.ledger.held_pages
+            except LedgerError:
+                raise
+            except Exception:
+                self.counts.failures += 1
+                logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
+
+    def _may_be_pruned(self, request: Request) -> bool:
+        decodes = request.computed == request.tokens >= self.rules.config.min_context
+        return decodes and not request.asked.dense and not request.resident.incomplete
+
+    def _prune_now(self, request: Request) -> None:
+        if request.resident.next is None:
+            self.refresher.start(request, predict=True)
+        self.refresher.load_now(request, urgent=True)
+        if request.resident.next is not None and request.resident.next.held:
+            request.steps_left = 0  # of those that were to read everything
+            self.refresher.switch_now(request)
+            self._count(request)
+
+    def _halve(self, request: Request) -> None:
+        assert request.resident.ranks is not None
+        tail = pages_spanned(request.tokens) - request.resident.tail_start
+        stay = int(np.isposinf(request.resident.ranks).sum())
+        size = max(len(request.resident.positions) // 2, self.rules.config.min_pages - tail, stay)
+        if size >= len(request.resident.positions):
+            return
+        kept = np.sort(np.argsort(-request.resident.ranks, kind="stable")[:size])
+        self.sets.remap(
+            request, request.resident.positions[kept], request.resident.tail_start, request.resident.ranks[kept]
+        )
+        needed = [request.read_pages()]
+        if request.resident.next is not None and request.resident.next.held:
+            needed.append(request.resident.next.needed(request.pages))
+        self.pager.retain(request.key, np.concatenate(needed))
+        self._count(request)
+
+    def _count(self, request: Request) -> None:
+        request.story.shrunk += 1
+        self.counts.shrunk += 1

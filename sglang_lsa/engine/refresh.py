@@ -1,0 +1,259 @@
+"""A refresh: the next resident set of a request, from its scores to the step that reads it, stage by stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from sglang_lsa.engine.choose import Rules, choose
+from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.prompt_lookup import pages_next
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Refresh, Request, State
+from sglang_lsa.engine.score import Scorer
+from sglang_lsa.engine.selection import affordable, watched
+from sglang_lsa.engine.window import Clock
+from sglang_lsa.memory.ledger import LedgerError
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
+
+logger = logging.getLogger(__name__)
+
+BLIND = ("", "recency", "random")
+"""Policies whose scores do not come from what a request looks at."""
+
+
+class Refresher:
+    """Takes every refresh from state to state.
+
+    A refresh that fails costs its request a new set, not its life: the old one stays.
+    """
+
+    def __init__(
+        self, rules: Rules, clock: Clock, pager: Pager, sets: ResidentSets, scorer: Scorer, counts: Counts
+    ) -> None:
+        self.rules, self.clock, self.pager, self.sets = rules, clock, pager, sets
+        self.scorer, self.counts = scorer, counts
+        self.on_their_way: dict[str, Request] = {}
+
+    def start(self, request: Request, predict: bool = False) -> None:
+        """Queue what predicts the next resident set.
+
+        Args:
+            predict: also where the request names its sets itself; those stay for their time.
+        """
+        request.window += 1
+        self.counts.refreshes += 1
+        complete, context = pages_complete(request.computed), pages_spanned(request.computed)
+        new = Refresh(request.computed, complete, context, due=self.clock.step, asked=self.pager.ledger.passes)
+        if request.given and not predict:
+            given = request.given.popleft()
+            new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
+            new.state = State.CHOSEN
+        elif not request.asked.dense and (
+            request.resident.incomplete or request.tokens >= self.rules.config.min_context
+        ):
+            new.scores = self.scorer.score(request, complete)
+            new.due += self.clock.lag
+        request.resident.next = new
+        self.on_their_way[request.key] = request
+        if new.due <= self.clock.step:
+            self.advance(request)
+
+    def advance(self, request: Request) -> None:
+        """Take the refresh of ``request`` as far as it can go now."""
+        self._attempt(request, self._choose)
+        self._attempt(request, self._load)
+        if request.steps_left <= 0:
+            self._attempt(request, self._switch_if_here)
+
+    def load_now(self, request: Request, urgent: bool) -> None:
+        """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
+        if request.resident.next is not None:
+            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
+            self._attempt(request, self._choose)
+            self._attempt(request, self._load)
+
+    def switch_now(self, request: Request) -> None:
+        """Read the next set of ``request``, which is held, from now on."""
+        self._attempt(request, self._switch)
+
+    def complete_first(self, request: Request) -> None:
+        """A request is about to decode that cannot be read whole: it gets its first set now.
+
+        That may wait for the scores, for device pages and, on the device, for the pages' content.
+        """
+        if request.resident.next is None:
+            self.start(request)
+        for last in (False, True):
+            if (new := request.resident.next) is not None and not new.held:
+                self.load_now(request, urgent=last)
+                if request.steps_left <= 0:
+                    self._attempt(request, self._switch_if_here)
+                if not new.held and not last:
+                    self.pager.settle()
+        if request.resident.next is not None:  # sent for, but not here yet
+            self.pager.require(request.resident.next.needed(request.pages))
+            self.switch_now(request)
+        if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
+            self._keep_tail(request)
+
+    def forget(self, request: Request) -> None:
+        """The request is gone."""
+        self.on_their_way.pop(request.key, None)
+
+    # -- QUEUED -> CHOSEN ----------------------------------------------------------------------------------------
+
+    def _choose(self, request: Request, new: Refresh) -> None:
+        """Which of the complete pages to keep, and where the tail starts."""
+        if new.state is not State.QUEUED or self.clock.step < new.due:
+            return
+        new.state = State.CHOSEN
+        if new.scores is None:
+            return
+        scores = new.scores.values()
+        self.counts.device_seconds += new.scores.device_seconds
+        new.values = np.where(np.isnan(scores), -np.inf, scores)
+        policy = "" if new.scores.failed else request.asked.policy
+        prompt = pages_spanned(request.prompt_tokens)
+        upcoming = self._upcoming(request, new) if policy not in BLIND else ()
+        found = choose(self.rules, new.values, new.context, request.asked.budget, policy, prompt, upcoming)
+        new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
+        if request.asked.watch:
+            unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
+            new.watched = watched(request.asked.watch, new.values, new.positions, unscored)
+        request.story.coverage = found.coverage
+        request.story.widened += found.widened
+        self.counts.widened += found.widened
+        self.counts.collapsed += found.collapsed
+        if found.collapsed and not request.story.collapsed:
+            logger.warning(
+                "LSA: no page of %s scored above the threshold, so that it reads its first and last pages only; an "
+                "answer from elsewhere is lost: lower --lsa-threshold, or use another policy",
+                request.rid,
+            )
+        request.story.collapsed += found.collapsed
+
+    def _upcoming(self, request: Request, new: Refresh) -> np.ndarray:
+        """Complete pages that the request reads next if it goes on copying; what is known depends on steps only."""
+        if not request.asked.prompt_lookup:
+            return np.zeros(0, dtype=np.int64)
+        steps = self.clock.lead + self.clock.window
+        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps)
+        return pages[pages < new.complete]
+
+    # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
+
+    def _load(self, request: Request, new: Refresh) -> None:
+        """Hold the set beside the old one and send for what is not on the device: all of it, or what fits if that
+        cannot wait; with no room for either, the old set stays for one more window."""
+        if new.state is not State.CHOSEN:
+            return
+        if self._hold(request, new) or (not self._can_wait(request, new) and self._hold_less(request, new)):
+            new.state = State.LOADING
+            self.pager.reservations.settle(request.key)  # what admission promised for a first set is held
+        elif not self._can_wait(request, new):
+            self._stall(request)
+            self._end(request)
+
+    def _can_wait(self, request: Request, new: Refresh) -> bool:
+        """Whether there is time to try again before the next step; what is in flight now can be had then (GPU)."""
+        return (
+            self.clock.lag > 0
+            and not new.urgent
+            and (request.resident.incomplete or request.steps_left > request.lead // 2)
+        )
+
+    def _hold(self, request: Request, new: Refresh) -> bool:
+        """Hold the new set beside the old one.
+
+        A device page per running request is left for it to grow into. Nothing is held when the set does not fit.
+        """
+        if new.tail_start == request.resident.tail_start == 0 and not request.resident.incomplete:
+            return True  # it holds all of its pages
+        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
+
+    def _hold_less(self, request: Request, new: Refresh) -> bool:
+        """The same with what fits: the best of the new pages and, in place of the others, the best of the old set.
+
+        Nothing is held when no new page fits, or fewer than ``min_pages`` in all.
+        """
+        if new.ranks is None:
+            return False
+        wanted = len(new.positions)
+        old = np.setdiff1d(request.resident.positions[request.resident.positions < new.complete], new.positions)
+        positions, ranks = np.append(new.positions, old), np.append(new.ranks, new.values[old])
+        costs = ~self.pager.ledger.is_held(request.pages[positions])
+        tail = request.pages[new.tail_start :]
+        room = self.pager.room_for(request.key) - self._spare(request) - int((~self.pager.ledger.is_held(tail)).sum())
+        kept = affordable(ranks, costs, max(0, room))[:wanted]
+        least = 0 if request.resident.incomplete else min(self.rules.config.min_pages - len(tail), wanted)
+        fresh = np.isin(positions[kept], request.resident.positions, invert=True).any()
+        if room < 0 or len(kept) < least or not (fresh or request.resident.incomplete):
+            return False
+        order = np.argsort(positions[kept])
+        new.positions, new.ranks = positions[kept][order], ranks[kept][order]
+        request.story.shrunk += 1
+        self.counts.shrunk += 1
+        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
+
+    def _spare(self, request: Request) -> int:
+        return 0 if request.window == 0 else self.clock.running
+
+    # -- LOADING -> read -----------------------------------------------------------------------------------------
+
+    def _switch_if_here(self, request: Request, new: Refresh) -> None:
+        """Its window begins, or has begun: read the new set if its pages are there, else go on with the old one."""
+        if not new.held:
+            return
+        if self.pager.arrived(needed := new.needed(request.pages)):
+            self._switch(request, new)
+        elif new.state is State.LOADING and not request.resident.incomplete:
+            new.state = State.LATE
+            self.pager.count_late(needed)
+            self._stall(request)
+
+    def _switch(self, request: Request, new: Refresh) -> None:
+        """Let go of the old set and let decode attention read the new one."""
+        self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
+        request.resident.set_asked = new.asked
+        if new.tail_start:
+            self.pager.retain(request.key, new.needed(request.pages))
+            self.pager.ledger.heat.select(request.pages[new.positions])
+        self._end(request)
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _end(self, request: Request) -> None:
+        request.resident.next = None
+        self.on_their_way.pop(request.key, None)
+        self.clock.next_window(request)
+
+    def _stall(self, request: Request) -> None:
+        request.story.stalls += 1
+        self.counts.stalls += 1
+
+    def _keep_tail(self, request: Request) -> None:
+        tail_start = pages_complete(request.computed)
+        self.sets.remap(request, np.zeros(0, dtype=np.int64), tail_start)
+        self.pager.retain(request.key, request.pages[tail_start:])
+        self.pager.reservations.settle(request.key)
+        self._stall(request)
+
+    def _attempt(self, request: Request, stage: Callable[[Request, Refresh], None]) -> None:
+        """Run one stage. If it fails, the set that the request reads stays for one more window."""
+        new = request.resident.next
+        if new is None:
+            return
+        try:
+            stage(request, new)
+        except LedgerError:
+            raise
+        except Exception:
+            self.counts.failures += 1
+            request.story.failures += 1
+            logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
+            self.pager.retain(request.key, request.read_pages())
+            self._end(request)

@@ -1,0 +1,59 @@
+"""remap: what decode attention reads of each request. Writes the resident table and what requests know of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_lsa.engine.request import Request, Window
+from sglang_lsa.engine.selection import Watched
+from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.resident_table import ResidentTable
+
+
+class ResidentSets:
+    """The only one that writes the resident table, so that it and the requests say the same."""
+
+    def __init__(self, table: ResidentTable, ledger: Ledger):
+        self.table, self.ledger = table, ledger
+        self.incomplete: dict[str, Request] = {}
+        """Requests that cannot decode before they have a resident set."""
+
+    def enter(self, row: int) -> None:
+        """A request has this row now. Until its first window is predicted it reads all of its pages."""
+        self.table.remap(row, np.zeros(0, dtype=np.int64), 0)
+
+    def await_first(self, request: Request) -> None:
+        """Some pages of this request have left the device: it cannot decode before it has a resident set."""
+        request.resident.incomplete = True
+        self.incomplete[request.key] = request
+
+    def remap(
+        self,
+        request: Request,
+        positions: np.ndarray,
+        tail_start: int,
+        ranks: np.ndarray | None = None,
+        watched: Watched | None = None,
+    ) -> None:
+        """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
+        still_dense = request.resident.tail_start == tail_start == 0
+        if not still_dense:
+            self.table.remap(request.row, self.ledger.v2p[request.pages[positions]], tail_start)
+        request.resident.positions, request.resident.tail_start, request.resident.ranks = positions, tail_start, ranks
+        if request.resident.incomplete:
+            request.resident.incomplete = False
+            del self.incomplete[request.key]
+        if request.story.windows and not request.story.windows[-1].tokens:
+            request.story.windows.pop()  # no step has read it
+        request.story.windows.append(Window(tail_start, positions, watched=watched))
+
+    def moved(self, request: Request) -> None:
+        """The same tokens of this request are in other pages now."""
+        if request.resident.tail_start:
+            self.table.remap(
+                request.row, self.ledger.v2p[request.pages[request.resident.positions]], request.resident.tail_start
+            )
+
+    def forget(self, request: Request) -> None:
+        """The request is gone."""
+        self.incomplete.pop(request.key, None)

@@ -1,0 +1,49 @@
+"""score: asks a request's policy. What it says comes later; that it fails costs a window its prediction, no more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.deferred_scores import Fetch
+from sglang_lsa.engine.policies import Policy
+from sglang_lsa.engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+SCORE_LAG = 2
+"""Forward passes between the one whose queries are scored and the one before which the scores are read, on a GPU. By
+then the overlap scheduler has waited for the first anyway, so that reading them does not."""
+
+
+class Scorer:
+    """The policies of a server.
+
+    Args:
+        policies: by name; ``full`` needs none, ``recency`` stands in for one that fails.
+        device: on which scores are computed.
+    """
+
+    def __init__(self, policies: Mapping[str, Policy], device: torch.device, counts: Counts):
+        self.policies, self.device, self.counts = policies, device, counts
+
+    def score(self, request: Request, complete: int) -> Fetch:
+        """Queue the scores of the first ``complete`` pages; those of the most recent pages if the policy fails."""
+        pages = request.pages[:complete]
+        try:
+            with Fetch.timed(self.device) as fetch:
+                fetch.scores = self.policies[request.asked.policy].score(request, pages)
+            if len(fetch.scores) != len(pages):
+                raise ValueError(f"{len(fetch.scores)} scores for {len(pages)} pages")
+            return fetch
+        except Exception:
+            self.counts.fallbacks += 1
+            logger.exception(
+                "LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.asked.policy
+            )
+            fetch = Fetch.of(self.policies["recency"].score(request, pages))
+            fetch.failed = True
+            return fetch
