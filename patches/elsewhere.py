@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from sglang_lsa.patches.hook import Hook
 from sglang_lsa.serve.screen.header import EXAMPLE
+
+
+def refuses_options(target: str, *, raises_mistakes: bool = False, needs: str = "") -> Hook:
+    """The hook on a handler of such a protocol.
+
+    Args:
+        target: the handler, ``async handler(self, request, raw_request)``.
+        raises_mistakes: it leaves ValueError, SGLang's own way to say that a request is wrong, to HTTP 500.
+        needs: see :class:`Hook`.
+    """
+
+    async def answer(original, self, request, raw_request=None):
+        await require_none(raw_request)
+        with answering_mistakes() if raises_mistakes else nullcontext():
+            return await original(self, request, raw_request)
+
+    return Hook(
+        target=target,
+        kind="around",
+        function=answer,
+        parameters=("self", "request", "raw_request"),
+        why="It ignores what it does not know: the client would believe that it got what it asked for.",
+        until="It has custom_params.",
+        test="tests/server/test_screen.py::test_options_are_never_dropped",
+        needs=needs,
+    )
 
 
 @contextmanager
 def answering_mistakes() -> Iterator[None]:
-    """Around a handler that leaves ValueError to HTTP 500, SGLang's own way to say that a request is wrong."""
+    """Inside, ValueError is HTTP 400."""
     try:
         yield
     except ValueError as error:

@@ -9,13 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa import SGLANG_VERSION
-
-FIX = f"Install it (pip install sglang=={SGLANG_VERSION}), or start without --lsa flags"
-
-
-class IncompatibleSGLang(RuntimeError):
-    """The installed SGLang is not the one that the hooks were written for."""
+from sglang_lsa.patches.releases import IncompatibleSGLang, refusal
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,8 @@ class Hook:
         test: the test that fails without it.
         needs: package without which SGLang itself serves without what is wrapped, "" for none; then this hook is left
             out, too.
+        relies_on: what else of SGLang the wrapper calls, or whose inner working it counts on; has a fingerprint, like
+            the target (see :mod:`sglang_lsa.patches.relied`).
     """
 
     target: str
@@ -42,6 +38,7 @@ class Hook:
     until: str
     test: str
     needs: str = ""
+    relies_on: tuple[str, ...] = ()
 
     @property
     def needless(self) -> bool:
@@ -61,14 +58,4 @@ class Hook:
     def check(self) -> None:
         """Raise IncompatibleSGLang unless the target exists and takes the parameters that we rely on."""
         if (problem := self.problem()) is not None:
-            raise IncompatibleSGLang(_message(self.target, problem))
-
-
-def check_version(installed: str) -> None:
-    """Raise IncompatibleSGLang unless ``installed`` is the release that the hooks were written for."""
-    if installed != SGLANG_VERSION:
-        raise IncompatibleSGLang(_message("sglang", f"is version {installed}"))
-
-
-def _message(target: str, seen: str) -> str:
-    return f"{target} {seen}; sglang-lsa was written for SGLang {SGLANG_VERSION}. {FIX}."
+            raise IncompatibleSGLang(refusal(self.target, problem))

@@ -43,4 +43,9 @@ HOOK = Hook(
     why="The ledger must know every page that is handed out and taken back.",
     until="SGLang has a registry of allocators.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=(
+        "sglang.srt.mem_cache.kv_cache_configurator._PoolSizes",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._init_pools",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.__init__",
+    ),
 )

@@ -20,4 +20,8 @@ HOOK = Hook(
     why="Otherwise the pool would be as large as the host mirror.",
     until="SGLang has separate sizes for slots and for device memory.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=(
+        "sglang.srt.mem_cache.kv_cache_configurator._PoolSizes",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._init_pools",
+    ),
 )

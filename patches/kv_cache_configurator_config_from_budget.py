@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sglang_lsa.engine.sizing import kv_page, plan_memory, server_needs
+from sglang_lsa.patches.arguments import extra_context
 from sglang_lsa.patches.hook import Hook
 
 
 def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
-    from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
     from sglang.srt.runtime_context import get_parallel
 
     pool_config = original(self, budget_bytes, cap_tokens=cap_tokens)
@@ -16,7 +16,7 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
         "itemsize": self.kv_cache_dtype.itemsize,
         "tp_size": get_parallel().attn_tp_size,
     }
-    extra = get_req_to_token_extra_context_len(self.server_args)
+    extra = extra_context(self.server_args)
     plan = plan_memory(
         self.server_args.lsa_config,
         page=kv_page(self.model_config, **shape),
@@ -38,4 +38,12 @@ HOOK = Hook(
     why="Everything that SGLang sizes by tokens (allocator, radix tree, admission) must use virtual tokens.",
     until="SGLang has separate sizes for slots and for device memory.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._derive_pool_sizes",
+        "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
+        "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+        "sglang.srt.runtime_context.get_parallel",
+        "sglang.srt.runtime_context.ParallelContext.attn_tp_size",
+    ),
 )

@@ -21,4 +21,5 @@ HOOK = Hook(
     why="What a prompt asks of its cached prefix is not known before its queries are.",
     until="The prompt's queries can be predicted without the model.",
     test="tests/server/test_resident_prefill.py::test_a_question_about_a_long_memory",
+    relies_on=("sglang.srt.model_executor.forward_batch_info.ForwardMode.is_extend",),
 )

@@ -32,4 +32,5 @@ HOOK = Hook(
     why="Attention backend, radix tree and scheduler hooks all find the runtime on the model runner.",
     until="SGLang calls plugins when its pools are ready.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=("sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",),
 )

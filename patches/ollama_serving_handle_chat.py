@@ -2,22 +2,6 @@
 
 from __future__ import annotations
 
-from sglang_lsa.patches.elsewhere import answering_mistakes, require_none
-from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.elsewhere import refuses_options
 
-
-async def answer(original, self, request, raw_request=None):
-    await require_none(raw_request)
-    with answering_mistakes():
-        return await original(self, request, raw_request)
-
-
-HOOK = Hook(
-    target="sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_chat",
-    kind="around",
-    function=answer,
-    parameters=("self", "request", "raw_request"),
-    why="It ignores what it does not know: the client would believe that it got what it asked for.",
-    until="It has custom_params.",
-    test="tests/server/test_screen.py::test_options_are_never_dropped",
-)
+HOOK = refuses_options("sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_chat", raises_mistakes=True)

@@ -25,4 +25,5 @@ HOOK = Hook(
     why="SGLang would compute a full chunk, and may end it within a page; the next could not read that from the host.",
     until="SGLang lets the tree cache bound chunks.",
     test="tests/server/test_streamed_prefill.py::test_prompts_four_times_the_pool_equal_stock",
+    relies_on=("sglang.srt.managers.schedule_policy.PrefillAdder.rem_total_tokens",),
 )

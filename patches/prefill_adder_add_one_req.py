@@ -91,4 +91,12 @@ HOOK = Hook(
     why="SGLang admits by virtual tokens, of which there are more than the device pool holds.",
     until="SGLang lets the tree cache veto admission.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=(
+        "sglang.srt.managers.schedule_policy.AddReqResult",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.__init__",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.budget_state",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.preempt_to_schedule",
+        "sglang.srt.managers.schedule_batch.Req.finished",
+        "sglang.srt.managers.schedule_batch.Req.init_next_round_input",
+    ),
 )

@@ -18,4 +18,8 @@ HOOK = Hook(
     why="SGLang retracts by virtual tokens, of which there are more than the device pool holds.",
     until="SGLang lets the allocator veto a decode step.",
     test="tests/server/test_pressure.py::test_dense_requests_are_retracted_and_finish",
+    relies_on=(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.retract_decode",
+        "sglang.srt.managers.scheduler.Scheduler.update_running_batch",
+    ),
 )

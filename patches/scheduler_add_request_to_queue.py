@@ -48,4 +48,8 @@ HOOK = Hook(
     why="SGLang checks prompts against virtual tokens; a request that reads all of them needs them on the device.",
     until="Decode streams pages from the host mirror.",
     test="tests/server/test_bad_input.py::test_refused_and_harmless",
+    relies_on=(
+        "sglang.srt.runtime_context.get_serving",
+        "sglang.srt.managers.schedule_batch.Req.set_finish_with_abort",
+    ),
 )

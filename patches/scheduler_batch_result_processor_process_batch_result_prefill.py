@@ -41,4 +41,9 @@ HOOK = Hook(
     why="A prompt behind one that was preempted or retracted in its first pass is told the other's input logprobs.",
     until="SGLang counts the rows of every prompt.",
     test="tests/unit/test_retraction.py::test_prompt_logprobs_are_of_this_prompt",
+    relies_on=(
+        "sglang.srt.managers.scheduler_components.logprob_result_processor.SchedulerLogprobResultProcessor.calculate_num_input_logprobs",
+        "sglang.srt.managers.utils.GenerationBatchResult",
+        "sglang.srt.managers.schedule_batch.Req.finished",
+    ),
 )

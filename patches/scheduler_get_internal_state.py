@@ -29,4 +29,5 @@ HOOK = Hook(
     why="Page state lives in the scheduler process; HTTP in another.",
     until="SGLang lets plugins add to the internal state.",
     test="tests/server/test_requests.py::test_status_and_server_info",
+    relies_on=("sglang.srt.managers.io_struct.GetInternalStateReqOutput",),
 )

@@ -30,4 +30,5 @@ HOOK = Hook(
     why="What comes past the screen (an Engine, gRPC) would end the scheduler with an exception; nothing is held yet.",
     until="SGLang answers such a request.",
     test="tests/unit/test_screen.py::test_intake_refuses_what_it_cannot_take",
+    relies_on=("sglang.srt.managers.io_struct.AbortReq",),
 )

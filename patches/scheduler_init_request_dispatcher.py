@@ -60,4 +60,5 @@ HOOK = Hook(
     "the state of one collects every server argument.",
     until="SGLang lets plugins add control messages.",
     test="tests/server/test_control.py::test_a_change_is_answered_with_what_is_in_force",
+    relies_on=("sglang.utils.TypeBasedDispatcher",),
 )

@@ -17,4 +17,5 @@ HOOK = Hook(
     why="SGLang sends no token, counts one as sent, and the logprob of the answer's first token is never sent.",
     until="SGLang leaves out retracted requests.",
     test="tests/unit/test_retraction.py::test_a_request_that_lost_its_place_loses_no_logprob",
+    relies_on=("sglang.srt.managers.schedule_batch.Req.finished",),
 )

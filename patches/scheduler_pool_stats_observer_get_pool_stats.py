@@ -23,4 +23,5 @@ HOOK = Hook(
     why="SGLang counts tokens of the host mirror, of which there are more: a full device pool would seem almost empty.",
     until="SGLang asks its allocator how full it is.",
     test="tests/server/test_monitoring.py::test_a_full_device_pool_is_load",
+    relies_on=("sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats",),
 )

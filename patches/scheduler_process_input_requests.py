@@ -9,6 +9,23 @@ PAUSED = (
     "or pause with mode=abort first"
 )
 
+WORK = (
+    "TokenizedGenerateReqInput",
+    "TokenizedEmbeddingReqInput",
+    "BatchTokenizedGenerateReqInput",
+    "BatchTokenizedEmbeddingReqInput",
+)
+"""Messages that bring requests."""
+NEW_WEIGHTS = (
+    "UpdateWeightFromDiskReq",
+    "UpdateWeightsFromDistributedReq",
+    "UpdateWeightsFromTensorReq",
+    "UpdateWeightsFromIPCReq",
+)
+"""Messages that bring weights, and their answers, without ``Input`` and ``Output``."""
+MESSAGES = [name + end for name in NEW_WEIGHTS for end in ("Input", "Output")]
+MESSAGES += ["AbortReq", "ReleaseMemoryOccupationReqInput", *WORK]
+
 
 def wait_until_idle(self, recv_reqs):
     """Hold back what needs an idle server, and new work behind it; the rest passes.
@@ -53,15 +70,7 @@ def needs_idle(message):
 def is_work(message):
     from sglang.srt.managers import io_struct
 
-    return isinstance(
-        message,
-        (
-            io_struct.TokenizedGenerateReqInput,
-            io_struct.TokenizedEmbeddingReqInput,
-            io_struct.BatchTokenizedGenerateReqInput,
-            io_struct.BatchTokenizedEmbeddingReqInput,
-        ),
-    )
+    return isinstance(message, tuple(getattr(io_struct, name) for name in WORK))
 
 
 def is_abort(message):
@@ -74,12 +83,7 @@ def answers():
     """By the type of a message that brings new weights: the type of its answer."""
     from sglang.srt.managers import io_struct
 
-    return {
-        io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
-        io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,
-        io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,
-        io_struct.UpdateWeightsFromIPCReqInput: io_struct.UpdateWeightsFromIPCReqOutput,
-    }
+    return {getattr(io_struct, f"{name}Input"): getattr(io_struct, f"{name}Output") for name in NEW_WEIGHTS}
 
 
 def unfinished(scheduler):
@@ -102,6 +106,14 @@ HOOK = Hook(
     kind="before",
     function=wait_until_idle,
     parameters=("self", "recv_reqs"),
+    relies_on=(
+        *(f"sglang.srt.managers.io_struct.{name}" for name in MESSAGES),
+        "sglang.srt.managers.scheduler.Scheduler.event_loop_overlap",
+        "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
+        "sglang.srt.managers.scheduler.Scheduler.pause_generation",
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.filter_batch",
+    ),
     why="SGLang asserts that it is idle when weights are updated or memory is released, and the server ends.",
     until="SGLang waits itself.",
     test="tests/unit/test_waiting_for_idle.py::test_new_weights_wait_for_requests_that_just_finished",

@@ -68,4 +68,12 @@ HOOK = Hook(
     why="The one place that sees every forward pass together with its requests.",
     until="SGLang calls plugins around a forward pass.",
     test="tests/server/test_virtual_memory.py::test_more_context_than_device_memory",
+    relies_on=(
+        "sglang.srt.disaggregation.utils.prepare_abort",
+        "sglang.srt.managers.io_struct.AbortReq",
+        "sglang.srt.managers.utils.GenerationBatchResult",
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        "sglang.srt.managers.schedule_batch.Req.finished",
+    ),
 )

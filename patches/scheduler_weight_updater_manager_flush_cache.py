@@ -18,4 +18,5 @@ HOOK = Hook(
     why="Every successful update comes by here, from disk, tensors, IPC or another process, flushed or not.",
     until="SGLang tells plugins of new weights.",
     test="tests/server/test_features_workers.py::test_weights_are_updated_under_load",
+    relies_on=("sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager",),
 )

@@ -23,4 +23,9 @@ HOOK = Hook(
     why="ServerArgs is a dataclass: it drops flags that are not its fields.",
     until="SGLang keeps plugin flags on ServerArgs.",
     test="tests/unit/test_plugin.py::test_flags_reach_server_args",
+    relies_on=(
+        "sglang.srt.server_args.prepare_server_args",
+        "sglang.srt.server_args.ServerArgs.__post_init__",
+        "sglang.srt.server_args.ServerArgs.get_model_config",
+    ),
 )

@@ -48,7 +48,10 @@ from sglang_lsa.patches import (
     tokenizer_manager_validate_one_request,
     uvicorn_run,
 )
-from sglang_lsa.patches.hook import Hook, IncompatibleSGLang, check_version
+from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.reads import READS
+from sglang_lsa.patches.releases import IncompatibleSGLang, check_version
+from sglang_lsa.patches.relied import BEYOND_HOOKS, check_source, symbols_of
 
 INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_args.HOOK, server_args_init.HOOK)
 """What lets a configuration in; changes nothing for a server that has none."""
@@ -108,8 +111,8 @@ def install(hooks: Sequence[Hook]) -> None:
     what goes wrong.
 
     Raises:
-        IncompatibleSGLang: SGLang is another version, a target changed, or one could not be wrapped. In the first two
-            cases nothing was wrapped.
+        IncompatibleSGLang: SGLang is another version, a target or what else we rely on changed, or a target could not
+            be wrapped. In all but the last case nothing was wrapped.
     """
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -118,6 +121,10 @@ def install(hooks: Sequence[Hook]) -> None:
     missing = [hook for hook in hooks if hook.target not in _wrapped and not hook.needless]
     for hook in missing:
         hook.check()
+    if missing:
+        serves = any(hook not in INTAKE for hook in missing)
+        symbols = [*symbols_of(missing), *(BEYOND_HOOKS if serves else ())]
+        check_source(sglang.__version__, symbols, READS if serves else {})
     for hook in missing:
         try:
             HookRegistry._apply_target(hook.target, [(HookType(hook.kind), hook.function, None)])

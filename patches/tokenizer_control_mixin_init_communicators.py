@@ -26,4 +26,8 @@ HOOK = Hook(
     why="What schedulers answer must find its way to the HTTP request that asked.",
     until="SGLang lets plugins add control messages.",
     test="tests/server/test_control.py::test_a_change_is_answered_with_what_is_in_force",
+    relies_on=(
+        "sglang.srt.managers.communicator.FanOutCommunicator",
+        "sglang.utils.TypeBasedDispatcher",
+    ),
 )

@@ -33,4 +33,5 @@ HOOK = Hook(
     why="SGLang aborts by name: a stream refused because its rid is running ends the one that runs.",
     until="SGLang's task looks at whose request it ends.",
     test="tests/server/test_screen.py::test_a_refused_stream_does_not_end_the_first",
+    relies_on=("sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request",),
 )

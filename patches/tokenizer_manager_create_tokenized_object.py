@@ -38,4 +38,5 @@ HOOK = Hook(
     why="With SGLANG_USE_PICKLE_IPC=0 the scheduler ends with a message whose types are others than declared.",
     until="SGLang checks what it sends.",
     test="tests/server/test_screen.py::test_typed_messages",
+    relies_on=("sglang.srt.managers.io_struct._USE_PICKLE_IPC",),
 )

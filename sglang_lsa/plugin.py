@@ -14,7 +14,8 @@ def register() -> None:
 
     SGLang logs and ignores plugins that fail, and would then serve without LSA; an exit is what it cannot ignore.
     """
-    from sglang_lsa.patches.hook import IncompatibleSGLang
+    from sglang_lsa.patches import server_args_init
+    from sglang_lsa.patches.releases import IncompatibleSGLang
     from sglang_lsa.patches.table import INTAKE
     from sglang_lsa.patches.table import install as install_hooks
 
@@ -24,6 +25,7 @@ def register() -> None:
         except IncompatibleSGLang as error:
             raise SystemExit(f"sglang-lsa: {error}") from error
     elif _is_a_library():
+        server_args_init.before_lsa = install
         install_hooks(INTAKE)  # if it fails, SGLang logs that; this program did not ask for LSA
 
 

@@ -15,12 +15,13 @@ SECTION = "hooks"
 
 
 def hook_findings(hooks: Sequence[Hook] | None = None) -> list[Finding]:
-    """The version of SGLang, then every hook of the table (or of ``hooks``): ok, or what is wrong, why and what to do.
+    """The version of SGLang, then every hook of the table (or of ``hooks``): ok, or what is wrong, why and what to do;
+    and what else is not the source that it should be.
 
     SGLang's modules are imported for it; whatever that raises is a finding.
     """
     try:
-        from sglang_lsa.patches.hook import FIX, IncompatibleSGLang, check_version
+        from sglang_lsa.patches.releases import FIX, IncompatibleSGLang, check_version
         from sglang_lsa.patches.table import INTAKE, SERVING
     except Exception as error:  # a package that our own modules import is missing or broken
         why = "without it no hook can be checked or installed"
@@ -35,7 +36,25 @@ def hook_findings(hooks: Sequence[Hook] | None = None) -> list[Finding]:
     except IncompatibleSGLang:
         found = [Finding(SECTION, "sglang", TROUBLE, f"is version {version}", why, FIX)]
     served = found[0].status == OK
-    return found + [hook_finding(hook, served) for hook in hooks or (*INTAKE, *SERVING)]
+    looked_at = [hook for hook in hooks or (*INTAKE, *SERVING)]
+    found += [hook_finding(hook, served) for hook in looked_at]
+    if not served:
+        return found
+    source = source_findings(version, [hook for hook in looked_at if not hook.needless])
+    told = {finding.name for finding in source}
+    return [finding for finding in found if finding.name not in told or finding.status == TROUBLE] + source
+
+
+def source_findings(release: str, hooks: Sequence[Hook]) -> list[Finding]:
+    """What these hooks and our subclasses rely on in SGLang, where its source is not that of ``release``."""
+    from sglang_lsa.patches.reads import READS
+    from sglang_lsa.patches.relied import BEYOND_HOOKS, Fingerprints, changed, reinstall, symbols_of
+    from sglang_lsa.patches.source import Source
+
+    symbols = [*symbols_of(hooks), *BEYOND_HOOKS]
+    found = changed(Source.installed(), Fingerprints.load(release), symbols, READS)
+    why = f"the installed SGLang calls itself {release}, but is not what was released"
+    return [Finding(SECTION, symbol, TROUBLE, what, why, reinstall(release)) for symbol, what in found.items()]
 
 
 def hook_finding(hook: Hook, served: bool = True) -> Finding:
@@ -44,7 +63,7 @@ def hook_finding(hook: Hook, served: bool = True) -> Finding:
     Args:
         served: SGLang itself is there, in the release that the hooks were written for.
     """
-    from sglang_lsa.patches.hook import FIX
+    from sglang_lsa.patches.releases import FIX
 
     if served and hook.needless:
         return Finding(SECTION, hook.target, OK, f"not needed: SGLang serves without it, {hook.needs} is not installed")

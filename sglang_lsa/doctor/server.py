@@ -8,7 +8,7 @@ estimated here: the device memory that is free before the weights are loaded, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from sglang_lsa.engine.sizing import MemoryPlan, kv_page, plan_memory, server_ne
 from sglang_lsa.launch_server import server_arguments, with_defaults
 from sglang_lsa.memory import mirror as host_mirror
 from sglang_lsa.memory.mirror import GB
-from sglang_lsa.patches import compatibility
+from sglang_lsa.patches import arguments
 
 CUDA_CONTEXT_BYTES = GB // 2
 """Assumed to be gone from a GPU before weights are loaded."""
@@ -149,24 +149,14 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     Raises:
         ValueError: the server would not start with so much memory, or its weights cannot be sized.
     """
-    from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
-    from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
-
     model, config = server_args.get_model_config(), server_args.lsa_config
-    _, dtype = configure_kv_cache_dtype(
-        server_args_kv_cache_dtype=server_args.kv_cache_dtype,
-        model=None,
-        model_dtype=model.dtype,
-        is_draft_worker=False,
-        is_dflash=False,
-        speculative_draft_attention_backend=None,
-    )
+    dtype = arguments.kv_dtype(server_args, model)
     shape = {
         "layers": max(model.num_hidden_layers, model.num_attention_layers),
         "itemsize": dtype.itemsize,
         "tp_size": server_args.tp_size,
     }
-    extra, page = get_req_to_token_extra_context_len(server_args), kv_page(model, **shape)
+    extra, page = arguments.extra_context(server_args), kv_page(model, **shape)
     dummy = server_args.load_format == "dummy"
     weights = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
     memory = _device_memory(server_args.device, gpu, assumed)
@@ -218,31 +208,22 @@ def _device_memory(device: str, gpu: Gpu | None, assumed: Assumed) -> DeviceMemo
     if assumed.host_bytes is not None:
         return DeviceMemory(assumed.host_bytes, assumed.host_bytes, ASSUMED)
     import psutil
-    from sglang.srt.utils.common import get_available_gpu_memory
 
-    return DeviceMemory(psutil.virtual_memory().total, int(get_available_gpu_memory("cpu", 0) * GB), MEASURED)
+    return DeviceMemory(psutil.virtual_memory().total, arguments.free_memory_of_cpu(), MEASURED)
 
 
 @contextmanager
 def _as_if(assumed: Assumed) -> Iterator[None]:
-    """SGLang and LSA decide as if this machine had what is assumed.
-
-    By the size of the GPU, SGLang chooses chunks, CUDA graphs and ``--mem-fraction-static``; nothing runs on it here.
-    """
-    from sglang.srt import server_args
-
-    values: list[tuple[Any, str, Any]] = []
-    if assumed.gpu_bytes is not None:
-        megabytes = assumed.gpu_bytes / (1 << 20)
-        values += [(server_args, "get_device_memory_capacity", lambda device=None: megabytes)]
-        values += [(compatibility, "_cuda", lambda: True)]
-    if assumed.host_bytes is not None:
-        values += [(module, "available_host_memory", lambda: assumed.host_bytes) for module in (sizing, host_mirror)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in values]
-    for module, name, value in values:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
+    """SGLang and LSA decide as if this machine had what is assumed."""
+    modules: tuple[Any, ...] = (sizing, host_mirror) if assumed.host_bytes is not None else ()
+    originals = [(module, module.available_host_memory) for module in modules]
+    with ExitStack() as stack:
+        if assumed.gpu_bytes is not None:
+            stack.enter_context(arguments.as_if_gpu(assumed.gpu_bytes))
+        for module in modules:
+            module.available_host_memory = lambda: assumed.host_bytes
+        try:
+            yield
+        finally:
+            for module, original in originals:
+                module.available_host_memory = original

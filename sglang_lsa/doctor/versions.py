@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-from sglang_lsa import SGLANG_VERSION, __version__
+from sglang_lsa import __version__
 from sglang_lsa.doctor.findings import NOTE, OK, TROUBLE, Finding
+from sglang_lsa.patches.releases import NEWEST
 
 PACKAGE = "sglang-lsa"
 SECTION = "versions"
@@ -32,7 +33,7 @@ def version_findings(on_gpu: bool) -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         why = "SGLang finds the plugin by it, in every process of a server"
         found.append(Finding(SECTION, PACKAGE, TROUBLE, f"{__version__}, not installed", why, "pip install sglang-lsa"))
-        return [*found, package_finding(f"sglang=={SGLANG_VERSION}", on_gpu)]
+        return [*found, package_finding(f"sglang=={NEWEST}", on_gpu)]
     right = installed == __version__
     found.append(
         Finding(

@@ -24,7 +24,6 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lsa import SGLANG_VERSION, compatibility
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.doctor.findings import OK
 from sglang_lsa.doctor.hooks import hook_finding
@@ -39,16 +38,18 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches import (
+    compatibility,
     model_runner_forward,
     scheduler_add_request_to_queue,
     scheduler_run_batch,
     uvicorn_run,
 )
 from sglang_lsa.patches.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
-from sglang_lsa.patches.hook import Hook, IncompatibleSGLang
+from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.models import shape_of
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
+from sglang_lsa.patches.releases import NEWEST, IncompatibleSGLang
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.patches.table import install as install_hooks
@@ -175,7 +176,7 @@ def stock_probe() -> dict[str, Any]:
     sys.argv = ["/usr/bin/sglang", "serve", "--lsa-budget", "0.2"]
     sglang.__version__ = "0.5.18"
     found["version"] = failure(load_plugins_again)
-    sglang.__version__ = SGLANG_VERSION
+    sglang.__version__ = NEWEST
 
     changed = dataclasses.replace(SERVING[-1], parameters=("self", "no_such_parameter"))
     found["signature"] = failure(lambda: install((*ALL[:-1], changed)))
@@ -523,14 +524,19 @@ def test_a_hook_on_what_sglang_does_without_is_left_out() -> None:
 # the records of the hooks
 
 
+def hook_modules() -> list[Any]:
+    files = sorted(path.stem for path in (ROOT / "patches").glob("*.py"))
+    modules = [importlib.import_module(f"sglang_lsa.patches.{name}") for name in files]
+    return [module for module in modules if hasattr(module, "HOOK")]
+
+
 def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)]
 
 
 @pytest.mark.parametrize("hook", ALL, ids=[hook.target.removeprefix("sglang.srt.") for hook in ALL])
 def test_record(hook: Hook) -> None:
-    module = sys.modules[hook.function.__module__]
-    assert module.HOOK is hook
+    (module,) = (module for module in hook_modules() if module.HOOK is hook)
     assert module.__file__ is not None
     assert hook.kind in ("before", "after", "around")
     assert min(len(hook.why), len(hook.until)) > 20
@@ -557,9 +563,7 @@ def test_record(hook: Hook) -> None:
 
 
 def test_every_hook_file_is_in_the_table() -> None:
-    files = sorted(path.stem for path in (ROOT / "patches").glob("*.py"))
-    modules = [importlib.import_module(f"sglang_lsa.patches.{name}") for name in files]
-    assert sorted(module.HOOK.target for module in modules if hasattr(module, "HOOK")) == TARGETS
+    assert sorted(module.HOOK.target for module in hook_modules()) == TARGETS
     assert len(set(TARGETS)) == len(TARGETS)
 
 
