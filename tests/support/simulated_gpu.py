@@ -129,6 +129,7 @@ class SimulatedGPU:
         return self.stored, self.recalled
 
     def notice(self, stores: int, recalls: int) -> None:
+        self.calls["notice"] += 1
         stored, recalled = self._told
         self._told = (stores, recalls)
         for store in self.stores[stored:stores]:

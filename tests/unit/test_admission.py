@@ -398,7 +398,7 @@ def test_pages_in_flight_count_as_if_they_were_there() -> None:
     server.pager.ledger.release(held[10:])
     assert server.pager.unpromised_pages == 4
     assert how(server.choose(request(23 * PAGE_SIZE))) == (IN_PLACE, 23, None)
-    assert (gpu.calls["poll"], gpu.calls["wait"]) == (1, 0), "it takes notice, but does not wait"
+    assert (gpu.calls["notice"], gpu.calls["wait"]) == (1, 0), "it takes notice, but does not wait"
     server.pager.ledger.forward_finished(number)
 
 
