@@ -12,8 +12,10 @@ import pytest
 
 SHARED = ("keyed", "stock", "lsa", "small")
 """Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
-TOGETHER = {"stock": "lsa"}
-"""What is compared with another shared server runs where that one is."""
+
+
+LONGEST = ("lsa", "small", "stock")
+"""Groups that begin first."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -23,13 +25,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest go first: what needs the two servers that most tests need, then other servers, then everything else.
     A server that two need goes after the first of them."""
-    groups = ["lsa", "small", *dict.fromkeys(group(item) for item in items)]
+    groups = [*LONGEST, *dict.fromkeys(group(item) for item in items)]
     items.sort(key=lambda item: (not item.get_closest_marker("server"), groups.index(group(item)), *order(item)))
 
 
 def group(item: pytest.Item) -> str:
     shared = shared_servers(item)
-    return TOGETHER.get(shared[-1], shared[-1]) if shared else item.path.stem
+    return ("stock" if "stock" in shared else shared[-1]) if shared else item.path.stem
 
 
 def order(item: pytest.Item) -> tuple[int, int]:
@@ -39,7 +41,8 @@ def order(item: pytest.Item) -> tuple[int, int]:
 
 def shared_servers(item: pytest.Item) -> list[str]:
     """The shared servers that a test asks for, in their order."""
-    return [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+    names = getattr(item, "fixturenames", ()) if item.get_closest_marker("server") else ()
+    return [name for name in SHARED if name in names]
 
 
 class LastUse:

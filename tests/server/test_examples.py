@@ -17,7 +17,7 @@ from serving import flush, run_example
 from sglang_lsa.client import get_requests, get_status, savings
 from sglang_lsa.server_process import ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def numbers(text: str) -> list[int]:

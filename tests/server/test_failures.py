@@ -16,7 +16,7 @@ from soak import FLAGS, Question, body, tokens_of
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 SMALL = [*FLAGS, "--lsa-device-tokens", "2560", "--lsa-debug", "--lsa-host-memory-gb", "0.2"]
 SMALL += ["--lsa-min-context", "512", "--lsa-window", "16", "--lsa-staging-pages", "4"]
 SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"
@@ -115,6 +115,7 @@ def test_cache_outputs_keeps_what_was_generated(faulty: ServerProcess) -> None:
     assert second["meta_info"]["cached_tokens"] > 600 + 128
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_loads_ends_it(model_path: str, tmp_path: pathlib.Path) -> None:
     with ServerProcess(LSA, ["--model-path", model_path, *SMALL], tmp_path / "server.log") as server:
         while "server_args=" not in server.log.read_text(errors="replace"):

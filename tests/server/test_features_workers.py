@@ -28,7 +28,7 @@ from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.server_process import LSA, ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 WORKERS = 2
 LAYERS = 6

@@ -8,7 +8,7 @@ from serving import finished_request, flush, generate, wait_until_idle
 
 from sglang_lsa.server_process import ServerProcess
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 
 
 def test_a_question_about_a_long_memory(small: ServerProcess) -> None:
@@ -30,6 +30,7 @@ def test_a_question_about_a_long_memory(small: ServerProcess) -> None:
     assert after["virtual"]["allocated"] == before["virtual"]["allocated"]
 
 
+@pytest.mark.slow
 def test_a_needle_is_found_either_way(lsa: ServerProcess) -> None:
     """With the whole model: the question is read over a resident set that its own queries chose."""
     for depth in (0.3, 0.7):

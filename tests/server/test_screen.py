@@ -273,6 +273,7 @@ def typed(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
         yield server.wait_until_ready()
 
 
+@pytest.mark.slow
 def test_typed_messages(typed: ServerProcess) -> None:
     """Every option passes, what no message can carry is refused, and the fuzz finds no end of it either."""
     options = {"watch": [0, 3], "budget": 0.4, "policy": "recency", "dense_steps": 0, "enabled": True}

@@ -16,7 +16,7 @@ from soak import FLAGS
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import STOCK, ServerProcess
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 POOL = 2048
 LENGTHS = (2100, 4100, 7900)
 """Tokens: up to nearly four times the pool, and what the model's context holds."""
