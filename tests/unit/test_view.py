@@ -19,7 +19,7 @@ from aiohttp import web
 
 from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.request import Asked, Request, Residency
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.ledger import Ledger
@@ -57,7 +57,8 @@ def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options
 
 
 def add_request(runtime: LSARuntime, rid: str, pages: np.ndarray, **fields: Any) -> Request:
-    request = Request(rid, 1, Asked("quest", 0.5), tokens=len(pages) * PAGE_SIZE, pages=pages, **fields)
+    reads = Residency(**{name: fields.pop(name) for name in ("tail_start", "set_asked") if name in fields})
+    request = Request(rid, 1, Asked("quest", 0.5), tokens=len(pages) * PAGE_SIZE, pages=pages, resident=reads, **fields)
     runtime.requests[rid] = request
     return request
 
