@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from sglang_lsa.patches.http_routes import refuse_foreign
+from sglang_lsa.patches.own_pages import refuse_foreign
 from sglang_lsa.serve.control import MAX_BYTES, parse_changes
 
 

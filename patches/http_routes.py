@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from sglang_lsa.serve.control import is_foreign
+from sglang_lsa.patches.own_pages import refuse_foreign
 from sglang_lsa.serve.one_request import formatted
 from sglang_lsa.serve.view.guard import HEADERS
 
@@ -73,19 +73,6 @@ async def ask(manager: Any, **what: Any) -> list[dict[str, Any]]:
         if answer.problem:
             raise HTTPException(500, answer.problem)
     return [answer.told for answer in answers]
-
-
-def refuse_foreign(request: Request) -> None:
-    """SGLang answers pages of every website (CORS); what is known of requests is for this server's own ones.
-
-    Raises:
-        HTTPException: 403.
-    """
-    headers = request.headers
-    if is_foreign(headers.get("origin"), headers.get("sec-fetch-site"), headers.get("host")):
-        raise HTTPException(
-            403, f"a page of {headers.get('origin', 'another site')!a:.80} asks: use a page of this server"
-        )
 
 
 def together(found: list[dict[str, Any]]) -> dict[str, Any]:

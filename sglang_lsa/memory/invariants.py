@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from sglang_lsa.memory.ledger import Ledger
 
-
-def broken_invariant(ledger: Ledger) -> str | None:
-    """The first invariant that does not hold, in words; None when all do."""
+def broken_invariant(ledger: Any) -> str | None:
+    """The first invariant of a ``Ledger`` that does not hold, in words; None when all do."""
     mapped = np.flatnonzero(ledger.v2p)
     physical = ledger.v2p[mapped]
     limbo = [p for _, p in ledger._limbo]

@@ -21,7 +21,8 @@ from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
-from sglang_lsa.patches.http_routes import add_status_routes, ask, refuse_foreign, together
+from sglang_lsa.patches.http_routes import add_status_routes, ask, together
+from sglang_lsa.patches.own_pages import refuse_foreign
 from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
 from sglang_lsa.serve.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
 from sglang_lsa.serve.status import status
