@@ -103,6 +103,6 @@ HOOK = Hook(
     function=wait_until_idle,
     parameters=("self", "recv_reqs"),
     why="SGLang asserts that it is idle when weights are updated or memory is released, and the server ends.",
-    until="SGLang waits itself.",
+    until="SGLang itself waits until it is idle.",
     test="tests/unit/test_waiting_for_idle.py::test_new_weights_wait_for_requests_that_just_finished",
 )
