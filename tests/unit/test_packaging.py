@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import pytest
 
 import sglang_lsa
+from sglang_lsa.patches.releases import RELEASES
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -105,6 +106,12 @@ def test_wheel_holds_every_module_exactly_once(wheel: pathlib.Path) -> None:
         assert any(name.startswith(f"sglang_lsa/{folder}/") for name in names), f"no module of {folder}/ in the wheel"
 
 
+def test_wheel_holds_the_fingerprints(wheel: pathlib.Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        names = set(files.namelist())
+    assert {f"sglang_lsa/patches/fingerprints/{release}.json" for release in RELEASES} <= names
+
+
 def test_wheel_holds_the_shipped_indexers(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"):
@@ -160,7 +167,6 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/attend/flashinfer.py",
     "sglang_lsa/launch_server.py",
     "sglang_lsa/stock_server.py",
-    "sglang_lsa/doctor/server.py",
     "radix_ext/allocator.py",
     "radix_ext/radix_cache.py",
 }
