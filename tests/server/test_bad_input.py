@@ -187,6 +187,7 @@ def test_flags_are_refused_before_anything_is_loaded(verdicts: dict[str, str], n
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_truncated_model_ends_the_server(model_path: str, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_path, folder)

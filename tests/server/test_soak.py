@@ -10,7 +10,7 @@ from soak import Soak
 
 from sglang_lsa.server_process import ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 REQUESTS = 80
 
 

@@ -109,6 +109,7 @@ def test_many_prompts_beyond_the_pool_at_once(small: ServerProcess) -> None:
     assert [answer["meta_info"]["completion_tokens"] for answer in together] == [40] * len(prompts)
 
 
+@pytest.mark.slow
 def test_a_long_answer_loses_no_page(small: ServerProcess) -> None:
     """Generated pages are mirrored, scored and pruned like those of the prompt, however many there are."""
     flush(small)

@@ -240,6 +240,7 @@ def test_an_error_is_shown_and_left_again(tab: Any) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_a_real_server(lsa: ServerProcess, tab: Any) -> None:
     """Two requests decode while the page is open."""
     tab.goto(lsa.url + "/lsa")
