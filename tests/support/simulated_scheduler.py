@@ -279,12 +279,12 @@ class Scheduler:
 
     def _cache_unfinished(self, req: Req, tokens: int) -> None:
         """As ``LSARadixCache.cache_unfinished_req``."""
-        if not (self.runtime.config.cache_outputs or self.runtime.is_exact(req)):
+        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(req)):
             return
         keys = req.keys(tokens)
         known = [node.page for node in self.tree.match(keys)]
-        own = self.runtime.pages_known(req)
-        self.runtime.pages_replaced(req, tokens, own, np.array(known, dtype=np.int64))
+        own = self.runtime.shared.known(req)
+        self.runtime.shared.replaced(req, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(keys, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)
@@ -295,7 +295,7 @@ class Scheduler:
     def _end(self, req: Req, insert: bool) -> None:
         """As ``LSARadixCache.cache_finished_req``."""
         outputs = self.runtime.config.cache_outputs
-        insert = insert and (outputs or self.runtime.is_exact(req))
+        insert = insert and (outputs or self.runtime.shared.is_exact(req))
         self.runtime.request_gone(req)
         keep = req.kv_committed_len
         if insert and not outputs:

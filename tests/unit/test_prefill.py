@@ -440,7 +440,7 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     request = server.runtime.requests["a"]
     assert (request.story.prefill, request.cached_pages) == (RESIDENT, 40)
     assert server.prefill.resident_prompts == 1
-    assert not server.runtime.is_exact(req)
+    assert not server.runtime.shared.is_exact(req)
     assert server.ledger.recalls == 5
     assert server.lookahead.counts.failures == 0
 

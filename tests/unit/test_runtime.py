@@ -17,6 +17,7 @@ from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
+from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -70,8 +71,9 @@ def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_indices_reference(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices)
         compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
 
-    monkeypatch.setattr("sglang_lsa.engine.runtime.decode_indices", seen)
-    runtime._compile_kernels()
+    monkeypatch.setattr("sglang_lsa.engine.warm_up.decode_indices", seen)
+    parts = runtime.observer, runtime.page_keys, runtime.indexer, runtime.staging, runtime.req_to_token
+    compile_kernels(runtime.pager, runtime.table, *parts)
     lanes = {lanes_for(batch) for batch in range(1, ROWS)}
     kinds = (torch.int32, torch.int64)
     assert compiled == {(size, kind, torch.int64, torch.int32, torch.int32) for size in lanes for kind in kinds}
@@ -266,7 +268,7 @@ def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exac
     runtime, req = make_runtime(), SimpleNamespace(rid="a", lsa_key="a")
     if how is not None:
         runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
-    assert runtime.is_exact(req) is exact
+    assert runtime.shared.is_exact(req) is exact
 
 
 @pytest.mark.parametrize("debug", [False, True])
