@@ -5,6 +5,7 @@ Imports no SGLang: requests and batches are read through the attributes named in
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.shared_pages import SharedPages
 from sglang_lsa.engine.sizing import graph_tokens
+from sglang_lsa.engine.step import DECODE, EXTEND, IDLE, Step
 from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete
@@ -75,13 +77,11 @@ class LSARuntime:
         self.observer = build.observer(config, pager.layout, rows, q_heads)
         self.page_keys = build.page_keys(config, pager)
         self.table = build.resident_table(pager, rows, self.max_context)
-        self.rows = np.zeros(0, dtype=np.int64)
-        """Request rows of the batch that is being queued, in its order."""
+        self.step = IDLE
+        """The forward pass that is being queued."""
         self.everything = torch.zeros((rows, PAGES), dtype=torch.int32, device=pager.device)
         """A resident table in which every request is dense, for prefill."""
         self.graph_tokens = 0
-        self.fits_graph = True
-        """Whether the CUDA graphs' buffers can hold what the batch that is being queued reads."""
         self.graphless_steps = 0
         """Decode steps that ran without a graph because they did not fit."""
         self.indexer = build.indexer(config, pager, self.observer)
@@ -178,34 +178,32 @@ class LSARuntime:
         """
         self.pager.poll()
         self._checked = False
-        lengths = batch.seq_lens_cpu.tolist()
+        lengths, step = tuple(batch.seq_lens_cpu.tolist()), IDLE
         if batch.forward_mode.is_extend():
             with self.on_stream():
-                self.prefill.begin_pass(batch, lengths, new_pages)
+                step = self.prefill.begin_pass(batch, lengths, new_pages)
         elif batch.forward_mode.is_decode():
-            self._before_decode(batch, lengths, new_pages)
-        if self.recorder is not None:
-            self.recorder.begin_pass(batch, lengths, self.requests, self.pager.ledger.v2p)
-        self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
+            step = self._before_decode(batch, lengths, new_pages)
         # Most decode steps queue nothing.
         if self.lookahead.busy or self.pager.ledger.any_moved:
             with self.on_stream():
                 self.lookahead.begin_step()
-                if batch.forward_mode.is_decode():
-                    self.lookahead.complete_first(key_of(req) for req in batch.reqs)
+                if step.kind == DECODE:
+                    self.lookahead.complete_first(request.key for request in step.requests)
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
-        if self.graph_tokens and batch.forward_mode.is_decode():
-            read = sum(lengths) - int(self.table.shortening[self.rows].sum())
-            self.fits_graph = read + self.table.rows <= self.graph_tokens  # padding reads one slot a row
-            self.graphless_steps += not self.fits_graph
+        if self.graph_tokens and step.kind == DECODE:
+            step = dataclasses.replace(step, fits_graph=step.fits(self.table, self.graph_tokens))
+            self.graphless_steps += not step.fits_graph
+        if self.recorder is not None:
+            self.recorder.begin_pass(step, self.pager.ledger.v2p)
+        self.step = step
         return self.pager.ledger.forward_started()
 
-    def _before_decode(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
-        taken = 0
-        for req, tokens in zip(batch.reqs, lengths, strict=True):
-            request = self.requests[key_of(req)]
+    def _before_decode(self, batch: Any, lengths: tuple[int, ...], new_pages: np.ndarray) -> Step:
+        requests, taken = tuple(self.requests[key_of(req)] for req in batch.reqs), 0
+        for request, tokens in zip(requests, lengths, strict=True):
             request.tokens = tokens
             if tokens % PAGE_SIZE == 1:
                 opened = new_pages[taken : taken + 1]
@@ -214,27 +212,28 @@ class LSARuntime:
                 self.prefill.hold(request.key, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
+        return Step.decode(requests, lengths)
 
     def after_forward(self, batch: Any, number: int) -> None:
         """Mirror the pages that this pass completes, then let the windows that end soon be refreshed.
 
         On a GPU the pass is only queued; what is done here is queued behind it.
         """
-        self.rows = self.rows[:0]
+        step, self.step = self.step, IDLE
         if self.recorder is not None:
             with self.on_stream():
                 self.recorder.end_pass()
         self.pager.forward_queued(number)
-        requests = [self.requests[key] for req in batch.reqs if (key := key_of(req)) in self.requests]
-        if batch.forward_mode.is_extend():
+        if step.kind == EXTEND:
             with self.on_stream():
-                for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
+                for req, request, prefix in zip(batch.reqs, step.requests, step.prefixes, strict=True):
                     self._remember(request.pages[pages_complete(prefix) : pages_complete(request.tokens)])
                     middle = req is batch.chunked_req
                     self.prefill.end_pass(req, middle)
                     if not middle:
                         self.lookahead.begin(request)
-        elif batch.forward_mode.is_decode():
+        elif step.kind == DECODE:
+            requests = [request for request in step.requests if request.key in self.requests]
             filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
             ending = self.lookahead.end_step(requests)
             if filled or ending:
@@ -243,16 +242,16 @@ class LSARuntime:
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
-        if number % METRICS_EVERY == 0 and batch.forward_mode.is_decode() and not self.pager.reservations.total:
-            seen = self.decoding.setdefault(len(batch.reqs), Decoding())
+        if number % METRICS_EVERY == 0 and step.kind == DECODE and not self.pager.reservations.total:
+            seen = self.decoding.setdefault(len(step.requests), Decoding())
             seen.samples += 1
             seen.held_pages += self.pager.ledger.held_pages
-        if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
+        if number % METRICS_EVERY == 0 or step.kind == EXTEND:
             self._update_metrics()
 
     def forward_failed(self) -> None:
         """A pass was given up, before or while it was queued, and its requests are about to be failed."""
-        self.rows = self.rows[:0]
+        self.step = Step(staged=self.step.staged)  # copies that were queued may still read its ids
         self.failed_batches += 1
         self.pager.all_queued()
         if self.on_gpu:
@@ -264,34 +263,16 @@ class LSARuntime:
         """A prefill pass is about to read this layer."""
         self.pager.transfer.before_layer(layer)
 
-    @property
-    def looks_first(self) -> bool:
-        """Whether the prefill pass being queued is to be run once more, after :meth:`choose_resident`."""
-        return bool(self.prefill.looking)
-
     def choose_resident(self) -> None:
         """Requests over a resident prefix have had a first look at it: choose what they read."""
         with self.on_stream():
-            self.prefill.choose_resident()
+            self.step = self.prefill.choose_resident(self.step)
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
         physical = self.pager.ledger.physical_pages * PAGE_SIZE
         self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical)
         return self.graph_tokens
-
-    def decode_indptr(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Where each request's slots start in the batch that is being queued, int32 ``[batch + 1]`` on the host.
-
-        Args:
-            seq_lens: ``[batch]`` tokens of each request, on the host; requests beyond those being queued are padding.
-        """
-        lengths = seq_lens.numpy().astype(np.int64)
-        real = len(self.rows)
-        lengths[:real] = self.table.lengths(self.rows, lengths[:real])
-        indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=indptr[1:])
-        return torch.from_numpy(indptr)
 
     # -- requests that are gone, and none at all -------------------------------------------------------------------
 

@@ -197,7 +197,7 @@ class Scheduler:
             forward_mode=SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False),
         )
         number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
-        if self.runtime.looks_first:
+        if self.runtime.step.looks:
             self._queue_prefill(entries)
             if self.chance.random() < 0.5:  # scores that the device computes
                 self.gpu.compute_to(len(self.gpu.compute))
@@ -210,10 +210,10 @@ class Scheduler:
 
     def _queue_prefill(self, entries: list[Entry]) -> None:
         queued = ForwardPass(self.memory)
-        prefill = self.runtime.prefill
+        step = self.runtime.step
         for index, entry in enumerate(entries):
             req, pages = entry.req, entry.req.page_array
-            reading = prefill.readings[index] if prefill.readings is not None else None
+            reading = step.readings[index] if step.readings is not None else None
             if reading is None:
                 here, streamed = np.arange(pages_spanned(entry.start)), NONE
             else:

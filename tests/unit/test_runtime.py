@@ -17,6 +17,7 @@ from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
+from sglang_lsa.engine.step import Step
 from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -54,9 +55,9 @@ def test_the_host_plans_what_the_device_reads(padding: int) -> None:
         for row, length in zip(rows.tolist(), seq_lens.tolist(), strict=True):
             tail = int(rng.integers(0, length // PAGE_SIZE + 1))
             runtime.table.remap(row, rng.integers(1, 41, min(tail, int(rng.integers(0, 20)))), tail)
-        runtime.rows = rows
+        step = Step(rows=rows)
         padded = torch.from_numpy(np.append(seq_lens, np.ones(padding, dtype=np.int64)))
-        planned = runtime.decode_indptr(padded)
+        planned = step.decode_indptr(runtime.table, padded)
         assert planned.dtype == torch.int32
         all_rows = torch.from_numpy(np.append(rows, np.zeros(padding, dtype=np.int64)))
         assert planned.tolist() == lengths_read(runtime, all_rows, padded)
@@ -85,8 +86,8 @@ def test_without_a_batch_every_row_is_padding() -> None:
     """As when CUDA graphs are captured."""
     runtime = make_runtime()
     runtime.table.remap(1, np.array([3]), 5)
-    assert runtime.decode_indptr(torch.ones(4, dtype=torch.int32)).tolist() == [0, 1, 2, 3, 4]
-    assert runtime.decode_indptr(torch.ones(0, dtype=torch.int32)).tolist() == [0]
+    assert runtime.step.decode_indptr(runtime.table, torch.ones(4, dtype=torch.int32)).tolist() == [0, 1, 2, 3, 4]
+    assert runtime.step.decode_indptr(runtime.table, torch.ones(0, dtype=torch.int32)).tolist() == [0]
 
 
 def test_prefill_reads_everything() -> None:
@@ -229,10 +230,10 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
     """What its requests held can be had as soon as they are released."""
     runtime = make_runtime()
     held(runtime, "a", *range(1, 41))
-    runtime.rows = np.array([1])
+    runtime.step = Step(rows=np.array([1]))
     runtime.pager.ledger.forward_started()
     runtime.forward_failed()
-    assert (runtime.failed_batches, len(runtime.rows)) == (1, 0)
+    assert (runtime.failed_batches, len(runtime.step.rows)) == (1, 0)
     runtime.pager.forget("a")
     runtime.pager.ledger.release(np.arange(1, 41))
     assert runtime.pager.unpromised_pages == 40
