@@ -6,7 +6,7 @@ from sglang_lsa.patches.hook import Hook
 
 
 def can_run_graph(result, self, forward_batch):
-    return result and self.model_runner.lsa.fits_graph
+    return result and self.model_runner.lsa.step.fits_graph
 
 
 HOOK = Hook(

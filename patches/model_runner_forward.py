@@ -7,7 +7,7 @@ from sglang_lsa.patches.hook import Hook
 
 def forward(original, self, forward_batch, *args, **kwargs):
     lsa = getattr(self, "lsa", None)  # absent while kernels are warmed up
-    if lsa is not None and lsa.looks_first and forward_batch.forward_mode.is_extend():
+    if lsa is not None and lsa.step.looks and forward_batch.forward_mode.is_extend():
         original(self, forward_batch, *args, **kwargs)
         lsa.choose_resident()
     return original(self, forward_batch, *args, **kwargs)

@@ -36,7 +36,7 @@ class LSAChunkCache(ChunkCache):
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Give everything back; as SGLang's own, which searches for distinct pages on the device and waits for it."""
-        row, pages = self.req_to_token_pool.req_to_token[req.req_pool_idx], self.lsa.pages_known(req)
+        row, pages = self.req_to_token_pool.req_to_token[req.req_pool_idx], self.lsa.shared.known(req)
         self.lsa.request_gone(req)
         start = req.cache_protected_len
         with self.lsa.pager.page_index.row(row, pages):
@@ -82,8 +82,8 @@ class LSARadixCache(RadixCache):
         tokens = req.get_fill_ids()
         key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
         match = self.match_prefix(MatchPrefixParams(key=key))
-        with self._known(req, own := self.lsa.pages_known(req)):
-            self.lsa.pages_replaced(
+        with self._known(req, own := self.lsa.shared.known(req)):
+            self.lsa.shared.replaced(
                 req, len(tokens), own, self.page_index.matched(match.device_indices, match.last_device_node)
             )
             super().cache_unfinished_req(req, chunked=chunked)
@@ -91,7 +91,7 @@ class LSARadixCache(RadixCache):
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
         is_insert = is_insert and self._may_insert(req)
-        pages = self.lsa.pages_known(req)
+        pages = self.lsa.shared.known(req)
         self.lsa.request_gone(req)
         keep = kv_len_to_handle
         with self._known(req, pages):
@@ -106,7 +106,7 @@ class LSARadixCache(RadixCache):
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)
 
     def _may_insert(self, req) -> bool:
-        return self.lsa.config.cache_outputs or self.lsa.is_exact(req)
+        return self.lsa.config.cache_outputs or self.lsa.shared.is_exact(req)
 
     # -- pages of nodes, on the host -----------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             ids = upload(np.stack((tokens, owners)), self.lsa.pager.device)
             rows = forward_batch.req_pool_indices[ids[1]]
             self.recent = ids[0], rows, forward_batch.positions[ids[0]]
-            if self.lsa.prefill.readings is not None:
+            if self.lsa.step.readings is not None:
                 self.partial.plan(list(forward_batch.extend_seq_lens_cpu))
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
@@ -60,7 +60,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)[tokens]
             observer.observe(layer.layer_id, queries, rows, positions)
         self.lsa.before_layer(layer.layer_id)
-        if self.recent is None or self.lsa.prefill.readings is None:
+        if self.recent is None or self.lsa.step.readings is None:
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
             self._record(q, layer)
             return out
@@ -102,14 +102,15 @@ class PartialPrefill:
 
     def plan(self, lengths: Sequence[int]) -> None:
         """Plan a pass that computes so many tokens of each of its requests."""
-        updater, prefill = self.backend.indices_updater_prefill, self.lsa.prefill
+        updater, step = self.backend.indices_updater_prefill, self.lsa.step
+        assert step.readings is not None
         heads = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
         own = _offsets(lengths)
         self.backend.prefill_wrapper_ragged.plan(own, own, *heads, q_data_type=updater.q_data_type)
-        here = [self.lsa.pager.ledger.v2p[reading.here] for reading in prefill.readings]
+        here = [self.lsa.pager.ledger.v2p[reading.here] for reading in step.readings]
         self.reads_here = any(map(len, here))
         if self.reads_here:
-            last = [reading.tokens_here - (len(reading.here) - 1) * PAGE_SIZE for reading in prefill.readings]
+            last = [reading.tokens_here - (len(reading.here) - 1) * PAGE_SIZE for reading in step.readings]
             self.here.plan(
                 own,
                 _offsets([len(pages) for pages in here]),
@@ -119,8 +120,8 @@ class PartialPrefill:
                 PAGE_SIZE,
                 q_data_type=updater.q_data_type,
             )
-        if prefill.staged is not None:
-            sizes = prefill.staged.sizes
+        if step.staged is not None:
+            sizes = step.staged.sizes
             for wrapper, size in ((self.whole_blocks, sizes[0]), (self.last_block, sizes[-1])):
                 wrapper.plan(own, _offsets([size]), *heads, q_data_type=updater.q_data_type)
 
@@ -129,7 +130,7 @@ class PartialPrefill:
         q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
         k, v = (t.view(-1, layer.tp_k_head_num, layer.head_dim) for t in (k, v))
         options = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
-        ragged, staged = self.backend.prefill_wrapper_ragged, self.lsa.prefill.staged
+        ragged, staged = self.backend.prefill_wrapper_ragged, self.lsa.step.staged
         out, lse = ragged.forward_return_lse(q, k, v, causal=True, **options)
         out, lse = out.float(), lse.contiguous()
         if self.reads_here:
@@ -165,7 +166,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
         """Plan one decode step; arguments as in the stock method. ``seq_lens_cpu`` is needed."""
         lsa = self.attn_backend.lsa
         batch = len(req_pool_indices)
-        indptr_on_host = lsa.decode_indptr(seq_lens_cpu)
+        indptr_on_host = lsa.step.decode_indptr(lsa.table, seq_lens_cpu)
         if wrapper.is_cuda_graph_enabled:
             indices = wrapper._paged_kv_indices_buf
         else:
@@ -217,7 +218,7 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
     ):
         """Plan a prefill pass over the physical slots of all tokens; arguments as in the stock method."""
         lsa = self.attn_backend.lsa
-        if lsa.prefill.readings is not None:
+        if lsa.step.readings is not None:
             return  # planned part by part
         # FlashInfer reads up to 256 indices past the end.
         indices = torch.zeros(paged_kernel_lens_sum + 256, dtype=torch.int32, device=req_pool_indices.device)

@@ -36,7 +36,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
             self.slots = resident_slots(
                 table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, PAGE_SIZE
             )
-        elif self.lsa.prefill.readings is None:
+        elif self.lsa.step.readings is None:
             self.slots = [
                 physical_slots(req_to_token[row, :length], v2p, PAGE_SIZE)
                 for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
@@ -45,7 +45,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
             own = forward_batch.out_cache_loc.split(forward_batch.extend_seq_lens.tolist())
             self.slots = [
                 torch.cat((reading.slots(self.lsa.pager.ledger.v2p), new))
-                for reading, new in zip(self.lsa.prefill.readings, own, strict=True)
+                for reading, new in zip(self.lsa.step.readings, own, strict=True)
             ]
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
@@ -65,7 +65,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
         self._observe(q, layer.layer_id, forward_batch, lengths)
         if self.lsa.recorder is not None:
             self.lsa.recorder.observe(layer.layer_id, q)
-        if self.lsa.prefill.staged is not None and forward_batch.forward_mode.is_extend():
+        if self.lsa.step.staged is not None and forward_batch.forward_mode.is_extend():
             return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
         out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))
         start = 0
@@ -91,7 +91,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
         out = out.float()
         if len(here):
             merge_states(out, lse, *attend_part(q, keys[here], values[here], layer.scaling))
-        for staged_keys, staged_values in self.lsa.prefill.staged.layer(layer.layer_id):
+        for staged_keys, staged_values in self.lsa.step.staged.layer(layer.layer_id):
             merge_states(out, lse, *attend_part(q, staged_keys, staged_values, layer.scaling))
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import zlib
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
+from sglang_lsa.engine.step import EXTEND, Step, rows_of
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
-from sglang_lsa.memory.staging import StagedPages, Staging
+from sglang_lsa.memory.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,6 @@ class Prefill:
         self.pager, self.admission, self.rules = pager, admission, lookahead.rules
         self.sets, self.scorer, self.counts = lookahead.sets, lookahead.scorer, lookahead.counts
         self.staging, self.requests, self.req_to_token = staging, requests, req_to_token
-        self.readings: list[Reading] | None = None
-        """What each request of the pass being queued reads before its own tokens; None when that is all, in place."""
-        self.staged: StagedPages | None = None
-        """Pages that this pass reads from the host."""
-        self.looking: list[int] = []
-        """Requests of this pass, by their place in it, whose resident prefix is chosen after a first look."""
-        self.batch: list[Request] = []
         self.streamed_passes = 0
         self.resident_prompts = 0
         self.radix_hit_tokens = 0
@@ -69,7 +64,7 @@ class Prefill:
         """The one in force."""
         return self.rules.config
 
-    def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> None:
+    def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> Step:
         """Every page that this pass reads in place or writes gets a place on the device.
 
         Args:
@@ -77,8 +72,7 @@ class Prefill:
             new_pages: virtual pages that SGLang allocated for this batch, in the order of its requests.
         """
         self.admission.batch_formed()
-        self.readings, self.staged, self.looking, self.batch = None, None, [], []
-        readings, taken = [], 0
+        readings, requests, looks, taken = [], [], [], 0
         for index, (req, tokens, prefix) in enumerate(zip(batch.reqs, lengths, batch.prefix_lens, strict=True)):
             admitted = self.admission.admitted_as(req)
             known = self._known_pages(req, admitted, prefix)
@@ -86,18 +80,28 @@ class Prefill:
             pages = np.concatenate((known, new_pages[taken : taken + wanted]))
             taken += wanted
             request = self._enter(req, admitted, tokens, prefix, pages)
-            self.batch.append(request)
+            requests.append(request)
             readings.append(self._bring(request, admitted))
             if admitted.how == RESIDENT:
-                self.looking.append(index)
+                looks.append(index)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that needs {taken}")
-        if self.looking or not all(reading.whole for reading in readings):
-            self.readings = readings
+        staged = None
         if any(len(reading.streamed) for reading in readings):
             (reading,) = readings  # admission computes it alone
-            self.staged = self.staging.read(reading.streamed)
+            staged = self.staging.read(reading.streamed)
             self.streamed_passes += 1
+        in_parts = looks or not all(reading.whole for reading in readings)
+        return Step(
+            EXTEND,
+            tuple(requests),
+            tuple(lengths),
+            tuple(batch.prefix_lens),
+            rows_of(requests),
+            readings=tuple(readings) if in_parts else None,
+            staged=staged,
+            looks=tuple(looks),
+        )
 
     def end_pass(self, req: Any, middle: bool) -> None:
         """The pass is queued, and so are the copies to the mirror of what it completes: let go of what is not needed.
@@ -141,6 +145,7 @@ class Prefill:
                 key_of(req),
                 text=lambda tokens: text_of(req, tokens),
                 prompt_tokens=len(ids),
+                new_tokens=req.sampling_params.max_new_tokens if options.record else 0,
                 cached_pages=len(admitted.prefix),
                 first_observed=prefix,
                 story=Story(admitted.how, prefix),
@@ -231,27 +236,31 @@ class Prefill:
         here[request.cached_pages :] = True
         return here
 
-    def choose_resident(self) -> None:
+    def choose_resident(self, step: Step) -> Step:
         """The first look is queued: choose what its requests read of their prefixes, and send for it.
 
         Look, score, hold, commit: what a request reads changes when everything that it is to read is held. A choice
         that fails leaves a request with what it looked at.
+
+        Returns:
+            The pass as it is run the second time.
         """
-        assert self.readings is not None
-        for index in self.looking:
-            request = self.batch[index]
+        assert step.readings is not None
+        readings = list(step.readings)
+        for index in step.looks:
+            request = step.requests[index]
             try:
                 chosen, ranks = self._chosen(request)
                 self.hold(request.key, request.pages[chosen])
                 request.resident.prefix_positions, request.resident.prefix_ranks = chosen, ranks
-                self.readings[index] = self._read(request, self._here(request, chosen))
+                readings[index] = self._read(request, self._here(request, chosen))
             except LedgerError:
                 raise
             except Exception:
                 self.counts.failures += 1
                 request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
-        self.looking = []
+        return dataclasses.replace(step, readings=tuple(readings), looks=())
 
     def _chosen(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """What was looked at, and the best of the other pages by the queries of the look and by the heat of the prefix.

@@ -188,6 +188,8 @@ class Request:
     """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
     prompt_tokens: int = 0
     """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
+    new_tokens: int = 0
+    """The most that a recorded request generates."""
     cached_pages: int = 0
     """Pages that the radix tree had when it was admitted."""
     first_observed: int = 0

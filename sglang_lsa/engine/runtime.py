@@ -17,25 +17,18 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine import build
 from sglang_lsa.engine.admission import Admission, key_of
-from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers, observed_positions
-from sglang_lsa.engine.policies import Policy, Quest, Random, Recency
+from sglang_lsa.engine.integrity import check
 from sglang_lsa.engine.prefill import Prefill
-from sglang_lsa.engine.reading import RESIDENT
-from sglang_lsa.engine.request import Asked, Request
-from sglang_lsa.engine.score import SCORE_LAG
-from sglang_lsa.engine.sizing import graph_tokens, longest_dense, max_resident_pages
-from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.policy import Indexer
-from sglang_lsa.indexer.recorder import Recorder
-from sglang_lsa.kernels.merge_states import merge_states
-from sglang_lsa.kernels.page_score import MANY_PAGES
-from sglang_lsa.kernels.page_table import decode_indices, lanes_for, physical_slots
+from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.shared_pages import SharedPages
+from sglang_lsa.engine.sizing import graph_tokens
+from sglang_lsa.engine.step import DECODE, EXTEND, IDLE, Step
+from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.memory.pager import Pager
-from sglang_lsa.memory.pages import pages_complete, pages_of, pages_spanned
-from sglang_lsa.memory.resident_table import PAGES, ResidentTable
-from sglang_lsa.memory.staging import Staging, sums_bytes
+from sglang_lsa.memory.pages import pages_complete
+from sglang_lsa.memory.resident_table import PAGES
 from sglang_lsa.serve.control import Value, changed
 from sglang_lsa.serve.metrics import Metrics
 from sglang_lsa.serve.one_request import Finished, finished
@@ -80,66 +73,33 @@ class LSARuntime:
         self.pager, self.req_to_token = pager, req_to_token
         pager.page_index.checked = config.debug
         rows, self.max_context = req_to_token.shape
-        keys = list(pager.layout.key_buffers.values())
-        layers = observed_layers(config, len(keys))
-        self.observer = QueryObserver(
-            rows, observed_positions(config), layers, q_heads, keys[0].shape[2], keys[0].dtype, keys[0].device
-        )
-        self.page_keys = PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
-        self.table = ResidentTable(
-            rows, max_resident_pages(self.max_context, pager.ledger.physical_pages), pager.page, pager.device
-        )
         self.on_gpu = pager.device.type == "cuda"
-        self.rows = np.zeros(0, dtype=np.int64)
-        """Request rows of the batch that is being queued, in its order."""
-        self.everything = torch.zeros((rows, PAGES), dtype=torch.int32, device=keys[0].device)
+        self.observer = build.observer(config, pager.layout, rows, q_heads)
+        self.page_keys = build.page_keys(config, pager)
+        self.table = build.resident_table(pager, rows, self.max_context)
+        self.step = IDLE
+        """The forward pass that is being queued."""
+        self.everything = torch.zeros((rows, PAGES), dtype=torch.int32, device=pager.device)
         """A resident table in which every request is dense, for prefill."""
         self.graph_tokens = 0
-        self.fits_graph = True
-        """Whether the CUDA graphs' buffers can hold what the batch that is being queued reads."""
         self.graphless_steps = 0
         """Decode steps that ran without a graph because they did not fit."""
-        policies: dict[str, Policy] = {
-            "recency": Recency(),
-            "random": Random(),
-            "quest": Quest(self.observer, self.page_keys, softmax_scale),
-        }
-        self.indexer: Indexer | None = None
-        if config.indexer:
-            towers = MemoryIndexer.load(config.indexer).to(keys[0].device)
-            self.indexer = policies["indexer"] = Indexer(towers, self.observer, keys, pager.ledger.virtual_pages)
-        self.recorder: Recorder | None = None
-        if config.record:
-            self.recorder = Recorder(
-                config.record,
-                layers,
-                config.query_tokens,
-                keys,
-                q_heads,
-                softmax_scale,
-                self.page_keys.table,
-                hidden_size,
-            )
+        self.indexer = build.indexer(config, pager, self.observer)
+        self.recorder = build.recorder(config, pager.layout, self.page_keys, q_heads, softmax_scale, hidden_size)
         self.metrics = metrics
-        longest = longest_dense(pager.ledger.physical_pages)
-        if config.min_context > longest:
-            logger.warning(
-                "LSA: --lsa-min-context %d is more than half of the device pool; requests are pruned from %d tokens on",
-                config.min_context,
-                longest,
-            )
-            config = dataclasses.replace(config, min_context=longest)
-        lead, lag = (config.prefetch_steps, SCORE_LAG) if self.on_gpu else (0, 0)
-        thresholds = {"indexer": towers.config.threshold} if config.indexer else {}
-        self.lookahead = Lookahead(config, pager, self.table, policies, lead, lag, thresholds)
+        policies = build.policies(self.observer, self.page_keys, softmax_scale, self.indexer)
+        self.lookahead = build.lookahead(build.applicable(config, pager), pager, self.table, policies, self.indexer)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
-        self.staging = Staging(pager.layout, pager.mirror.pages, config.staging_pages, lambda: pager.compute())
-        self.staging_bytes = self.staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys[0].shape[2])
+        self.staging = build.staging(config, pager)
+        self.staging_bytes = build.staging_bytes(self.staging, pager.layout, chunk_tokens, q_heads)
         """Device bytes that prompts need to read the host mirror; no context enters."""
         self.prefill = Prefill(pager, self.lookahead, self.admission, self.staging, self.requests, req_to_token)
+        self.shared = SharedPages(
+            pager, self.lookahead.sets, self.admission, self.requests, req_to_token, self.on_stream
+        )
         if self.on_gpu:
-            self._compile_kernels()
+            compile_kernels(pager, self.table, self.observer, self.page_keys, self.indexer, self.staging, req_to_token)
         self.finished: deque[Finished] = deque(maxlen=FINISHED_REMEMBERED)
         self.finished_requests = 0
         self.decoding: dict[int, Decoding] = {}
@@ -218,34 +178,32 @@ class LSARuntime:
         """
         self.pager.poll()
         self._checked = False
-        lengths = batch.seq_lens_cpu.tolist()
+        lengths, step = tuple(batch.seq_lens_cpu.tolist()), IDLE
         if batch.forward_mode.is_extend():
             with self.on_stream():
-                self.prefill.begin_pass(batch, lengths, new_pages)
+                step = self.prefill.begin_pass(batch, lengths, new_pages)
         elif batch.forward_mode.is_decode():
-            self._before_decode(batch, lengths, new_pages)
-        if self.recorder is not None:
-            self.recorder.begin_pass(batch, lengths, self.requests, self.pager.ledger.v2p)
-        self.rows = np.fromiter((req.req_pool_idx for req in batch.reqs), np.int64, len(batch.reqs))
+            step = self._before_decode(batch, lengths, new_pages)
         # Most decode steps queue nothing.
         if self.lookahead.busy or self.pager.ledger.any_moved:
             with self.on_stream():
                 self.lookahead.begin_step()
-                if batch.forward_mode.is_decode():
-                    self.lookahead.complete_first(key_of(req) for req in batch.reqs)
+                if step.kind == DECODE:
+                    self.lookahead.complete_first(request.key for request in step.requests)
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
-        if self.graph_tokens and batch.forward_mode.is_decode():
-            read = sum(lengths) - int(self.table.shortening[self.rows].sum())
-            self.fits_graph = read + self.table.rows <= self.graph_tokens  # padding reads one slot a row
-            self.graphless_steps += not self.fits_graph
+        if self.graph_tokens and step.kind == DECODE:
+            step = dataclasses.replace(step, fits_graph=step.fits(self.table, self.graph_tokens))
+            self.graphless_steps += not step.fits_graph
+        if self.recorder is not None:
+            self.recorder.begin_pass(step, self.pager.ledger.v2p)
+        self.step = step
         return self.pager.ledger.forward_started()
 
-    def _before_decode(self, batch: Any, lengths: list[int], new_pages: np.ndarray) -> None:
-        taken = 0
-        for req, tokens in zip(batch.reqs, lengths, strict=True):
-            request = self.requests[key_of(req)]
+    def _before_decode(self, batch: Any, lengths: tuple[int, ...], new_pages: np.ndarray) -> Step:
+        requests, taken = tuple(self.requests[key_of(req)] for req in batch.reqs), 0
+        for request, tokens in zip(requests, lengths, strict=True):
             request.tokens = tokens
             if tokens % PAGE_SIZE == 1:
                 opened = new_pages[taken : taken + 1]
@@ -254,27 +212,28 @@ class LSARuntime:
                 self.prefill.hold(request.key, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
+        return Step.decode(requests, lengths)
 
     def after_forward(self, batch: Any, number: int) -> None:
         """Mirror the pages that this pass completes, then let the windows that end soon be refreshed.
 
         On a GPU the pass is only queued; what is done here is queued behind it.
         """
-        self.rows = self.rows[:0]
+        step, self.step = self.step, IDLE
         if self.recorder is not None:
             with self.on_stream():
                 self.recorder.end_pass()
         self.pager.forward_queued(number)
-        requests = [self.requests[key] for req in batch.reqs if (key := key_of(req)) in self.requests]
-        if batch.forward_mode.is_extend():
+        if step.kind == EXTEND:
             with self.on_stream():
-                for req, request, prefix in zip(batch.reqs, requests, batch.prefix_lens, strict=True):
+                for req, request, prefix in zip(batch.reqs, step.requests, step.prefixes, strict=True):
                     self._remember(request.pages[pages_complete(prefix) : pages_complete(request.tokens)])
                     middle = req is batch.chunked_req
                     self.prefill.end_pass(req, middle)
                     if not middle:
                         self.lookahead.begin(request)
-        elif batch.forward_mode.is_decode():
+        elif step.kind == DECODE:
+            requests = [request for request in step.requests if request.key in self.requests]
             filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
             ending = self.lookahead.end_step(requests)
             if filled or ending:
@@ -283,16 +242,16 @@ class LSARuntime:
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
-        if number % METRICS_EVERY == 0 and batch.forward_mode.is_decode() and not self.pager.reservations.total:
-            seen = self.decoding.setdefault(len(batch.reqs), Decoding())
+        if number % METRICS_EVERY == 0 and step.kind == DECODE and not self.pager.reservations.total:
+            seen = self.decoding.setdefault(len(step.requests), Decoding())
             seen.samples += 1
             seen.held_pages += self.pager.ledger.held_pages
-        if number % METRICS_EVERY == 0 or batch.forward_mode.is_extend():
+        if number % METRICS_EVERY == 0 or step.kind == EXTEND:
             self._update_metrics()
 
     def forward_failed(self) -> None:
         """A pass was given up, before or while it was queued, and its requests are about to be failed."""
-        self.rows = self.rows[:0]
+        self.step = Step(staged=self.step.staged)  # copies that were queued may still read its ids
         self.failed_batches += 1
         self.pager.all_queued()
         if self.on_gpu:
@@ -304,15 +263,10 @@ class LSARuntime:
         """A prefill pass is about to read this layer."""
         self.pager.transfer.before_layer(layer)
 
-    @property
-    def looks_first(self) -> bool:
-        """Whether the prefill pass being queued is to be run once more, after :meth:`choose_resident`."""
-        return bool(self.prefill.looking)
-
     def choose_resident(self) -> None:
         """Requests over a resident prefix have had a first look at it: choose what they read."""
         with self.on_stream():
-            self.prefill.choose_resident()
+            self.step = self.prefill.choose_resident(self.step)
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
@@ -320,55 +274,7 @@ class LSARuntime:
         self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical)
         return self.graph_tokens
 
-    def decode_indptr(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Where each request's slots start in the batch that is being queued, int32 ``[batch + 1]`` on the host.
-
-        Args:
-            seq_lens: ``[batch]`` tokens of each request, on the host; requests beyond those being queued are padding.
-        """
-        lengths = seq_lens.numpy().astype(np.int64)
-        real = len(self.rows)
-        lengths[:real] = self.table.lengths(self.rows, lengths[:real])
-        indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=indptr[1:])
-        return torch.from_numpy(indptr)
-
-    # -- radix tree ----------------------------------------------------------------------------------------------
-
-    def pages_known(self, req: Any) -> np.ndarray | None:
-        """Virtual pages of a request's tokens in SGLang's table, int64 ``[pages]``; None if it was never computed."""
-        request = self.requests.get(key_of(req))
-        return request.pages if request is not None and request.row == req.req_pool_idx else None
-
-    def pages_replaced(self, req: Any, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
-        """The tree has the first pages of this request already: from now on it uses the tree's.
-
-        Args:
-            tokens: how many tokens of the request have KV.
-            own: its pages as far as they are known; under the overlap scheduler it may have opened one more since.
-            shared: the tree's pages of its first tokens.
-        """
-        request = self.requests.get(key_of(req))
-        if own is None:
-            slots = self.req_to_token[req.req_pool_idx, :tokens]
-            own = self.pager.page_index.pages(slots)
-        before = own[: pages_spanned(tokens)]
-        after = before.copy()
-        after[: len(shared)] = shared
-        if (before == after).all():
-            return
-        self.pager.substitute(key_of(req), before, after)
-        if request is None:
-            return
-        request.pages = np.concatenate((after, own[len(before) :]))
-        with self.on_stream():
-            self.pager.require(after[self.pager.ledger.on_device(after)])
-            self.lookahead.sets.moved(request)
-
-    def is_exact(self, req: Any) -> bool:
-        """Whether the request's prompt was computed over all of its tokens, so that others may use its KV."""
-        admitted = self.admission.admitted.get(key_of(req))
-        return admitted is None or admitted.how != RESIDENT
+    # -- requests that are gone, and none at all -------------------------------------------------------------------
 
     def request_gone(self, req: Any) -> None:
         """The request finished, was aborted or retracted; its KV is about to be released."""
@@ -417,60 +323,8 @@ class LSARuntime:
             RuntimeError: one was (LedgerError), or a request that is gone still holds one, or a request does not read
                 what it holds and what the resident table says.
         """
-        self.pager.ledger.check()
-        strangers = set(self.pager.ledger.holders()) - set(self.requests)
-        if strangers:
-            raise RuntimeError(f"LSA: requests {sorted(strangers)} are gone but hold pages")
-        for request in self.requests.values():
-            slots = self.req_to_token[request.row, : request.tokens : PAGE_SIZE]
-            if not np.array_equal(pages_of(slots), request.pages):
-                raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
-            if request.story.windows and not self.pager.ledger.held_by(request.key).issuperset(request.read_pages()):
-                raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
-            self._check_table(request)
-
-    def _check_table(self, request: Request) -> None:
-        count = len(request.resident.positions)
         with self.on_stream():
-            row = self.table.table[request.row, : PAGES + count].cpu().numpy()
-        physical = self.pager.ledger.v2p[request.pages[request.resident.positions]]
-        shortening = (request.resident.tail_start - count) * PAGE_SIZE
-        expected = (count, request.resident.tail_start, *physical.tolist())
-        if tuple(row.tolist()) != expected or self.table.shortening[request.row] != shortening:
-            raise RuntimeError(f"LSA: the resident table has another set for {request.rid} than it reads")
-
-    def _compile_kernels(self) -> None:
-        """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
-        padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=self.pager.device)
-        self.page_keys.complete(padding, padding)
-        queries = self.observer.buffer[0, :, 0].clone()
-        for layer in self.observer.slot_of_layer:
-            self.observer.observe(layer, queries[:1], rows, rows)
-        scorers: list[Policy] = [Quest(self.observer, self.page_keys, 1.0)]
-        if self.indexer is not None:
-            self.indexer.complete(padding, padding)
-            scorers.append(self.indexer)
-        request = Request("", 0, Asked("quest", 1.0), tokens=self.observer.positions)
-        for pages in (1, MANY_PAGES + 1):
-            for scorer in scorers:
-                scorer.score(request, np.zeros(pages, dtype=np.int64))
-        physical_slots(rows, self.pager.v2p, PAGE_SIZE)
-        for batch in sorted({lanes_for(requests) for requests in range(1, self.table.rows)}):
-            many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
-            indptr = torch.zeros(batch + 1, dtype=torch.int32, device=rows.device)
-            tables = self.table.table, self.req_to_token, self.pager.v2p
-            for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
-                decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
-        self.pager.transfer.store(padding, padding, lambda: None)
-        self.pager.transfer.wait()
-        for layer_by_layer in (False, True):
-            self.pager.transfer.recall(padding, padding, lambda: None, layer_by_layer)
-        self.pager.transfer.wait()
-        for keys, _ in self.staging.read(padding).layer(0):
-            states = torch.zeros((1, *queries.shape[1:]), device=keys.device)
-            merge_states(states, states[..., 0].contiguous(), queries[:1], states[..., 0].contiguous())
-        self.staging.staged_pages = 0
-        self.pager.transfer.recalled_pages, self.pager.transfer.recall_seconds = 0, 0.0
+            check(self.pager, self.table, self.requests, self.req_to_token)
 
     # -- inside --------------------------------------------------------------------------------------------------
 

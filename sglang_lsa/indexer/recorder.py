@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.step import Step
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
@@ -102,31 +103,27 @@ class Recorder:
 
     # -- one forward pass ----------------------------------------------------------------------------------------
 
-    def begin_pass(self, batch: Any, lengths: Sequence[int], requests: Mapping[str, Request], v2p: np.ndarray) -> None:
+    def begin_pass(self, step: Step, v2p: np.ndarray) -> None:
         """A pass is about to be queued: see what it computes of recorded requests.
 
         Args:
-            batch: SGLang's.
-            lengths: tokens of each of its requests after this pass.
-            requests: by name, with their pages.
+            step: the pass.
             v2p: the ledger's map.
         """
         self._queries, self.parts = {}, []
-        firsts = batch.prefix_lens if batch.forward_mode.is_extend() else [tokens - 1 for tokens in lengths]
         offset = 0
-        for req, first, tokens in zip(batch.reqs, firsts, lengths, strict=True):
-            request = requests[key_of(req)]
+        for request, first, tokens in zip(step.requests, step.prefixes, step.lengths, strict=True):
             if request.asked.record and first == 0:
-                self.documents[request.key] = self._open(request, req.sampling_params.max_new_tokens)
+                self.documents[request.key] = self._open(request)
             if request.key in self.documents:
                 pages = torch.from_numpy(v2p[request.pages].astype(np.int64))
                 slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:tokens]
                 self.parts.append(Part(self.documents[request.key], offset, first, tokens, slots.to(self.table.device)))
             offset += tokens - first
 
-    def _open(self, request: Request, new_tokens: int) -> Document:
+    def _open(self, request: Request) -> Document:
         start = max(0, request.prompt_tokens - request.asked.record) // BLOCK * BLOCK
-        total = request.prompt_tokens + new_tokens
+        total = request.prompt_tokens + request.new_tokens
         shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
         return Document(request.rid, request.prompt_tokens, start, max(0, start - RECORDED_POSITIONS), mass)

@@ -197,7 +197,7 @@ class Scheduler:
             forward_mode=SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False),
         )
         number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
-        if self.runtime.looks_first:
+        if self.runtime.step.looks:
             self._queue_prefill(entries)
             if self.chance.random() < 0.5:  # scores that the device computes
                 self.gpu.compute_to(len(self.gpu.compute))
@@ -210,10 +210,10 @@ class Scheduler:
 
     def _queue_prefill(self, entries: list[Entry]) -> None:
         queued = ForwardPass(self.memory)
-        prefill = self.runtime.prefill
+        step = self.runtime.step
         for index, entry in enumerate(entries):
             req, pages = entry.req, entry.req.page_array
-            reading = prefill.readings[index] if prefill.readings is not None else None
+            reading = step.readings[index] if step.readings is not None else None
             if reading is None:
                 here, streamed = np.arange(pages_spanned(entry.start)), NONE
             else:
@@ -279,12 +279,12 @@ class Scheduler:
 
     def _cache_unfinished(self, req: Req, tokens: int) -> None:
         """As ``LSARadixCache.cache_unfinished_req``."""
-        if not (self.runtime.config.cache_outputs or self.runtime.is_exact(req)):
+        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(req)):
             return
         keys = req.keys(tokens)
         known = [node.page for node in self.tree.match(keys)]
-        own = self.runtime.pages_known(req)
-        self.runtime.pages_replaced(req, tokens, own, np.array(known, dtype=np.int64))
+        own = self.runtime.shared.known(req)
+        self.runtime.shared.replaced(req, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(keys, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)
@@ -295,7 +295,7 @@ class Scheduler:
     def _end(self, req: Req, insert: bool) -> None:
         """As ``LSARadixCache.cache_finished_req``."""
         outputs = self.runtime.config.cache_outputs
-        insert = insert and (outputs or self.runtime.is_exact(req))
+        insert = insert and (outputs or self.runtime.shared.is_exact(req))
         self.runtime.request_gone(req)
         keep = req.kv_committed_len
         if insert and not outputs:

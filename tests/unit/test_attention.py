@@ -12,6 +12,7 @@ import torch
 from sglang_lsa.attend.torch_native import QUERY_BLOCK, LSATorchBackend, attend, attend_part
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.reading import Reading
+from sglang_lsa.engine.step import Step
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.staging import Staging
@@ -261,7 +262,7 @@ def test_a_streamed_chunk_reads_all_tokens_before_it(here: list[int], streamed: 
     layout = MhaLayout(list(pool[:, 0]), list(pool[:, 1]), PAGE_SIZE)
     pages = mirror.flatten(1).view(torch.uint8)
     staging = Staging(layout, pages, 2, lambda: pytest.fail("no stream on a CPU"))
-    backend.lsa = SimpleNamespace(prefill=SimpleNamespace(staged=staging.read(reading.streamed)))
+    backend.lsa = SimpleNamespace(step=Step(staged=staging.read(reading.streamed)))
     backend.slots = [torch.cat((reading.slots(v2p), torch.arange(PAGE_SIZE, PAGE_SIZE + 40)))]
     for layer in range(layers):
         out = backend._attend_streamed(q, *pool[layer], SimpleNamespace(layer_id=layer, scaling=dim**-0.5))

@@ -339,7 +339,9 @@ def test_a_wrong_note_is_refused_or_found() -> None:
 def test_pages_of_a_request_that_was_never_computed() -> None:
     server = Server(guarded=True)
     server.runtime.requests["a"] = Request("a", 3, Asked("quest", 0.5), pages=np.arange(1, 5))
-    assert server.runtime.pages_known(SimpleNamespace(lsa_key="b", req_pool_idx=3)) is None
-    assert server.runtime.pages_known(SimpleNamespace(lsa_key="a", req_pool_idx=2)) is None, "a name that is used again"
-    found = server.runtime.pages_known(SimpleNamespace(lsa_key="a", req_pool_idx=3))
+    assert server.runtime.shared.known(SimpleNamespace(lsa_key="b", req_pool_idx=3)) is None
+    assert server.runtime.shared.known(SimpleNamespace(lsa_key="a", req_pool_idx=2)) is None, (
+        "a name that is used again"
+    )
+    found = server.runtime.shared.known(SimpleNamespace(lsa_key="a", req_pool_idx=3))
     assert found is not None and len(found) == pages_spanned(256)

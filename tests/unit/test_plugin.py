@@ -32,6 +32,7 @@ from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.policies import Recency
 from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, STREAMED
+from sglang_lsa.engine.step import Step
 from sglang_lsa.indexer.checkpoint import ModelShape, config_from_json
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -732,7 +733,8 @@ class Runtime:
     """Of the runtime, what these hooks call; it notes that."""
 
     def __init__(self, calls: list[str], looks: bool = False, fails: BaseException | None = None) -> None:
-        self.calls, self.looks_first, self.fails = calls, looks, fails
+        self.calls, self.fails = calls, fails
+        self.step = Step(looks=(0,) if looks else ())
 
     def choose_resident(self) -> None:
         self.calls.append("choose")

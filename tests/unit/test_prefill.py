@@ -24,6 +24,7 @@ from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.step import IDLE
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 from sglang_lsa.serve.one_request import collect, formatted
 
@@ -62,6 +63,14 @@ class Server(harness.Server):
         self.wanted = Wanted()
         self.lookahead.scorer.policies["quest"] = self.wanted  # type: ignore[index]
         self.chunk = chunk
+        self.step = IDLE
+        """The last prefill pass, as it was run in the end."""
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """Of the pass being queued."""
+        assert self.runtime.step.readings is not None
+        return self.runtime.step.readings
 
     def neighbour(self, pages: int | np.ndarray) -> None:
         """Somebody else needs these pages, or so many new ones, on the device."""
@@ -120,22 +129,21 @@ class Server(harness.Server):
     def run(self, batch: Any, new_pages: np.ndarray) -> list[Read]:
         number = self.runtime.before_forward(batch, new_pages)
         looks: dict[int, list[int]] = {}
-        if self.runtime.looks_first:
-            assert self.prefill.readings is not None
-            looks = {index: self.look_at(self.prefill.readings[index]).here for index in self.prefill.looking}
+        if self.runtime.step.looks:
+            looks = {index: self.look_at(self.readings[index]).here for index in self.runtime.step.looks}
             self.runtime.choose_resident()
-        reads = []
+        reads, self.step = [], self.runtime.step
         for index, (req, end) in enumerate(zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True)):
             reading = (
-                self.prefill.readings[index]
-                if self.prefill.readings is not None
+                self.step.readings[index]
+                if self.step.readings is not None
                 else Reading.all_of(self.runtime.requests[req.rid].pages[: pages_spanned(req.computed)], req.computed)
             )
             reads.append(self.look_at(reading))
             reads[-1].look = looks.get(index)
             self.write(self.slots(req, req.computed, end))
             req.computed = end
-        staged = self.prefill.staged
+        staged = self.step.staged
         assert (staged is not None) == any(read.streamed for read in reads)
         if staged is not None:  # as attention does
             assert sum(staged.sizes) == len(reads[0].streamed)
@@ -187,7 +195,7 @@ def test_a_prompt_in_place(tokens: int) -> None:
     assert server.extend(req) == [Read([])]
     assert server.held(req) == list(range(pages_spanned(tokens)))
     assert owed(server.pager) == {}, "what was promised is held"
-    assert server.prefill.readings is None, "backends read everything"
+    assert server.step.readings is None, "backends read everything"
     assert server.ledger.host_pages == pages_complete(tokens)
     request = server.runtime.requests["a"]
     assert (request.tokens, request.prompt_tokens, request.story.prefill) == (tokens, tokens, IN_PLACE)
@@ -255,7 +263,7 @@ def test_prompts_of_one_pass_get_their_pages_in_their_order() -> None:
         assert len(pages) == count
         assert pages.tolist() == [slot // PAGE_SIZE for slot in server.slots(req, 0, req.computed)[::PAGE_SIZE]]
         assert server.held(req) == list(range(count))
-    assert [request.rid for request in server.prefill.batch] == ["first", "second", "third"]
+    assert [request.rid for request in server.step.requests] == ["first", "second", "third"]
     assert owed(server.pager) == {"third": 1}
 
 
@@ -342,7 +350,7 @@ def test_a_first_chunk_reads_nothing() -> None:
     req = server.request(40 * PAGE_SIZE)
     server.admit(req)
     assert server.extend(req, a=CHUNK) == [Read([])]
-    assert server.prefill.readings is None
+    assert server.step.readings is None
     assert (server.prefill.streamed_passes, server.runtime.staging.staged_pages) == (0, 0)
 
 
@@ -366,7 +374,7 @@ def test_pages_read_in_place_stay_until_the_pass_is_queued() -> None:
     req = server.request(42 * PAGE_SIZE, prefix)
     server.admit(req)
     batch, new_pages = server.batch({}, req)
-    server.prefill.begin_pass(batch, [42 * PAGE_SIZE], new_pages)
+    step = server.prefill.begin_pass(batch, [42 * PAGE_SIZE], new_pages)
     assert server.ledger.held_by("a") == set(new_pages.tolist()), "others do not see more room through what it reads"
     assert owed(server.pager) == {"a": 12 - 2}
     server.push_off()
@@ -378,8 +386,8 @@ def test_pages_read_in_place_stay_until_the_pass_is_queued() -> None:
     server.pager.forward_queued(number)
     server.push_off()
     assert not server.ledger.on_device(range(19, 41)).any()
-    assert server.prefill.readings is not None
-    assert [len(reading.streamed) for reading in server.prefill.readings] == [18]
+    assert step.readings is not None
+    assert [len(reading.streamed) for reading in step.readings] == [18]
 
 
 def test_a_pass_waits_for_what_it_reads_in_place() -> None:
@@ -403,11 +411,11 @@ def test_without_a_streamed_prompt_nothing_is_staged_any_more() -> None:
     req = server.request(42 * PAGE_SIZE, prefix)
     server.admit(req)
     server.extend(req)
-    assert server.prefill.staged is not None
+    assert server.step.staged is not None
     other = server.request(PAGE_SIZE, NONE, "b", 2)
     server.admit(other)
     server.extend(other)
-    assert (server.prefill.staged, server.prefill.readings) == (None, None)
+    assert (server.step.staged, server.step.readings) == (None, None)
 
 
 # --- over a resident prefix ------------------------------------------------------------------------------------------
@@ -436,11 +444,11 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     assert read.look is not None
     assert positions(req, read.look, server) == [0, 39], "both ends: nothing else is known"
     assert positions(req, read.here, server) == [0, 7, 21, 33, 39]
-    assert (read.streamed, server.prefill.staged) == ([], None)
+    assert (read.streamed, server.step.staged) == ([], None)
     request = server.runtime.requests["a"]
     assert (request.story.prefill, request.cached_pages) == (RESIDENT, 40)
     assert server.prefill.resident_prompts == 1
-    assert not server.runtime.is_exact(req)
+    assert not server.runtime.shared.is_exact(req)
     assert server.ledger.recalls == 5
     assert server.lookahead.counts.failures == 0
 
@@ -454,10 +462,10 @@ def test_both_runs_hold_what_they_read_and_write() -> None:
     server.admit(req)
     batch, new_pages = server.batch({}, req)
     number = server.runtime.before_forward(batch, new_pages)
-    assert server.runtime.looks_first
+    assert server.runtime.step.looks
     assert server.held(req) == [0, 39, 40, 41]
     server.runtime.choose_resident()
-    assert not server.runtime.looks_first, "there is no third run"
+    assert not server.runtime.step.looks, "there is no third run"
     assert server.held(req) == [0, 7, 21, 39, 40, 41]
     assert owed(server.pager) == {"a": 12 + 2 + 1 - 6}, "others cannot take what it may still need"
     server.write(server.slots(req, 40 * PAGE_SIZE, 42 * PAGE_SIZE))
@@ -477,8 +485,7 @@ def test_the_look_has_hot_pages_that_are_on_the_device() -> None:
     assert server.ledger.arriving(memory[[5]]).all()
     batch, new_pages = server.batch({}, req)
     server.runtime.before_forward(batch, new_pages)
-    assert server.prefill.readings is not None
-    assert server.prefill.readings[0].here.tolist() == memory[[0, 8, 12, 39]].tolist()
+    assert server.readings[0].here.tolist() == memory[[0, 8, 12, 39]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -552,12 +559,11 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
     assert "choosing a prefix for bad failed; it reads what it looked at" in caplog.text
     assert (server.lookahead.counts.failures, server.runtime.requests["bad"].story.failures) == (1, 1)
     assert server.runtime.requests["good"].story.failures == 0
-    assert server.prefill.readings is not None
-    reads = [server.look_at(reading) for reading in server.prefill.readings]
+    reads = [server.look_at(reading) for reading in server.readings]
     assert positions(bad, reads[0].here, server) == [0, 39]
     assert positions(good, reads[1].here, server) == [0, 7, 39], "the others get theirs"
     assert server.held(bad) == [0, 39, 40, 41]
-    assert not server.runtime.looks_first
+    assert not server.runtime.step.looks
 
 
 @pytest.mark.parametrize(("lead", "lag"), [(0, 0), (3, 2)], ids=["cpu", "gpu"])

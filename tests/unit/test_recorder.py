@@ -12,6 +12,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.step import DECODE, EXTEND, Step, rows_of
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
@@ -51,8 +52,6 @@ class Server:
             finished=lambda: True,
             finished_reason=SimpleNamespace(to_json=lambda: {"type": "length"}),
         )
-        asked = SimpleNamespace(max_new_tokens=9)
-        self.stranger = SimpleNamespace(rid="stranger", lsa_key="stranger", sampling_params=asked)
 
     def slots(self, stop: int) -> torch.Tensor:
         pages = torch.from_numpy(self.v2p[self.request.pages].astype(np.int64))
@@ -60,12 +59,14 @@ class Server:
 
     def compute(self, first: int, stop: int, extend: bool = True, strangers: int = 0) -> None:
         """One forward pass of positions ``first`` to ``stop``, beside another request of ``strangers`` tokens."""
-        reqs, lengths, prefixes = [self.req], [stop], [first]
+        other = Request("stranger", 1, Asked("quest", 1.0), new_tokens=9)
+        requests, lengths, prefixes = [self.request], [stop], [first]
         if strangers:
-            reqs, lengths, prefixes = [self.stranger, *reqs], [strangers, *lengths], [0, *prefixes]
-        batch = SimpleNamespace(reqs=reqs, prefix_lens=prefixes, forward_mode=SimpleNamespace(is_extend=lambda: extend))
-        other = Request("stranger", 1, Asked("quest", 1.0))
-        self.recorder.begin_pass(batch, lengths, {"asked": self.request, "stranger": other}, self.v2p)
+            requests, lengths = [other, *requests], [strangers, *lengths]
+            prefixes = [0 if extend else strangers - 1, *prefixes]
+        kind = EXTEND if extend else DECODE
+        step = Step(kind, tuple(requests), tuple(lengths), tuple(prefixes), rows_of(requests))
+        self.recorder.begin_pass(step, self.v2p)
         noise = torch.full((strangers if extend else min(1, strangers), 1), 99.0)
         for layer in range(LAYERS):
             own = self.queries[layer, first:stop]

@@ -17,6 +17,8 @@ from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
+from sglang_lsa.engine.step import Step
+from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -53,9 +55,9 @@ def test_the_host_plans_what_the_device_reads(padding: int) -> None:
         for row, length in zip(rows.tolist(), seq_lens.tolist(), strict=True):
             tail = int(rng.integers(0, length // PAGE_SIZE + 1))
             runtime.table.remap(row, rng.integers(1, 41, min(tail, int(rng.integers(0, 20)))), tail)
-        runtime.rows = rows
+        step = Step(rows=rows)
         padded = torch.from_numpy(np.append(seq_lens, np.ones(padding, dtype=np.int64)))
-        planned = runtime.decode_indptr(padded)
+        planned = step.decode_indptr(runtime.table, padded)
         assert planned.dtype == torch.int32
         all_rows = torch.from_numpy(np.append(rows, np.zeros(padding, dtype=np.int64)))
         assert planned.tolist() == lengths_read(runtime, all_rows, padded)
@@ -70,8 +72,9 @@ def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_indices_reference(table, req_to_token, v2p, rows, seq_lens, page, indptr, indices)
         compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
 
-    monkeypatch.setattr("sglang_lsa.engine.runtime.decode_indices", seen)
-    runtime._compile_kernels()
+    monkeypatch.setattr("sglang_lsa.engine.warm_up.decode_indices", seen)
+    parts = runtime.observer, runtime.page_keys, runtime.indexer, runtime.staging, runtime.req_to_token
+    compile_kernels(runtime.pager, runtime.table, *parts)
     lanes = {lanes_for(batch) for batch in range(1, ROWS)}
     kinds = (torch.int32, torch.int64)
     assert compiled == {(size, kind, torch.int64, torch.int32, torch.int32) for size in lanes for kind in kinds}
@@ -83,8 +86,8 @@ def test_without_a_batch_every_row_is_padding() -> None:
     """As when CUDA graphs are captured."""
     runtime = make_runtime()
     runtime.table.remap(1, np.array([3]), 5)
-    assert runtime.decode_indptr(torch.ones(4, dtype=torch.int32)).tolist() == [0, 1, 2, 3, 4]
-    assert runtime.decode_indptr(torch.ones(0, dtype=torch.int32)).tolist() == [0]
+    assert runtime.step.decode_indptr(runtime.table, torch.ones(4, dtype=torch.int32)).tolist() == [0, 1, 2, 3, 4]
+    assert runtime.step.decode_indptr(runtime.table, torch.ones(0, dtype=torch.int32)).tolist() == [0]
 
 
 def test_prefill_reads_everything() -> None:
@@ -227,10 +230,10 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
     """What its requests held can be had as soon as they are released."""
     runtime = make_runtime()
     held(runtime, "a", *range(1, 41))
-    runtime.rows = np.array([1])
+    runtime.step = Step(rows=np.array([1]))
     runtime.pager.ledger.forward_started()
     runtime.forward_failed()
-    assert (runtime.failed_batches, len(runtime.rows)) == (1, 0)
+    assert (runtime.failed_batches, len(runtime.step.rows)) == (1, 0)
     runtime.pager.forget("a")
     runtime.pager.ledger.release(np.arange(1, 41))
     assert runtime.pager.unpromised_pages == 40
@@ -266,7 +269,7 @@ def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exac
     runtime, req = make_runtime(), SimpleNamespace(rid="a", lsa_key="a")
     if how is not None:
         runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
-    assert runtime.is_exact(req) is exact
+    assert runtime.shared.is_exact(req) is exact
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from simulation import failure_of
 
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.prefill import Prefill
+from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.step import Step
 from sglang_lsa.memory.ledger import Ledger
 
 SEEDS = range(200)
@@ -36,9 +38,11 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
     """The second set displaced pages of the first instead of keeping within what was promised, and what a request
     reads changed before it was held."""
 
-    def choose_resident(self: Prefill) -> None:
-        for index in self.looking:
-            request = self.batch[index]
+    def choose_resident(self: Prefill, step: Step) -> Step:
+        assert step.readings is not None
+        readings = list(step.readings)
+        for index in step.looks:
+            request = step.requests[index]
             cached = request.cached_pages
             found = choose(self.rules, self.scorer.score(request, cached).values(), cached, request.asked.budget)
             request.resident.prefix_positions, request.resident.prefix_ranks = found.positions, found.ranks
@@ -47,9 +51,8 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
                 request.key, np.concatenate((request.pages[: len(here)][here], request.pages[len(here) :]))
             )
             if self.pager.hold(request.key, request.pages[: len(here)][here]):
-                assert self.readings is not None
-                self.readings[index] = self._read(request, here)
-        self.looking = []
+                readings[index] = self._read(request, here)
+        return dataclasses.replace(step, readings=tuple(readings), looks=())
 
     monkeypatch.setattr(Prefill, "choose_resident", choose_resident)
     assert failures()
@@ -58,23 +61,25 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
 def test_it_finds_a_promise_that_is_forgotten_during_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: dict[str, int] = {}
 
-    def around(original: Callable[..., None], before: bool) -> Callable[..., None]:
-        def pass_(self: Prefill, *arguments: Any) -> None:
-            original(self, *arguments)
-            reservations = self.pager.reservations
-            if before:
-                for request in self.batch:
-                    forgotten[request.key] = reservations.owed(request.key)
-                    reservations.settle(request.key)
-            else:
-                for request in self.batch:
-                    if arguments[1] or request.resident.incomplete:
-                        reservations.promise(request.key, forgotten[request.key])
+    queued: list[Request] = []
+    begin_pass, end_pass = Prefill.begin_pass, Prefill.end_pass
 
-        return pass_
+    def begin(self: Prefill, *arguments: Any) -> Step:
+        step = begin_pass(self, *arguments)
+        queued[:] = step.requests
+        for request in queued:
+            forgotten[request.key] = self.pager.reservations.owed(request.key)
+            self.pager.reservations.settle(request.key)
+        return step
 
-    monkeypatch.setattr(Prefill, "begin_pass", around(Prefill.begin_pass, before=True))
-    monkeypatch.setattr(Prefill, "end_pass", around(Prefill.end_pass, before=False))
+    def end(self: Prefill, *arguments: Any) -> None:
+        end_pass(self, *arguments)
+        for request in queued:
+            if arguments[1] or request.resident.incomplete:
+                self.pager.reservations.promise(request.key, forgotten[request.key])
+
+    monkeypatch.setattr(Prefill, "begin_pass", begin)
+    monkeypatch.setattr(Prefill, "end_pass", end)
     assert failures()
 
 

@@ -1,0 +1,111 @@
+"""Composition: makes the runtime's parts from the configuration, the pools and the model's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers, observed_positions
+from sglang_lsa.engine.policies import Policy, Quest, Random, Recency
+from sglang_lsa.engine.score import SCORE_LAG
+from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
+from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.indexer.policy import Indexer
+from sglang_lsa.indexer.recorder import Recorder
+from sglang_lsa.memory.layout.base import KVLayout
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.staging import Staging, sums_bytes
+
+logger = logging.getLogger(__name__)
+
+
+def applicable(config: LSAConfig, pager: Pager) -> LSAConfig:
+    """The configuration with ``min_context`` as it applies: no request reads more than the device pool can hold."""
+    longest = longest_dense(pager.ledger.physical_pages)
+    if config.min_context <= longest:
+        return config
+    logger.warning(
+        "LSA: --lsa-min-context %d is more than half of the device pool; requests are pruned from %d tokens on",
+        config.min_context,
+        longest,
+    )
+    return dataclasses.replace(config, min_context=longest)
+
+
+def observer(config: LSAConfig, layout: KVLayout, rows: int, q_heads: int) -> QueryObserver:
+    """Of the recent queries of ``rows`` requests."""
+    keys = list(layout.key_buffers.values())
+    layers = observed_layers(config, len(keys))
+    head_dim, dtype, device = keys[0].shape[2], keys[0].dtype, keys[0].device
+    return QueryObserver(rows, observed_positions(config), layers, q_heads, head_dim, dtype, device)
+
+
+def page_keys(config: LSAConfig, pager: Pager) -> PageKeys:
+    """Bounds of the keys of every virtual page, in the layers whose queries are observed."""
+    layers = observed_layers(config, len(pager.layout.key_buffers))
+    return PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
+
+
+def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
+    """A row for each of ``rows`` requests."""
+    most = max_resident_pages(max_context, pager.ledger.physical_pages)
+    return ResidentTable(rows, most, pager.page, pager.device)
+
+
+def indexer(config: LSAConfig, pager: Pager, observer: QueryObserver) -> Indexer | None:
+    """The trained policy, if the server was given one."""
+    if not config.indexer:
+        return None
+    keys = list(pager.layout.key_buffers.values())
+    return Indexer(MemoryIndexer.load(config.indexer).to(keys[0].device), observer, keys, pager.ledger.virtual_pages)
+
+
+def policies(
+    observer: QueryObserver, page_keys: PageKeys, softmax_scale: float, indexer: Indexer | None
+) -> dict[str, Policy]:
+    """By name; ``full`` needs none."""
+    found: dict[str, Policy] = {
+        "recency": Recency(),
+        "random": Random(),
+        "quest": Quest(observer, page_keys, softmax_scale),
+    }
+    if indexer is not None:
+        found["indexer"] = indexer
+    return found
+
+
+def recorder(
+    config: LSAConfig, layout: KVLayout, page_keys: PageKeys, q_heads: int, softmax_scale: float, hidden_size: int
+) -> Recorder | None:
+    """What writes training data, if the server was told to."""
+    if not config.record:
+        return None
+    keys = list(layout.key_buffers.values())
+    layers = observed_layers(config, len(keys))
+    return Recorder(
+        config.record, layers, config.query_tokens, keys, q_heads, softmax_scale, page_keys.table, hidden_size
+    )
+
+
+def lookahead(
+    config: LSAConfig, pager: Pager, table: ResidentTable, policies: Mapping[str, Policy], indexer: Indexer | None
+) -> Lookahead:
+    """On a CPU a refresh happens at once; on a GPU it is begun some steps before its window."""
+    lead, lag = (config.prefetch_steps, SCORE_LAG) if pager.device.type == "cuda" else (0, 0)
+    thresholds = {} if indexer is None else {"indexer": indexer.indexer.config.threshold}
+    return Lookahead(config, pager, table, policies, lead, lag, thresholds)
+
+
+def staging(config: LSAConfig, pager: Pager) -> Staging:
+    """Buffers for pages that prompts read from the host mirror."""
+    return Staging(pager.layout, pager.mirror.pages, config.staging_pages, lambda: pager.compute())
+
+
+def staging_bytes(staging: Staging, layout: KVLayout, chunk_tokens: int | None, q_heads: int) -> int:
+    """Device bytes that prompts need to read the host mirror; no context enters."""
+    keys = next(iter(layout.key_buffers.values()))
+    return staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys.shape[2])

@@ -1,0 +1,80 @@
+"""A forward pass as an object: everything that attention, recorder and graph sizing need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sglang_lsa.engine.reading import Reading
+from sglang_lsa.engine.request import Request
+from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.staging import StagedPages
+
+EXTEND = "extend"
+"""Computes tokens of prompts."""
+DECODE = "decode"
+"""Computes one token of each request."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Made once, before a forward pass is queued, and made anew only after a first look at resident prefixes.
+
+    Outside a pass, and while CUDA graphs are captured, there is one without requests: then every row is padding.
+
+    Attributes:
+        kind: :data:`EXTEND`, :data:`DECODE`, or "" for a pass without requests.
+        requests: in the order of the batch.
+        lengths: tokens of each request after this pass.
+        prefixes: tokens of each request before this pass.
+        rows: int64 ``[requests]``, their rows in SGLang's ``req_to_token`` and in the static tables.
+        fits_graph: whether the CUDA graphs' buffers can hold what this pass reads.
+        readings: what each request reads before its own tokens; None when that is all, in place.
+        staged: pages that this pass reads from the host.
+        looks: requests, by their place, whose resident prefix is chosen after a first look: the pass is run twice.
+    """
+
+    kind: str = ""
+    requests: tuple[Request, ...] = ()
+    lengths: tuple[int, ...] = ()
+    prefixes: tuple[int, ...] = ()
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    fits_graph: bool = True
+    readings: tuple[Reading, ...] | None = None
+    staged: StagedPages | None = None
+    looks: tuple[int, ...] = ()
+
+    @classmethod
+    def decode(cls, requests: tuple[Request, ...], lengths: tuple[int, ...]) -> Step:
+        """One token of each request."""
+        return cls(DECODE, requests, lengths, tuple(tokens - 1 for tokens in lengths), rows_of(requests))
+
+    def fits(self, table: ResidentTable, graph_tokens: int) -> bool:
+        """Whether buffers of so many slots hold what a decode step reads; padding reads one slot a row."""
+        read = sum(self.lengths) - int(table.shortening[self.rows].sum())
+        return read + table.rows <= graph_tokens
+
+    def decode_indptr(self, table: ResidentTable, seq_lens: torch.Tensor) -> torch.Tensor:
+        """Where each request's slots start in this pass, int32 ``[batch + 1]`` on the host.
+
+        Args:
+            seq_lens: ``[batch]`` tokens of each request, on the host; requests beyond those of this pass are padding.
+        """
+        lengths = seq_lens.numpy().astype(np.int64)
+        real = len(self.rows)
+        lengths[:real] = table.lengths(self.rows, lengths[:real])
+        indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=indptr[1:])
+        return torch.from_numpy(indptr)
+
+
+IDLE = Step()
+"""No pass is being queued."""
+
+
+def rows_of(requests: Sequence[Request]) -> np.ndarray:
+    """Their rows, int64 ``[requests]``."""
+    return np.fromiter((request.row for request in requests), np.int64, len(requests))

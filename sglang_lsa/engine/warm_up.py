@@ -1,0 +1,60 @@
+"""Warm-up: Triton compiles a kernel when it is first called, which no request should wait for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.observe import PageKeys, QueryObserver
+from sglang_lsa.engine.policies import Policy, Quest
+from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.indexer.policy import Indexer
+from sglang_lsa.kernels.merge_states import merge_states
+from sglang_lsa.kernels.page_score import MANY_PAGES
+from sglang_lsa.kernels.page_table import decode_indices, lanes_for, physical_slots
+from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.staging import Staging
+
+
+def compile_kernels(
+    pager: Pager,
+    table: ResidentTable,
+    observer: QueryObserver,
+    page_keys: PageKeys,
+    indexer: Indexer | None,
+    staging: Staging,
+    req_to_token: torch.Tensor,
+) -> None:
+    """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
+    padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=pager.device)
+    page_keys.complete(padding, padding)
+    queries = observer.buffer[0, :, 0].clone()
+    for layer in observer.slot_of_layer:
+        observer.observe(layer, queries[:1], rows, rows)
+    scorers: list[Policy] = [Quest(observer, page_keys, 1.0)]
+    if indexer is not None:
+        indexer.complete(padding, padding)
+        scorers.append(indexer)
+    request = Request("", 0, Asked("quest", 1.0), tokens=observer.positions)
+    for pages in (1, MANY_PAGES + 1):
+        for scorer in scorers:
+            scorer.score(request, np.zeros(pages, dtype=np.int64))
+    physical_slots(rows, pager.v2p, PAGE_SIZE)
+    for batch in sorted({lanes_for(requests) for requests in range(1, table.rows)}):
+        many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
+        indptr = torch.zeros(batch + 1, dtype=torch.int32, device=rows.device)
+        tables = table.table, req_to_token, pager.v2p
+        for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
+            decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
+    pager.transfer.store(padding, padding, lambda: None)
+    pager.transfer.wait()
+    for layer_by_layer in (False, True):
+        pager.transfer.recall(padding, padding, lambda: None, layer_by_layer)
+    pager.transfer.wait()
+    for keys, _ in staging.read(padding).layer(0):
+        states = torch.zeros((1, *queries.shape[1:]), device=keys.device)
+        merge_states(states, states[..., 0].contiguous(), queries[:1], states[..., 0].contiguous())
+    staging.staged_pages = 0
+    pager.transfer.recalled_pages, pager.transfer.recall_seconds = 0, 0.0
