@@ -40,3 +40,16 @@ class Counts:
         began = time.perf_counter()
         yield
         self.host_seconds += time.perf_counter() - began
+
+
+@dataclass
+class Decoding:
+    """What decode steps of so many requests needed, looked at now and then while no prompt waited for its pages.
+
+    Attributes:
+        samples: how often.
+        held_pages: device pages that were held, summed over the samples.
+    """
+
+    samples: int = 0
+    held_pages: int = 0

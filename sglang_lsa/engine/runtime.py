@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,20 +19,19 @@ import torch
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import build
 from sglang_lsa.engine.admission import Admission, key_of
+from sglang_lsa.engine.counts import Decoding
 from sglang_lsa.engine.integrity import check
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.shared_pages import SharedPages
 from sglang_lsa.engine.sizing import graph_tokens
 from sglang_lsa.engine.step import DECODE, EXTEND, IDLE, Step
+from sglang_lsa.engine.summary import Finished, finished
 from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete
 from sglang_lsa.memory.resident_table import PAGES
 from sglang_lsa.serve.control import Value, changed
-from sglang_lsa.serve.metrics import Metrics
-from sglang_lsa.serve.one_request import Finished, finished
-from sglang_lsa.serve.status import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +41,12 @@ METRICS_EVERY = 16
 """Forward passes between two updates of the Prometheus metrics, and between two looks at what decode needs."""
 FINISHED_REMEMBERED = 64
 """Requests that can be asked about after they finished."""
+
+
+class Metrics(Protocol):
+    """What is told of a runtime while it runs (``sglang_lsa.serve.metrics``)."""
+
+    def update(self, runtime: LSARuntime) -> None: ...
 
 
 class LSARuntime:
@@ -289,7 +294,7 @@ class LSARuntime:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
             self.finished_requests += 1
-            self.finished.append(finished(self, request))
+            self.finished.append(finished(request, self.finished_requests, self.config.min_pages))
         self._update_metrics()
 
     def on_idle(self) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sglang_lsa.config import GivenSet
-from sglang_lsa.engine.request import Request, Window
-from sglang_lsa.engine.selection import budget_pages
+from sglang_lsa.engine.request import Window
+from sglang_lsa.engine.summary import describe
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -26,55 +25,12 @@ LONGEST_NAME = 200
 """Characters of a request's id in an overview; it may be of any length."""
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A request whose KV is released. A retracted request is one for every time it was admitted.
-
-    Attributes:
-        summary: see :func:`describe`, and ``number``, which tells in what order requests finished.
-        windows: the last sets that it read, as they are; formatted when somebody asks.
-    """
-
-    summary: dict[str, Any]
-    windows: tuple[Window, ...]
-
-
-def finished(runtime: LSARuntime, request: Request) -> Finished:
-    """Remember a request that is gone: a few numbers, and references to what it read."""
-    return Finished(describe(runtime, request) | {"number": runtime.finished_requests}, tuple(request.story.windows))
-
-
-def describe(runtime: LSARuntime, request: Request) -> dict[str, Any]:
-    """One request, running or just finished, in a few numbers."""
-    context, resident = request.sizes()
-    dense = request.resident.tail_start == 0
-    return {
-        "rid": request.rid,
-        "context_tokens": request.tokens,
-        "prompt_tokens": request.prompt_tokens,
-        "cached_tokens": request.story.cached_tokens,
-        "context_pages": context,
-        "resident_pages": resident,
-        "budget_pages": context if dense else budget_pages(context, request.asked.budget, runtime.config.min_pages),
-        "window": request.window,
-        "policy": "full" if dense else request.asked.policy,
-        "budget": request.asked.budget,
-        "stalls": request.story.stalls,
-        "shrunk": request.story.shrunk,
-        "coverage": request.story.coverage,
-        "widened": request.story.widened,
-        "collapsed": request.story.collapsed,
-        "failures": request.story.failures,
-        "prefill": request.story.prefill,
-    }
-
-
 def overview(runtime: LSARuntime) -> dict[str, Any]:
     """Numbers of the last finished requests and of the running ones, no sets; bounded whatever the server has to do."""
     running = list(runtime.requests.values())
     return {
         "finished": [_shortened(request.summary) for request in runtime.finished],
-        "running": [_shortened(describe(runtime, request)) for request in running[:MOST_RUNNING]],
+        "running": [_shortened(describe(request, runtime.config.min_pages)) for request in running[:MOST_RUNNING]],
         "more_running": max(0, len(running) - MOST_RUNNING),
     }
 
@@ -86,7 +42,7 @@ def collect(runtime: LSARuntime, rid: str) -> dict[str, Any]:
     return {
         "finished": [request.summary | {"windows": _packed(request.windows)} for request in gone],
         "running": [
-            describe(runtime, request)
+            describe(request, runtime.config.min_pages)
             | {"windows": _packed(request.story.windows), "resident": _bytes(request.read_pages())}
             for request in here
         ],

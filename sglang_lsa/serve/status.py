@@ -100,19 +100,6 @@ def running(runtime: LSARuntime) -> dict[str, int]:
     }
 
 
-@dataclasses.dataclass
-class Decoding:
-    """What decode steps of so many requests needed, looked at now and then while no prompt waited for its pages.
-
-    Attributes:
-        samples: how often.
-        held_pages: device pages that were held, summed over the samples.
-    """
-
-    samples: int = 0
-    held_pages: int = 0
-
-
 def config_in_force(runtime: LSARuntime) -> dict[str, Any]:
     """The configuration, how often it was changed since the start, and when last (seconds since 1970)."""
     return {
