@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sglang_lsa.patches import batch
 from sglang_lsa.patches.compatibility import REFUSED_FLAGS
 
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -157,5 +158,5 @@ def together(*lists: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     return {symbol: tuple(names) for symbol, names in found.items()}
 
 
-READS = together(HOOKS)
+READS = together(HOOKS, batch.READS)
 """All that is read."""

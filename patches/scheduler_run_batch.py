@@ -9,6 +9,7 @@ from http import HTTPStatus
 import torch
 
 from sglang_lsa.engine.prefill import DevicePoolFull
+from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.patches.hook import Hook
 
 logger = logging.getLogger(__name__)
@@ -19,9 +20,9 @@ def run_batch(original, self, batch, *args, **kwargs):
     if self.enable_overlap and self.device == "cuda":
         lsa.run_on(self.forward_stream)
     try:
-        number = lsa.before_forward(batch, self.token_to_kv_pool_allocator.take_new_pages())
+        number = lsa.before_forward(batch_of(batch), self.token_to_kv_pool_allocator.take_new_pages())
         result = original(self, batch, *args, **kwargs)
-        lsa.after_forward(batch, number)
+        lsa.after_forward(number)
         return result
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

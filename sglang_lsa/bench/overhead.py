@@ -27,6 +27,7 @@ from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.serve.status import status
 
 STEPS = 256
@@ -126,8 +127,8 @@ class Scheduler:
             chunked_req=None,
         )
         began = time.perf_counter()
-        number = self.runtime.before_forward(batch, new_pages)
-        self.runtime.after_forward(batch, number)
+        number = self.runtime.before_forward(batch_of(batch), new_pages)
+        self.runtime.after_forward(number)
         self.seconds = time.perf_counter() - began
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
-from sglang_lsa.engine.admission import Admission, Admitted, key_of
+from sglang_lsa.engine.admission import Admission, Admitted
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
-from sglang_lsa.engine.step import EXTEND, Step, rows_of
+from sglang_lsa.engine.step import Arrival, Batch, Step
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
@@ -64,22 +62,29 @@ class Prefill:
         """The one in force."""
         return self.rules.config
 
-    def begin_pass(self, batch: Any, lengths: Sequence[int], new_pages: np.ndarray) -> Step:
+    def begin_pass(self, batch: Batch, new_pages: np.ndarray) -> Step:
         """Every page that this pass reads in place or writes gets a place on the device.
 
         Args:
-            lengths: tokens of each request after this pass.
             new_pages: virtual pages that SGLang allocated for this batch, in the order of its requests.
         """
         self.admission.batch_formed()
         readings, requests, looks, taken = [], [], [], 0
-        for index, (req, tokens, prefix) in enumerate(zip(batch.reqs, lengths, batch.prefix_lens, strict=True)):
-            admitted = self.admission.admitted_as(req)
-            known = self._known_pages(req, admitted, prefix)
+        for index, (key, tokens, prefix) in enumerate(zip(batch.keys, batch.lengths, batch.prefixes, strict=True)):
+            admitted = self.admission.admitted[key]
+            arrival = batch.arrival(index) if key not in self.requests else None
+            known = (
+                self._cached_pages(arrival, admitted, prefix)
+                if arrival is not None
+                else self.requests[key].pages[: pages_spanned(prefix)]
+            )
             wanted = pages_spanned(tokens) - len(known)
             pages = np.concatenate((known, new_pages[taken : taken + wanted]))
             taken += wanted
-            request = self._enter(req, admitted, tokens, prefix, pages)
+            if arrival is not None:
+                self._enter(key, arrival, admitted, prefix)
+            request = self.requests[key]
+            request.tokens, request.computed, request.pages = tokens, prefix, pages
             requests.append(request)
             readings.append(self._bring(request, admitted))
             if admitted.how == RESIDENT:
@@ -92,24 +97,16 @@ class Prefill:
             staged = self.staging.read(reading.streamed)
             self.streamed_passes += 1
         in_parts = looks or not all(reading.whole for reading in readings)
-        return Step(
-            EXTEND,
-            tuple(requests),
-            tuple(lengths),
-            tuple(batch.prefix_lens),
-            rows_of(requests),
-            readings=tuple(readings) if in_parts else None,
-            staged=staged,
-            looks=tuple(looks),
-        )
+        parts = tuple(readings) if in_parts else None
+        return Step.of(batch, requests, readings=parts, staged=staged, looks=tuple(looks))
 
-    def end_pass(self, req: Any, middle: bool) -> None:
+    def end_pass(self, request: Request, middle: bool) -> None:
         """The pass is queued, and so are the copies to the mirror of what it completes: let go of what is not needed.
 
         Args:
             middle: more chunks of this prompt follow.
         """
-        request, how = self.requests[key_of(req)], self.admission.admitted_as(req).how
+        how = self.admission.admitted[request.key].how
         if how == STREAMED:  # its promise stands until its first resident set is held
             self.pager.retain(request.key, request.pages[pages_complete(request.tokens) :])
             if not middle:
@@ -123,41 +120,33 @@ class Prefill:
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
-    def _known_pages(self, req: Any, admitted: Admitted, prefix: int) -> np.ndarray:
-        """Virtual pages of what the request has already, or the radix tree."""
-        request = self.requests.get(key_of(req))
-        if request is not None:
-            return request.pages[: pages_spanned(prefix)]
+    def _cached_pages(self, arrival: Arrival, admitted: Admitted, prefix: int) -> np.ndarray:
+        """Virtual pages of what the radix tree has of a request, int64 ``[pages]``."""
         if len(admitted.prefix) == pages_spanned(prefix):
             return admitted.prefix
-        return self.pager.page_index.pages(self.req_to_token[req.req_pool_idx, :prefix])
+        return self.pager.page_index.pages(self.req_to_token[arrival.row, :prefix])
 
-    def _enter(self, req: Any, admitted: Admitted, tokens: int, prefix: int, pages: np.ndarray) -> Request:
-        request = self.requests.get(key_of(req))
-        if request is None:
-            options = self.admission.options(req)
-            ids = req.full_untruncated_fill_ids
-            seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
-            request = Request(
-                req.rid,
-                req.req_pool_idx,
-                Asked.of(options, seed),
-                key_of(req),
-                text=lambda tokens: text_of(req, tokens),
-                prompt_tokens=len(ids),
-                new_tokens=req.sampling_params.max_new_tokens if options.record else 0,
-                cached_pages=len(admitted.prefix),
-                first_observed=prefix,
-                story=Story(admitted.how, prefix),
-            )
-            request.name_sets(options.sets)
-            self.requests[request.key] = request
-            self.radix_hit_tokens += prefix
-            self.prompt_tokens += len(ids)
-            self.resident_prompts += admitted.how == RESIDENT
-            self.sets.enter(request.row)
-        request.tokens, request.computed, request.pages = tokens, prefix, pages
-        return request
+    def _enter(self, key: str, arrival: Arrival, admitted: Admitted, prefix: int) -> None:
+        options, ids = self.admission.options(arrival.req), arrival.ids
+        seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
+        request = Request(
+            arrival.rid,
+            arrival.row,
+            Asked.of(options, seed),
+            key,
+            text=arrival.text,
+            prompt_tokens=len(ids),
+            new_tokens=arrival.new_tokens,
+            cached_pages=len(admitted.prefix),
+            first_observed=prefix,
+            story=Story(admitted.how, prefix),
+        )
+        request.name_sets(options.sets)
+        self.requests[key] = request
+        self.radix_hit_tokens += prefix
+        self.prompt_tokens += len(ids)
+        self.resident_prompts += admitted.how == RESIDENT
+        self.sets.enter(request.row)
 
     def _bring(self, request: Request, admitted: Admitted) -> Reading:
         """Hold what the pass reads in place and writes; returns what it reads of the tokens before."""
@@ -284,9 +273,3 @@ class Prefill:
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))
         positions, ranks = found.positions[kept], found.ranks[kept]
         return positions, np.where(np.isposinf(ranks), np.inf, scores[positions])
-
-
-def text_of(req: Any, tokens: int) -> np.ndarray:
-    """The first ``tokens`` token ids of a request, or those of them that the scheduler knows, int64 ``[n]``."""
-    prompt, generated = (np.asarray(ids, dtype=np.int64) for ids in (req.origin_input_ids, req.output_ids))
-    return np.concatenate((prompt, generated))[:tokens]

@@ -189,7 +189,7 @@ class Request:
     prompt_tokens: int = 0
     """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
     new_tokens: int = 0
-    """The most that a recorded request generates."""
+    """The most that it generates."""
     cached_pages: int = 0
     """Pages that the radix tree had when it was admitted."""
     first_observed: int = 0

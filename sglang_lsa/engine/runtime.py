@@ -25,7 +25,7 @@ from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.shared_pages import SharedPages
 from sglang_lsa.engine.sizing import graph_tokens
-from sglang_lsa.engine.step import DECODE, EXTEND, IDLE, Step
+from sglang_lsa.engine.step import DECODE, EXTEND, IDLE, Batch, Step
 from sglang_lsa.engine.summary import Finished, finished
 from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.memory.pager import Pager
@@ -175,7 +175,7 @@ class LSARuntime:
         """Kernels are queued behind the forward passes (GPU)."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
-    def before_forward(self, batch: Any, new_pages: np.ndarray) -> int:
+    def before_forward(self, batch: Batch, new_pages: np.ndarray) -> int:
         """Give every page that this forward pass reads or writes a place on the device; returns the pass's number.
 
         Args:
@@ -183,12 +183,12 @@ class LSARuntime:
         """
         self.pager.poll()
         self._checked = False
-        lengths, step = tuple(batch.seq_lens_cpu.tolist()), IDLE
-        if batch.forward_mode.is_extend():
+        step = IDLE
+        if batch.kind == EXTEND:
             with self.on_stream():
-                step = self.prefill.begin_pass(batch, lengths, new_pages)
-        elif batch.forward_mode.is_decode():
-            step = self._before_decode(batch, lengths, new_pages)
+                step = self.prefill.begin_pass(batch, new_pages)
+        elif batch.kind == DECODE:
+            step = self._before_decode(batch, new_pages)
         # Most decode steps queue nothing.
         if self.lookahead.busy or self.pager.ledger.any_moved:
             with self.on_stream():
@@ -206,9 +206,9 @@ class LSARuntime:
         self.step = step
         return self.pager.ledger.forward_started()
 
-    def _before_decode(self, batch: Any, lengths: tuple[int, ...], new_pages: np.ndarray) -> Step:
-        requests, taken = tuple(self.requests[key_of(req)] for req in batch.reqs), 0
-        for request, tokens in zip(requests, lengths, strict=True):
+    def _before_decode(self, batch: Batch, new_pages: np.ndarray) -> Step:
+        requests, taken = [self.requests[key] for key in batch.keys], 0
+        for request, tokens in zip(requests, batch.lengths, strict=True):
             request.tokens = tokens
             if tokens % PAGE_SIZE == 1:
                 opened = new_pages[taken : taken + 1]
@@ -217,9 +217,9 @@ class LSARuntime:
                 self.prefill.hold(request.key, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
-        return Step.decode(requests, lengths)
+        return Step.of(batch, requests)
 
-    def after_forward(self, batch: Any, number: int) -> None:
+    def after_forward(self, number: int) -> None:
         """Mirror the pages that this pass completes, then let the windows that end soon be refreshed.
 
         On a GPU the pass is only queued; what is done here is queued behind it.
@@ -231,10 +231,10 @@ class LSARuntime:
         self.pager.forward_queued(number)
         if step.kind == EXTEND:
             with self.on_stream():
-                for req, request, prefix in zip(batch.reqs, step.requests, step.prefixes, strict=True):
+                for index, (request, prefix) in enumerate(zip(step.requests, step.prefixes, strict=True)):
                     self._remember(request.pages[pages_complete(prefix) : pages_complete(request.tokens)])
-                    middle = req is batch.chunked_req
-                    self.prefill.end_pass(req, middle)
+                    middle = index == step.middle
+                    self.prefill.end_pass(request, middle)
                     if not middle:
                         self.lookahead.begin(request)
         elif step.kind == DECODE:

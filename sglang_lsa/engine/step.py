@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,50 @@ DECODE = "decode"
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """A request of which nothing was computed since it was admitted.
+
+    Attributes:
+        req: what admission knows it by.
+        row: in SGLang's ``req_to_token``.
+        ids: tokens to prefill: the prompt, and after a retraction what it had generated.
+        new_tokens: the most that it generates.
+        text: its first tokens, at most as many as asked for and as far as they are known, int64 ``[n]``.
+    """
+
+    req: Any
+    rid: str
+    row: int
+    ids: Sequence[int]
+    new_tokens: int
+    text: Callable[[int], np.ndarray]
+
+
+def _nobody(index: int) -> Arrival:
+    raise LookupError(f"no request {index} arrives in this batch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the scheduler is about to compute; ``patches/batch.py`` makes it.
+
+    Attributes:
+        kind: as in :class:`Step`.
+        keys: names of the requests, as admission gave them.
+        lengths, prefixes: tokens of each request after and before this pass.
+        middle: place of the request whose prompt has more chunks; None without one.
+        arrival: by its place, a request of which nothing was computed yet.
+    """
+
+    kind: str = ""
+    keys: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    prefixes: tuple[int, ...] = ()
+    middle: int | None = None
+    arrival: Callable[[int], Arrival] = _nobody
+
+
+@dataclass(frozen=True)
 class Step:
     """Made once, before a forward pass is queued, and made anew only after a first look at resident prefixes.
 
@@ -30,6 +75,7 @@ class Step:
         requests: in the order of the batch.
         lengths: tokens of each request after this pass.
         prefixes: tokens of each request before this pass.
+        middle: place of the request whose prompt has more chunks; None without one.
         rows: int64 ``[requests]``, their rows in SGLang's ``req_to_token`` and in the static tables.
         fits_graph: whether the CUDA graphs' buffers can hold what this pass reads.
         readings: what each request reads before its own tokens; None when that is all, in place.
@@ -41,6 +87,7 @@ class Step:
     requests: tuple[Request, ...] = ()
     lengths: tuple[int, ...] = ()
     prefixes: tuple[int, ...] = ()
+    middle: int | None = None
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     fits_graph: bool = True
     readings: tuple[Reading, ...] | None = None
@@ -48,9 +95,10 @@ class Step:
     looks: tuple[int, ...] = ()
 
     @classmethod
-    def decode(cls, requests: tuple[Request, ...], lengths: tuple[int, ...]) -> Step:
-        """One token of each request."""
-        return cls(DECODE, requests, lengths, tuple(tokens - 1 for tokens in lengths), rows_of(requests))
+    def of(cls, batch: Batch, requests: Sequence[Request], **found: Any) -> Step:
+        """The pass that computes ``batch``, whose requests these are."""
+        rows = np.fromiter((request.row for request in requests), np.int64, len(requests))
+        return cls(batch.kind, tuple(requests), batch.lengths, batch.prefixes, batch.middle, rows, **found)
 
     def fits(self, table: ResidentTable, graph_tokens: int) -> bool:
         """Whether buffers of so many slots hold what a decode step reads; padding reads one slot a row."""
@@ -73,8 +121,3 @@ class Step:
 
 IDLE = Step()
 """No pass is being queued."""
-
-
-def rows_of(requests: Sequence[Request]) -> np.ndarray:
-    """Their rows, int64 ``[requests]``."""
-    return np.fromiter((request.row for request in requests), np.int64, len(requests))

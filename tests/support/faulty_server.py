@@ -16,6 +16,7 @@ from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.step import DECODE
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.staging import StagedPages, Staging
 
@@ -27,10 +28,13 @@ def install_faults() -> None:
     before_forward, switch, score = LSARuntime.before_forward, Refresher._switch, Quest.score
     read, layer, chosen, remap = Staging.read, StagedPages.layer, Prefill._chosen, ResidentTable.remap
 
+    def answered(request: Request | None) -> bool:
+        return request is not None and request.tokens > request.prompt_tokens + 4
+
     def doomed_batch(self: LSARuntime, batch: Any, new_pages: Any) -> int:
         DOOMED.clear()
-        DOOMED.update(req.rid.split("-")[0] for req in batch.reqs)
-        if "oomdecode" in DOOMED and batch.forward_mode.is_decode() and any(len(r.output_ids) > 5 for r in batch.reqs):
+        DOOMED.update(key.split("-")[0] for key in batch.keys)
+        if "oomdecode" in DOOMED and batch.kind == DECODE and any(map(answered, map(self.requests.get, batch.keys))):
             raise torch.OutOfMemoryError("injected: no memory for a decode step")
         return before_forward(self, batch, new_pages)
 

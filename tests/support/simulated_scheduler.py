@@ -19,6 +19,7 @@ from sglang_lsa.engine.reading import RESIDENT
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import COUNT, PAGES, TAIL_START
+from sglang_lsa.patches.batch import batch_of
 
 
 class Scheduler:
@@ -196,7 +197,7 @@ class Scheduler:
             chunked_req=self.chunked,
             forward_mode=SimpleNamespace(is_extend=lambda: True, is_decode=lambda: False),
         )
-        number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
+        number = self.runtime.before_forward(batch_of(batch), self.allocator.take_new_pages())
         if self.runtime.step.looks:
             self._queue_prefill(entries)
             if self.chance.random() < 0.5:  # scores that the device computes
@@ -205,7 +206,7 @@ class Scheduler:
         self._queue_prefill(entries)
         for entry in entries:
             self.counts[self.runtime.admission.admitted_as(entry.req).how] += 1
-        self.runtime.after_forward(batch, number)
+        self.runtime.after_forward(number)
         self.results.append((entries, len(self.gpu.compute)))
 
     def _queue_prefill(self, entries: list[Entry]) -> None:
@@ -241,7 +242,7 @@ class Scheduler:
             seq_lens_cpu=torch.tensor([req.kv_committed_len for req in reqs]),
             forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
         )
-        number = self.runtime.before_forward(batch, self.allocator.take_new_pages())
+        number = self.runtime.before_forward(batch_of(batch), self.allocator.take_new_pages())
         table, queued = self.runtime.lookahead.sets.table, ForwardPass(self.memory)
         rows, shortening = table.table.numpy(), table.shortening
         for req in reqs:
@@ -257,7 +258,7 @@ class Scheduler:
             queued.write(req, before, before + 1)
         self.gpu.queue(queued.run, prefill=False)
         self.counts["decoded"] += len(reqs)
-        self.runtime.after_forward(batch, number)
+        self.runtime.after_forward(number)
         self.results.append((reqs, len(self.gpu.compute)))
 
     # -- results, and the cache ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 
 from sglang_lsa import launch_server
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.step import EXTEND
 from sglang_lsa.memory.staging import StagedPages
 from sglang_lsa.memory.transfer import StreamTransfer
 
@@ -43,7 +44,7 @@ def install_delays() -> None:
     def late_forward(self: LSARuntime, batch: Any, new_pages: Any) -> int:
         number = before_forward(self, batch, new_pages)
         with self.on_stream():
-            wait(4 if batch.forward_mode.is_extend() else 0.5)
+            wait(4 if batch.kind == EXTEND else 0.5)
         return number
 
     StreamTransfer._copy, StagedPages._fill, LSARuntime.before_forward = late_copy, late_fill, late_forward  # type: ignore

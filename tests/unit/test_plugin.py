@@ -740,13 +740,13 @@ class Runtime:
         self.calls.append("choose")
 
     def before_forward(self, batch: Any, new_pages: Any) -> int:
-        self.calls.append(f"before {batch} {new_pages}")
+        self.calls.append(f"before {batch.kind} {new_pages}")
         if self.fails is not None:
             raise self.fails
         return 7
 
-    def after_forward(self, batch: Any, number: int) -> None:
-        self.calls.append(f"after {batch} {number}")
+    def after_forward(self, number: int) -> None:
+        self.calls.append(f"after {number}")
 
     def forward_failed(self) -> None:
         self.calls.append("failed")
@@ -808,17 +808,25 @@ def scheduler(runtime: Runtime, overlap: bool = False) -> SimpleNamespace:
     )
 
 
+BATCH = SimpleNamespace(
+    reqs=[],
+    seq_lens_cpu=torch.zeros(0, dtype=torch.int64),
+    forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
+)
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["cpu", "gpu"])
 def test_pages_are_brought_in_before_a_pass_and_mirrored_after_it(overlap: bool) -> None:
     calls: list[str] = []
 
-    def original(self: Any, batch: str, *args: Any) -> str:
-        calls.append(f"run {batch} {args}")
+    def original(self: Any, batch: Any, *args: Any) -> str:
+        assert batch is BATCH
+        calls.append(f"run {args}")
         return "result"
 
-    result = scheduler_run_batch.run_batch(original, scheduler(Runtime(calls), overlap), "batch", 3)
+    result = scheduler_run_batch.run_batch(original, scheduler(Runtime(calls), overlap), BATCH, 3)
     assert result == "result"
-    assert calls == ["on stream"] * overlap + ["before batch pages", "run batch (3,)", "after batch 7"]
+    assert calls == ["on stream"] * overlap + ["before decode pages", "run (3,)", "after 7"]
 
 
 @pytest.mark.parametrize(
@@ -846,13 +854,13 @@ def test_only_a_lack_of_memory_is_survived(
 
     stand_in = scheduler(Runtime(calls, fails=error if where == "before" else None))
     if given_up:
-        result = scheduler_run_batch.run_batch(original, stand_in, "batch")
-        assert result == ("given up", stand_in, "batch", error)
+        result = scheduler_run_batch.run_batch(original, stand_in, BATCH)
+        assert result == ("given up", stand_in, BATCH, error)
     else:
         with pytest.raises(type(error)) as raised:
-            scheduler_run_batch.run_batch(original, stand_in, "batch")
+            scheduler_run_batch.run_batch(original, stand_in, BATCH)
         assert raised.value is error
-    assert calls == ["before batch pages"] + ["failed"] * given_up
+    assert calls == ["before decode pages"] + ["failed"] * given_up
 
 
 # arguments, without SGLang: also those that SGLang's own checks would refuse first

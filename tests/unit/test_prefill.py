@@ -26,6 +26,7 @@ from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.step import IDLE
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
+from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.serve.one_request import collect, formatted
 
 PHYSICAL, VIRTUAL = 24, 250
@@ -127,7 +128,7 @@ class Server(harness.Server):
         return self.run(*self.batch(ends, *reqs))
 
     def run(self, batch: Any, new_pages: np.ndarray) -> list[Read]:
-        number = self.runtime.before_forward(batch, new_pages)
+        number = self.runtime.before_forward(batch_of(batch), new_pages)
         looks: dict[int, list[int]] = {}
         if self.runtime.step.looks:
             looks = {index: self.look_at(self.readings[index]).here for index in self.runtime.step.looks}
@@ -149,7 +150,7 @@ class Server(harness.Server):
             assert sum(staged.sizes) == len(reads[0].streamed)
             layers = [torch.cat([torch.stack(block) for block in staged.layer(layer)], 1) for layer in range(LAYERS)]
             assert self.recognized(torch.stack(layers)) == reads[0].streamed
-        self.runtime.after_forward(batch, number)
+        self.runtime.after_forward(number)
         return reads
 
     def decode(self, req: Any) -> list[int]:
@@ -165,7 +166,7 @@ class Server(harness.Server):
             seq_lens_cpu=torch.tensor([tokens]),
             forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: True),
         )
-        number = self.runtime.before_forward(batch, new)
+        number = self.runtime.before_forward(batch_of(batch), new)
         self.write(self.slots(req, req.computed, tokens))
         table, index = self.lookahead.sets.table, req.req_pool_idx
         places = table.pages[index, : int(table.count[index])] * PAGE_SIZE
@@ -173,7 +174,7 @@ class Server(harness.Server):
         tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * PAGE_SIZE, tokens), dtype=torch.int64)
         found = self.found_at(torch.cat((read, self.places(tail))))
         req.computed = tokens
-        self.runtime.after_forward(batch, number)
+        self.runtime.after_forward(number)
         return found
 
     # -- what tests look at
@@ -374,7 +375,7 @@ def test_pages_read_in_place_stay_until_the_pass_is_queued() -> None:
     req = server.request(42 * PAGE_SIZE, prefix)
     server.admit(req)
     batch, new_pages = server.batch({}, req)
-    step = server.prefill.begin_pass(batch, [42 * PAGE_SIZE], new_pages)
+    step = server.prefill.begin_pass(batch_of(batch), new_pages)
     assert server.ledger.held_by("a") == set(new_pages.tolist()), "others do not see more room through what it reads"
     assert owed(server.pager) == {"a": 12 - 2}
     server.push_off()
@@ -461,7 +462,7 @@ def test_both_runs_hold_what_they_read_and_write() -> None:
     req = resident(server, memory)
     server.admit(req)
     batch, new_pages = server.batch({}, req)
-    number = server.runtime.before_forward(batch, new_pages)
+    number = server.runtime.before_forward(batch_of(batch), new_pages)
     assert server.runtime.step.looks
     assert server.held(req) == [0, 39, 40, 41]
     server.runtime.choose_resident()
@@ -469,7 +470,7 @@ def test_both_runs_hold_what_they_read_and_write() -> None:
     assert server.held(req) == [0, 7, 21, 39, 40, 41]
     assert owed(server.pager) == {"a": 12 + 2 + 1 - 6}, "others cannot take what it may still need"
     server.write(server.slots(req, 40 * PAGE_SIZE, 42 * PAGE_SIZE))
-    server.runtime.after_forward(batch, number)
+    server.runtime.after_forward(number)
 
 
 def test_the_look_has_hot_pages_that_are_on_the_device() -> None:
@@ -484,7 +485,7 @@ def test_the_look_has_hot_pages_that_are_on_the_device() -> None:
     server.admit(req)
     assert server.ledger.arriving(memory[[5]]).all()
     batch, new_pages = server.batch({}, req)
-    server.runtime.before_forward(batch, new_pages)
+    server.runtime.before_forward(batch_of(batch), new_pages)
     assert server.readings[0].here.tolist() == memory[[0, 8, 12, 39]].tolist()
 
 
@@ -552,7 +553,7 @@ def test_a_choice_that_fails_leaves_what_was_looked_at(
         raise RuntimeError("injected")
 
     batch, new_pages = server.batch({}, bad, good)
-    server.runtime.before_forward(batch, new_pages)
+    server.runtime.before_forward(batch_of(batch), new_pages)
     monkeypatch.setattr(prefill_module, "choose", broken_once)
     with caplog.at_level(logging.ERROR, logger="sglang_lsa"):
         server.runtime.choose_resident()
@@ -616,7 +617,7 @@ def test_what_a_prompt_still_needs_is_its_own_while_its_pass_runs() -> None:
     req = server.request(20 * PAGE_SIZE)
     assert server.admit(req) == [IN_PLACE]
     batch, new_pages = server.batch({"a": 4 * PAGE_SIZE}, req)
-    server.runtime.before_forward(batch, new_pages)
+    server.runtime.before_forward(batch_of(batch), new_pages)
     assert owed(server.pager) == {"a": 16}
     others = server.allocate(5)
     assert not server.pager.hold_if_spare("other", others, 0)
@@ -768,7 +769,7 @@ def test_new_pages_that_do_not_fit_the_batch_are_an_error(more: int, allocated: 
     batch, new_pages = server.batch({}, first, second)
     new_pages = np.append(new_pages, server.allocate(1)) if more > 0 else new_pages[:-1]
     with pytest.raises(RuntimeError, match=f"LSA: SGLang allocated {allocated} pages for a batch that needs 5"):
-        server.prefill.begin_pass(batch, [3 * PAGE_SIZE, 100], new_pages)
+        server.prefill.begin_pass(batch_of(batch), new_pages)
 
 
 def test_a_page_that_must_be_on_the_device_and_cannot_be() -> None:

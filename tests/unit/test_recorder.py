@@ -12,7 +12,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
 from sglang_lsa.engine.request import Asked, Request
-from sglang_lsa.engine.step import DECODE, EXTEND, Step, rows_of
+from sglang_lsa.engine.step import DECODE, EXTEND, Step
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
@@ -65,7 +65,7 @@ class Server:
             requests, lengths = [other, *requests], [strangers, *lengths]
             prefixes = [0 if extend else strangers - 1, *prefixes]
         kind = EXTEND if extend else DECODE
-        step = Step(kind, tuple(requests), tuple(lengths), tuple(prefixes), rows_of(requests))
+        step = Step(kind, tuple(requests), tuple(lengths), tuple(prefixes))
         self.recorder.begin_pass(step, self.v2p)
         noise = torch.full((strangers if extend else min(1, strangers), 1), 99.0)
         for layer in range(LAYERS):

@@ -22,6 +22,7 @@ from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.serve.status import overhead_bytes, status
 
@@ -286,7 +287,7 @@ def test_an_idle_server_checks_its_records_once(debug: bool, caplog: pytest.LogC
         forward_mode=SimpleNamespace(is_extend=lambda: False, is_decode=lambda: False),
     )
     for _ in range(2):
-        runtime.pager.forward_queued(runtime.before_forward(batch, np.zeros(0, dtype=np.int64)))
+        runtime.pager.forward_queued(runtime.before_forward(batch_of(batch), np.zeros(0, dtype=np.int64)))
         with caplog.at_level(logging.ERROR, logger="sglang_lsa"), _raises(RuntimeError if debug else None):
             runtime.on_idle()
         runtime.on_idle()
