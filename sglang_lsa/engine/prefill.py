@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import zlib
 
@@ -249,7 +248,7 @@ class Prefill:
                 self.counts.failures += 1
                 request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)
-        return dataclasses.replace(step, readings=tuple(readings), looks=())
+        return step._replace(readings=tuple(readings), looks=())
 
     def _chosen(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """What was looked at, and the best of the other pages by the queries of the look and by the heat of the prefix.

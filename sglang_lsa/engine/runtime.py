@@ -5,7 +5,6 @@ Imports no SGLang: requests and batches are read through the attributes named in
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import deque
@@ -199,7 +198,7 @@ class LSARuntime:
         else:
             self.lookahead.begin_step()
         if self.graph_tokens and step.kind == DECODE:
-            step = dataclasses.replace(step, fits_graph=step.fits(self.table, self.graph_tokens))
+            step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
         if self.recorder is not None:
             self.recorder.begin_pass(step, self.pager.ledger.v2p)
