@@ -23,10 +23,10 @@ setup: ## create the environment (about 9 GB) and the embedded model; fast when 
 demo: setup ## run the demonstration
 	@$(RUN) "$(BIN)/sglang-lsa" demo $(ARGS)
 
-test: setup lint ## linters, type checker, and the tests that prove the promises (at most 12 minutes on 2 cores)
+test: setup lint ## linters, type checker, and the tests that prove the promises (about a quarter of an hour on 2 cores)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: setup lint ## all tests, the long ones included (at most 45 minutes)
+test-all: setup lint ## all tests, the long ones included (35 minutes on 2 cores)
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## ruff (lint and format) and mypy
