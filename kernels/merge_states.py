@@ -9,6 +9,18 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 
 
+def base_2(lse: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exps as FlashAttention returns them, as :func:`merge_states` takes them.
+
+    Args:
+        lse: float32 ``[heads, tokens]``, natural logarithms; infinite, of either sign, where there were no keys.
+
+    Returns:
+        float32 ``[tokens, heads]``, contiguous, base-2 logarithms; -inf where there were no keys.
+    """
+    return torch.where(lse == float("inf"), float("-inf"), lse * LOG2_E).T.contiguous()
+
+
 def merge_states(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add attention over more keys to what is there: ``out`` and ``lse`` become those over both sets of keys.
 

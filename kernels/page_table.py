@@ -1,4 +1,4 @@
-"""page_table: the token slots that attention reads, from resident pages and a request's tail."""
+"""page_table: the token slots or pages that attention reads, from resident pages and a request's tail."""
 
 from __future__ import annotations
 
@@ -45,6 +45,38 @@ def decode_indices_reference(table, req_to_token, v2p, rows, seq_lens, page, ind
     if slots:
         flat = torch.cat(slots)
         indices[: len(flat)] = flat
+
+
+def decode_pages(
+    table: torch.Tensor,
+    req_to_token: torch.Tensor,
+    v2p: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page: int,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """Write FlashAttention's page table for a batch: physical pages of each request, and the tokens that they hold.
+
+    What a request reads, and the first arguments, are as in :func:`decode_indices`. Pages are whole but for the last.
+
+    Args:
+        pages: int32 ``[batch, width]`` or with more rows, output; ``width`` is at least the pages that any request
+            reads. Beyond those of a request, a row stays as it was.
+        lengths: int32 ``[batch]`` or longer, output: tokens that each request reads.
+    """
+    run = _decode_pages_triton if table.is_cuda else decode_pages_reference
+    run(table, req_to_token, v2p, rows, seq_lens, page, pages, lengths)
+
+
+def decode_pages_reference(table, req_to_token, v2p, rows, seq_lens, page, pages, lengths) -> None:
+    """See :func:`decode_pages`."""
+    slots = resident_slots(table[:, 2:], table[:, 0], table[:, 1], req_to_token, v2p, rows, seq_lens, page)
+    for index, read in enumerate(slots):
+        first = read[::page] // page
+        pages[index, : len(first)] = first
+        lengths[index] = len(read)
 
 
 def resident_slots(
@@ -163,6 +195,65 @@ def _decode_indices_kernel(
         physical_of_tail = tl.load(v2p + virtual // PAGE, mask=inside & (i >= kept), other=0)
         slot = tl.where(in_pages, physical * PAGE + i % PAGE, physical_of_tail * PAGE + virtual % PAGE)
         tl.store(indices + start + i, slot.to(tl.int32), mask=inside)
+
+
+def _decode_pages_triton(table, req_to_token, v2p, rows, seq_lens, page, pages, lengths) -> None:
+    batch = len(rows)
+    if batch == 0:
+        return
+    _decode_pages_kernel[(batch, max(1, min(16, 512 // batch)))](
+        table,
+        req_to_token,
+        v2p,
+        rows,
+        seq_lens,
+        pages,
+        lengths,
+        table.stride(0),
+        req_to_token.stride(0),
+        pages.stride(0),
+        PAGE=page,
+        BLOCK=256,
+    )
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "req_stride", "pages_stride"],
+    do_not_specialize_on_alignment=["rows", "seq_lens", "pages", "lengths"],
+)
+def _decode_pages_kernel(
+    table,  # int32 [requests + 1, 2 + max_resident]
+    req_to_token,  # int32 [requests + 1, max_context]
+    v2p,  # int32 [virtual_pages + 1]
+    rows,  # [batch]
+    seq_lens,  # [batch]
+    pages,  # int32 [batch, width]
+    lengths,  # int32 [batch]
+    table_stride,
+    req_stride,
+    pages_stride,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0)
+    row = tl.load(rows + request).to(tl.int64)
+    count = tl.load(table + row * table_stride)
+    tail_start = tl.load(table + row * table_stride + 1)
+    length = (count - tail_start) * PAGE + tl.load(seq_lens + request).to(tl.int32)
+    if tl.program_id(1) == 0:
+        tl.store(lengths + request, length)
+    resident = table + row * table_stride + 2
+    tail = req_to_token + row * req_stride + tail_start.to(tl.int64) * PAGE
+    out = pages + request.to(tl.int64) * pages_stride
+    read = tl.cdiv(length, PAGE)
+    for block in range(tl.program_id(1) * BLOCK, read, tl.num_programs(1) * BLOCK):
+        i = block + tl.arange(0, BLOCK)
+        inside = i < read
+        in_set = i < count
+        physical = tl.load(resident + i, mask=inside & in_set, other=0)
+        virtual = tl.load(tail + (i - count) * PAGE, mask=inside & (i >= count), other=0)
+        of_tail = tl.load(v2p + virtual // PAGE, mask=inside & (i >= count), other=0)
+        tl.store(out + i, tl.where(in_set, physical, of_tail).to(tl.int32), mask=inside)
 
 
 def _physical_slots_triton(virtual: torch.Tensor, v2p: torch.Tensor, page: int) -> torch.Tensor:

@@ -5,10 +5,11 @@ Works on the arguments' attributes; imports no SGLang.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pathlib
 import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
@@ -18,8 +19,10 @@ from sglang_lsa.patches.models import model_problems
 logger = logging.getLogger(__name__)
 
 RADIX_CACHE_BACKEND = "lsa"
-BACKENDS = {"cpu": "torch_native", "cuda": "flashinfer"}
-"""Attention backend that LSA extends, by device; users name it as they do without LSA."""
+BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "fa3")}
+"""Attention backends that LSA extends, by device, the one that works everywhere first; users name them as they do
+without LSA."""
+BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
@@ -83,14 +86,17 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
         defaults["device"] = "cpu"
     if (arguments.get("device") or defaults.get("device")) == "cpu":
         defaults |= {
-            "attention_backend": BACKENDS["cpu"],
+            "attention_backend": BACKENDS["cpu"][0],
             "sampling_backend": "pytorch",
             "grammar_backend": "llguidance",  # xgrammar pins memory, which takes a driver
             "chunked_prefill_size": CPU_CHUNK,
         }
         arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
     else:
-        defaults["attention_backend"] = BACKENDS["cuda"]
+        # FlashAttention-3 is the faster one for prompts, FlashInfer where requests that decode share a prefix.
+        if not any(arguments.get(name) for name in BACKEND_FLAGS[:2]) and flash_attention_problem(arguments) is None:
+            defaults["prefill_attention_backend"] = "fa3"
+        defaults["attention_backend"] = BACKENDS["cuda"][0]
         if arguments.get("cuda_graph_config") is None:
             defaults["cuda_graph_backend_prefill"] = "disabled"
             if config.record:  # what is recorded grows with every step
@@ -177,12 +183,15 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
         return [f"--device {device}: not supported with LSA yet: use {' or '.join(BACKENDS)}"]
     if device == "cuda" and not _cuda():
         return ["--device cuda: torch sees no NVIDIA GPU here: use --device cpu"]
+    seen = {name: value for name in BACKEND_FLAGS if (value := getattr(server_args, name, None)) is not None}
     problems = [
-        f"--{name.replace('_', '-')} {seen}: not supported with LSA on this device ({device}): "
-        f"use {BACKENDS[device]}, or leave it out"
-        for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-        if (seen := getattr(server_args, name, None)) not in (None, BACKENDS[device])
+        f"--{flag(name)} {value}: not supported with LSA on this device ({device}): "
+        f"use {' or '.join(BACKENDS[device])}, or leave it out"
+        for name, value in seen.items()
+        if value not in BACKENDS[device]
     ]
+    if "fa3" in seen.values() and (problem := flash_attention_problem(vars(server_args))) is not None:
+        problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in seen if seen[name] == "fa3"]
     graphs = getattr(server_args, "cuda_graph_config", None)
     if device == "cuda" and graphs is not None:
         decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")
@@ -193,6 +202,41 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
             if backend not in fine:
                 problems.append(f"--cuda-graph-backend-{phase} {backend}: not supported {where}: use {fine[-1]}")
     return problems
+
+
+def flag(name: str) -> str:
+    """Of an attribute of SGLang's arguments, without the dashes before it."""
+    return name.replace("_", "-")
+
+
+def flash_attention_problem(arguments: Mapping[str, Any]) -> str | None:
+    """Why FlashAttention-3 cannot be used here with these arguments of the server; None if it can."""
+    import torch
+
+    if arguments.get("kv_cache_dtype") == "fp8_e5m2":
+        return "FlashAttention-3 reads fp8_e4m3 only, not --kv-cache-dtype fp8_e5m2"
+    if not (_cuda() and torch.cuda.is_available()):
+        return "torch sees no NVIDIA GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        return f"FlashAttention-3 is for GPUs of compute capability 9.x (Hopper), this one has {major}.{minor}"
+    try:
+        importlib.import_module("sgl_kernel.flash_attn")
+    except ImportError as error:
+        return f"sgl_kernel has no FlashAttention-3 here ({error})"
+    return None
+
+
+def announce_attention(server_args: Any) -> None:
+    """Say which kernels attend, and why not those that SGLang would have chosen."""
+    prefill, decode = server_args.get_attention_backends()
+    stock = server_args._get_default_attn_backend(server_args.use_mla_backend(), server_args.get_model_config())
+    logger.info(
+        "LSA: attention by %s (prefill) and %s (decode)%s",
+        prefill,
+        decode,
+        "" if stock in (prefill, decode) else f"; SGLang's own default here, {stock}, is not supported with LSA yet",
+    )
 
 
 def _cuda() -> bool:

@@ -7,10 +7,13 @@ from sglang_lsa.patches.hook import Hook
 
 def create_runtime(result, self):
     from sglang_lsa.engine.runtime import LSARuntime
+    from sglang_lsa.patches.compatibility import announce_attention
     from sglang_lsa.patches.model_guard import softmax_scale
     from sglang_lsa.serve.metrics import Metrics
 
     args = self.server_args
+    if args.device == "cuda":
+        announce_attention(args)
     self.lsa = LSARuntime(
         args.lsa_config,
         self.token_to_kv_pool_allocator.pager,

@@ -30,6 +30,7 @@ BEYOND_HOOKS = (
     "sglang.srt.mem_cache.radix_cache.TreeNode",
     # attend/
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+    "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterPrefill",
@@ -61,6 +62,9 @@ BEYOND_HOOKS = (
     "sglang.srt.plugins.hook_registry.HookRegistry._apply_target",
     "sglang.srt.plugins.hook_registry.HookType",
     "sglang.srt.plugins.load_plugins",
+    "sglang.srt.server_args.ServerArgs._get_default_attn_backend",
+    "sglang.srt.server_args.ServerArgs.get_attention_backends",
+    "sglang.srt.server_args.ServerArgs.use_mla_backend",
     "sglang.srt.server_args.prepare_server_args",
     "sglang.srt.utils.kill_process_tree",
     # what the doctor plans with, see arguments

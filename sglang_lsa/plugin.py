@@ -41,15 +41,15 @@ def install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from sglang_lsa.patches.compatibility import BACKENDS, RADIX_CACHE_BACKEND
+    from sglang_lsa.patches.compatibility import RADIX_CACHE_BACKEND
     from sglang_lsa.patches.table import INTAKE, SERVING
     from sglang_lsa.patches.table import install as install_hooks
     from sglang_lsa.stock_server import let_sglang_run_on_this_cpu
 
     let_sglang_run_on_this_cpu()
     install_hooks((*INTAKE, *SERVING))
-    register_attention_backend(BACKENDS["cpu"])(_cpu_attention_backend)
-    register_attention_backend(BACKENDS["cuda"])(_gpu_attention_backend)
+    for name, backend in _ATTENTION.items():
+        register_attention_backend(name)(backend)
     register_radix_cache_backend(RADIX_CACHE_BACKEND, _radix_cache)
     if not arrived_by_pickle:  # the process that serves HTTP
         from sglang_lsa.patches.http_routes import add_routes
@@ -58,16 +58,26 @@ def install() -> None:
     _installed = True
 
 
-def _cpu_attention_backend(model_runner):
+def _torch_native(model_runner):
     from sglang_lsa.attend.torch_native import LSATorchBackend
 
     return LSATorchBackend(model_runner)
 
 
-def _gpu_attention_backend(model_runner):
+def _flashinfer(model_runner):
     from sglang_lsa.attend.flashinfer import LSAFlashInferBackend
 
     return LSAFlashInferBackend(model_runner, init_new_workspace=model_runner.init_new_workspace)
+
+
+def _flash_attention(model_runner):
+    from sglang_lsa.attend.flash_attention import LSAFlashAttentionBackend
+
+    return LSAFlashAttentionBackend(model_runner)
+
+
+_ATTENTION = {"torch_native": _torch_native, "flashinfer": _flashinfer, "fa3": _flash_attention}
+"""Makes the backends that LSA extends; users name them as they do without LSA."""
 
 
 def _radix_cache(context):

@@ -10,9 +10,9 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from sglang_lsa.attend.partial import PartialPrefill, State, offsets
+from sglang_lsa.attend.shown import Shown
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.observe import recent_tokens
-from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_table import decode_indices
 from sglang_lsa.memory.transfer import upload
 
@@ -29,8 +29,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.lsa = model_runner.lsa
         self.indices_updater_decode = _DecodeUpdater(model_runner, self)
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
-        self.recent: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.partial = PartialPrefill(self)
+        self.shown = Shown(self.lsa)
+        self.partial = FlashInferParts(self)
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""
@@ -44,25 +44,13 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
 
     def init_forward_metadata(self, forward_batch):
         super().init_forward_metadata(forward_batch)
-        self.recent = None
-        if forward_batch.forward_mode.is_extend() and forward_batch.extend_seq_lens_cpu is not None:
-            tokens, owners = recent_tokens(list(forward_batch.extend_seq_lens_cpu), self.lsa.observer.positions)
-            ids = upload(np.stack((tokens, owners)), self.lsa.pager.device)
-            rows = forward_batch.req_pool_indices[ids[1]]
-            self.recent = ids[0], rows, forward_batch.positions[ids[0]]
-            if self.lsa.step.readings is not None:
-                self.partial.plan(list(forward_batch.extend_seq_lens_cpu))
+        if self.shown.plan(forward_batch):
+            self.partial.plan(list(forward_batch.extend_seq_lens_cpu))
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        observer = self.lsa.observer
-        if self.recent is not None and layer.layer_id in observer.slot_of_layer:
-            tokens, rows, positions = self.recent
-            queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)[tokens]
-            observer.observe(layer.layer_id, queries, rows, positions)
-        self.lsa.before_layer(layer.layer_id)
-        if self.recent is None or self.lsa.step.readings is None:
+        if not self.shown.extend(q, layer):
             out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-            self._record(q, layer)
+            self.shown.attended(q, layer)
             return out
         out = self.partial.attend(q, k, v, layer)
         if save_kv_cache:
@@ -70,82 +58,66 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        observer = self.lsa.observer
-        if layer.layer_id in observer.slot_of_layer:
-            queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-            observer.observe(layer.layer_id, queries, forward_batch.req_pool_indices, forward_batch.positions)
+        self.shown.decode(q, layer, forward_batch)
         out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        self._record(q, layer)
+        self.shown.attended(q, layer)
         return out
 
-    def _record(self, q, layer) -> None:
-        if self.lsa.recorder is not None:
-            self.lsa.recorder.observe(layer.layer_id, q.view(-1, layer.tp_q_head_num, layer.head_dim))
 
-
-class PartialPrefill:
-    """Prefill attention that reads only some of the prefix in place: part by part, merged by log-sum-exps.
-
-    The parts of a pass are its own tokens, the pages in place, and blocks of pages from the host. Each is planned once
-    for all layers, with lengths that the host knows; blocks need two plans, for all but the last are of one size.
-    FlashInfer chooses its fastest kernels for each of them, which on Hopper the stock backend does for new tokens only.
-    """
+class FlashInferParts(PartialPrefill):
+    """By FlashInfer, which chooses its fastest kernels for each part; on Hopper the stock backend has it do so for new
+    tokens only."""
 
     def __init__(self, backend: LSAFlashInferBackend):
-        self.backend, self.lsa = backend, backend.lsa
+        super().__init__(backend.lsa)
+        self.backend = backend
         workspace = backend.workspace_buffer
-        self.here = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto")
-        self.whole_blocks, self.last_block = (
-            BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="auto") for _ in range(2)
+        self.pages = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="auto")
+        self.blocks = [BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="auto") for _ in range(2)]
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        updater = self.backend.indices_updater_prefill
+        return updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
+
+    def plan_own(self, lengths: Sequence[int]) -> None:
+        self.new, self.q_type = _offsets(lengths), self.backend.indices_updater_prefill.q_data_type
+        self.backend.prefill_wrapper_ragged.plan(self.new, self.new, *self.heads, q_data_type=self.q_type)
+
+    def plan_here(self, pages: Sequence[np.ndarray], tokens: Sequence[int]) -> None:
+        page = self.lsa.pager.page
+        self.pages.plan(
+            self.new,
+            _offsets([len(ids) for ids in pages]),
+            upload(np.concatenate(pages).astype(np.int32), self.lsa.pager.device),
+            torch.tensor([count - (len(ids) - 1) * page for ids, count in zip(pages, tokens, strict=True)]).int(),
+            *self.heads,
+            page,
+            q_data_type=self.q_type,
         )
-        self.reads_here = False
 
-    def plan(self, lengths: Sequence[int]) -> None:
-        """Plan a pass that computes so many tokens of each of its requests."""
-        updater, step = self.backend.indices_updater_prefill, self.lsa.step
-        assert step.readings is not None
-        heads = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
-        own = _offsets(lengths)
-        self.backend.prefill_wrapper_ragged.plan(own, own, *heads, q_data_type=updater.q_data_type)
-        here = [self.lsa.pager.ledger.v2p[reading.here] for reading in step.readings]
-        self.reads_here = any(map(len, here))
-        if self.reads_here:
-            last = [reading.tokens_here - (len(reading.here) - 1) * PAGE_SIZE for reading in step.readings]
-            self.here.plan(
-                own,
-                _offsets([len(pages) for pages in here]),
-                upload(np.concatenate(here).astype(np.int32), self.lsa.pager.device),
-                torch.tensor(last, dtype=torch.int32),
-                *heads,
-                PAGE_SIZE,
-                q_data_type=updater.q_data_type,
-            )
-        if step.staged is not None:
-            sizes = step.staged.sizes
-            for wrapper, size in ((self.whole_blocks, sizes[0]), (self.last_block, sizes[-1])):
-                wrapper.plan(own, _offsets([size]), *heads, q_data_type=updater.q_data_type)
+    def plan_blocks(self, sizes: tuple[int, int]) -> None:
+        for wrapper, size in zip(self.blocks, sizes, strict=True):
+            wrapper.plan(self.new, _offsets([size]), *self.heads, q_data_type=self.q_type)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> torch.Tensor:
-        """One layer of the pass: ``[tokens, q_heads * head_dim]`` in the type of ``q``."""
-        q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
-        k, v = (t.view(-1, layer.tp_k_head_num, layer.head_dim) for t in (k, v))
-        options = {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
-        ragged, staged = self.backend.prefill_wrapper_ragged, self.lsa.step.staged
-        out, lse = ragged.forward_return_lse(q, k, v, causal=True, **options)
-        out, lse = out.float(), lse.contiguous()
-        if self.reads_here:
-            pool = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-            paged = tuple(buffer.view(-1, PAGE_SIZE, *buffer.shape[1:]) for buffer in pool)
-            merge_states(out, lse, *self.here.forward_return_lse(q, paged, causal=False, **options))
-        for block, (keys, values) in enumerate(staged.layer(layer.layer_id) if staged is not None else ()):
-            wrapper = self.whole_blocks if block + 1 < len(staged.sizes) else self.last_block
-            merge_states(out, lse, *wrapper.forward_return_lse(q, keys, values, causal=False, **options))
-        return out.to(q.dtype).view(len(q), -1)
+    def own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> State:
+        return self.backend.prefill_wrapper_ragged.forward_return_lse(q, k, v, causal=True, **_of(layer))
+
+    def here(self, q: torch.Tensor, layer) -> State:
+        pool, page = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id), self.lsa.pager.page
+        paged = tuple(buffer.view(-1, page, *buffer.shape[1:]) for buffer in pool)
+        return self.pages.forward_return_lse(q, paged, causal=False, **_of(layer))
+
+    def block(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer, last: bool) -> State:
+        return self.blocks[last].forward_return_lse(q, keys, values, causal=False, **_of(layer))
+
+
+def _of(layer) -> dict[str, float]:
+    return {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
 
 
 def _offsets(lengths: Sequence[int]) -> torch.Tensor:
-    """Where each of several runs begins, and the last ends: int32 ``[n + 1]`` on the host."""
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return torch.from_numpy(offsets(lengths))
 
 
 class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):

@@ -131,6 +131,18 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         expected = indices("cpu", page_table.decode_indices_reference)
         return indices(device, page_table._decode_indices_triton), expected, 0.0
 
+    def pages(device: str) -> Outputs:
+        def named(where: str, run: Callable[..., None]) -> torch.Tensor:
+            rows = torch.tensor([[0, 0, 0, 0], [2, 3, 3, 1]], dtype=torch.int32, device=where)
+            slots = torch.arange(2 * 256, device=where, dtype=torch.int32).view(2, 256)
+            found, lengths = torch.full((1, 4), -1, dtype=torch.int32, device=where), ids(where, [0], torch.int32)
+            v2p = torch.arange(16, device=where, dtype=torch.int32).flip(0).contiguous()
+            run(rows, slots, v2p, ids(where, [1]), ids(where, [200]), 64, found, lengths)
+            return torch.cat((found[0], lengths))
+
+        expected = named("cpu", page_table.decode_pages_reference)
+        return named(device, page_table._decode_pages_triton), expected, 0.0
+
     def slots(device: str) -> Outputs:
         virtual, v2p = ids("cpu", range(0, 640, 7)), torch.arange(10, dtype=torch.int32).flip(0).contiguous()
         expected = page_table.physical_slots_reference(virtual, v2p, 64)
@@ -172,6 +184,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         "bound_score": bounds,
         "page_score": score,
         "decode_indices": table,
+        "decode_pages": pages,
         "physical_slots": slots,
         "record": recorded,
         "merge_states": merged,

@@ -12,7 +12,7 @@ from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
-from sglang_lsa.kernels.page_table import decode_indices, lanes_for, physical_slots
+from sglang_lsa.kernels.page_table import decode_indices, decode_pages, lanes_for, physical_slots
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.staging import Staging
@@ -48,6 +48,9 @@ def compile_kernels(
         tables = table.table, req_to_token, pager.v2p
         for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
             decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
+    for lengths in (rows, rows.int()):
+        pages, read = (torch.zeros(shape, dtype=torch.int32, device=rows.device) for shape in ((1, 1), (1,)))
+        decode_pages(table.table, req_to_token, pager.v2p, rows, lengths, pager.page, pages, read)
     pager.transfer.store(padding, padding, lambda: None)
     pager.transfer.wait()
     for layer_by_layer in (False, True):

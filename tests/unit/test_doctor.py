@@ -475,7 +475,8 @@ def test_kernels_equal_their_references() -> None:
     assert [finding for finding in found if finding["status"] != OK] == []
     folder = pathlib.Path(kernels.__file__).parents[1] / "kernels"
     modules = {file.stem for file in folder.glob("*.py")}
-    aliases = {"bound_score": "page_score", "decode_indices": "page_table", "physical_slots": "page_table"}
+    tables = dict.fromkeys(("decode_indices", "decode_pages", "physical_slots"), "page_table")
+    aliases = {"bound_score": "page_score", **tables}
     assert {aliases.get(finding["name"], finding["name"]) for finding in found} == modules
 
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from sglang_lsa.kernels import page_score
 from sglang_lsa.kernels.attention_mass import attention_mass
-from sglang_lsa.kernels.merge_states import merge_states
+from sglang_lsa.kernels.merge_states import base_2, merge_states
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_move import pages_from_host, pages_to_host
 from sglang_lsa.kernels.page_score import bound_score
-from sglang_lsa.kernels.page_table import decode_indices, physical_slots, resident_slots
+from sglang_lsa.kernels.page_table import decode_indices, decode_pages, physical_slots, resident_slots
 from sglang_lsa.kernels.record import record
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -165,6 +165,15 @@ def test_merged_parts_are_attention_over_all_keys(parts: tuple[int, ...], dtype:
         start += count
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 2)
     torch.testing.assert_close(lse.double() * math.log(2), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+
+def test_natural_logarithms_of_heads_as_base_2_of_tokens() -> None:
+    """FlashAttention's log-sum-exps; where there were no keys they are infinite, some kernels say with which sign."""
+    lse = torch.tensor([[1.0, 2.0, float("inf")], [0.0, float("-inf"), -3.0]])
+    found = base_2(lse)
+    assert found.is_contiguous()
+    assert found.T[0].tolist() == pytest.approx([1 / math.log(2), 2 / math.log(2), float("-inf")])
+    assert found.T[1].tolist() == pytest.approx([0.0, float("-inf"), -3 / math.log(2)])
 
 
 @pytest.mark.parametrize(
@@ -462,6 +471,33 @@ def test_decode_indices(table_dtype: torch.dtype) -> None:
     slots = resident_slots(table[:, 2:], table[:, 0], table[:, 1], req_to_token, v2p, rows, lengths, PAGE)
     assert indices.tolist() == [*torch.cat(slots).tolist(), *[-1] * 12]
     assert indices[7:15].tolist() == [36, 37, 38, 39, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_decode_pages_hold_the_slots_that_are_read(page: int) -> None:
+    """Page by page what :func:`resident_slots` names, and nothing behind it."""
+    context = page * 5
+    req_to_token = torch.arange(3 * context, dtype=torch.int32).view(3, context) + page
+    v2p = torch.randperm(16, generator=torch.Generator().manual_seed(0)).int()
+    table = torch.tensor([[0, 0, -1, -1], [2, 4, 9, 3], [0, 0, -1, -1]], dtype=torch.int32)
+    rows, lengths = torch.tensor([2, 1, 0]), torch.tensor([page + 1, context - page // 2, 1])
+    pages, read = torch.full((4, 6), -1, dtype=torch.int32), torch.full((4,), -1, dtype=torch.int32)
+    decode_pages(table, req_to_token, v2p, rows, lengths, page, pages, read)
+    slots = resident_slots(table[:, 2:], table[:, 0], table[:, 1], req_to_token, v2p, rows, lengths, page)
+    assert read.tolist() == [*(len(found) for found in slots), -1]
+    for found, row in zip(slots, pages, strict=False):
+        count = -(-len(found) // page)
+        seen = (row[:count, None].long() * page + torch.arange(page)).flatten()[: len(found)]
+        assert torch.equal(seen, found)
+        assert (row[count:] == -1).all()
+    assert (pages[3] == -1).all()
+
+
+def test_decode_pages_of_an_empty_batch() -> None:
+    none, table = torch.zeros(0, dtype=torch.int64), torch.zeros((2, 3), dtype=torch.int32)
+    pages, read = torch.full((1, 1), -1, dtype=torch.int32), torch.full((1,), -1, dtype=torch.int32)
+    decode_pages(table, table, none, none, none, PAGE, pages, read)
+    assert (pages.item(), read.item()) == (-1, -1)
 
 
 def test_decode_indices_of_an_empty_batch() -> None:

@@ -16,6 +16,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -330,7 +331,7 @@ def flags_child(pipe: Any, server_args: Any) -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.mem_cache import registry
 
-    backends = [ATTENTION_BACKENDS[name].__module__ for name in ("torch_native", "flashinfer")]
+    backends = [ATTENTION_BACKENDS[name].__module__ for name in ("torch_native", "flashinfer", "fa3")]
     backends += [name for values in vars(registry).values() if isinstance(values, dict) for name in values]
     pipe.send(
         {
@@ -1103,6 +1104,66 @@ def test_defaults_of_a_gpu() -> None:
     }
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash_attention: bool = True) -> None:
+    """As if torch saw one, and SGLang's kernels were built for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found: Any = types.ModuleType("sgl_kernel.flash_attn") if flash_attention else None
+    monkeypatch.setitem(sys.modules, "sgl_kernel", types.ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", found)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "given", "prefill"),
+    [
+        pytest.param((9, 0), True, {}, "fa3", id="Hopper"),
+        pytest.param((9, 0), False, {}, None, id="Hopper, kernels not built"),
+        pytest.param((8, 0), True, {}, None, id="Ampere"),
+        pytest.param((10, 0), True, {}, None, id="Blackwell"),
+        pytest.param((9, 0), True, {"attention_backend": "flashinfer"}, None, id="one backend asked for"),
+        pytest.param((9, 0), True, {"prefill_attention_backend": "flashinfer"}, "flashinfer", id="prefill asked for"),
+        pytest.param((9, 0), True, {"decode_attention_backend": "fa3"}, "fa3", id="decode asked for"),
+        pytest.param((9, 0), True, {"kv_cache_dtype": "fp8_e5m2"}, None, id="KV that it cannot read"),
+        pytest.param((9, 0), True, {"kv_cache_dtype": "fp8_e4m3"}, "fa3", id="KV in FP8"),
+    ],
+)
+def test_prompts_are_read_by_the_fastest_kernels_that_are_there(
+    capability: tuple[int, int],
+    built: bool,
+    given: dict[str, Any],
+    prefill: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_a_gpu(monkeypatch, capability, built)
+    values: dict[str, Any] = {"device": "cuda", **given}
+    apply_defaults(values, LSAConfig())
+    assert values.get("prefill_attention_backend") == prefill
+    assert values["attention_backend"] == "flashinfer"
+    assert values.get("decode_attention_backend") == given.get("decode_attention_backend")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "changed", "words"),
+    [
+        ((8, 9), True, {}, "FlashAttention-3 is for GPUs of compute capability 9.x (Hopper), this one has 8.9"),
+        ((9, 0), False, {}, "sgl_kernel has no FlashAttention-3 here"),
+        ((9, 0), True, {"kv_cache_dtype": "fp8_e5m2"}, "FlashAttention-3 reads fp8_e4m3 only, not --kv-cache-dtype"),
+    ],
+)
+def test_flash_attention_where_it_cannot_be_is_refused(
+    capability: tuple[int, int], built: bool, changed: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch, capability, built)
+    (problem,) = device_problems(arguments(**(GPU | {"attention_backend": "fa3"} | changed)), LSAConfig())
+    assert problem.startswith(f"--attention-backend fa3: {words}")
+    assert problem.endswith(": use flashinfer")
+
+
+def test_flash_attention_where_it_can_be_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, (9, 0))
+    assert device_problems(arguments(**(GPU | {"attention_backend": "fa3"})), LSAConfig()) == []
+
+
 def test_defaults_of_a_gpu_leave_what_was_given() -> None:
     given = {"device": "cuda", "attention_backend": "triton", "cuda_graph_backend_prefill": "full"}
     values: dict[str, Any] = dict(given)
@@ -1150,13 +1211,23 @@ def test_devices_that_work(changed: dict[str, Any], monkeypatch: pytest.MonkeyPa
             GPU | {"attention_backend": "torch_native"},
             True,
             "--attention-backend torch_native: not supported with LSA on this device (cuda): "
-            "use flashinfer, or leave it out",
+            "use flashinfer or fa3, or leave it out",
         ),
         (
-            GPU | {"prefill_attention_backend": "fa3"},
+            GPU | {"prefill_attention_backend": "trtllm_mha"},
             True,
-            "--prefill-attention-backend fa3: not supported with LSA on this device (cuda): "
-            "use flashinfer, or leave it out",
+            "--prefill-attention-backend trtllm_mha: not supported with LSA on this device (cuda): "
+            "use flashinfer or fa3, or leave it out",
+        ),
+        (
+            GPU | {"decode_attention_backend": "fa3"},
+            True,
+            "--decode-attention-backend fa3: torch sees no NVIDIA GPU here: use flashinfer",
+        ),
+        (
+            {"attention_backend": "fa3"},
+            True,
+            "--attention-backend fa3: not supported with LSA on this device (cpu): use torch_native, or leave it out",
         ),
         (
             {"decode_attention_backend": "flashinfer"},

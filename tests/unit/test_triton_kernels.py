@@ -28,8 +28,10 @@ from sglang_lsa.kernels.page_score import (
 )
 from sglang_lsa.kernels.page_table import (
     _decode_indices_triton,
+    _decode_pages_triton,
     _physical_slots_triton,
     decode_indices_reference,
+    decode_pages_reference,
     physical_slots_reference,
 )
 from sglang_lsa.kernels.record import _record_triton, record_reference
@@ -500,6 +502,27 @@ def test_decode_indices(page: int, rows: Sequence[Row], padding: int, dtype: tor
     assert indptr[len(batch.rows) + 1 :].tolist() == [-1, -1]
     assert indices[batch.total :].tolist() == [-1] * 9
     assert bool((indices[: batch.total] >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding"), [(torch.int32, 0), (torch.int64, 3)], ids=["int32", "int64 and padding rows"]
+)
+@pytest.mark.parametrize(("page", "rows"), BATCHES)
+def test_decode_pages(page: int, rows: Sequence[Row], padding: int, dtype: torch.dtype) -> None:
+    batch = Batch(page, rows, dtype, padding)
+
+    def run(function) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = len(batch.rows) + 1, max(-(-length // page) for length in batch.lengths) + 1
+        pages = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
+        lengths = torch.full((len(batch.rows) + 1,), -1, dtype=torch.int32, device=DEVICE)
+        batch.run(function, pages, lengths)
+        return pages, lengths
+
+    (pages, lengths), (expected, expected_lengths) = run(_decode_pages_triton), run(decode_pages_reference)
+    assert_same(pages, expected)
+    assert_same(lengths, expected_lengths)
+    assert lengths.tolist() == [*batch.lengths, -1]
+    assert [int((row >= 0).sum()) for row in pages] == [*(-(-length // page) for length in batch.lengths), 0]
 
 
 def test_decode_indices_of_an_empty_batch() -> None:
