@@ -190,8 +190,9 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
         for name, value in seen.items()
         if value not in BACKENDS[device]
     ]
-    if "fa3" in seen.values() and (problem := flash_attention_problem(vars(server_args))) is not None:
-        problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in seen if seen[name] == "fa3"]
+    asked = [name for name, value in seen.items() if value == "fa3" and value in BACKENDS[device]]
+    if asked and (problem := flash_attention_problem(vars(server_args))) is not None:
+        problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in asked]
     graphs = getattr(server_args, "cuda_graph_config", None)
     if device == "cuda" and graphs is not None:
         decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")
@@ -235,7 +236,7 @@ def announce_attention(server_args: Any) -> None:
         "LSA: attention by %s (prefill) and %s (decode)%s",
         prefill,
         decode,
-        "" if stock in (prefill, decode) else f"; SGLang's own default here, {stock}, is not supported with LSA yet",
+        "" if stock in BACKENDS["cuda"] else f"; SGLang's own default here, {stock}, is not supported with LSA yet",
     )
 
 

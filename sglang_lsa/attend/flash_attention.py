@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ class FlashAttentionParts(PartialPrefill):
         )
         return out, base_2(lse)
 
-    def _of(self, layer) -> dict:
+    def _of(self, layer) -> dict[str, Any]:
         return {
             "softmax_scale": layer.scaling,
             "softcap": layer.logit_cap,

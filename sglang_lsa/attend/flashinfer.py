@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class FlashInferParts(PartialPrefill):
         return self.blocks[last].forward_return_lse(q, keys, values, causal=False, **_of(layer))
 
 
-def _of(layer) -> dict[str, float]:
+def _of(layer) -> dict[str, Any]:
     return {"sm_scale": layer.scaling, "logits_soft_cap": layer.logit_cap}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton, moves
+from sglang_lsa.memory.copy_engine import copy_runs, runs
 from sglang_lsa.memory.layout.base import KVLayout, PageShape
 from sglang_lsa.memory.transfer import ids_on
 
@@ -34,8 +35,9 @@ def sums_bytes(tokens: int, q_heads: int, head_dim: int) -> int:
 class Staging:
     """Two buffers of ``pages`` pages, one layer each: while attention reads one, the other is filled.
 
-    On a GPU they are filled on a stream of their own, of high priority, so that a copy's few programs are not kept
-    waiting by the many of an attention kernel; on a CPU a block is copied when it is asked for.
+    On a GPU they are filled on a stream of their own, by the copy engines where pages lie side by side in the mirror,
+    as those of a long prompt mostly do. Others are copied by a kernel; its stream is of high priority, so that its few
+    programs are not kept waiting by the many of an attention kernel. On a CPU a block is copied when it is asked for.
 
     Args:
         layout: of the device pool.
@@ -100,6 +102,8 @@ class StagedPages:
         self.staging = staging
         ids = ids_on(staging.device, virtual)
         self.blocks = ids.split(staging.pages) if len(virtual) else ()
+        self.runs = [runs(virtual[start : start + staging.pages]) for start in range(0, len(virtual), staging.pages)]
+        """Of each block, its pages that lie side by side in the mirror; None where too few do."""
         self.sizes = [len(block) * staging.page for block in self.blocks]
         """Tokens of each block; all but the last are equal."""
         self._next = 0
@@ -156,5 +160,10 @@ class StagedPages:
             staging.filled[slot].record()
 
     def _copy(self, slot: int, layer: int, block: int) -> None:
-        staging, ids = self.staging, self.blocks[block]
+        staging, ids, found = self.staging, self.blocks[block], self.runs[block]
+        if staging.copies is not None and found is not None:
+            pieces = staging.layout.by_layer[staging.layers[layer]]
+            for piece, part in zip(pieces, staging.parts[slot][layer], strict=True):
+                copy_runs(staging.mirror, piece.offset, found, part)
+            return
         staging.move(staging.moves[slot][layer], staging.places[: len(ids)], staging.mirror, ids, to_host=False)

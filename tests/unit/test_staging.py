@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_lsa.memory.copy_engine import runs
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
 from sglang_lsa.memory.staging import StagedPages, Staging, staging_bytes, sums_bytes
@@ -47,6 +48,35 @@ def check_layer(staged: StagedPages, pages: list[int], layer: int) -> None:
     assert [len(keys) for keys, _ in blocks] == [len(values) for _, values in blocks] == staged.sizes
     for which, wanted in enumerate(expected(staged.staging, pages, layer)):
         assert torch.equal(torch.cat([wanted[:0], *(block[which] for block in blocks)]), wanted)
+
+
+# --- pages that lie side by side --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        pytest.param([], (), id="none"),
+        pytest.param([7], ((7, 1),), id="one page"),
+        pytest.param([3, 4, 5], ((3, 3),), id="one run"),
+        pytest.param([*range(9, 25), *range(2, 6)], ((9, 16), (2, 4)), id="two runs"),
+        pytest.param([*range(9, 17), 40], None, id="too short a run for two calls"),
+        pytest.param([5, 4, 3], None, id="the other way round"),
+        pytest.param([0, 1, 2], ((0, 3),), id="from the padding page on"),
+    ],
+)
+def test_runs_of_pages(ids: list[int], found: tuple[tuple[int, int], ...] | None) -> None:
+    assert runs(np.array(ids, dtype=np.int64)) == found
+
+
+def test_runs_name_every_page_once_and_in_order() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        parts = [np.arange(start := generator.integers(0, 10_000), start + generator.integers(8, 40)) for _ in range(5)]
+        ids = np.concatenate(parts)
+        found = runs(ids)
+        assert found is not None
+        assert np.array_equal(np.concatenate([np.arange(first, first + count) for first, count in found]), ids)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
