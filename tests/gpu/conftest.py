@@ -1,4 +1,5 @@
-"""Real servers on a real GPU: stock SGLang, LSA with CUDA graphs, and LSA without. All three start at the same time."""
+"""Real servers on a real GPU: stock SGLang, and LSA with CUDA graphs, without, and with FlashAttention-3 alone. All of
+them start at the same time."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_servers import READY_SECONDS, SERVED, STOCK
+from gpu_servers import AS_LSA_ATTENDS, NO_FLASH_ATTENTION, READY_SECONDS, SERVED, STOCK
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -36,16 +37,18 @@ def extra() -> list[str]:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory, extra: list[str]) -> Iterator[dict[str, ServerProcess]]:
-    """``stock``, ``lsa`` (CUDA graphs up to batch 256) and ``eager``."""
+    """``stock``, ``lsa`` (CUDA graphs up to batch 256), ``eager``, and on Hopper ``fa3``."""
     folder = pathlib.Path(os.environ.get("SGLANG_LSA_TEST_LOGS", "") or tmp_path_factory.mktemp("logs"))
     model = ["--model-path", str(embedded_model_path())]
     many = ["--cuda-graph-max-bs-decode", "256", "--max-running-requests", "256"]
     few = ["--max-running-requests", "32"]
     kinds = {
-        "stock": (STOCK, [*few, "--cuda-graph-max-bs-decode", "8", "--max-total-tokens", "48000"]),
+        "stock": (STOCK, [*AS_LSA_ATTENDS, *few, "--cuda-graph-max-bs-decode", "8", "--max-total-tokens", "48000"]),
         "lsa": (LSA, [*many, *WITH_LSA]),
         "eager": (LSA, [*few, "--disable-cuda-graph", *WITH_LSA]),
     }
+    if NO_FLASH_ATTENTION is None:
+        kinds["fa3"] = (LSA, ["--attention-backend", "fa3", *few, "--cuda-graph-max-bs-decode", "32", *WITH_LSA])
     started = {
         name: ServerProcess(module, [*model, *SERVED, *flags, *extra], folder / f"{name}.log")
         for name, (module, flags) in kinds.items()
@@ -67,6 +70,13 @@ def stock(servers: dict[str, ServerProcess]) -> ServerProcess:
 @pytest.fixture
 def lsa(servers: dict[str, ServerProcess]) -> ServerProcess:
     return servers["lsa"]
+
+
+@pytest.fixture
+def fa3(servers: dict[str, ServerProcess]) -> ServerProcess:
+    if NO_FLASH_ATTENTION is not None:
+        pytest.skip(NO_FLASH_ATTENTION)
+    return servers["fa3"]
 
 
 @pytest.fixture

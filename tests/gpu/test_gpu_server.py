@@ -24,7 +24,7 @@ POLICIES = ("quest", "indexer")
 @pytest.fixture(autouse=True)
 def nothing_is_left(servers: dict[str, ServerProcess]) -> Iterator[None]:
     yield
-    for name in ("lsa", "eager"):
+    for name in servers.keys() - {"stock"}:
         assert servers[name].process.poll() is None
         physical = wait_until_idle(servers[name])["physical"]
         assert (physical["held"], physical["promised"]) == (0, 0)
@@ -58,6 +58,28 @@ def compare(reference: list[Answer], seen: list[Answer], name: str) -> int:
 
 def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess) -> None:
     assert compare(answers(stock), answers(lsa, FULL), "budget 1.0 against stock") >= 25
+
+
+def test_full_budget_equals_stock_with_flash_attention_alone(stock: ServerProcess, fa3: ServerProcess) -> None:
+    assert compare(answers(stock), answers(fa3, FULL), "budget 1.0 by FA3 against stock") >= 25
+    assert fa3.get("/lsa/status")["graphless_steps"] == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_flash_attention_reads_the_same_pages(policy: str, eager: ServerProcess, fa3: ServerProcess) -> None:
+    """With graphs, over pages; FlashInfer without graphs, over slots."""
+    options = {"lsa": {"policy": policy}}
+    name = f"{policy}: FA3 with CUDA graphs against FlashInfer without, budget 13.5 %"
+    assert compare(answers(eager, options), answers(fa3, options), name) >= 25
+
+
+def test_dense_batches_need_no_room_in_the_graphs_of_flash_attention(fa3: ServerProcess) -> None:
+    shared = prose(6500, 5)
+    generate(fa3, shared, 1)
+    with ThreadPoolExecutor(32) as pool:
+        texts = list(pool.map(lambda i: generate(fa3, f"{shared} {i % 2}", 70, budget=1.0)["text"], range(32)))
+    assert fa3.get("/lsa/status")["graphless_steps"] == 0
+    assert len(set(texts)) <= 16
 
 
 @pytest.mark.parametrize("policy", POLICIES)

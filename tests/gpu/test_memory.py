@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from gpu_servers import READY_SECONDS, SERVED, STOCK
+from gpu_servers import AS_LSA_ATTENDS, READY_SECONDS, SERVED, STOCK
 from prompts import needle, prose
 from serving import (
     BFLOAT16_STEPS,
@@ -40,7 +40,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, extra: list[str]) -> Itera
     folder = pathlib.Path(os.environ.get("SGLANG_LSA_TEST_LOGS", "") or tmp_path_factory.mktemp("logs"))
     few = ["--max-running-requests", "16", "--cuda-graph-max-bs-decode", "8", "--max-total-tokens", "48000"]
     kinds = {
-        "large": (STOCK, [*few, "--chunked-prefill-size", "512"]),
+        "large": (STOCK, [*AS_LSA_ATTENDS, *few, "--chunked-prefill-size", "512"]),
         "small": (LSA, SMALL),
         "slow": ("slow_server", SMALL),
     }
