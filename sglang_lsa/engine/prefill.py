@@ -10,12 +10,13 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted
+from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
-from sglang_lsa.engine.step import Arrival, Batch, Step
+from sglang_lsa.engine.step import Batch, Step
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
@@ -71,17 +72,17 @@ class Prefill:
         readings, requests, looks, taken = [], [], [], 0
         for index, (key, tokens, prefix) in enumerate(zip(batch.keys, batch.lengths, batch.prefixes, strict=True)):
             admitted = self.admission.admitted[key]
-            arrival = batch.arrival(index) if key not in self.requests else None
+            entry = batch.entry(index) if key not in self.requests else None
             known = (
-                self._cached_pages(arrival, admitted, prefix)
-                if arrival is not None
+                self._cached_pages(entry, admitted, prefix)
+                if entry is not None
                 else self.requests[key].pages[: pages_spanned(prefix)]
             )
             wanted = pages_spanned(tokens) - len(known)
             pages = np.concatenate((known, new_pages[taken : taken + wanted]))
             taken += wanted
-            if arrival is not None:
-                self._enter(key, arrival, admitted, prefix)
+            if entry is not None:
+                self._enter(key, entry, admitted, prefix)
             request = self.requests[key]
             request.tokens, request.computed, request.pages = tokens, prefix, pages
             requests.append(request)
@@ -119,23 +120,23 @@ class Prefill:
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
-    def _cached_pages(self, arrival: Arrival, admitted: Admitted, prefix: int) -> np.ndarray:
+    def _cached_pages(self, entry: Entry, admitted: Admitted, prefix: int) -> np.ndarray:
         """Virtual pages of what the radix tree has of a request, int64 ``[pages]``."""
         if len(admitted.prefix) == pages_spanned(prefix):
             return admitted.prefix
-        return self.pager.page_index.pages(self.req_to_token[arrival.row, :prefix])
+        return self.pager.page_index.pages(self.req_to_token[entry.row, :prefix])
 
-    def _enter(self, key: str, arrival: Arrival, admitted: Admitted, prefix: int) -> None:
-        options, ids = self.admission.options(arrival.req), arrival.ids
+    def _enter(self, key: str, entry: Entry, admitted: Admitted, prefix: int) -> None:
+        options, ids = entry.options, entry.ids
         seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
         request = Request(
-            arrival.rid,
-            arrival.row,
+            entry.rid,
+            entry.row,
             Asked.of(options, seed),
             key,
-            text=arrival.text,
+            text=entry.text,
             prompt_tokens=len(ids),
-            new_tokens=arrival.new_tokens,
+            new_tokens=entry.new_tokens,
             cached_pages=len(admitted.prefix),
             first_observed=prefix,
             story=Story(admitted.how, prefix),

@@ -1,6 +1,6 @@
-"""LSARuntime: what one scheduler process knows; translates SGLang's requests and batches for pager and lookahead.
+"""LSARuntime: what one scheduler process knows; hands requests and batches to pager and lookahead.
 
-Imports no SGLang: requests and batches are read through the attributes named in ``patches/``.
+Imports no SGLang and sees nothing of its objects: they are translated in ``patches/``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import build
-from sglang_lsa.engine.admission import Admission, key_of
+from sglang_lsa.engine.admission import Admission
 from sglang_lsa.engine.counts import Decoding
 from sglang_lsa.engine.integrity import check
 from sglang_lsa.engine.prefill import Prefill
@@ -153,14 +153,14 @@ class LSARuntime:
             )
         self._update_metrics()
 
-    def can_decode(self, reqs: Iterable[Any]) -> bool:
-        """Whether every one of ``reqs`` that is about to open a page gets one; see ``Admission.can_decode``."""
+    def can_decode(self, computed: Iterable[int]) -> bool:
+        """Whether every request that is about to open a page gets one; see ``Admission.can_decode``."""
 
         def shrink(pages: int) -> None:
             with self.on_stream():
                 self.lookahead.shrink(list(self.requests.values()), pages)
 
-        return self.admission.can_decode(reqs, shrink)
+        return self.admission.can_decode(computed, shrink)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -280,14 +280,18 @@ class LSARuntime:
 
     # -- requests that are gone, and none at all -------------------------------------------------------------------
 
-    def request_gone(self, req: Any) -> None:
-        """The request finished, was aborted or retracted; its KV is about to be released."""
-        key = key_of(req)
+    def request_gone(self, key: str, complete: bool) -> None:
+        """The request finished, was aborted or retracted; its KV is about to be released.
+
+        Args:
+            key: its name here; "" for one that was not admitted.
+            complete: it came to its end.
+        """
         if self.recorder is not None and key in self.requests:
             with self.on_stream():
-                self.recorder.close(req, self.requests[key].pages, self.pager.ledger.v2p)
+                self.recorder.close(self.requests[key], complete, self.pager.ledger.v2p)
         self.pager.forget(key)
-        self.admission.forget(req)
+        self.admission.forget(key)
         request = self.requests.pop(key, None)
         if request is not None:
             self.lookahead.forget(request)

@@ -6,13 +6,11 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.observe import observed_layers, observed_positions
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.memory.layout.base import PageShape
-from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.staging import staging_bytes, sums_bytes
@@ -100,43 +98,6 @@ def selector_needs(
     staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
     return Needs(rows, graph_batch, context_tokens, *bytes_, page.page_tokens)
-
-
-def server_needs(
-    server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int
-) -> Needs:
-    """What LSA's own buffers are made of, for a server of these SGLang arguments.
-
-    Args:
-        server_args: resolved, with the LSA configuration on them.
-        model: SGLang's ModelConfig.
-        layers: that keep KV.
-        itemsize: bytes of one number of KV.
-        extra_context: tokens of a row of SGLang's table beyond the model's context.
-        tp_size: ranks that share the heads.
-    """
-    graphs = server_args.cuda_graph_config.decode
-    on_gpu = server_args.device == "cuda"
-    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
-    return selector_needs(
-        server_args.lsa_config,
-        kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
-        rows=requests + 1,
-        chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
-        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
-        context_tokens=model.context_len + extra_context,
-        layers=layers,
-        q_heads=model.num_attention_heads // tp_size,
-        kv_heads=model.get_num_kv_heads(tp_size),
-        head_dim=model.head_dim,
-        itemsize=itemsize,
-        map_bytes=4 if on_gpu else 8,
-    )
-
-
-def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
-    """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
-    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
 
 
 def largest_set(physical_pages: int, columns: int) -> float:

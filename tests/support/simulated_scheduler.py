@@ -14,12 +14,12 @@ from simulated_gpu import SimulatedGPU
 from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.reading import RESIDENT
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import COUNT, PAGES, TAIL_START
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.patches.requests import can_decode, choose, key_of, promise, request_gone
 
 
 class Scheduler:
@@ -97,7 +97,7 @@ class Scheduler:
         left = self.chunk
         admission = self.runtime.admission
         if (req := self.chunked) is not None:
-            chunked = admission.admitted_as(req)
+            chunked = admission.admitted[key_of(req)]
             left = min(left, chunked.chunk_tokens or left)
             start = req.kv_committed_len
             end = min(len(req.full_untruncated_fill_ids), start + left)
@@ -113,12 +113,12 @@ class Scheduler:
             if left <= 0 or len(entries) >= len(self.free_rows):
                 break
             self._begin_round(req)
-            how = admission.choose(req, len(self.running) + len(entries), hows, left)
+            how = choose(admission, req, len(self.running) + len(entries), hows, left)
             lower = [other for other in self.running if not other.gone and other.priority < req.priority]
             if how is None and not entries and lower and self.chance.random() < 0.3:
                 self._retract(lower[0], "preempted")
                 self._begin_round(req)
-                how = admission.choose(req, len(self.running), hows, left)
+                how = choose(admission, req, len(self.running), hows, left)
             if how is None:
                 break
             left = min(left, how.chunk_tokens or left)
@@ -133,7 +133,7 @@ class Scheduler:
                 self._lock(req, [])
                 break
             req.pages, req.protected, req.gone = [node.page for node in req.matched], len(req.matched), False
-            admission.promise(req, how)
+            promise(admission, req, how)
             hows.append(how.how)
             self.waiting.remove(req)
             entries.append(Entry(req, start, end))
@@ -164,7 +164,7 @@ class Scheduler:
 
         def enough(reqs: Sequence[Req]) -> bool:
             opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
-            return self._make_virtual_room(opening) and self.runtime.can_decode(reqs)
+            return self._make_virtual_room(opening) and can_decode(self.runtime, reqs)
 
         if not enough(self.running) or self.chance.random() < 0.004:
             while len(self.running) > 1:
@@ -205,7 +205,7 @@ class Scheduler:
             self.runtime.choose_resident()
         self._queue_prefill(entries)
         for entry in entries:
-            self.counts[self.runtime.admission.admitted_as(entry.req).how] += 1
+            self.counts[self.runtime.admission.admitted[key_of(entry.req)].how] += 1
         self.runtime.after_forward(number)
         self.results.append((entries, len(self.gpu.compute)))
 
@@ -223,7 +223,7 @@ class Scheduler:
                     np.array([place[page] for page in part.tolist()], dtype=np.int64)
                     for part in (reading.here, reading.streamed)
                 )
-                if self.runtime.admission.admitted_as(req).how != RESIDENT:
+                if self.runtime.admission.admitted[key_of(req)].how != RESIDENT:
                     assert reading.tokens_here + len(streamed) * PAGE_SIZE == entry.start, "a prompt reads everything"
             queued.read(req.rid, queued.v2p[pages[here]], req.known(here, entry.start))
             if len(streamed):
@@ -280,12 +280,12 @@ class Scheduler:
 
     def _cache_unfinished(self, req: Req, tokens: int) -> None:
         """As ``LSARadixCache.cache_unfinished_req``."""
-        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(req)):
+        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(key_of(req))):
             return
         keys = req.keys(tokens)
         known = [node.page for node in self.tree.match(keys)]
-        own = self.runtime.shared.known(req)
-        self.runtime.shared.replaced(req, tokens, own, np.array(known, dtype=np.int64))
+        own = self.runtime.shared.known(key_of(req), req.req_pool_idx)
+        self.runtime.shared.replaced(key_of(req), req.req_pool_idx, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(keys, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)
@@ -296,8 +296,8 @@ class Scheduler:
     def _end(self, req: Req, insert: bool) -> None:
         """As ``LSARadixCache.cache_finished_req``."""
         outputs = self.runtime.config.cache_outputs
-        insert = insert and (outputs or self.runtime.shared.is_exact(req))
-        self.runtime.request_gone(req)
+        insert = insert and (outputs or self.runtime.shared.is_exact(key_of(req)))
+        request_gone(self.runtime, req)
         keep = req.kv_committed_len
         if insert and not outputs:
             keep = min(keep, max(len(req.origin_input_ids), req.protected * PAGE_SIZE))

@@ -55,6 +55,9 @@ class Req:
     aborted: bool = False
     between_chunks: bool = False
 
+    def finished(self) -> bool:
+        return False  # nothing is recorded here
+
     @functools.cached_property
     def text(self) -> np.ndarray:
         """Content of its pages, ``[pages, PAGE_SIZE]``, with all that it will ever generate."""

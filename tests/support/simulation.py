@@ -34,6 +34,7 @@ from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches.requests import judge
 
 ROWS = 8
 """Requests that run at the same time."""
@@ -196,7 +197,7 @@ class Simulation:
             self.counts["rid again"] += 1
         params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150, 300]))
         req = Req(rid, self.arrived, prompt, params, chance.randrange(2), prompt.astype(np.int64).tolist())
-        if (reason := self.runtime.admission.refusal(req)) is not None:
+        if (reason := judge(self.runtime.admission, req)) is not None:
             # SGLang computes one token of a request that it aborts.
             assert "budget" in reason or "tokens" in reason or "sets" in reason, reason
             self.counts["refused"] += 1

@@ -20,13 +20,13 @@ from sglang_lsa.engine.sizing import (
     max_resident_pages,
     plan_memory,
     selector_needs,
-    server_needs,
 )
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches import arguments
 from sglang_lsa.serve.status import overhead_bytes
 
 TOKEN_BYTES = 16384  # 65,536 tokens in a GB
@@ -241,7 +241,7 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
         v_head_dim=64,
         get_num_kv_heads=lambda tp_size: 2 // tp_size,
     )
-    needs = server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
+    needs = arguments.server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
     assert needs.overhead(config, 786_432, 19_113 * PAGE_SIZE) == {
         "page_keys": 39_145_472,
         "queries": 44_498_944,
