@@ -101,7 +101,7 @@ class LSARadixCache(RadixCache):
                 # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
                 keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
                 # Pages after the one that holds the last of these tokens carry generated tokens alone.
-                first_generated = align_up(keep)
+                first_generated = align_up(keep, self.page_size)
                 if first_generated < kv_len_to_handle:
                     row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
                     self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)

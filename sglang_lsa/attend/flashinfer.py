@@ -10,7 +10,6 @@ from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRagg
 from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import recent_tokens
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_table import decode_indices
@@ -110,14 +109,14 @@ class PartialPrefill:
         here = [self.lsa.pager.ledger.v2p[reading.here] for reading in step.readings]
         self.reads_here = any(map(len, here))
         if self.reads_here:
-            last = [reading.tokens_here - (len(reading.here) - 1) * PAGE_SIZE for reading in step.readings]
+            last = [reading.tokens_here - (len(reading.here) - 1) * self.lsa.pager.page for reading in step.readings]
             self.here.plan(
                 own,
                 _offsets([len(pages) for pages in here]),
                 upload(np.concatenate(here).astype(np.int32), self.lsa.pager.device),
                 torch.tensor(last, dtype=torch.int32),
                 *heads,
-                PAGE_SIZE,
+                self.lsa.pager.page,
                 q_data_type=updater.q_data_type,
             )
         if step.staged is not None:
@@ -135,7 +134,7 @@ class PartialPrefill:
         out, lse = out.float(), lse.contiguous()
         if self.reads_here:
             pool = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-            paged = tuple(buffer.view(-1, PAGE_SIZE, *buffer.shape[1:]) for buffer in pool)
+            paged = tuple(buffer.view(-1, self.lsa.pager.page, *buffer.shape[1:]) for buffer in pool)
             merge_states(out, lse, *self.here.forward_return_lse(q, paged, causal=False, **options))
         for block, (keys, values) in enumerate(staged.layer(layer.layer_id) if staged is not None else ()):
             wrapper = self.whole_blocks if block + 1 < len(staged.sizes) else self.last_block
@@ -178,7 +177,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,
-            PAGE_SIZE,
+            lsa.pager.page,
             indptr,
             indices,
         )
@@ -229,7 +228,7 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,
-            PAGE_SIZE,
+            lsa.pager.page,
             indptr,
             indices,
         )

@@ -48,7 +48,7 @@ class Scheduler:
     """
 
     def __init__(self, requests: int, tokens: int, **options: object):
-        pages = pages_spanned(tokens) + 64
+        pages = pages_spanned(tokens, PAGE_SIZE) + 64
         physical = int(0.3 * requests * pages) + pages  # a prompt in full beside the sets of the others
         virtual = (requests + 1) * pages + physical
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
@@ -94,7 +94,7 @@ class Scheduler:
             raise RuntimeError(f"no room for request {req.rid}: {self.pager.ledger.held_pages} pages are held")
         promise(self.runtime.admission, req, admitted)
         self.requests.append(req)
-        self.run([req], [tokens], self.allocate(pages_spanned(tokens)), extend=True, prefix=[0])
+        self.run([req], [tokens], self.allocate(pages_spanned(tokens, PAGE_SIZE)), extend=True, prefix=[0])
 
     def crowd(self) -> None:
         """Others take the device pages but for two sets of each request: from now on, pages come from the mirror."""
@@ -154,7 +154,7 @@ def measure_batch(requests: int, tokens: int) -> dict[str, Any]:
     refreshes = runtime.lookahead.counts.refreshes - refreshes
     seconds = runtime.lookahead.counts.host_seconds - seconds
     reqs = scheduler.requests
-    memory = runtime.requests[reqs[0].rid].pages[: pages_spanned(tokens) - 1]
+    memory = runtime.requests[reqs[0].rid].pages[: pages_spanned(tokens, PAGE_SIZE) - 1]
     asked = scheduler.request(tokens + 512, memory)
     return {
         "requests": requests,

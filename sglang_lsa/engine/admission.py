@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.engine.arrival import Arrival, Prompt, Verdict
 from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
@@ -88,14 +88,14 @@ class Admission:
 
     def _read_options(self, custom_params: Mapping[str, Any] | None) -> tuple[RequestOptions, str | None]:
         try:
-            return RequestOptions.parse(custom_params, self.config), None
+            return RequestOptions.parse(custom_params, self.config, self.pager.page), None
         except ValueError as error:
             return RequestOptions.parse(None, self.config), str(error)
 
     def longest(self, options: RequestOptions) -> int | None:
         """Tokens that a prompt may have at most because it must be whole on the device; None if it need not be."""
         whole = self.chunk_tokens is None or options.dense
-        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+        return (self.pages - 1) * self.pager.page - 1 if whole else None
 
     def judge(self, arrival: Arrival) -> Verdict:
         """Whether a request that has just come can ever run, and what bounds it."""
@@ -110,26 +110,26 @@ class Admission:
             )
         # One that is recorded must compute all of its pages itself: the radix tree has none under its name.
         cache_key = arrival.rid if options.record else None
-        tokens, room = len(arrival.ids), (self.pages - 1) * PAGE_SIZE
+        tokens, room = len(arrival.ids), (self.pages - 1) * self.pager.page
         # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
         longest_answer = room - tokens if options.dense else None
         refusal = self._refusal(np.asarray(arrival.ids, dtype=np.int64), room, options)
         return Verdict(options, refusal, longest_answer if refusal is None else None, cache_key)
 
     def _refusal(self, ids: np.ndarray, room: int, options: RequestOptions) -> str | None:
-        tokens = len(ids)
+        tokens, pages = len(ids), pages_spanned(len(ids), self.pager.page)
         if self.vocabulary is not None and tokens and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings
             return f"The prompt has the token id {wrong}: use ids from 0 to {self.vocabulary - 1}."
         if options.dense and tokens >= room:
             return (
-                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in "
+                f"The prompt has {tokens} tokens ({pages} pages of KV) and asks to read all of them in "
                 f"decode; the device pool takes fewer than {room}. Ask for a budget below 1 and a policy other than "
                 "full, shorten the prompt, or start the server with a larger --lsa-device-tokens."
             )
         if self.chunk_tokens is None and tokens >= room:
             return (
-                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); without chunked prefill the "
+                f"The prompt has {tokens} tokens ({pages} pages of KV); without chunked prefill the "
                 f"device pool takes prompts of fewer than {room}. Start the server with --chunked-prefill-size "
                 f"{room // 2} or so, or with a larger --lsa-device-tokens, or shorten the prompt."
             )
@@ -150,16 +150,16 @@ class Admission:
     def possible(self, prompt: Prompt, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
         """The same by what is known to be done already; changes nothing."""
         options, prefix, tokens = prompt.options, prompt.prefix, prompt.tokens
-        pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1
+        pages, room = pages_spanned(tokens, self.pager.page), self.pager.unpromised_later - running - 1
         prunable = not options.dense and tokens >= self.config.min_context
-        least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
+        least = pages_spanned(min(tokens - len(prefix) * self.pager.page, chunk_tokens or tokens), self.pager.page)
         chunk = min(least, self.pages // 2)
         resident = self.rules.set_pages(pages, options.budget)
 
         def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
             if demand > room or not company:
                 return None
-            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * PAGE_SIZE)
+            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * self.pager.page)
 
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
@@ -174,7 +174,7 @@ class Admission:
 
     def _worth_it(self, prefix: int, resident: int) -> bool:
         """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""
-        return prefix * PAGE_SIZE >= self.config.min_context and resident < prefix
+        return prefix * self.pager.page >= self.config.min_context and resident < prefix
 
     def postpone(self, prompt: Prompt) -> None:
         """This prompt is the first of its pass and must wait: bring in what past requests over its prefix selected,
@@ -234,7 +234,7 @@ class Admission:
             computed: tokens that each of them has KV of.
             shrink: makes resident sets of running requests smaller until so many device pages are let go.
         """
-        opening = sum(tokens % PAGE_SIZE == 0 for tokens in computed)
+        opening = sum(tokens % self.pager.page == 0 for tokens in computed)
         if opening == 0 or opening <= self.pager.unpromised_pages:
             return True
         self.pager.settle()  # before a request loses anything, count what is only on its way

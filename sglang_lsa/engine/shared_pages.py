@@ -57,7 +57,7 @@ class SharedPages:
         if own is None:
             slots = self.req_to_token[row, :tokens]
             own = self.pager.page_index.pages(slots)
-        before = own[: pages_spanned(tokens)]
+        before = own[: pages_spanned(tokens, self.pager.page)]
         after = before.copy()
         after[: len(shared)] = shared
         if (before == after).all():

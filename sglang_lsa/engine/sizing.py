@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.observe import observed_layers, observed_positions
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.memory.layout.base import PageShape
@@ -38,23 +38,23 @@ class Needs:
         rows: requests that run at the same time, and one for padding.
         graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
         context_tokens: longest context that SGLang's table has room for.
+        page: tokens of a page.
         page_key_bytes: Quest's bytes for one page.
         row_bytes: selector's bytes for one request.
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
         indexer_bytes: a trained indexer's bytes for one page.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
-        page: tokens of a page.
     """
 
     rows: int
     graph_batch: int
     context_tokens: int
+    page: int
     page_key_bytes: int
     row_bytes: int
     staging_bytes: int = 0
     indexer_bytes: int = 0
     map_bytes: int = 4
-    page: int = PAGE_SIZE
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
         """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
@@ -97,7 +97,7 @@ def selector_needs(
     indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
     staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
-    return Needs(rows, graph_batch, context_tokens, *bytes_, page.page_tokens)
+    return Needs(rows, graph_batch, context_tokens, page.page_tokens, *bytes_)
 
 
 def largest_set(physical_pages: int, columns: int) -> float:
@@ -110,19 +110,17 @@ def set_bounds(context_pages: int, budget: float, min_pages: int, largest: float
     return min(budget, largest / context_pages), min(min_pages, int(largest))
 
 
-def longest_dense(physical_pages: int, page: int = PAGE_SIZE) -> int:
+def longest_dense(physical_pages: int, page: int) -> int:
     """Requests of at least so many tokens are pruned, whatever ``min_context`` says: half of the device pool."""
     return physical_pages * page // 2
 
 
-def max_resident_pages(context_tokens: int, physical_pages: int, page: int = PAGE_SIZE) -> int:
+def max_resident_pages(context_tokens: int, physical_pages: int, page: int) -> int:
     """Columns of the resident table: no set is larger than a request, or than its share of the device pool."""
     return min(pages_spanned(context_tokens, page), int(physical_pages * LARGEST_SHARE) + 1)
 
 
-def graph_tokens(
-    config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int, page: int = PAGE_SIZE
-) -> int:
+def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int, page: int) -> int:
     """Tokens that a decode CUDA graph can read, all requests together; larger batches run without a graph.
 
     As many as ``batch`` requests of the longest context read within the budget, and as the device pool holds.

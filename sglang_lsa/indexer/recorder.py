@@ -123,7 +123,7 @@ class Recorder:
     def _open(self, request: Request) -> Document:
         start = max(0, request.prompt_tokens - request.asked.record) // BLOCK * BLOCK
         total = request.prompt_tokens + request.new_tokens
-        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
+        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total, PAGE_SIZE))
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
         return Document(request.rid, request.prompt_tokens, start, max(0, start - RECORDED_POSITIONS), mass)
 
@@ -170,14 +170,14 @@ class Recorder:
         input_ids = torch.from_numpy(request.text(document.tokens))
         complete = len(input_ids)
         blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
-        full = request.pages[: pages_complete(complete)]
+        full = request.pages[: pages_complete(complete, PAGE_SIZE)]
         if blocks <= 0 or not len(full):
             logger.warning("LSA: %s has only %d tokens and was not recorded", request.rid, complete)
             return
         virtual, physical = (torch.from_numpy(ids.astype(np.int64)).to(self.table.device) for ids in (full, v2p[full]))
         anchors = [document.start + BLOCK * block for block in range(blocks)]
         queries = torch.cat(document.queries)
-        spanned = pages_spanned(complete)
+        spanned = pages_spanned(complete, PAGE_SIZE)
         tensors = {
             "input_ids": input_ids.int(),
             "queries": queries[: complete - document.first],
@@ -211,7 +211,7 @@ class Recorder:
         for row, anchor in enumerate(anchors):
             stop = anchor - document.first
             recent = queries[max(0, stop - self.positions) : stop]
-            known = torch.arange(pages_complete(anchor), device=queries.device)
+            known = torch.arange(pages_complete(anchor, PAGE_SIZE), device=queries.device)
             if len(recent) and len(known):
                 scores[row, : len(known)] = bound_score(recent, table, known, self.scale).half()
         return scores

@@ -74,9 +74,9 @@ DENSE: list[dict[str, object]] = [{"enabled": False}, {"budget": 1.0}, {"policy"
 def test_a_dense_prompt_that_the_pool_cannot_take_is_refused(tokens: int, lsa: dict[str, object]) -> None:
     reason = judge(Server().admission, request(tokens, **lsa))
     assert reason == (
-        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in decode; "
-        f"the device pool takes fewer than {ROOM}. Ask for a budget below 1 and a policy other than full, shorten the "
-        "prompt, or start the server with a larger --lsa-device-tokens."
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens, PAGE_SIZE)} pages of KV) and asks to read all of them "
+        f"in decode; the device pool takes fewer than {ROOM}. Ask for a budget below 1 and a policy other than full, "
+        "shorten the prompt, or start the server with a larger --lsa-device-tokens."
     )
 
 
@@ -112,7 +112,7 @@ def test_without_chunks_a_prompt_must_fit(tokens: int, refused: bool) -> None:
         return
     assert reason is not None
     for words in (
-        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV)",
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens, PAGE_SIZE)} pages of KV)",
         f"without chunked prefill the device pool takes prompts of fewer than {ROOM}",
         f"Start the server with --chunked-prefill-size {ROOM // 2} or so, or with a larger --lsa-device-tokens",
     ):
@@ -649,6 +649,6 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
         if chunk is None:  # one pass computes the rest
             assert admitted.chunk_tokens >= tokens - len(prefix) * PAGE_SIZE or admitted.how == RESIDENT
     if admitted.how == STREAMED:
-        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens), budget)
+        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens, PAGE_SIZE), budget)
     promise(server.admission, req, admitted)
     assert server.pager.unpromised_pages >= 1

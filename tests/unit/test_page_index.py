@@ -344,4 +344,4 @@ def test_pages_of_a_request_that_was_never_computed() -> None:
     assert server.runtime.shared.known("b", 3) is None
     assert server.runtime.shared.known("a", 2) is None, "a name that is used again"
     found = server.runtime.shared.known("a", 3)
-    assert found is not None and len(found) == pages_spanned(256)
+    assert found is not None and len(found) == pages_spanned(256, PAGE_SIZE)

@@ -108,7 +108,7 @@ class Server(harness.Server):
         lengths = [ends.get(req.rid, len(req.full_untruncated_fill_ids)) for req in reqs]
         taken = []
         for req, end in zip(reqs, lengths, strict=True):
-            first, pages = pages_spanned(req.computed), pages_spanned(end)
+            first, pages = pages_spanned(req.computed, PAGE_SIZE), pages_spanned(end, PAGE_SIZE)
             new = self.allocate(pages - first)
             taken.append(new)
             row = self.prefill.req_to_token[req.req_pool_idx]
@@ -138,7 +138,11 @@ class Server(harness.Server):
             reading = (
                 self.step.readings[index]
                 if self.step.readings is not None
-                else Reading.all_of(self.runtime.requests[req.rid].pages[: pages_spanned(req.computed)], req.computed)
+                else Reading.all_of(
+                    self.runtime.requests[req.rid].pages[: pages_spanned(req.computed, PAGE_SIZE)],
+                    req.computed,
+                    PAGE_SIZE,
+                )
             )
             reads.append(self.look_at(reading))
             reads[-1].look = looks.get(index)
@@ -193,10 +197,10 @@ def test_a_prompt_in_place(tokens: int) -> None:
     req = server.request(tokens)
     assert server.admit(req) == [IN_PLACE]
     assert server.extend(req) == [Read([])]
-    assert server.held(req) == list(range(pages_spanned(tokens)))
+    assert server.held(req) == list(range(pages_spanned(tokens, PAGE_SIZE)))
     assert owed(server.pager) == {}, "what was promised is held"
     assert server.step.readings is None, "backends read everything"
-    assert server.ledger.host_pages == pages_complete(tokens)
+    assert server.ledger.host_pages == pages_complete(tokens, PAGE_SIZE)
     request = server.runtime.requests["a"]
     assert (request.tokens, request.prompt_tokens, request.story.prefill) == (tokens, tokens, IN_PLACE)
     assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (tokens, 0)
@@ -239,7 +243,7 @@ def test_a_prompt_in_place_in_chunks() -> None:
         begun = req.computed
         (read,) = server.extend(req, a=end)
         assert read == Read(server.slots(req, 0, begun))
-        assert server.held(req) == list(range(pages_spanned(end)))
+        assert server.held(req) == list(range(pages_spanned(end, PAGE_SIZE)))
         assert owed(server.pager) == {"a": promised}
         assert server.lookahead.counts.refreshes == 0
     server.extend(req)
