@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.sizing import Needs, selector_needs
+from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.releases import RELEASES
@@ -41,6 +45,43 @@ def kv_dtype(server_args: Any, model: Any) -> torch.dtype:
         speculative_draft_attention_backend=None,
     )
     return dtype
+
+
+def server_needs(
+    server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int
+) -> Needs:
+    """What LSA's own buffers are made of, for a server of these SGLang arguments.
+
+    Args:
+        server_args: resolved, with the LSA configuration on them.
+        model: SGLang's ModelConfig.
+        layers: that keep KV.
+        itemsize: bytes of one number of KV.
+        extra_context: tokens of a row of SGLang's table beyond the model's context.
+        tp_size: ranks that share the heads.
+    """
+    graphs = server_args.cuda_graph_config.decode
+    on_gpu = server_args.device == "cuda"
+    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
+    return selector_needs(
+        server_args.lsa_config,
+        kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
+        rows=requests + 1,
+        chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
+        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
+        context_tokens=model.context_len + extra_context,
+        layers=layers,
+        q_heads=model.num_attention_heads // tp_size,
+        kv_heads=model.get_num_kv_heads(tp_size),
+        head_dim=model.head_dim,
+        itemsize=itemsize,
+        map_bytes=4 if on_gpu else 8,
+    )
+
+
+def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
+    """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
+    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
 
 
 def free_memory_of_cpu() -> int:

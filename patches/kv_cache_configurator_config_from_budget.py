@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sglang_lsa.engine.sizing import kv_page, plan_memory, server_needs
-from sglang_lsa.patches.arguments import extra_context
+from sglang_lsa.engine.sizing import plan_memory
+from sglang_lsa.patches.arguments import extra_context, kv_page, server_needs
 from sglang_lsa.patches.hook import Hook
 
 

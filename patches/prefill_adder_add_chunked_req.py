@@ -5,10 +5,11 @@ from __future__ import annotations
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.prefill_adder_add_one_req import limit_chunk, prefills_of
+from sglang_lsa.patches.requests import key_of
 
 
 def add_chunked_req(original, self, req):
-    how = self.tree_cache.lsa.admission.admitted_as(req)
+    how = self.tree_cache.lsa.admission.admitted[key_of(req)]
     limit_chunk(self, how)
     room = min(self.rem_chunk_tokens, int(self.rem_total_tokens)) // PAGE_SIZE * PAGE_SIZE
     if room > 0:

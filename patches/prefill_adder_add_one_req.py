@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang_lsa.engine.preemption import pages_let_go
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.requests import choose, key_of, promise, prompt_of
 
 
 def add_one_req(original, self, req, *args, **kwargs):
@@ -12,7 +13,7 @@ def add_one_req(original, self, req, *args, **kwargs):
     admission = self.tree_cache.lsa.admission
     self.tree_cache.scheduling_pass.adder = self
     batch = prefills_of(self)
-    how = admission.choose(req, running(self), batch, self.rem_chunk_tokens)
+    how = choose(admission, req, running(self), batch, self.rem_chunk_tokens)
     if how is None and not batch:
         how = choose_after_preemption(self, req)
     if how is None:
@@ -23,7 +24,7 @@ def add_one_req(original, self, req, *args, **kwargs):
     admitted = len(self.can_run_list)
     result = original(self, req, *args, **kwargs)
     if len(self.can_run_list) > admitted:
-        admission.promise(req, how)
+        promise(admission, req, how)
         batch.append(how.how)
     return result
 
@@ -56,9 +57,10 @@ def choose_after_preemption(adder, req):
     lsa, server_args = adder.tree_cache.lsa, adder.tree_cache.scheduling_pass.server_args
     if server_args is None or not (below := preemptible(adder, req, server_args)):
         return None
-    gains = pages_let_go(lsa.pager, below, lsa.pager.page_index.prefix(req))
+    prompt = prompt_of(lsa.admission, req)
+    gains = pages_let_go(lsa.pager, [key_of(other) for other in below], prompt.prefix)
     # Pages that are let go count like pages that running requests need not be left.
-    tried = (lsa.admission._choose(req, running(adder) - gain, [], adder.rem_chunk_tokens) for gain in gains)
+    tried = (lsa.admission.possible(prompt, running(adder) - gain, [], adder.rem_chunk_tokens) for gain in gains)
     count = next((count for count, found in enumerate(tried, start=1) if found is not None), None)
     if count is None:
         return None
@@ -67,7 +69,7 @@ def choose_after_preemption(adder, req):
         pass
     # Preempting may have taken from the radix tree what this prompt had found there.
     req.init_next_round_input(adder.tree_cache)
-    return lsa.admission.choose(req, running(adder), [], adder.rem_chunk_tokens)
+    return choose(lsa.admission, req, running(adder), [], adder.rem_chunk_tokens)
 
 
 def preemptible(adder, req, server_args) -> list:

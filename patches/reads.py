@@ -1,13 +1,13 @@
 """Attributes of SGLang's objects that hooks and checks read or set, by class; a rename would show in mid-pass only.
 
-What the core reads of a batch and of its requests is listed beside the code that reads it, and joined here.
+What is read of a batch and of its requests for the core is listed beside the code that reads it, and joined here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sglang_lsa.patches import batch
+from sglang_lsa.patches import batch, requests
 from sglang_lsa.patches.compatibility import REFUSED_FLAGS
 
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -158,5 +158,5 @@ def together(*lists: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     return {symbol: tuple(names) for symbol, names in found.items()}
 
 
-READS = together(HOOKS, batch.READS)
+READS = together(HOOKS, batch.READS, requests.READS)
 """All that is read."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.requests import can_decode
 
 
 def check_decode_mem(original, self, selected_indices=None):
     reqs = self.reqs if selected_indices is None else [self.reqs[i] for i in selected_indices]
-    return original(self, selected_indices) and self.tree_cache.lsa.can_decode(reqs)
+    return original(self, selected_indices) and can_decode(self.tree_cache.lsa, reqs)
 
 
 HOOK = Hook(

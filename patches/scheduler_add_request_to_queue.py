@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.requests import judge, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,14 @@ def refuse_impossible(self, req, *args, **kwargs):
         admission = self.tp_worker.model_runner.lsa.admission
         if get_serving().allow_auto_truncate:
             truncate(req, admission)
-        if reason := admission.refusal(req):
+        if reason := judge(admission, req):
             req.set_finish_with_abort(reason)
             req.routed_experts_start_len = 0  # may lie beyond the one token that is left
 
 
 def truncate(req, admission):
     """Cut a prompt that must be whole on the device to what fits there, as SGLang does by its own limits."""
-    most = admission.longest(req)
+    most = admission.longest(options_of(admission, req))
     if most is not None and (tokens := len(req.origin_input_ids)) > most:
         logger.warning(
             "LSA: the prompt of %s has %d tokens, the device pool takes %d: truncated", req.rid, tokens, most

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_lsa.memory.pages import align_up
+from sglang_lsa.patches.requests import key_of, request_gone, slots_up_from
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -36,8 +37,9 @@ class LSAChunkCache(ChunkCache):
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Give everything back; as SGLang's own, which searches for distinct pages on the device and waits for it."""
-        row, pages = self.req_to_token_pool.req_to_token[req.req_pool_idx], self.lsa.shared.known(req)
-        self.lsa.request_gone(req)
+        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
+        pages = self.lsa.shared.known(key_of(req), req.req_pool_idx)
+        request_gone(self.lsa, req)
         start = req.cache_protected_len
         with self.lsa.pager.page_index.row(row, pages):
             self.token_to_kv_pool_allocator.free_segment(row[start:kv_len_to_handle], start_pos=start)
@@ -82,31 +84,31 @@ class LSARadixCache(RadixCache):
         tokens = req.get_fill_ids()
         key = RadixKey(tokens, req.extra_key, is_bigram=self.is_eagle).page_aligned(self.page_size)
         match = self.match_prefix(MatchPrefixParams(key=key))
-        with self._known(req, own := self.lsa.shared.known(req)):
-            self.lsa.shared.replaced(
-                req, len(tokens), own, self.page_index.matched(match.device_indices, match.last_device_node)
-            )
+        name, row = key_of(req), req.req_pool_idx
+        with self._known(req, own := self.lsa.shared.known(name, row)):
+            shared = self.page_index.matched(match.device_indices, slots_up_from(match.last_device_node))
+            self.lsa.shared.replaced(name, row, len(tokens), own, shared)
             super().cache_unfinished_req(req, chunked=chunked)
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
         is_insert = is_insert and self._may_insert(req)
-        pages = self.lsa.shared.known(req)
-        self.lsa.request_gone(req)
+        pages = self.lsa.shared.known(key_of(req), req.req_pool_idx)
+        request_gone(self.lsa, req)
         keep = kv_len_to_handle
         with self._known(req, pages):
             if is_insert and not self.lsa.config.cache_outputs:
                 # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
                 keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
                 # Pages after the one that holds the last of these tokens carry generated tokens alone.
-                first_generated = align_up(keep)
+                first_generated = align_up(keep, self.page_size)
                 if first_generated < kv_len_to_handle:
                     row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
                     self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep)
 
     def _may_insert(self, req) -> bool:
-        return self.lsa.config.cache_outputs or self.lsa.shared.is_exact(req)
+        return self.lsa.config.cache_outputs or self.lsa.shared.is_exact(key_of(req))
 
     # -- pages of nodes, on the host -----------------------------------------------------------------------------
 

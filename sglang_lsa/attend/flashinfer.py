@@ -13,7 +13,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_lsa.attend.partial import PartialPrefill, State, offsets
 from sglang_lsa.attend.shown import Shown
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.kernels.page_table import decode_indices
 from sglang_lsa.memory.transfer import upload
 
@@ -151,7 +150,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,
-            PAGE_SIZE,
+            lsa.pager.page,
             indptr,
             indices,
         )
@@ -202,7 +201,7 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,
-            PAGE_SIZE,
+            lsa.pager.page,
             indptr,
             indices,
         )

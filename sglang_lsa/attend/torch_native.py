@@ -7,7 +7,6 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import recent_tokens
 from sglang_lsa.kernels.merge_states import LOG2_E, merge_states
 from sglang_lsa.kernels.page_table import physical_slots, resident_slots
@@ -34,11 +33,11 @@ class LSATorchBackend(TorchNativeAttnBackend):
         if forward_batch.forward_mode.is_decode():
             table = self.lsa.table
             self.slots = resident_slots(
-                table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, PAGE_SIZE
+                table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, self.lsa.pager.page
             )
         elif self.lsa.step.readings is None:
             self.slots = [
-                physical_slots(req_to_token[row, :length], v2p, PAGE_SIZE)
+                physical_slots(req_to_token[row, :length], v2p, self.lsa.pager.page)
                 for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
             ]
         else:

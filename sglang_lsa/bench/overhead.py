@@ -28,6 +28,7 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.patches.requests import can_decode, choose, promise, request_gone
 from sglang_lsa.serve.status import status
 
 STEPS = 256
@@ -47,7 +48,7 @@ class Scheduler:
     """
 
     def __init__(self, requests: int, tokens: int, **options: object):
-        pages = pages_spanned(tokens) + 64
+        pages = pages_spanned(tokens, PAGE_SIZE) + 64
         physical = int(0.3 * requests * pages) + pages  # a prompt in full beside the sets of the others
         virtual = (requests + 1) * pages + physical
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
@@ -82,17 +83,18 @@ class Scheduler:
             last_node=node,
             sampling_params=SimpleNamespace(custom_params=None, max_new_tokens=1 << 20),
             kv_committed_len=tokens,
+            finished=lambda: False,
         )
 
     def prefill(self, tokens: int) -> None:
         """A prompt, in one pass."""
         req = self.request(tokens)
-        admitted = self.runtime.admission.choose(req, len(self.requests), [], None)
+        admitted = choose(self.runtime.admission, req, len(self.requests), [], None)
         if admitted is None:
             raise RuntimeError(f"no room for request {req.rid}: {self.pager.ledger.held_pages} pages are held")
-        self.runtime.admission.promise(req, admitted)
+        promise(self.runtime.admission, req, admitted)
         self.requests.append(req)
-        self.run([req], [tokens], self.allocate(pages_spanned(tokens)), extend=True, prefix=[0])
+        self.run([req], [tokens], self.allocate(pages_spanned(tokens, PAGE_SIZE)), extend=True, prefix=[0])
 
     def crowd(self) -> None:
         """Others take the device pages but for two sets of each request: from now on, pages come from the mirror."""
@@ -152,7 +154,7 @@ def measure_batch(requests: int, tokens: int) -> dict[str, Any]:
     refreshes = runtime.lookahead.counts.refreshes - refreshes
     seconds = runtime.lookahead.counts.host_seconds - seconds
     reqs = scheduler.requests
-    memory = runtime.requests[reqs[0].rid].pages[: pages_spanned(tokens) - 1]
+    memory = runtime.requests[reqs[0].rid].pages[: pages_spanned(tokens, PAGE_SIZE) - 1]
     asked = scheduler.request(tokens + 512, memory)
     return {
         "requests": requests,
@@ -160,8 +162,8 @@ def measure_batch(requests: int, tokens: int) -> dict[str, Any]:
         "step_us": statistics.median(quiet) * US if quiet else None,
         "mean_step_us": statistics.mean(steps) * US,
         "refresh_us": seconds / refreshes * US if refreshes else None,
-        "can_decode_us": timed(lambda: runtime.can_decode(reqs)) * US,
-        "choose_us": timed(lambda: runtime.admission.choose(asked, requests, [], 8192)) * US,
+        "can_decode_us": timed(lambda: can_decode(runtime, reqs)) * US,
+        "choose_us": timed(lambda: choose(runtime.admission, asked, requests, [], 8192)) * US,
         "status_us": timed(lambda: status(runtime)) * US,
     }
 
@@ -177,7 +179,7 @@ def measure_end() -> dict[str, Any]:
         request = scheduler.runtime.requests["r1"]
         windows = len(request.story.windows)
         began = time.perf_counter()
-        scheduler.runtime.request_gone(scheduler.requests[0])
+        request_gone(scheduler.runtime, scheduler.requests[0])
         seconds.append(time.perf_counter() - began)
     return {"tokens": LONG, "windows": windows, "end_ms": min(seconds) * MS}
 

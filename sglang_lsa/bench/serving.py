@@ -222,8 +222,8 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: 
 
 def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int) -> int:
     """KV bytes of all pages of the running requests, a shared prefix counted once."""
-    own = pages_spanned(arm.context - arm.shared + decoded) * running
-    return (own + pages_spanned(arm.shared)) * PAGE_SIZE * group.shape.token_bytes
+    own = pages_spanned(arm.context - arm.shared + decoded, PAGE_SIZE) * running
+    return (own + pages_spanned(arm.shared, PAGE_SIZE)) * PAGE_SIZE * group.shape.token_bytes
 
 
 def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class RequestOptions:
         return not self.sets and full
 
     @classmethod
-    def parse(cls, custom_params: Any, config: LSAConfig) -> RequestOptions:
+    def parse(cls, custom_params: Any, config: LSAConfig, page: int = PAGE_SIZE) -> RequestOptions:
         """Read ``custom_params`` of a request.
 
         Raises:
@@ -102,7 +102,7 @@ class RequestOptions:
         require_choice("custom_params.lsa.policy", policy, allowed)
         prefill = asked.get("prefill", config.prefill)
         require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
-        sets = _parse_sets(asked.get("sets", ""))
+        sets = _parse_sets(asked.get("sets", ""), page)
         if sets and (not enabled or policy == "full"):
             raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
         record = _count(asked, "record", 0, "tokens")
@@ -136,7 +136,7 @@ def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:
     return value
 
 
-def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
+def _parse_sets(text: Any, page: int) -> tuple[GivenSet, ...]:
     """Resident sets in their written form; see :class:`RequestOptions`."""
     problem = f"custom_params.lsa.sets is {text!r:.80}: write tokens:tail_start:p,p,p with ; between sets"
     if not isinstance(text, str):
@@ -149,7 +149,7 @@ def _parse_sets(text: Any) -> tuple[GivenSet, ...]:
         except ValueError:
             raise ValueError(problem) from None
         ordered = all(a < b for a, b in zip((-1, *given.positions), (*given.positions, given.tail_start), strict=True))
-        if not ordered or given.tail_start * PAGE_SIZE >= given.tokens:
+        if not ordered or given.tail_start * page >= given.tokens:
             raise ValueError(f"{problem}; positions ascend and lie before tail_start, and that before tokens")
         if sets and sets[-1].tokens >= given.tokens:
             raise ValueError(f"{problem}; each set begins at more tokens than the one before")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_lsa.client import get_finished, get_requests
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.demo.client import Answer, Request, ask_at_once, ask_in_sequence, nothing
 from sglang_lsa.demo.watch import StatusWatch, busiest, gained
 from sglang_lsa.memory.pages import pages_spanned
@@ -84,7 +85,7 @@ def measure_phase(
 def measure_speed(server: ServerProcess, name: str, question: Question, lsa: dict[str, Any] | None = None) -> Speed:
     """Time ``SPEED_TOKENS`` tokens; ``lsa`` as in :class:`Request`."""
     [answer] = ask_in_sequence(server.url, [Request(question, lsa, SPEED_TOKENS, ignore_eos=True)])
-    pages = pages_spanned(answer.prompt_tokens + answer.completion_tokens)
+    pages = pages_spanned(answer.prompt_tokens + answer.completion_tokens, PAGE_SIZE)
     if lsa is not None:
         (entry,) = get_finished(server.url, [answer.rid])
         pages = entry["resident_pages"]

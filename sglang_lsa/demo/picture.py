@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pages import pages_spanned
 
 NOT_RESIDENT, SINK, RECENT, CHOSEN, NOT_WRITTEN = range(5)
@@ -46,7 +47,7 @@ def residency_map(panel: Panel) -> np.ndarray:
 
     The tail, which every window reads, starts behind the last resident position and grows until the next window.
     """
-    pages = pages_spanned(panel.context_tokens)
+    pages = pages_spanned(panel.context_tokens, PAGE_SIZE)
     grid = np.full((len(panel.history), pages), NOT_RESIDENT, dtype=np.int8)
     tails = [max(positions) + 1 if len(positions) else 0 for positions in panel.history]
     for window, (positions, tail) in enumerate(zip(panel.history, tails, strict=True)):
@@ -71,7 +72,7 @@ def draw(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None:
     from matplotlib.patches import Patch
 
     colours = ListedColormap([COLOURS[code] for code in sorted(COLOURS)])
-    widest = max(pages_spanned(panel.context_tokens) for panel in panels)
+    widest = max(pages_spanned(panel.context_tokens, PAGE_SIZE) for panel in panels)
     heights = [max(2, len(panel.history)) for panel in panels]
     figure, rows = pyplot.subplots(
         len(panels),

@@ -54,17 +54,18 @@ def fit(
     physical, virtual, pages = (
         plan.physical_tokens // PAGE_SIZE,
         plan.virtual_tokens // PAGE_SIZE,
-        pages_spanned(tokens),
+        pages_spanned(tokens, PAGE_SIZE),
     )
     bytes_ = plan.physical_tokens * plan.token_bytes + (sum(plan.overhead.values()) if on_gpu else 0)
     stock = bytes_ // plan.token_bytes // tokens
-    dense = config.policy == "full" or config.budget >= 1 or tokens < min(config.min_context, longest_dense(physical))
+    min_context = min(config.min_context, longest_dense(physical, PAGE_SIZE))
+    dense = config.policy == "full" or config.budget >= 1 or tokens < min_context
     if dense:
         resident = demand = pages
     else:
-        largest = largest_set(physical, max_resident_pages(context_tokens, physical))
+        largest = largest_set(physical, max_resident_pages(context_tokens, physical, PAGE_SIZE))
         resident = budget_pages(pages, *set_bounds(pages, config.budget, config.min_pages, largest))
-        chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens)), physical // 2)
+        chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens), PAGE_SIZE), physical // 2)
         demand = min(pages, max(chunk + 1, resident))
         if chunk_tokens is None and pages > chunk:  # computed in one pass, in place
             demand = pages

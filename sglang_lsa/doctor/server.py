@@ -17,7 +17,7 @@ from sglang_lsa.doctor.contexts import Fit, fit
 from sglang_lsa.doctor.machine import Gpu
 from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, weights_of
 from sglang_lsa.engine import sizing
-from sglang_lsa.engine.sizing import MemoryPlan, kv_page, plan_memory, server_needs
+from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
 from sglang_lsa.launch_server import server_arguments, with_defaults
 from sglang_lsa.memory import mirror as host_mirror
 from sglang_lsa.memory.mirror import GB
@@ -156,7 +156,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
         "itemsize": dtype.itemsize,
         "tp_size": server_args.tp_size,
     }
-    extra, page = arguments.extra_context(server_args), kv_page(model, **shape)
+    extra, page = arguments.extra_context(server_args), arguments.kv_page(model, **shape)
     dummy = server_args.load_format == "dummy"
     weights = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
     memory = _device_memory(server_args.device, gpu, assumed)
@@ -177,7 +177,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
             budgeted_tokens=tokens,
             context_tokens=model.context_len,
             device=server_args.device,
-            needs=server_needs(server_args, model, extra_context=extra, **shape),
+            needs=arguments.server_needs(server_args, model, extra_context=extra, **shape),
         )
         host = HostMemory(host_mirror.available_host_memory(), ASSUMED if assumed.host_bytes is not None else MEASURED)
     chunk = server_args.chunked_prefill_size or 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.engine.arrival import Arrival, Prompt, Verdict
 from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.memory.pager import Pager
@@ -34,15 +35,6 @@ class Admitted:
     prefix: np.ndarray
     demand: int
     chunk_tokens: int | None = None
-
-
-def key_of(req: Any) -> str:
-    """By what everything on this side knows a request that was admitted; "" for one that was not.
-
-    A client may use a ``rid`` again while the scheduler still has its first use: SGLang's HTTP process forgets it as
-    soon as the client hangs up.
-    """
-    return getattr(req, "lsa_key", "")
 
 
 class Admission:
@@ -83,66 +75,67 @@ class Admission:
 
     # -- prompts -------------------------------------------------------------------------------------------------
 
-    def options(self, req: Any) -> RequestOptions:
-        """What this request asked for; what it left open is as the server's configuration was when it arrived.
+    def options(self, custom_params: Mapping[str, Any] | None) -> RequestOptions:
+        """What a request asked for; what it left open is as the server's configuration is now that it comes.
 
         It keeps that until it ends, retractions included: it was refused or admitted by these numbers, so a later
         change of the configuration must not make a set larger than was promised, or a prompt impossible that waits.
 
-        What it asked for is read once, when it arrives. One whose options were refused has those of a request that
-        asked for nothing: SGLang still computes a token of what it aborts.
+        One whose options are refused has those of a request that asked for nothing: SGLang still computes a token of
+        what it aborts.
         """
-        if not hasattr(req, "lsa_options"):
-            self._read_options(req)
-        return req.lsa_options
+        return self._read_options(custom_params)[0]
 
-    def _read_options(self, req: Any) -> str | None:
+    def _read_options(self, custom_params: Mapping[str, Any] | None) -> tuple[RequestOptions, str | None]:
         try:
-            req.lsa_options = RequestOptions.parse(req.sampling_params.custom_params, self.config)
-            return None
+            return RequestOptions.parse(custom_params, self.config, self.pager.page), None
         except ValueError as error:
-            req.lsa_options = RequestOptions.parse(None, self.config)
-            return str(error)
+            return RequestOptions.parse(None, self.config), str(error)
 
-    def longest(self, req: Any) -> int | None:
-        """Tokens that this prompt may have at most because it must be whole on the device; None if it need not be."""
-        whole = self.chunk_tokens is None or self.options(req).dense
-        return (self.pages - 1) * PAGE_SIZE - 1 if whole else None
+    def longest(self, options: RequestOptions) -> int | None:
+        """Tokens that a prompt may have at most because it must be whole on the device; None if it need not be."""
+        whole = self.chunk_tokens is None or options.dense
+        return (self.pages - 1) * self.pager.page - 1 if whole else None
 
-    def refusal(self, req: Any) -> str | None:
-        """Why this request can never run, or None. ``req`` has just arrived; its answer is bounded if need be."""
-        if (problem := self._read_options(req)) is not None:
-            return problem
-        options = self.options(req)
-        if options.record and not NAME.fullmatch(req.rid):
-            return (
-                f"custom_params.lsa.record: the rid {req.rid!r:.80} becomes a file name: use letters, digits, - and _"
+    def judge(self, arrival: Arrival) -> Verdict:
+        """Whether a request that has just come can ever run, and what bounds it."""
+        options, problem = self._read_options(arrival.custom_params)
+        if problem is not None:
+            return Verdict(options, problem)
+        if options.record and not NAME.fullmatch(arrival.rid):
+            return Verdict(
+                options,
+                f"custom_params.lsa.record: the rid {arrival.rid!r:.80} becomes a file name: "
+                "use letters, digits, - and _",
             )
-        if options.record:
-            req.extra_key = req.rid  # it must compute all of its pages itself: the radix tree has none under this name
-        ids = np.asarray(req.origin_input_ids, dtype=np.int64)
-        if self.vocabulary is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+        # One that is recorded must compute all of its pages itself: the radix tree has none under its name.
+        cache_key = arrival.rid if options.record else None
+        tokens, room = len(arrival.ids), (self.pages - 1) * self.pager.page
+        # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
+        longest_answer = room - tokens if options.dense else None
+        refusal = self._refusal(np.asarray(arrival.ids, dtype=np.int64), room, options)
+        return Verdict(options, refusal, longest_answer if refusal is None else None, cache_key)
+
+    def _refusal(self, ids: np.ndarray, room: int, options: RequestOptions) -> str | None:
+        tokens, pages = len(ids), pages_spanned(len(ids), self.pager.page)
+        if self.vocabulary is not None and tokens and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings
             return f"The prompt has the token id {wrong}: use ids from 0 to {self.vocabulary - 1}."
-        tokens, room = len(ids), (self.pages - 1) * PAGE_SIZE
         if options.dense and tokens >= room:
             return (
-                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in "
+                f"The prompt has {tokens} tokens ({pages} pages of KV) and asks to read all of them in "
                 f"decode; the device pool takes fewer than {room}. Ask for a budget below 1 and a policy other than "
                 "full, shorten the prompt, or start the server with a larger --lsa-device-tokens."
             )
         if self.chunk_tokens is None and tokens >= room:
             return (
-                f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV); without chunked prefill the "
+                f"The prompt has {tokens} tokens ({pages} pages of KV); without chunked prefill the "
                 f"device pool takes prompts of fewer than {room}. Start the server with --chunked-prefill-size "
                 f"{room // 2} or so, or with a larger --lsa-device-tokens, or shorten the prompt."
             )
-        if options.dense:
-            # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
-            req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room - tokens)
         return None
 
-    def choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+    def choose(self, prompt: Prompt, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
         """How this prompt can be prefilled now, next to one growing page per running request; None if it must wait.
 
         Args:
@@ -152,26 +145,21 @@ class Admission:
             chunk_tokens: what SGLang would compute of it at most; None without chunks.
         """
         self.pager.poll()
-        found = self._choose(req, running, batch, chunk_tokens)
-        if found is None and not batch:
-            self.waits += 1
-            self._warm(req, self.pager.page_index.prefix(req))
-        return found
+        return self.possible(prompt, running, batch, chunk_tokens)
 
-    def _choose(self, req: Any, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
-        options = self.options(req)
-        prefix = self.pager.page_index.prefix(req)
-        tokens = len(req.full_untruncated_fill_ids)
-        pages, room = pages_spanned(tokens), self.pager.unpromised_later - running - 1
+    def possible(self, prompt: Prompt, running: int, batch: Sequence[str], chunk_tokens: int | None) -> Admitted | None:
+        """The same by what is known to be done already; changes nothing."""
+        options, prefix, tokens = prompt.options, prompt.prefix, prompt.tokens
+        pages, room = pages_spanned(tokens, self.pager.page), self.pager.unpromised_later - running - 1
         prunable = not options.dense and tokens >= self.config.min_context
-        least = pages_spanned(min(tokens - len(prefix) * PAGE_SIZE, chunk_tokens or tokens))
+        least = pages_spanned(min(tokens - len(prefix) * self.pager.page, chunk_tokens or tokens), self.pager.page)
         chunk = min(least, self.pages // 2)
         resident = self.rules.set_pages(pages, options.budget)
 
         def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
             if demand > room or not company:
                 return None
-            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * PAGE_SIZE)
+            return Admitted(how, prefix, demand, chunk_pages and chunk_pages * self.pager.page)
 
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
@@ -186,40 +174,44 @@ class Admission:
 
     def _worth_it(self, prefix: int, resident: int) -> bool:
         """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""
-        return prefix * PAGE_SIZE >= self.config.min_context and resident < prefix
+        return prefix * self.pager.page >= self.config.min_context and resident < prefix
 
-    def promise(self, req: Any, admitted: Admitted) -> None:
-        """This prompt was admitted: keep device pages for it until it decodes."""
-        uses = 1
-        req.lsa_key = req.rid
-        while req.lsa_key in self.admitted:
+    def postpone(self, prompt: Prompt) -> None:
+        """This prompt is the first of its pass and must wait: bring in what past requests over its prefix selected,
+        once for each request."""
+        self.waits += 1
+        if not prompt.warmed:
+            self._warm(prompt.prefix)
+
+    def promise(self, rid: str, admitted: Admitted, warmed: bool = False) -> str:
+        """A prompt was admitted: keep device pages for it until it decodes. Returns the name by which everything on
+        this side knows the request from now on.
+
+        Args:
+            warmed: as in :class:`Prompt`.
+        """
+        key, uses = rid, 1
+        while key in self.admitted:
             uses += 1
-            req.lsa_key = f"{req.rid} ({uses})"
-        self.admitted[req.lsa_key] = admitted
-        self.pager.reservations.promise(req.lsa_key, admitted.demand)
+            key = f"{rid} ({uses})"
+        self.admitted[key] = admitted
+        self.pager.reservations.promise(key, admitted.demand)
         self._promised_prefixes.update(admitted.prefix.tolist() if admitted.how == IN_PLACE else ())
-        if admitted.how != IN_PLACE:
-            self._warm(req, admitted.prefix)
-
-    def admitted_as(self, req: Any) -> Admitted:
-        """How a prompt that was admitted is prefilled."""
-        return self.admitted[key_of(req)]
+        if admitted.how != IN_PLACE and not warmed:
+            self._warm(admitted.prefix)
+        return key
 
     def batch_formed(self) -> None:
         """The prompts admitted in this pass are about to be computed."""
         self._promised_prefixes.clear()
 
-    def forget(self, req: Any) -> None:
+    def forget(self, key: str) -> None:
         """The request is gone."""
-        self.admitted.pop(key_of(req), None)
-        req.lsa_key, req.lsa_warmed = "", False
+        self.admitted.pop(key, None)
 
-    def _warm(self, req: Any, prefix: np.ndarray) -> None:
-        """Bring in what past requests over this prefix selected, once for each request."""
-        if not getattr(req, "lsa_warmed", False):
-            req.lsa_warmed = True
-            hot = self.pager.ledger.heat.hottest(prefix, int(self.rules.largest_set))
-            self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
+    def _warm(self, prefix: np.ndarray) -> None:
+        hot = self.pager.ledger.heat.hottest(prefix, int(self.rules.largest_set))
+        self.pager.prefetch(hot[: max(0, self.pager.unpromised_pages)])
 
     def _new_pages(self, prefix: np.ndarray, pages: int) -> int:
         """Device pages that a prompt of ``pages`` pages takes in place from those that can be had.
@@ -232,16 +224,17 @@ class Admission:
 
     # -- decode --------------------------------------------------------------------------------------------------
 
-    def can_decode(self, reqs: Iterable[Any], shrink: Callable[[int], None]) -> bool:
-        """Whether every one of ``reqs`` that is about to open a page gets one.
+    def can_decode(self, computed: Iterable[int], shrink: Callable[[int], None]) -> bool:
+        """Whether every request that is about to open a page gets one.
 
         Unheld pages are given up first, coldest first; then resident sets are made smaller, and only then is SGLang
         asked to retract a request.
 
         Args:
+            computed: tokens that each of them has KV of.
             shrink: makes resident sets of running requests smaller until so many device pages are let go.
         """
-        opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
+        opening = sum(tokens % self.pager.page == 0 for tokens in computed)
         if opening == 0 or opening <= self.pager.unpromised_pages:
             return True
         self.pager.settle()  # before a request loses anything, count what is only on its way

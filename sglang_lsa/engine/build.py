@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def applicable(config: LSAConfig, pager: Pager) -> LSAConfig:
     """The configuration with ``min_context`` as it applies: no request reads more than the device pool can hold."""
-    longest = longest_dense(pager.ledger.physical_pages)
+    longest = longest_dense(pager.ledger.physical_pages, pager.page)
     if config.min_context <= longest:
         return config
     logger.warning(
@@ -52,7 +52,7 @@ def page_keys(config: LSAConfig, pager: Pager) -> PageKeys:
 
 def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
     """A row for each of ``rows`` requests."""
-    most = max_resident_pages(max_context, pager.ledger.physical_pages)
+    most = max_resident_pages(max_context, pager.ledger.physical_pages, pager.page)
     return ResidentTable(rows, most, pager.page, pager.device)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_of
@@ -26,8 +25,8 @@ def check(pager: Pager, table: ResidentTable, requests: Mapping[str, Request], r
     if strangers:
         raise RuntimeError(f"LSA: requests {sorted(strangers)} are gone but hold pages")
     for request in requests.values():
-        slots = req_to_token[request.row, : request.tokens : PAGE_SIZE]
-        if not np.array_equal(pages_of(slots), request.pages):
+        slots = req_to_token[request.row, : request.tokens : pager.page]
+        if not np.array_equal(pages_of(slots, pager.page), request.pages):
             raise RuntimeError(f"LSA: the pages of {request.rid} are not those in SGLang's table")
         if request.story.windows and not pager.ledger.held_by(request.key).issuperset(request.read_pages()):
             raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
@@ -38,7 +37,7 @@ def _check_table(pager: Pager, table: ResidentTable, request: Request) -> None:
     count = len(request.resident.positions)
     row = table.table[request.row, : PAGES + count].cpu().numpy()
     physical = pager.ledger.v2p[request.pages[request.resident.positions]]
-    shortening = (request.resident.tail_start - count) * PAGE_SIZE
+    shortening = (request.resident.tail_start - count) * pager.page
     expected = (count, request.resident.tail_start, *physical.tolist())
     if tuple(row.tolist()) != expected or table.shortening[request.row] != shortening:
         raise RuntimeError(f"LSA: the resident table has another set for {request.rid} than it reads")

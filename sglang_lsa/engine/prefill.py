@@ -8,14 +8,15 @@ import zlib
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted
+from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
 from sglang_lsa.engine.selection import affordable, always_kept
-from sglang_lsa.engine.step import Arrival, Batch, Step
+from sglang_lsa.engine.step import Batch, Step
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
@@ -71,17 +72,17 @@ class Prefill:
         readings, requests, looks, taken = [], [], [], 0
         for index, (key, tokens, prefix) in enumerate(zip(batch.keys, batch.lengths, batch.prefixes, strict=True)):
             admitted = self.admission.admitted[key]
-            arrival = batch.arrival(index) if key not in self.requests else None
+            entry = batch.entry(index) if key not in self.requests else None
             known = (
-                self._cached_pages(arrival, admitted, prefix)
-                if arrival is not None
-                else self.requests[key].pages[: pages_spanned(prefix)]
+                self._cached_pages(entry, admitted, prefix)
+                if entry is not None
+                else self.requests[key].pages[: pages_spanned(prefix, self.pager.page)]
             )
-            wanted = pages_spanned(tokens) - len(known)
+            wanted = pages_spanned(tokens, self.pager.page) - len(known)
             pages = np.concatenate((known, new_pages[taken : taken + wanted]))
             taken += wanted
-            if arrival is not None:
-                self._enter(key, arrival, admitted, prefix)
+            if entry is not None:
+                self._enter(key, entry, admitted, prefix)
             request = self.requests[key]
             request.tokens, request.computed, request.pages = tokens, prefix, pages
             requests.append(request)
@@ -107,7 +108,7 @@ class Prefill:
         """
         how = self.admission.admitted[request.key].how
         if how == STREAMED:  # its promise stands until its first resident set is held
-            self.pager.retain(request.key, request.pages[pages_complete(request.tokens) :])
+            self.pager.retain(request.key, request.pages[pages_complete(request.tokens, self.pager.page) :])
             if not middle:
                 self.sets.await_first(request)
         elif not middle:
@@ -119,23 +120,23 @@ class Prefill:
 
     # -- a prompt's pages ----------------------------------------------------------------------------------------
 
-    def _cached_pages(self, arrival: Arrival, admitted: Admitted, prefix: int) -> np.ndarray:
+    def _cached_pages(self, entry: Entry, admitted: Admitted, prefix: int) -> np.ndarray:
         """Virtual pages of what the radix tree has of a request, int64 ``[pages]``."""
-        if len(admitted.prefix) == pages_spanned(prefix):
+        if len(admitted.prefix) == pages_spanned(prefix, self.pager.page):
             return admitted.prefix
-        return self.pager.page_index.pages(self.req_to_token[arrival.row, :prefix])
+        return self.pager.page_index.pages(self.req_to_token[entry.row, :prefix])
 
-    def _enter(self, key: str, arrival: Arrival, admitted: Admitted, prefix: int) -> None:
-        options, ids = self.admission.options(arrival.req), arrival.ids
-        seed = zlib.crc32(np.asarray(ids[-PAGE_SIZE:], dtype=np.int64).tobytes())
+    def _enter(self, key: str, entry: Entry, admitted: Admitted, prefix: int) -> None:
+        options, ids = entry.options, entry.ids
+        seed = zlib.crc32(np.asarray(ids[-self.pager.page :], dtype=np.int64).tobytes())
         request = Request(
-            arrival.rid,
-            arrival.row,
+            entry.rid,
+            entry.row,
             Asked.of(options, seed),
             key,
-            text=arrival.text,
+            text=entry.text,
             prompt_tokens=len(ids),
-            new_tokens=arrival.new_tokens,
+            new_tokens=entry.new_tokens,
             cached_pages=len(admitted.prefix),
             first_observed=prefix,
             story=Story(admitted.how, prefix),
@@ -149,11 +150,11 @@ class Prefill:
 
     def _bring(self, request: Request, admitted: Admitted) -> Reading:
         """Hold what the pass reads in place and writes; returns what it reads of the tokens before."""
-        before = request.pages[: pages_spanned(request.computed)]
+        before = request.pages[: pages_spanned(request.computed, self.pager.page)]
         if admitted.how == IN_PLACE:
             self.hold(request.key, request.pages)
             self.pager.require(request.pages, layer_by_layer=True)
-            return Reading.all_of(before, request.computed)
+            return Reading.all_of(before, request.computed, self.pager.page)
         if admitted.how == RESIDENT:
             look = self._first_look(request)
             here = self._here(request, look)
@@ -162,7 +163,7 @@ class Prefill:
             self.hold(request.key, needed)
             request.resident.prefix_positions, request.resident.prefix_ranks = look, None
             return self._read(request, here)
-        self.hold(request.key, request.pages[pages_complete(request.computed) :])
+        self.hold(request.key, request.pages[pages_complete(request.computed, self.pager.page) :])
         here = self.pager.ledger.on_device(before)
         self.pager.ledger.read_next(before[here])  # not held: that would seem to make room for whoever shares them
         return self._read(request, here, stream=True)
@@ -171,7 +172,7 @@ class Prefill:
         """Read the pages ``here`` (bool, over those before this pass) in place; stream or leave out the others."""
         before = request.pages[: len(here)]
         self.pager.require(before[here], layer_by_layer=True)
-        return Reading.of(before, request.computed, here, ~here & stream)
+        return Reading.of(before, request.computed, here, ~here & stream, self.pager.page)
 
     def hold(self, holder: str, pages: np.ndarray) -> None:
         """Hold ``pages`` now, whatever that waits for.
@@ -219,7 +220,7 @@ class Prefill:
 
     def _here(self, request: Request, positions: np.ndarray) -> np.ndarray:
         """What a pass reads in place that reads ``positions`` of the cached prefix: bool, over the pages before it."""
-        here = np.zeros(pages_spanned(request.computed), dtype=bool)
+        here = np.zeros(pages_spanned(request.computed, self.pager.page), dtype=bool)
         here[positions] = True
         here[request.cached_pages :] = True
         return here
@@ -268,7 +269,7 @@ class Prefill:
             scores = scores * (1 + heat / heat.max())
         found = choose(self.rules, scores, cached, request.asked.budget, upcoming=request.resident.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
-        still_to_come = pages_spanned(request.prompt_tokens) - len(request.pages)
+        still_to_come = pages_spanned(request.prompt_tokens, self.pager.page) - len(request.pages)
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))
         positions, ranks = found.positions[kept], found.ranks[kept]
         return positions, np.where(np.isposinf(ranks), np.inf, scores[positions])

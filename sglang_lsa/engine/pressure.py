@@ -72,7 +72,7 @@ class Pressure:
 
     def _halve(self, request: Request) -> None:
         assert request.resident.ranks is not None
-        tail = pages_spanned(request.tokens) - request.resident.tail_start
+        tail = pages_spanned(request.tokens, self.pager.page) - request.resident.tail_start
         stay = int(np.isposinf(request.resident.ranks).sum())
         size = max(len(request.resident.positions) // 2, self.rules.config.min_pages - tail, stay)
         if size >= len(request.resident.positions):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sglang_lsa.config import MOST_LOOKED_UP, PAGE_SIZE
+from sglang_lsa.config import MOST_LOOKED_UP
 
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
@@ -39,8 +39,11 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
     return int(ends[-1]) + 1 if len(ends) and matched >= least else None
 
 
-def pages_next(ids: np.ndarray, least: int, tokens: int) -> np.ndarray:
+def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarray:
     """Pages of the ``tokens`` tokens that come next if the text goes on as it did before; empty if nothing tells.
+
+    Args:
+        page: tokens of a page.
 
     Returns:
         Ascending, int64.
@@ -48,4 +51,4 @@ def pages_next(ids: np.ndarray, least: int, tokens: int) -> np.ndarray:
     at = continued_at(ids, least)
     if at is None:
         return np.zeros(0, dtype=np.int64)
-    return np.arange(at // PAGE_SIZE, (at + tokens - 1) // PAGE_SIZE + 1)
+    return np.arange(at // page, (at + tokens - 1) // page + 1)

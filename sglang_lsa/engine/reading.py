@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pages import pages_spanned
 
 IN_PLACE = "in place"
@@ -24,34 +23,36 @@ class Reading:
     """What one request's pass reads of the tokens before its own.
 
     Attributes:
+        page: tokens of a page.
         prefix: tokens before the pass's own.
         here: virtual pages read in place, in order of position; the last may be partly filled.
         streamed: virtual pages read from the host mirror, all of them complete.
         tokens_here: tokens of the pages in ``here``.
     """
 
+    page: int
     prefix: int
     here: np.ndarray
     streamed: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     tokens_here: int = 0
 
     @classmethod
-    def of(cls, pages: np.ndarray, prefix: int, here: np.ndarray, streamed: np.ndarray) -> Reading:
+    def of(cls, pages: np.ndarray, prefix: int, here: np.ndarray, streamed: np.ndarray, page: int) -> Reading:
         """From masks over ``pages``, the virtual pages of the prefix.
 
         Raises:
             ValueError: a partly filled page is to be streamed; it has no mirror copy.
         """
-        unfilled = pages_spanned(prefix) * PAGE_SIZE - prefix
+        unfilled = pages_spanned(prefix, page) * page - prefix
         if unfilled and streamed[-1]:
             raise ValueError(f"the last page of {prefix} tokens is not complete and cannot be read from the mirror")
-        tokens = int(here.sum()) * PAGE_SIZE - (unfilled if len(here) and here[-1] else 0)
-        return cls(prefix, pages[here], pages[streamed], tokens)
+        tokens = int(here.sum()) * page - (unfilled if len(here) and here[-1] else 0)
+        return cls(page, prefix, pages[here], pages[streamed], tokens)
 
     @classmethod
-    def all_of(cls, pages: np.ndarray, prefix: int) -> Reading:
+    def all_of(cls, pages: np.ndarray, prefix: int, page: int) -> Reading:
         """Everything, in place."""
-        return cls(prefix, pages, tokens_here=prefix)
+        return cls(page, prefix, pages, tokens_here=prefix)
 
     @property
     def whole(self) -> bool:
@@ -64,5 +65,5 @@ class Reading:
         Args:
             v2p: the ledger's map.
         """
-        first = torch.from_numpy(v2p[self.here] * PAGE_SIZE)
-        return (first[:, None] + torch.arange(PAGE_SIZE)).flatten()[: self.tokens_here]
+        first = torch.from_numpy(v2p[self.here] * self.page)
+        return (first[:, None] + torch.arange(self.page)).flatten()[: self.tokens_here]

@@ -46,7 +46,7 @@ class Refresher:
         """
         request.window += 1
         self.counts.refreshes += 1
-        complete, context = pages_complete(request.computed), pages_spanned(request.computed)
+        complete, context = (count(request.computed, self.pager.page) for count in (pages_complete, pages_spanned))
         new = Refresh(request.computed, complete, context, due=self.clock.step, asked=self.pager.ledger.passes)
         if request.given and not predict:
             given = request.given.popleft()
@@ -117,7 +117,7 @@ class Refresher:
         self.counts.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = "" if new.scores.failed else request.asked.policy
-        prompt = pages_spanned(request.prompt_tokens)
+        prompt = pages_spanned(request.prompt_tokens, self.pager.page)
         upcoming = self._upcoming(request, new) if policy not in BLIND else ()
         found = choose(self.rules, new.values, new.context, request.asked.budget, policy, prompt, upcoming)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
@@ -141,7 +141,7 @@ class Refresher:
         if not request.asked.prompt_lookup:
             return np.zeros(0, dtype=np.int64)
         steps = self.clock.lead + self.clock.window
-        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps)
+        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps, self.pager.page)
         return pages[pages < new.complete]
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Refresher:
         self.counts.stalls += 1
 
     def _keep_tail(self, request: Request) -> None:
-        tail_start = pages_complete(request.computed)
+        tail_start = pages_complete(request.computed, self.pager.page)
         self.sets.remap(request, np.zeros(0, dtype=np.int64), tail_start)
         self.pager.retain(request.key, request.pages[tail_start:])
         self.pager.reservations.settle(request.key)

@@ -13,7 +13,6 @@ from sglang_lsa.config import GivenSet, RequestOptions
 from sglang_lsa.engine.deferred_scores import Fetch
 from sglang_lsa.engine.reading import IN_PLACE
 from sglang_lsa.engine.selection import Watched
-from sglang_lsa.memory.pages import pages_spanned
 
 HISTORY_WINDOWS = 32
 """Windows whose resident positions are remembered per request."""
@@ -199,7 +198,7 @@ class Request:
     computed: int = 0
     """Tokens whose KV the passes queued before have computed."""
     pages: np.ndarray = field(default_factory=_none)
-    """Virtual ids of its pages, int64 ``[pages_spanned(tokens)]``."""
+    """Virtual ids of its pages, int64 ``[n]``, the last one perhaps partly filled."""
     given: deque[GivenSet] | None = None
     """Resident sets that it named itself and has not read yet."""
     window: int = -1
@@ -224,5 +223,5 @@ class Request:
 
     def sizes(self) -> tuple[int, int]:
         """Pages of the request, and how many of them its decode steps read."""
-        context = pages_spanned(self.tokens)
+        context = len(self.pages)
         return context, len(self.resident.positions) + context - self.resident.tail_start

@@ -1,6 +1,6 @@
-"""LSARuntime: what one scheduler process knows; translates SGLang's requests and batches for pager and lookahead.
+"""LSARuntime: what one scheduler process knows; hands requests and batches to pager and lookahead.
 
-Imports no SGLang: requests and batches are read through the attributes named in ``patches/``.
+Imports no SGLang and sees nothing of its objects: they are translated in ``patches/``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine import build
-from sglang_lsa.engine.admission import Admission, key_of
+from sglang_lsa.engine.admission import Admission
 from sglang_lsa.engine.counts import Decoding
 from sglang_lsa.engine.integrity import check
 from sglang_lsa.engine.prefill import Prefill
@@ -153,14 +153,14 @@ class LSARuntime:
             )
         self._update_metrics()
 
-    def can_decode(self, reqs: Iterable[Any]) -> bool:
-        """Whether every one of ``reqs`` that is about to open a page gets one; see ``Admission.can_decode``."""
+    def can_decode(self, computed: Iterable[int]) -> bool:
+        """Whether every request that is about to open a page gets one; see ``Admission.can_decode``."""
 
         def shrink(pages: int) -> None:
             with self.on_stream():
                 self.lookahead.shrink(list(self.requests.values()), pages)
 
-        return self.admission.can_decode(reqs, shrink)
+        return self.admission.can_decode(computed, shrink)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -206,10 +206,10 @@ class LSARuntime:
         return self.pager.ledger.forward_started()
 
     def _before_decode(self, batch: Batch, new_pages: np.ndarray) -> Step:
-        requests, taken = [self.requests[key] for key in batch.keys], 0
+        requests, taken, page = [self.requests[key] for key in batch.keys], 0, self.pager.page
         for request, tokens in zip(requests, batch.lengths, strict=True):
             request.tokens = tokens
-            if tokens % PAGE_SIZE == 1:
+            if tokens % page == 1:
                 opened = new_pages[taken : taken + 1]
                 taken += 1
                 request.pages = np.concatenate((request.pages, opened))
@@ -223,7 +223,7 @@ class LSARuntime:
 
         On a GPU the pass is only queued; what is done here is queued behind it.
         """
-        step, self.step = self.step, IDLE
+        step, self.step, page = self.step, IDLE, self.pager.page
         if self.recorder is not None:
             with self.on_stream():
                 self.recorder.end_pass()
@@ -231,14 +231,14 @@ class LSARuntime:
         if step.kind == EXTEND:
             with self.on_stream():
                 for index, (request, prefix) in enumerate(zip(step.requests, step.prefixes, strict=True)):
-                    self._remember(request.pages[pages_complete(prefix) : pages_complete(request.tokens)])
+                    self._remember(request.pages[pages_complete(prefix, page) : pages_complete(request.tokens, page)])
                     middle = index == step.middle
                     self.prefill.end_pass(request, middle)
                     if not middle:
                         self.lookahead.begin(request)
         elif step.kind == DECODE:
             requests = [request for request in step.requests if request.key in self.requests]
-            filled = [request for request in requests if request.tokens % PAGE_SIZE == 0]
+            filled = [request for request in requests if request.tokens % page == 0]
             ending = self.lookahead.end_step(requests)
             if filled or ending:
                 with self.on_stream():
@@ -274,20 +274,24 @@ class LSARuntime:
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
-        physical = self.pager.ledger.physical_pages * PAGE_SIZE
-        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical)
+        physical = self.pager.ledger.physical_pages * self.pager.page
+        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical, self.pager.page)
         return self.graph_tokens
 
     # -- requests that are gone, and none at all -------------------------------------------------------------------
 
-    def request_gone(self, req: Any) -> None:
-        """The request finished, was aborted or retracted; its KV is about to be released."""
-        key = key_of(req)
+    def request_gone(self, key: str, complete: bool) -> None:
+        """The request finished, was aborted or retracted; its KV is about to be released.
+
+        Args:
+            key: its name here; "" for one that was not admitted.
+            complete: it came to its end.
+        """
         if self.recorder is not None and key in self.requests:
             with self.on_stream():
-                self.recorder.close(req, self.requests[key].pages, self.pager.ledger.v2p)
+                self.recorder.close(self.requests[key], complete, self.pager.ledger.v2p)
         self.pager.forget(key)
-        self.admission.forget(req)
+        self.admission.forget(key)
         request = self.requests.pop(key, None)
         if request is not None:
             self.lookahead.forget(request)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_lsa.engine.admission import Admission, key_of
+from sglang_lsa.engine.admission import Admission
 from sglang_lsa.engine.reading import RESIDENT
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Request
@@ -38,29 +38,31 @@ class SharedPages:
         self.pager, self.sets, self.admission = pager, sets, admission
         self.requests, self.req_to_token, self.on_stream = requests, req_to_token, on_stream
 
-    def known(self, req: Any) -> np.ndarray | None:
-        """Virtual pages of a request's tokens in SGLang's table, int64 ``[pages]``; None if it was never computed."""
-        request = self.requests.get(key_of(req))
-        return request.pages if request is not None and request.row == req.req_pool_idx else None
+    def known(self, key: str, row: int) -> np.ndarray | None:
+        """Virtual pages of a request's tokens in this row of SGLang's table, int64 ``[pages]``; None if it was never
+        computed there."""
+        request = self.requests.get(key)
+        return request.pages if request is not None and request.row == row else None
 
-    def replaced(self, req: Any, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
+    def replaced(self, key: str, row: int, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
 
         Args:
+            row: its row of SGLang's table.
             tokens: how many tokens of the request have KV.
             own: its pages as far as they are known; under the overlap scheduler it may have opened one more since.
             shared: the tree's pages of its first tokens.
         """
-        request = self.requests.get(key_of(req))
+        request = self.requests.get(key)
         if own is None:
-            slots = self.req_to_token[req.req_pool_idx, :tokens]
+            slots = self.req_to_token[row, :tokens]
             own = self.pager.page_index.pages(slots)
-        before = own[: pages_spanned(tokens)]
+        before = own[: pages_spanned(tokens, self.pager.page)]
         after = before.copy()
         after[: len(shared)] = shared
         if (before == after).all():
             return
-        self.pager.substitute(key_of(req), before, after)
+        self.pager.substitute(key, before, after)
         if request is None:
             return
         request.pages = np.concatenate((after, own[len(before) :]))
@@ -68,7 +70,7 @@ class SharedPages:
             self.pager.require(after[self.pager.ledger.on_device(after)])
             self.sets.moved(request)
 
-    def is_exact(self, req: Any) -> bool:
+    def is_exact(self, key: str) -> bool:
         """Whether the request's prompt was computed over all of its tokens, so that others may use its KV."""
-        admitted = self.admission.admitted.get(key_of(req))
+        admitted = self.admission.admitted.get(key)
         return admitted is None or admitted.how != RESIDENT

@@ -6,13 +6,11 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.observe import observed_layers, observed_positions
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.memory.layout.base import PageShape
-from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.staging import staging_bytes, sums_bytes
@@ -40,23 +38,23 @@ class Needs:
         rows: requests that run at the same time, and one for padding.
         graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
         context_tokens: longest context that SGLang's table has room for.
+        page: tokens of a page.
         page_key_bytes: Quest's bytes for one page.
         row_bytes: selector's bytes for one request.
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
         indexer_bytes: a trained indexer's bytes for one page.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
-        page: tokens of a page.
     """
 
     rows: int
     graph_batch: int
     context_tokens: int
+    page: int
     page_key_bytes: int
     row_bytes: int
     staging_bytes: int = 0
     indexer_bytes: int = 0
     map_bytes: int = 4
-    page: int = PAGE_SIZE
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
         """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
@@ -99,44 +97,7 @@ def selector_needs(
     indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
     staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
-    return Needs(rows, graph_batch, context_tokens, *bytes_, page.page_tokens)
-
-
-def server_needs(
-    server_args: Any, model: Any, *, layers: int, itemsize: int, extra_context: int, tp_size: int
-) -> Needs:
-    """What LSA's own buffers are made of, for a server of these SGLang arguments.
-
-    Args:
-        server_args: resolved, with the LSA configuration on them.
-        model: SGLang's ModelConfig.
-        layers: that keep KV.
-        itemsize: bytes of one number of KV.
-        extra_context: tokens of a row of SGLang's table beyond the model's context.
-        tp_size: ranks that share the heads.
-    """
-    graphs = server_args.cuda_graph_config.decode
-    on_gpu = server_args.device == "cuda"
-    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
-    return selector_needs(
-        server_args.lsa_config,
-        kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
-        rows=requests + 1,
-        chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
-        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
-        context_tokens=model.context_len + extra_context,
-        layers=layers,
-        q_heads=model.num_attention_heads // tp_size,
-        kv_heads=model.get_num_kv_heads(tp_size),
-        head_dim=model.head_dim,
-        itemsize=itemsize,
-        map_bytes=4 if on_gpu else 8,
-    )
-
-
-def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
-    """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
-    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
+    return Needs(rows, graph_batch, context_tokens, page.page_tokens, *bytes_)
 
 
 def largest_set(physical_pages: int, columns: int) -> float:
@@ -149,19 +110,17 @@ def set_bounds(context_pages: int, budget: float, min_pages: int, largest: float
     return min(budget, largest / context_pages), min(min_pages, int(largest))
 
 
-def longest_dense(physical_pages: int, page: int = PAGE_SIZE) -> int:
+def longest_dense(physical_pages: int, page: int) -> int:
     """Requests of at least so many tokens are pruned, whatever ``min_context`` says: half of the device pool."""
     return physical_pages * page // 2
 
 
-def max_resident_pages(context_tokens: int, physical_pages: int, page: int = PAGE_SIZE) -> int:
+def max_resident_pages(context_tokens: int, physical_pages: int, page: int) -> int:
     """Columns of the resident table: no set is larger than a request, or than its share of the device pool."""
     return min(pages_spanned(context_tokens, page), int(physical_pages * LARGEST_SHARE) + 1)
 
 
-def graph_tokens(
-    config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int, page: int = PAGE_SIZE
-) -> int:
+def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_tokens: int, page: int) -> int:
     """Tokens that a decode CUDA graph can read, all requests together; larger batches run without a graph.
 
     As many as ``batch`` requests of the longest context read within the budget, and as the device pool holds.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.reading import Reading
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.resident_table import ResidentTable
@@ -20,28 +20,8 @@ DECODE = "decode"
 """Computes one token of each request."""
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A request of which nothing was computed since it was admitted.
-
-    Attributes:
-        req: what admission knows it by.
-        row: in SGLang's ``req_to_token``.
-        ids: tokens to prefill: the prompt, and after a retraction what it had generated.
-        new_tokens: the most that it generates.
-        text: its first tokens, at most as many as asked for and as far as they are known, int64 ``[n]``.
-    """
-
-    req: Any
-    rid: str
-    row: int
-    ids: Sequence[int]
-    new_tokens: int
-    text: Callable[[int], np.ndarray]
-
-
-def _nobody(index: int) -> Arrival:
-    raise LookupError(f"no request {index} arrives in this batch")
+def _nobody(index: int) -> Entry:
+    raise LookupError(f"no request {index} enters with this batch")
 
 
 class Batch(NamedTuple):
@@ -52,7 +32,7 @@ class Batch(NamedTuple):
         keys: names of the requests, as admission gave them.
         lengths, prefixes: tokens of each request after and before this pass.
         middle: place of the request whose prompt has more chunks; None without one.
-        arrival: by its place, a request of which nothing was computed yet.
+        entry: by its place, a request of which nothing was computed yet.
     """
 
     kind: str = ""
@@ -60,7 +40,7 @@ class Batch(NamedTuple):
     lengths: tuple[int, ...] = ()
     prefixes: tuple[int, ...] = ()
     middle: int | None = None
-    arrival: Callable[[int], Arrival] = _nobody
+    entry: Callable[[int], Entry] = _nobody
 
 
 class Step(NamedTuple):

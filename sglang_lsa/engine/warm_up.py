@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.policies import Policy, Quest
 from sglang_lsa.engine.request import Asked, Request
@@ -41,13 +40,13 @@ def compile_kernels(
     for pages in (1, MANY_PAGES + 1):
         for scorer in scorers:
             scorer.score(request, np.zeros(pages, dtype=np.int64))
-    physical_slots(rows, pager.v2p, PAGE_SIZE)
+    physical_slots(rows, pager.v2p, pager.page)
     for batch in sorted({lanes_for(requests) for requests in range(1, table.rows)}):
         many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
         indptr = torch.zeros(batch + 1, dtype=torch.int32, device=rows.device)
         tables = table.table, req_to_token, pager.v2p
         for lengths in (many, many.int()):  # of requests in decode, of their prefixes in prefill
-            decode_indices(*tables, many, lengths, PAGE_SIZE, indptr, indices)
+            decode_indices(*tables, many, lengths, pager.page, indptr, indices)
     for lengths in (rows, rows.int()):
         pages, read = (torch.zeros(shape, dtype=torch.int32, device=rows.device) for shape in ((1, 1), (1,)))
         decode_pages(table.table, req_to_token, pager.v2p, rows, lengths, pager.page, pages, read)

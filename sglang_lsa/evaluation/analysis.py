@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.memory.pages import pages_spanned
 
@@ -56,7 +57,7 @@ def windows(sets: str, evidence: Sequence[int], watched: Iterable[dict[str, Any]
         at, tail, positions = part.split(":")
         chosen = {int(page) for page in positions.split(",") if page}
         missing = [page for page in evidence if page not in chosen and page < int(tail)]
-        pages = len(chosen) + pages_spanned(int(at)) - int(tail)
+        pages = len(chosen) + pages_spanned(int(at), PAGE_SIZE) - int(tail)
         window = {"tokens": int(at), "resident": pages, "missing": missing}
         if missing and (scored := known.get(int(at))) is not None:
             window["scores"] = [page for page in scored["pages"] if page[0] in missing]
@@ -80,8 +81,9 @@ def union_of_sets(of_turns: Iterable[str]) -> float | None:
         if first is None:
             return None
         at, tail, positions = first.split(":")
-        pages = max(pages, pages_spanned(int(at)))
-        together |= {int(page) for page in positions.split(",") if page} | set(range(int(tail), pages_spanned(int(at))))
+        pages = max(pages, pages_spanned(int(at), PAGE_SIZE))
+        together |= {int(page) for page in positions.split(",") if page}
+        together |= set(range(int(tail), pages_spanned(int(at), PAGE_SIZE)))
     return len(together) / pages if pages else None
 
 

@@ -59,7 +59,7 @@ def _last_pages(question: Question, budget: float, config: Mapping[str, Any]) ->
 
 
 def _evidence(question: Question, budget: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    prompt = pages_spanned(len(question.ids))
+    prompt = pages_spanned(len(question.ids), PAGE_SIZE)
     asked = range(max(0, prompt - config["prompt_pages"]), prompt)
     return {"sets": named_sets(question, budget, config, (0, *asked, *question.evidence))}
 
@@ -73,7 +73,7 @@ def named_sets(question: Question, budget: float, config: Mapping[str, Any], wan
     sets = []
     window, stop = config["window"], len(question.ids) + question.asked.new_tokens + config["window"]
     for tokens in range(len(question.ids), stop, window):
-        pages = pages_spanned(tokens)
+        pages = pages_spanned(tokens, PAGE_SIZE)
         room = budget_pages(pages, budget, config["min_pages"])
         recent = max(1, min(config["recent_pages"], room // 4))
         before_tail = dict.fromkeys(page for page in wanted if page < pages - recent)

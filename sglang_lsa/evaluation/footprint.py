@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.request import HISTORY_WINDOWS
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.memory.pages import pages_spanned
@@ -25,7 +26,7 @@ def footprint(
     Returns:
         ``resident`` and ``footprint``, shares of the context's KV bytes; ``device_bytes``, ``host_bytes``.
     """
-    pages = pages_spanned(prompt_tokens + new_tokens)
+    pages = pages_spanned(prompt_tokens + new_tokens, PAGE_SIZE)
     kv = float(pages * status["page_bytes"])
     if arm == FULL:
         return {"resident": 1.0, "footprint": 1.0, "device_bytes": kv, "host_bytes": kv}
@@ -56,5 +57,5 @@ def mean_resident(sets: str, prompt_tokens: int, new_tokens: int) -> float:
     contexts = range(prompt_tokens + 1, prompt_tokens + new_tokens)
     for context in contexts:
         tail, chosen = next(((tail, chosen) for at, tail, chosen in reversed(begins) if at <= context), (0, 0))
-        total += chosen + pages_spanned(context) - tail
+        total += chosen + pages_spanned(context, PAGE_SIZE) - tail
     return total / len(contexts)

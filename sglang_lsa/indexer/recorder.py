@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
-from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.step import Step
 from sglang_lsa.indexer.model import key_runs
@@ -124,7 +123,7 @@ class Recorder:
     def _open(self, request: Request) -> Document:
         start = max(0, request.prompt_tokens - request.asked.record) // BLOCK * BLOCK
         total = request.prompt_tokens + request.new_tokens
-        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total))
+        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total, PAGE_SIZE))
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
         return Document(request.rid, request.prompt_tokens, start, max(0, start - RECORDED_POSITIONS), mass)
 
@@ -158,30 +157,29 @@ class Recorder:
 
     # -- the end of a request ------------------------------------------------------------------------------------
 
-    def close(self, req: Any, pages: np.ndarray, v2p: np.ndarray) -> None:
+    def close(self, request: Request, finished: bool, v2p: np.ndarray) -> None:
         """The request's KV is about to be released: write its recording, if it came to its end.
 
         Args:
-            req: SGLang's request.
-            pages: its virtual pages.
+            finished: it was neither aborted nor retracted.
             v2p: the ledger's map.
         """
-        document = self.documents.pop(key_of(req), None)
-        if document is None or not req.finished() or req.finished_reason.to_json()["type"] == "abort":
+        document = self.documents.pop(request.key, None)
+        if document is None or not finished:
             return
-        input_ids = [*req.origin_input_ids, *req.output_ids]
-        complete = min(document.tokens, len(input_ids))
+        input_ids = torch.from_numpy(request.text(document.tokens))
+        complete = len(input_ids)
         blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
-        full = pages[: pages_complete(complete)]
+        full = request.pages[: pages_complete(complete, PAGE_SIZE)]
         if blocks <= 0 or not len(full):
-            logger.warning("LSA: %s has only %d tokens and was not recorded", req.rid, complete)
+            logger.warning("LSA: %s has only %d tokens and was not recorded", request.rid, complete)
             return
         virtual, physical = (torch.from_numpy(ids.astype(np.int64)).to(self.table.device) for ids in (full, v2p[full]))
         anchors = [document.start + BLOCK * block for block in range(blocks)]
         queries = torch.cat(document.queries)
-        spanned = pages_spanned(complete)
+        spanned = pages_spanned(complete, PAGE_SIZE)
         tensors = {
-            "input_ids": torch.tensor(input_ids[:complete], dtype=torch.int32),
+            "input_ids": input_ids.int(),
             "queries": queries[: complete - document.first],
             "runs": key_runs(self._page_keys(physical)).to(queries.dtype),
             "mass": document.mass[:blocks, :, :spanned],
@@ -198,7 +196,7 @@ class Recorder:
             "hidden_size": self.hidden_size,
             "q_heads": self.q_heads,
         }
-        write_recording(self.folder / f"{req.rid}.safetensors", tensors, facts)
+        write_recording(self.folder / f"{request.rid}.safetensors", tensors, facts)
         self.written += 1
 
     def _scores(
@@ -213,7 +211,7 @@ class Recorder:
         for row, anchor in enumerate(anchors):
             stop = anchor - document.first
             recent = queries[max(0, stop - self.positions) : stop]
-            known = torch.arange(pages_complete(anchor), device=queries.device)
+            known = torch.arange(pages_complete(anchor, PAGE_SIZE), device=queries.device)
             if len(recent) and len(known):
                 scores[row, : len(known)] = bound_score(recent, table, known, self.scale).half()
         return scores

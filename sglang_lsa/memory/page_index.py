@@ -9,9 +9,8 @@ row while the tree takes it over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,29 +72,27 @@ class PageIndex:
             known = self._in_row(slots)
         return self._answer(known, lambda: self._read(slots))
 
-    def prefix(self, req: Any) -> np.ndarray:
-        """Pages of the prefix that the radix tree has of a request that waits, int64 ``[n]``."""
-        return self.matched(req.prefix_indices, getattr(req, "last_node", None))
-
-    def matched(self, slots: torch.Tensor, node: Any) -> np.ndarray:
-        """Pages of what a prefix match returned: ``slots``, up to ``node`` of SGLang's radix tree."""
-        known = self.path(node)
+    def matched(self, slots: torch.Tensor, path: Iterable[torch.Tensor]) -> np.ndarray:
+        """Pages of what a match in the radix tree returned: ``slots``, which are those along ``path``."""
+        known = self.path(path)
         if known is not None and len(known) * self.page != len(slots):
             known = None
         return self._answer(known, lambda: self._read(slots[:: self.page]))
 
-    def path(self, node: Any) -> np.ndarray | None:
-        """Pages from the root of SGLang's radix tree to ``node``; None if there is one that is not known.
+    def path(self, upwards: Iterable[torch.Tensor]) -> np.ndarray | None:
+        """Pages from the root of the radix tree to a node, int64 ``[n]``; None if there is one that is not known.
 
         They never change: a split puts a new node above an old one, and the ids of both together are as before.
+
+        Args:
+            upwards: slots of each node, from the lowest one up.
         """
         parts: list[np.ndarray] = []
-        while node is not None and node.parent is not None:
-            part = self._known.get(node.value)
+        for slots in upwards:
+            part = self._known.get(slots)
             if part is None:
                 return None
             parts.append(part)
-            node = node.parent
         return np.concatenate([np.zeros(0, dtype=np.int64), *reversed(parts)])
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Recording:
     def anchors(self) -> range:
         """Blocks before which a set can be chosen: there is a complete page, and the answer, if there is one, is about
         to begin or has begun. What is read before is prompt, which attends to everything."""
-        first = pages_spanned(max(0, PAGE_SIZE - self.facts.start)) * PAGE_SIZE // BLOCK
+        first = pages_spanned(max(0, PAGE_SIZE - self.facts.start), PAGE_SIZE) * PAGE_SIZE // BLOCK
         if self.entry.answer_tokens:
             first = max(first, -(-(self.answer_begins - self.facts.start - BLOCK) // BLOCK))
         return range(first, len(self.mass))
@@ -57,7 +57,7 @@ class Recording:
 
     def label(self, anchor: int) -> torch.Tensor:
         """The most that each head pays to each complete page in the next tokens, averaged over heads, ``[pages]``."""
-        pages = pages_complete(self.position(anchor))
+        pages = pages_complete(self.position(anchor), PAGE_SIZE)
         return self.mass[anchor : anchor + HORIZON // BLOCK, :, :pages].float().amax(dim=0).mean(dim=0)
 
     def wanted(self, anchor: int, evidence: float) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Recording:
 
     def past(self, anchor: int) -> torch.Tensor:
         """The same of the tokens before; as far as they are recorded."""
-        pages = pages_complete(self.position(anchor))
+        pages = pages_complete(self.position(anchor), PAGE_SIZE)
         before = self.mass[max(0, anchor - HORIZON // BLOCK) : anchor, :, :pages].float()
         return before.amax(dim=0).mean(dim=0) if len(before) else torch.zeros(pages)
 
@@ -90,9 +90,9 @@ class Recording:
 
     def free_pages(self, anchor: int, budget: float, least: int, sink: int, recent: int) -> np.ndarray:
         """Complete pages that are not kept in any case: bool ``[pages]``."""
-        context = pages_spanned(self.position(anchor))
+        context = pages_spanned(self.position(anchor), PAGE_SIZE)
         kept = always_kept(context, budget_pages(context, budget, least), sink, recent)
-        return ~kept[: pages_complete(self.position(anchor))]
+        return ~kept[: pages_complete(self.position(anchor), PAGE_SIZE)]
 
     @property
     def shape(self) -> ModelShape:

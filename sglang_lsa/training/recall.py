@@ -13,6 +13,7 @@ from rich.table import Table
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm import tqdm
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.selection import select
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.memory.pages import pages_spanned
@@ -85,7 +86,7 @@ def measure(
             for budget in budgets:
                 free = recording.free_pages(anchor, budget, rules.min_pages, rules.sink_pages, rules.recent_pages)
                 evidence = _evidence(recording, anchor, free)
-                context = pages_spanned(recording.position(anchor))
+                context = pages_spanned(recording.position(anchor), PAGE_SIZE)
                 for name, values in scores.items():
                     kept = rules.kept(values, context, budget)
                     needed = (label >= rules.golden) & free

@@ -13,6 +13,7 @@ import yaml
 from prompts import prose
 from serving import flush, generate, wait_until_idle
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, PREFIX
 from sglang_lsa.server_process import ServerProcess
@@ -153,7 +154,7 @@ def test_a_full_device_pool_is_load(small: ServerProcess) -> None:
             usage = re.search(r"^sglang:token_usage{.*} (.*)$", text, re.M)
             now = load["token_usage"], old["num_tokens"] / load["max_total_num_tokens"], float(usage[1]) if usage else 0
             seen = {name: max(before, value) for (name, before), value in zip(seen.items(), now, strict=True)}
-    pages = pages_spanned(running.result()["meta_info"]["prompt_tokens"] + 100)
+    pages = pages_spanned(running.result()["meta_info"]["prompt_tokens"] + 100, PAGE_SIZE)
     assert pages >= 26
     for name, value in seen.items():
         assert pages / 32 - 0.05 < value <= 1.0, (name, seen)

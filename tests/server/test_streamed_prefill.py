@@ -13,6 +13,7 @@ from prompts import needle, prose
 from serving import finished_request, flush, flush_cache, generate, running_requests, wait_until_idle
 from soak import FLAGS
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import STOCK, ServerProcess
 
@@ -117,7 +118,7 @@ def test_a_long_answer_loses_no_page(small: ServerProcess) -> None:
     assert answer["meta_info"]["completion_tokens"] == 2500
     seen = finished_request(small, "long-answer")
     pages = seen["context_pages"]
-    assert pages == pages_spanned(seen["context_tokens"]) > POOL // 64
+    assert pages == pages_spanned(seen["context_tokens"], PAGE_SIZE) > POOL // 64
     assert seen["resident_pages"] <= max(8, pages * 0.135) + 2
     chosen = {position for positions in seen["history"] for position in positions}
     assert any(4 < position < pages - 12 for position in chosen), "pages that were generated long ago are chosen"

@@ -17,6 +17,7 @@ from serving import (
 )
 
 from sglang_lsa.client import get_requests
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 
@@ -86,7 +87,7 @@ def test_the_same_prompt_at_the_same_time(lsa: ServerProcess) -> None:
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: complete(lsa, prompt, 70), range(3)))
     status = wait_until_idle(lsa)
-    assert status["virtual"]["allocated"] == status["host"]["pages"] <= pages_spanned(1400)
+    assert status["virtual"]["allocated"] == status["host"]["pages"] <= pages_spanned(1400, PAGE_SIZE)
     for other in answers[1:]:
         differs_at_a_tie(answers[0], other, BFLOAT16_STEPS)
 

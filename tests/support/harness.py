@@ -194,4 +194,5 @@ def request(tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a"
         full_untruncated_fill_ids=list(range(tokens)),
         prefix_indices=slots,
         sampling_params=parameters,
+        finished=lambda: False,
     )

@@ -106,5 +106,5 @@ class Tree:
 
 
 def keys_of(text: np.ndarray) -> list[int]:
-    """By what the tree knows pages with this content, ``[pages, PAGE_SIZE]``."""
+    """By what the tree knows pages with this content, ``[pages, page]``."""
     return [hash(page.tobytes()) for page in text]

@@ -13,13 +13,12 @@ from simulated_cache import NONE, Allocator, Node, Tree
 from simulated_gpu import SimulatedGPU
 from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
 
-from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.reading import RESIDENT
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import COUNT, PAGES, TAIL_START
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.patches.requests import can_decode, choose, key_of, promise, request_gone
 
 
 class Scheduler:
@@ -34,7 +33,7 @@ class Scheduler:
 
     def __init__(self, runtime: LSARuntime, gpu: SimulatedGPU, chance: random.Random, chunk: int, overlap: bool):
         self.runtime, self.gpu, self.chance, self.chunk, self.overlap = runtime, gpu, chance, chunk, overlap
-        self.pager, self.slots = runtime.pager, runtime.req_to_token.numpy()
+        self.pager, self.slots, self.page = runtime.pager, runtime.req_to_token.numpy(), runtime.pager.page
         self.allocator = Allocator(self.pager)
         self.tree = Tree(self.allocator)
         self.memory = Memory(self.pager)
@@ -97,35 +96,35 @@ class Scheduler:
         left = self.chunk
         admission = self.runtime.admission
         if (req := self.chunked) is not None:
-            chunked = admission.admitted_as(req)
+            chunked = admission.admitted[key_of(req)]
             left = min(left, chunked.chunk_tokens or left)
             start = req.kv_committed_len
             end = min(len(req.full_untruncated_fill_ids), start + left)
-            if not self._make_virtual_room(pages_spanned(end) - pages_spanned(start)):
+            if not self._make_virtual_room(self._pages_between(start, end)):
                 self.abort_chunked()
             else:
                 entries.append(Entry(req, start, end))
                 hows.append(chunked.how)
-                left -= pages_spanned(end - start) * PAGE_SIZE
+                left -= pages_spanned(end - start, self.page) * self.page
                 self._continue(req, end)
         middle = self.chunked
         for req in list(self.waiting):
             if left <= 0 or len(entries) >= len(self.free_rows):
                 break
             self._begin_round(req)
-            how = admission.choose(req, len(self.running) + len(entries), hows, left)
+            how = choose(admission, req, len(self.running) + len(entries), hows, left)
             lower = [other for other in self.running if not other.gone and other.priority < req.priority]
             if how is None and not entries and lower and self.chance.random() < 0.3:
                 self._retract(lower[0], "preempted")
                 self._begin_round(req)
-                how = admission.choose(req, len(self.running), hows, left)
+                how = choose(admission, req, len(self.running), hows, left)
             if how is None:
                 break
             left = min(left, how.chunk_tokens or left)
-            tokens, start = len(req.full_untruncated_fill_ids), len(req.matched) * PAGE_SIZE
-            end = tokens if tokens - start <= left else (start + left) // PAGE_SIZE * PAGE_SIZE
-            growing = 2 * (len(self.running) + len(entries)) + pages_spanned(tokens) - pages_spanned(start)
-            growing += sum(pages_spanned(entry.end) - pages_spanned(entry.start) for entry in entries)
+            tokens, start = len(req.full_untruncated_fill_ids), len(req.matched) * self.page
+            end = tokens if tokens - start <= left else (start + left) // self.page * self.page
+            growing = 2 * (len(self.running) + len(entries)) + self._pages_between(start, tokens)
+            growing += sum(self._pages_between(entry.start, entry.end) for entry in entries)
             if end <= start or (end < tokens and middle is not None):
                 break
             self._lock(req, req.matched)
@@ -133,11 +132,11 @@ class Scheduler:
                 self._lock(req, [])
                 break
             req.pages, req.protected, req.gone = [node.page for node in req.matched], len(req.matched), False
-            admission.promise(req, how)
+            promise(admission, req, how)
             hows.append(how.how)
             self.waiting.remove(req)
             entries.append(Entry(req, start, end))
-            left -= pages_spanned(end - start) * PAGE_SIZE
+            left -= pages_spanned(end - start, self.page) * self.page
             if end < tokens:
                 middle = req
                 self._continue(req, end)
@@ -152,7 +151,10 @@ class Scheduler:
         req.full_untruncated_fill_ids = req.origin_input_ids + req.output_ids
         tokens = len(req.full_untruncated_fill_ids)
         req.matched = self.tree.match(req.keys(max(0, tokens - 32)))
-        req.prefix_indices = torch.from_numpy(slots_of([node.page for node in req.matched]))
+        req.prefix_indices = torch.from_numpy(slots_of([node.page for node in req.matched], self.page))
+
+    def _pages_between(self, start: int, end: int) -> int:
+        return pages_spanned(end, self.page) - pages_spanned(start, self.page)
 
     def _make_virtual_room(self, pages: int) -> bool:
         if pages > len(self.allocator.free):
@@ -163,8 +165,8 @@ class Scheduler:
         """SGLang's ``check_decode_mem``, and retraction."""
 
         def enough(reqs: Sequence[Req]) -> bool:
-            opening = sum(req.kv_committed_len % PAGE_SIZE == 0 for req in reqs)
-            return self._make_virtual_room(opening) and self.runtime.can_decode(reqs)
+            opening = sum(req.kv_committed_len % self.page == 0 for req in reqs)
+            return self._make_virtual_room(opening) and can_decode(self.runtime, reqs)
 
         if not enough(self.running) or self.chance.random() < 0.004:
             while len(self.running) > 1:
@@ -187,7 +189,7 @@ class Scheduler:
             if not req.req_pool_idx:
                 req.req_pool_idx = self.free_rows.pop(0)
                 self._write_row(req)
-            req.pages = req.pages + self.allocator.allocate(pages_spanned(entry.end) - len(req.pages))
+            req.pages = req.pages + self.allocator.allocate(pages_spanned(entry.end, self.page) - len(req.pages))
             req.kv_committed_len = entry.end
             self._write_row(req)
         batch = SimpleNamespace(
@@ -205,7 +207,7 @@ class Scheduler:
             self.runtime.choose_resident()
         self._queue_prefill(entries)
         for entry in entries:
-            self.counts[self.runtime.admission.admitted_as(entry.req).how] += 1
+            self.counts[self.runtime.admission.admitted[key_of(entry.req)].how] += 1
         self.runtime.after_forward(number)
         self.results.append((entries, len(self.gpu.compute)))
 
@@ -216,15 +218,15 @@ class Scheduler:
             req, pages = entry.req, entry.req.page_array
             reading = step.readings[index] if step.readings is not None else None
             if reading is None:
-                here, streamed = np.arange(pages_spanned(entry.start)), NONE
+                here, streamed = np.arange(pages_spanned(entry.start, self.page)), NONE
             else:
                 place = {page: position for position, page in enumerate(req.pages)}
                 here, streamed = (
                     np.array([place[page] for page in part.tolist()], dtype=np.int64)
                     for part in (reading.here, reading.streamed)
                 )
-                if self.runtime.admission.admitted_as(req).how != RESIDENT:
-                    assert reading.tokens_here + len(streamed) * PAGE_SIZE == entry.start, "a prompt reads everything"
+                if self.runtime.admission.admitted[key_of(req)].how != RESIDENT:
+                    assert reading.tokens_here + len(streamed) * self.page == entry.start, "a prompt reads everything"
             queued.read(req.rid, queued.v2p[pages[here]], req.known(here, entry.start))
             if len(streamed):
                 queued.stream(req.rid, pages[streamed], req.known(streamed, entry.start))
@@ -234,7 +236,7 @@ class Scheduler:
     def _decode(self, reqs: list[Req]) -> None:
         for req in reqs:
             req.kv_committed_len += 1
-            if opened := self.allocator.allocate(pages_spanned(req.kv_committed_len) - len(req.pages)):
+            if opened := self.allocator.allocate(pages_spanned(req.kv_committed_len, self.page) - len(req.pages)):
                 req.pages = req.pages + opened
                 self._write_row(req)
         batch = SimpleNamespace(
@@ -251,8 +253,8 @@ class Scheduler:
             assert (count, tail_start) == (len(request.resident.positions), request.resident.tail_start), (
                 "the table has another set"
             )
-            assert shortening[row] == (tail_start - count) * PAGE_SIZE
-            tail = np.arange(tail_start, pages_spanned(before))
+            assert shortening[row] == (tail_start - count) * self.page
+            tail = np.arange(tail_start, pages_spanned(before, self.page))
             places = np.concatenate((rows[row, PAGES : PAGES + count], queued.v2p[req.page_array[tail]]))
             queued.read(req.rid, places, req.known(np.concatenate((request.resident.positions, tail)), before))
             queued.write(req, before, before + 1)
@@ -280,12 +282,12 @@ class Scheduler:
 
     def _cache_unfinished(self, req: Req, tokens: int) -> None:
         """As ``LSARadixCache.cache_unfinished_req``."""
-        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(req)):
+        if not (self.runtime.config.cache_outputs or self.runtime.shared.is_exact(key_of(req))):
             return
         keys = req.keys(tokens)
         known = [node.page for node in self.tree.match(keys)]
-        own = self.runtime.shared.known(req)
-        self.runtime.shared.replaced(req, tokens, own, np.array(known, dtype=np.int64))
+        own = self.runtime.shared.known(key_of(req), req.req_pool_idx)
+        self.runtime.shared.replaced(key_of(req), req.req_pool_idx, tokens, own, np.array(known, dtype=np.int64))
         nodes, duplicates = self.tree.insert(keys, req.pages)
         req.pages[: len(nodes)] = [node.page for node in nodes]
         self._write_row(req)
@@ -296,11 +298,11 @@ class Scheduler:
     def _end(self, req: Req, insert: bool) -> None:
         """As ``LSARadixCache.cache_finished_req``."""
         outputs = self.runtime.config.cache_outputs
-        insert = insert and (outputs or self.runtime.shared.is_exact(req))
-        self.runtime.request_gone(req)
+        insert = insert and (outputs or self.runtime.shared.is_exact(key_of(req)))
+        request_gone(self.runtime, req)
         keep = req.kv_committed_len
         if insert and not outputs:
-            keep = min(keep, max(len(req.origin_input_ids), req.protected * PAGE_SIZE))
+            keep = min(keep, max(len(req.origin_input_ids), req.protected * self.page))
         kept = req.protected
         if insert:
             nodes, duplicates = self.tree.insert(req.keys(keep), req.pages)
@@ -319,5 +321,5 @@ class Scheduler:
             node.locks += 1
 
     def _write_row(self, req: Req) -> None:
-        slots = slots_of(req.pages)
+        slots = slots_of(req.pages, self.page)
         self.slots[req.req_pool_idx, : len(slots)] = slots

@@ -15,7 +15,6 @@ import torch
 from simulated_cache import Node, keys_of
 from simulated_gpu import LAYERS
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
@@ -23,7 +22,6 @@ LONGEST_ANSWER = 1024
 """Tokens that a request generates at most."""
 UNWRITTEN = -1.0
 """In the place of tokens that a page does not have yet."""
-OFFSETS = np.arange(PAGE_SIZE)
 KV = torch.float64
 """Type of a token's key, and of its value; there is one of each."""
 
@@ -34,6 +32,8 @@ class Req:
 
     rid: str
     number: int
+    page: int
+    """Tokens of a page."""
     prompt: np.ndarray
     """Content of its prompt, one number a token; fixed before anybody asks for its text."""
     sampling_params: SimpleNamespace
@@ -55,12 +55,15 @@ class Req:
     aborted: bool = False
     between_chunks: bool = False
 
+    def finished(self) -> bool:
+        return False  # nothing is recorded here
+
     @functools.cached_property
     def text(self) -> np.ndarray:
-        """Content of its pages, ``[pages, PAGE_SIZE]``, with all that it will ever generate."""
+        """Content of its pages, ``[pages, page]``, with all that it will ever generate."""
         generated = 1e12 + self.number * 1e6 + np.arange(len(self.prompt), len(self.prompt) + LONGEST_ANSWER)
         whole = np.concatenate((self.prompt, generated))
-        return whole[: len(whole) // PAGE_SIZE * PAGE_SIZE].reshape(-1, PAGE_SIZE)
+        return whole[: len(whole) // self.page * self.page].reshape(-1, self.page)
 
     @functools.cached_property
     def _keys(self) -> list[int]:
@@ -68,13 +71,13 @@ class Req:
 
     def keys(self, tokens: int) -> list[int]:
         """By what the radix tree knows the complete pages of its first tokens."""
-        return self._keys[: pages_complete(tokens)]
+        return self._keys[: pages_complete(tokens, self.page)]
 
     def known(self, positions: np.ndarray, tokens: int) -> np.ndarray:
-        """Content of these pages, in ascending order, when it has ``tokens`` tokens: ``[pages, PAGE_SIZE]``."""
+        """Content of these pages, in ascending order, when it has ``tokens`` tokens: ``[pages, page]``."""
         found = self.text[positions]
-        if len(positions) and (positions[-1] + 1) * PAGE_SIZE > tokens:
-            found[-1, tokens % PAGE_SIZE :] = UNWRITTEN
+        if len(positions) and (positions[-1] + 1) * self.page > tokens:
+            found[-1, tokens % self.page :] = UNWRITTEN
         return found
 
     @property
@@ -97,14 +100,14 @@ class Memory:
 
     Attributes:
         pools: by layer, keys and values ``[slots]``.
-        mirror: ``[pages, layers, 2, PAGE_SIZE]``.
+        mirror: ``[pages, layers, 2, page]``.
     """
 
     def __init__(self, pager: Pager):
-        self.v2p = pager.ledger.v2p
+        self.v2p, self.page = pager.ledger.v2p, pager.page
         of_layer = pager.layout.by_layer
         self.pools = [[piece.buffer.view(KV).view(-1).numpy() for piece in of_layer[layer]] for layer in range(LAYERS)]
-        self.mirror = pager.mirror.pages.view(KV).view(-1, LAYERS, 2, PAGE_SIZE).numpy()
+        self.mirror = pager.mirror.pages.view(KV).view(-1, LAYERS, 2, self.page).numpy()
 
 
 class Reads:
@@ -124,7 +127,7 @@ class Reads:
         return np.concatenate([pages for _, pages, _ in self._of]), content, content != UNWRITTEN
 
     def check(self, memory: np.ndarray, what: str) -> None:
-        """Read ``memory``, ``[pages, PAGE_SIZE]``, now.
+        """Read ``memory``, ``[pages, page]``, now.
 
         Raises:
             AssertionError: a request reads something else than its own tokens.
@@ -163,12 +166,12 @@ class ForwardPass:
 
     def write(self, req: Req, start: int, end: int) -> None:
         """The tokens that the pass computes."""
-        first = pages_complete(start)
-        places = self.v2p[np.array(req.pages[first : pages_spanned(end)], dtype=np.int64)]
+        first, page = pages_complete(start, req.page), req.page
+        places = self.v2p[np.array(req.pages[first : pages_spanned(end, page)], dtype=np.int64)]
         assert places.all(), f"{req.rid} writes to a page that is not on the device"
-        tokens = slice(start - first * PAGE_SIZE, end - first * PAGE_SIZE)
-        self._slots.append(slots_of(places)[tokens])
-        self._content.append(req.text[first : pages_spanned(end)].reshape(-1)[tokens])
+        tokens = slice(start - first * page, end - first * page)
+        self._slots.append(slots_of(places, page)[tokens])
+        self._content.append(req.text[first : pages_spanned(end, page)].reshape(-1)[tokens])
 
     @functools.cached_property
     def _written(self) -> tuple[np.ndarray, np.ndarray]:
@@ -181,12 +184,12 @@ class ForwardPass:
             AssertionError: a request reads something else than its own tokens.
         """
         for which, pool in enumerate(self.memory.pools[layer]):
-            self._here.check(pool.reshape(-1, PAGE_SIZE), f"layer {layer}")
+            self._here.check(pool.reshape(-1, self.memory.page), f"layer {layer}")
             self._streamed.check(self.memory.mirror[:, layer, which], f"layer {layer} of the mirror")
             slots, content = self._written
             pool[slots] = content
 
 
-def slots_of(pages: Sequence[int] | np.ndarray) -> np.ndarray:
+def slots_of(pages: Sequence[int] | np.ndarray, page: int) -> np.ndarray:
     """Of the tokens of these pages."""
-    return (np.array(pages, dtype=np.int64)[:, None] * PAGE_SIZE + OFFSETS).reshape(-1)
+    return (np.array(pages, dtype=np.int64)[:, None] * page + np.arange(page)).reshape(-1)

@@ -1,7 +1,7 @@
 """The whole runtime under a simulated SGLang and a simulated GPU, both driven by a seed: every read is checked when it
 runs.
 
-    python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150]
+    python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64]
 
 What is real: the runtime with ledger, pager, lookahead, admission and prefill. What is a model: SGLang's loop with one
 result of delay (``simulated_scheduler``), its radix tree and allocator (``simulated_cache``), the passes of a model
@@ -29,11 +29,12 @@ from simulated_gpu import LAYERS, SimulatedGPU
 from simulated_scheduler import Scheduler
 from simulated_work import Req
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches.requests import judge
 
 ROWS = 8
 """Requests that run at the same time."""
@@ -70,18 +71,22 @@ class Scores:
 
 
 class Simulation:
-    """One server from its start until everything that was asked is answered."""
+    """One server from its start until everything that was asked is answered.
 
-    def __init__(self, seed: int, resident: float = 0.4):
-        self.seed, self.chance = seed, random.Random(seed)
+    Args:
+        page: tokens of a page.
+    """
+
+    def __init__(self, seed: int, resident: float = 0.4, page: int = 64):
+        self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
-        self.chunk: int = chance.choice([2, 4, 8]) * PAGE_SIZE
+        self.chunk: int = chance.choice([2, 4, 8]) * self.page
         self.resident = resident
         self.config = {
             "budget": chance.choice([0.1, 0.2, 0.5]),
             "min_pages": chance.choice([1, 4]),
-            "min_context": chance.choice([4, 8]) * PAGE_SIZE,
+            "min_context": chance.choice([4, 8]) * self.page,
             "window": 8,
             "prefetch_steps": 3,
             "recent_pages": chance.choice([1, 4]),
@@ -92,11 +97,11 @@ class Simulation:
             "prompt_lookup": 0,
         }
         keys, values = (
-            [torch.zeros(((physical + 1) * PAGE_SIZE, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
+            [torch.zeros(((physical + 1) * self.page, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
             for _ in range(2)
         )
-        self.pager = Pager(MhaLayout(keys, values, PAGE_SIZE), virtual)
-        self.req_to_token = torch.zeros((ROWS + 1, virtual * PAGE_SIZE), dtype=torch.int32)
+        self.pager = Pager(MhaLayout(keys, values, self.page), virtual)
+        self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk)
         self.gpu = SimulatedGPU(self.pager, chance)
@@ -111,8 +116,8 @@ class Simulation:
 
     def __str__(self) -> str:
         sizes = f"{self.pager.ledger.physical_pages} device pages, {self.pager.ledger.virtual_pages} host pages"
-        timing = f"lag {self.runtime.lookahead.clock.lag}, overlap {self.overlap}, chunks of {self.chunk // PAGE_SIZE}"
-        return f"seed {self.seed} at step {self.step_number}: {sizes}, {timing}, {self.config}"
+        timing = f"lag {self.runtime.lookahead.clock.lag}, overlap {self.overlap}, chunks of {self.chunk // self.page}"
+        return f"seed {self.seed}, pages of {self.page}, at step {self.step_number}: {sizes}, {timing}, {self.config}"
 
     def run(self, steps: int = 150) -> None:
         """``steps`` rounds of the scheduler with new requests, then as many as it takes without.
@@ -182,12 +187,12 @@ class Simulation:
         chance = self.chance
         self.arrived += 1
         document = chance.randrange(3)
-        shared = chance.choice([0, 3, 10, 13, 20, 30]) * PAGE_SIZE
-        own = chance.randrange(1, 6 * PAGE_SIZE)
+        shared = chance.choice([0, 3, 10, 13, 20, 30]) * self.page
+        own = chance.randrange(1, 6 * self.page)
         if chance.random() < 0.1:  # one that fills the device pool, and grows
-            own = max(1, (self.pager.ledger.physical_pages - 2) * PAGE_SIZE - shared)
+            own = max(1, (self.pager.ledger.physical_pages - 2) * self.page - shared)
         prompt = np.concatenate((1 + document * 1e6 + np.arange(shared), 1e9 + self.arrived * 1e6 + np.arange(own)))[
-            : self.pager.ledger.virtual_pages // 3 * PAGE_SIZE
+            : self.pager.ledger.virtual_pages // 3 * self.page
         ]
         rid = f"r{self.arrived}"
         alive = self.scheduler.alive
@@ -195,8 +200,8 @@ class Simulation:
             rid = chance.choice(alive).rid  # its client hung up and asks again
             self.counts["rid again"] += 1
         params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150, 300]))
-        req = Req(rid, self.arrived, prompt, params, chance.randrange(2), prompt.astype(np.int64).tolist())
-        if (reason := self.runtime.admission.refusal(req)) is not None:
+        req = Req(rid, self.arrived, self.page, prompt, params, chance.randrange(2), prompt.astype(np.int64).tolist())
+        if (reason := judge(self.runtime.admission, req)) is not None:
             # SGLang computes one token of a request that it aborts.
             assert "budget" in reason or "tokens" in reason or "sets" in reason, reason
             self.counts["refused"] += 1
@@ -220,9 +225,9 @@ class Simulation:
         return {"lsa": options} if options else None
 
 
-def failure_of(seed: int, steps: int = 150) -> tuple[str | None, collections.Counter[str]]:
+def failure_of(seed: int, steps: int = 150, page: int = 64) -> tuple[str | None, collections.Counter[str]]:
     """Run one seed: what went wrong (None: nothing), and what happened how often."""
-    simulation = Simulation(seed)
+    simulation = Simulation(seed, page=page)
     try:
         simulation.run(steps)
     except Exception:
@@ -241,10 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=200, help="how many (200)")
     parser.add_argument("--first", type=int, default=0, help="the first one (0)")
     parser.add_argument("--steps", type=int, default=150, help="scheduler rounds in which requests arrive (150)")
+    parser.add_argument("--page", type=int, default=64, help="tokens of a page (64)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     args = parser.parse_args(argv)
     began, total, failed = time.monotonic(), collections.Counter[str](), 0
-    work = [(seed, args.steps) for seed in range(args.first, args.first + args.seeds)]
+    work = [(seed, args.steps, args.page) for seed in range(args.first, args.first + args.seeds)]
     with multiprocessing.Pool(args.jobs, initializer=_quiet) as pool:
         for done, (failure, counts) in enumerate(pool.imap(_run, work), 1):
             total += counts
@@ -258,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _run(work: tuple[int, int]) -> tuple[str | None, collections.Counter[str]]:
+def _run(work: tuple[int, int, int]) -> tuple[str | None, collections.Counter[str]]:
     return failure_of(*work)
 
 

@@ -23,6 +23,7 @@ from sglang_lsa.engine.policies import Recency
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.patches.requests import choose, judge, key_of, options_of, promise, request_gone
 
 PHYSICAL, VIRTUAL = 24, 200
 ROOM = (PHYSICAL - 1) * PAGE_SIZE
@@ -49,7 +50,13 @@ class Server(harness.Server):
         return pages
 
     def choose(self, req: Any, running: int = 0, batch: Sequence[str] = (), chunk: int | None = -1) -> Admitted | None:
-        return self.admission.choose(req, running, batch, self.chunk if chunk == -1 else chunk)
+        return choose(self.admission, req, running, batch, self.chunk if chunk == -1 else chunk)
+
+
+def forget(server: Server, req: Any) -> None:
+    """As when its KV is released."""
+    runtime: Any = SimpleNamespace(request_gone=lambda key, complete: server.admission.forget(key))
+    request_gone(runtime, req)
 
 
 def how(admitted: Admitted | None) -> tuple[str, int, int | None] | None:
@@ -65,11 +72,11 @@ DENSE: list[dict[str, object]] = [{"enabled": False}, {"budget": 1.0}, {"policy"
 @pytest.mark.parametrize("lsa", DENSE, ids=str)
 @pytest.mark.parametrize("tokens", [ROOM, ROOM + 1, 100 * PAGE_SIZE])
 def test_a_dense_prompt_that_the_pool_cannot_take_is_refused(tokens: int, lsa: dict[str, object]) -> None:
-    reason = Server().admission.refusal(request(tokens, **lsa))
+    reason = judge(Server().admission, request(tokens, **lsa))
     assert reason == (
-        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV) and asks to read all of them in decode; "
-        f"the device pool takes fewer than {ROOM}. Ask for a budget below 1 and a policy other than full, shorten the "
-        "prompt, or start the server with a larger --lsa-device-tokens."
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens, PAGE_SIZE)} pages of KV) and asks to read all of them "
+        f"in decode; the device pool takes fewer than {ROOM}. Ask for a budget below 1 and a policy other than full, "
+        "shorten the prompt, or start the server with a larger --lsa-device-tokens."
     )
 
 
@@ -78,10 +85,10 @@ def test_a_dense_prompt_that_the_pool_cannot_take_is_refused(tokens: int, lsa: d
 def test_prompt_and_answer_of_a_dense_request_fit_the_pool(tokens: int, answer: int, lsa: dict[str, object]) -> None:
     """It may be retracted at any time, and is then prefilled with what it generated."""
     server, req = Server(), request(tokens, **lsa)
-    assert server.admission.refusal(req) is None
+    assert judge(server.admission, req) is None
     assert req.sampling_params.max_new_tokens == answer
     req.sampling_params.max_new_tokens = 1
-    assert server.admission.refusal(req) is None
+    assert judge(server.admission, req) is None
     assert req.sampling_params.max_new_tokens == 1
 
 
@@ -93,19 +100,19 @@ def test_prompt_and_answer_of_a_dense_request_fit_the_pool(tokens: int, answer: 
 @pytest.mark.parametrize("tokens", [1, ROOM, 180 * PAGE_SIZE])
 def test_requests_that_can_be_pruned_may_be_of_any_length(tokens: int, lsa: dict[str, object]) -> None:
     server, req = Server(), request(tokens, **lsa)
-    assert server.admission.refusal(req) is None
+    assert judge(server.admission, req) is None
     assert req.sampling_params.max_new_tokens == 10_000, "their answers, too"
 
 
 @pytest.mark.parametrize(("tokens", "refused"), [(ROOM - 1, False), (ROOM, True), (180 * PAGE_SIZE, True)])
 def test_without_chunks_a_prompt_must_fit(tokens: int, refused: bool) -> None:
-    reason = Server(chunk=None).admission.refusal(request(tokens))
+    reason = judge(Server(chunk=None).admission, request(tokens))
     if not refused:
         assert reason is None
         return
     assert reason is not None
     for words in (
-        f"The prompt has {tokens} tokens ({pages_spanned(tokens)} pages of KV)",
+        f"The prompt has {tokens} tokens ({pages_spanned(tokens, PAGE_SIZE)} pages of KV)",
         f"without chunked prefill the device pool takes prompts of fewer than {ROOM}",
         f"Start the server with --chunked-prefill-size {ROOM // 2} or so, or with a larger --lsa-device-tokens",
     ):
@@ -120,7 +127,7 @@ def test_what_no_request_can_ask_for_is_refused_in_the_same_words(lsa: dict[str,
     server = Server()
     with pytest.raises(ValueError) as error:
         RequestOptions.parse({"lsa": lsa}, server.config)
-    assert server.admission.refusal(request(100, **lsa)) == str(error.value)
+    assert judge(server.admission, request(100, **lsa)) == str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +139,10 @@ def test_token_ids_that_the_model_does_not_have_are_refused(ids: list[int], wron
     """It would read past its embeddings."""
     server, req = Server(), request(1)
     req.origin_input_ids = array("q", ids)
-    assert server.admission.refusal(req) is None, "nobody said how many there are"
+    assert judge(server.admission, req) is None, "nobody said how many there are"
     server.admission.vocabulary = 100
     expected = None if wrong is None else f"The prompt has the token id {wrong}: use ids from 0 to 99."
-    assert server.admission.refusal(req) == expected
+    assert judge(server.admission, req) == expected
 
 
 # --- how a prompt is prefilled ---------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def test_a_prefix_that_was_promised_in_this_pass_costs_nothing() -> None:
     first = request(12 * PAGE_SIZE, prefix, "first")
     admitted = server.choose(first)
     assert admitted is not None
-    server.admission.promise(first, admitted)
+    promise(server.admission, first, admitted)
     second = request(13 * PAGE_SIZE, prefix, "second")
     assert how(server.choose(second, 1, [IN_PLACE])) == (IN_PLACE, 3, None)
     server.admission.batch_formed()
@@ -279,7 +286,7 @@ def test_only_prompts_in_place_bring_in_the_prefix_of_others() -> None:
     admitted = server.choose(first)
     assert how(admitted) == (STREAMED, 12, 3 * PAGE_SIZE)
     assert admitted is not None
-    server.admission.promise(first, admitted)
+    promise(server.admission, first, admitted)
     assert server.admission._new_pages(prefix, 33) == 33
 
 
@@ -372,16 +379,16 @@ def test_what_is_promised_cannot_be_had_by_others(pages: int) -> None:
     first = request(pages * PAGE_SIZE, rid="first")
     admitted = server.choose(first)
     assert admitted is not None
-    server.admission.promise(first, admitted)
+    promise(server.admission, first, admitted)
     assert owed(server.pager) == {"first": admitted.demand}
-    assert server.admission.admitted_as(first) is admitted
+    assert server.admission.admitted[key_of(first)] is admitted
     assert server.pager.unpromised_pages == PHYSICAL - admitted.demand
     room = PHYSICAL - admitted.demand - 1 - 1
     second = request(room * PAGE_SIZE, rid="second")
     assert how(server.choose(second, 1)) == (IN_PLACE, room, None)
     assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is None
 
-    server.admission.forget(first)
+    forget(server, first)
     server.pager.forget("first")
     assert server.admission.admitted == {}
     assert server.choose(request((room + 1) * PAGE_SIZE, rid="second", enabled=False), 1) is not None
@@ -441,20 +448,22 @@ def test_a_request_is_judged_by_what_was_in_force_when_it_arrived() -> None:
     server = Server()
     server.lookahead.rules.config = dataclasses.replace(server.config, policy="full")
     req = request(5 * PAGE_SIZE, sets="321:4:0,2")
-    reason = server.admission.refusal(req)
+    reason = judge(server.admission, req)
     assert reason is not None and "names sets and switches pruning off" in reason
     req.origin_input_ids = req.full_untruncated_fill_ids = [0]
     admitted = server.choose(req)
     assert admitted is not None and admitted.how == IN_PLACE
-    assert server.admission.options(req).sets == ()
+    assert options_of(server.admission, req).sets == ()
 
 
 def test_options_that_did_not_come_through_http_are_refused_as_a_request() -> None:
     server = Server()
     req = request(100, budget="much")
-    assert server.admission.options(req).budget == server.config.budget, "SGLang aborted it before it was asked about"
+    assert options_of(server.admission, req).budget == server.config.budget, (
+        "SGLang aborted it before it was asked about"
+    )
     assert server.choose(req) is not None
-    assert "custom_params.lsa.budget is 'much'" in str(server.admission.refusal(request(100, budget="much")))
+    assert "custom_params.lsa.budget is 'much'" in str(judge(server.admission, request(100, budget="much")))
 
 
 def test_hot_pages_do_not_take_what_is_promised() -> None:
@@ -489,7 +498,7 @@ def test_what_is_not_read_in_place_is_warmed_when_it_is_admitted(lsa: dict[str, 
     admitted = server.choose(req)
     assert admitted is not None
     assert on_device(server, prefix) == []
-    server.admission.promise(req, admitted)
+    promise(server.admission, req, admitted)
     assert on_device(server, prefix) == (prefix[[3, 5]].tolist() if warmed else [])
     assert server.pager.warmed_pages == 2 * warmed
 
@@ -504,16 +513,12 @@ def test_a_request_that_is_gone_may_warm_again() -> None:
     select(server, prefix[7])
     assert server.choose(req) is None
     assert server.pager.warmed_pages == 0, "once"
-    server.admission.forget(req)
+    forget(server, req)
     assert server.choose(req) is None
     assert on_device(server, prefix) == [prefix[7]]
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------
-
-
-def running(*committed: int) -> list[SimpleNamespace]:
-    return [SimpleNamespace(kv_committed_len=tokens) for tokens in committed]
 
 
 @pytest.mark.parametrize(
@@ -531,7 +536,7 @@ def test_every_request_that_opens_a_page_needs_one(committed: list[int], free: i
     server = Server()
     server.hold("running", PHYSICAL - free)
     asked: list[int] = []
-    assert server.admission.can_decode(running(*committed), asked.append) is can
+    assert server.admission.can_decode(committed, asked.append) is can
     missing = sum(tokens % PAGE_SIZE == 0 for tokens in committed) - free
     assert asked == ([] if can else [missing])
     assert server.admission.pressed == int(not can)
@@ -541,8 +546,8 @@ def test_what_is_promised_is_not_decoded_into() -> None:
     server = Server()
     server.hold("running", PHYSICAL - 3)
     server.pager.reservations.promise("prompt", 2)
-    assert server.admission.can_decode(running(64), pytest.fail)
-    assert not server.admission.can_decode(running(64, 64), lambda pages: None)
+    assert server.admission.can_decode([64], pytest.fail)
+    assert not server.admission.can_decode([64, 64], lambda pages: None)
 
 
 def test_unheld_pages_are_given_up_before_anything_is_waited_for() -> None:
@@ -550,7 +555,7 @@ def test_unheld_pages_are_given_up_before_anything_is_waited_for() -> None:
     server.hold("running", PHYSICAL - 2)
     server.memory(2)
     gpu = server.late()
-    assert server.admission.can_decode(running(64, 64), pytest.fail)
+    assert server.admission.can_decode([64, 64], pytest.fail)
     assert gpu.calls["wait"] == 0
 
 
@@ -561,7 +566,7 @@ def test_what_is_in_flight_is_waited_for_before_a_set_shrinks() -> None:
     server.pager.store(pages[:2])
     server.pager.forget("done")
     assert server.pager.unpromised_pages == 0
-    assert server.admission.can_decode(running(64, 128), pytest.fail)
+    assert server.admission.can_decode([64, 128], pytest.fail)
     assert gpu.calls["wait"] == 1
     assert server.admission.pressed == 0
 
@@ -578,7 +583,7 @@ def test_sets_shrink_before_a_request_is_retracted() -> None:
         server.pager.store(pages[:2])
         server.pager.ledger.drop("running", pages[:2])
 
-    assert server.admission.can_decode(running(64, 64, 64), shrink)
+    assert server.admission.can_decode([64, 64, 64], shrink)
     assert asked == [(2, 1)]
     assert gpu.calls["wait"] == 2
     assert server.pager.unpromised_pages == 3
@@ -593,9 +598,9 @@ def test_when_all_of_that_is_too_little_a_request_is_retracted() -> None:
         server.pager.store(pages[:1])
         server.pager.ledger.drop("running", pages[:1])
 
-    assert not server.admission.can_decode(running(64, 64), shrink)
+    assert not server.admission.can_decode([64, 64], shrink)
     assert server.admission.pressed == 1
-    assert server.admission.can_decode(running(64), pytest.fail), "one less fits"
+    assert server.admission.can_decode([64], pytest.fail), "one less fits"
     assert server.admission.pressed == 1
 
 
@@ -628,7 +633,7 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
     server = Server(chunk, physical, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
     prefix = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
     req = request(tokens, prefix)
-    refused = server.admission.refusal(req)
+    refused = judge(server.admission, req)
     prunable = budget < 1 and tokens >= least
     assert (refused is not None) == ((budget == 1 or chunk is None) and tokens >= (physical - 1) * PAGE_SIZE)
     if refused is not None:
@@ -644,6 +649,6 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
         if chunk is None:  # one pass computes the rest
             assert admitted.chunk_tokens >= tokens - len(prefix) * PAGE_SIZE or admitted.how == RESIDENT
     if admitted.how == STREAMED:
-        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens), budget)
-    server.admission.promise(req, admitted)
+        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens, PAGE_SIZE), budget)
+    promise(server.admission, req, admitted)
     assert server.pager.unpromised_pages >= 1

@@ -256,7 +256,7 @@ def test_a_streamed_chunk_reads_all_tokens_before_it(here: list[int], streamed: 
         mirror[page + 1] = content[:, :, page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
     pool[:, :, PAGE_SIZE : PAGE_SIZE + 40] = content[:, :, before:]
     masks = [np.isin(np.arange(count), part) for part in (here, streamed)]
-    reading = Reading.of(np.arange(1, count + 1), before, *masks)
+    reading = Reading.of(np.arange(1, count + 1), before, *masks, PAGE_SIZE)
 
     backend = object.__new__(LSATorchBackend)  # SGLang's part of it needs a model runner
     layout = MhaLayout(list(pool[:, 0]), list(pool[:, 1]), PAGE_SIZE)

@@ -15,6 +15,7 @@ from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches.requests import choose, judge, options_of
 from sglang_lsa.serve.control import (
     CHANGEABLE,
     MAX_BYTES,
@@ -252,7 +253,7 @@ def arrive(runtime: LSARuntime, tokens: int, **lsa: object) -> SimpleNamespace:
         prefix_indices=torch.zeros(0, dtype=torch.int64),
         sampling_params=parameters,
     )
-    req.refusal = runtime.admission.refusal(req)
+    req.refusal = judge(runtime.admission, req)
     return req
 
 
@@ -263,7 +264,7 @@ def test_a_prompt_that_waits_does_not_become_impossible(change: dict[str, Any]) 
     req = arrive(runtime, 60 * PAGE_SIZE)
     assert req.refusal is None
     runtime.reconfigure(change)
-    admitted = runtime.admission.choose(req, 0, [], 4 * PAGE_SIZE)
+    admitted = choose(runtime.admission, req, 0, [], 4 * PAGE_SIZE)
     assert admitted is not None and admitted.how == "streamed"
     assert arrive(runtime, 60 * PAGE_SIZE).refusal is not None, "the next one is told"
     assert arrive(runtime, 60 * PAGE_SIZE, policy="quest", budget=0.1).refusal is None
@@ -275,13 +276,13 @@ def test_a_request_keeps_what_held_when_it_arrived(named: dict[str, Any]) -> Non
     runtime = make_runtime(budget=0.3, policy="recency")
     req = arrive(runtime, 100, **named)
     runtime.reconfigure({"budget": 0.9, "policy": "quest", "prefill": "resident"})
-    options = runtime.admission.options(req)
+    options = options_of(runtime.admission, req)
     assert (options.budget, options.policy, options.prefill) == (
         named.get("budget", 0.3),
         named.get("policy", "recency"),
         "exact",
     )
-    late = runtime.admission.options(arrive(runtime, 100, **named))
+    late = options_of(runtime.admission, arrive(runtime, 100, **named))
     assert (late.budget, late.policy, late.prefill) == (
         named.get("budget", 0.9),
         named.get("policy", "quest"),

@@ -88,12 +88,12 @@ class Server(harness.Server):
         request = Request(rid, self.requests, asked, tokens=tokens, prompt_tokens=tokens)
         request.text = lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
-        request.pages = self.allocate(pages_spanned(tokens))
+        request.pages = self.allocate(pages_spanned(tokens, PAGE_SIZE))
         self.hold(rid, request.pages)
         self.write(self.slots_of(request.pages))
-        self.pager.store(request.pages[: pages_complete(tokens)])
+        self.pager.store(request.pages[: pages_complete(tokens, PAGE_SIZE)])
         if promised is not None:
-            self.pager.ledger.retain(rid, request.pages[pages_complete(tokens) :])
+            self.pager.ledger.retain(rid, request.pages[pages_complete(tokens, PAGE_SIZE) :])
             self.pager.reservations.promise(rid, promised)
             self.lookahead.sets.await_first(request)
             self.push_off()
@@ -136,8 +136,8 @@ class Server(harness.Server):
 
 @pytest.mark.parametrize(("tokens", "spanned", "complete"), [(0, 0, 0), (1, 1, 0), (63, 1, 0), (64, 1, 1), (65, 2, 1)])
 def test_page_arithmetic(tokens: int, spanned: int, complete: int) -> None:
-    assert (pages_spanned(tokens), pages_complete(tokens)) == (spanned, complete)
-    assert align_up(tokens) == spanned * PAGE_SIZE
+    assert (pages_spanned(tokens, PAGE_SIZE), pages_complete(tokens, PAGE_SIZE)) == (spanned, complete)
+    assert align_up(tokens, PAGE_SIZE) == spanned * PAGE_SIZE
 
 
 # --- the first window ------------------------------------------------------------------------------------------------

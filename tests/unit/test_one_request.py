@@ -65,7 +65,7 @@ def running(runtime: LSARuntime, rid: str, windows: int = 0, positions: np.ndarr
 
 
 def gone(runtime: LSARuntime, rid: str) -> None:
-    runtime.request_gone(SimpleNamespace(rid=rid, lsa_key=rid))
+    runtime.request_gone(rid, complete=True)
 
 
 def told(runtime: LSARuntime, rid: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.page_index import PageIndex
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.patches.requests import choose, promise, slots_up_from
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 from sglang_lsa.radix_ext.radix_cache import LSAChunkCache, build_tree_cache
 
@@ -90,13 +91,14 @@ class Server:
     def come(self, rid: str, tokens: list[int], chunk: int | None = None, blind: bool = False) -> Any:
         """A prompt is matched, admitted and prefilled, in chunks if asked for. ``blind``: it finds nothing."""
         req = SimpleNamespace(rid=rid, lsa_key=rid, origin_input_ids=array("q", tokens), extra_key=None)
+        req.finished = lambda: False
         req.output_ids = array("q")
         found = self.tree.match_prefix(
             MatchPrefixParams(key=RadixKey(req.origin_input_ids[: 0 if blind else -1], None))
         )
         req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
         req.cache_protected_len, req.req_pool_idx, req.priority = len(req.prefix_indices), self.rows.pop(), 0
-        prefix = self.index.prefix(req)
+        prefix = self.index.matched(req.prefix_indices, slots_up_from(req.last_node))
         assert prefix.tolist() == [slot // PAGE_SIZE for slot in seen(req.prefix_indices[::PAGE_SIZE])]
         self.tree.inc_lock_ref(req.last_node)
         self.write(req, 0, req.prefix_indices)
@@ -180,7 +182,8 @@ def test_a_prefix_is_known(server: Server) -> None:
     server.end(server.come("a", text(1, 200)))
     again = server.come("b", text(1, 200) + text(2, 100))
     assert again.cache_protected_len == 256, "what it computed is in the tree too"
-    assert server.runtime.requests["b"].pages.tolist()[:3] == server.index.path(again.last_node)[:3].tolist()
+    path = server.index.path(slots_up_from(again.last_node))
+    assert path is not None and server.runtime.requests["b"].pages.tolist()[:3] == path[:3].tolist()
     server.check()
 
 
@@ -196,11 +199,11 @@ def test_admission_waits_for_nothing(running: int) -> None:
         rid="b", full_untruncated_fill_ids=tokens, origin_input_ids=tokens, sampling_params=parameters
     )
     req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
-    admitted = server.runtime.admission.choose(req, running, [], 512)
+    admitted = choose(server.runtime.admission, req, running, [], 512)
     assert (admitted is None) == (server.runtime.admission.waits == 1) == (running > 0)
     if admitted is not None:
         assert admitted.prefix.tolist() == [slot // PAGE_SIZE for slot in seen(req.prefix_indices[::PAGE_SIZE])]
-        server.runtime.admission.promise(req, admitted)
+        promise(server.runtime.admission, req, admitted)
     assert server.index.reads == 0
 
 
@@ -297,8 +300,7 @@ def test_what_nobody_noted_is_read_and_counted() -> None:
     slots = torch.cat([torch.arange(64) + 64 * page for page in (7, 3)])[:100]
     assert index.pages(slots).tolist() == [7, 3]
     assert index.pages(slots[30:70]).tolist() == [7, 3]
-    req = SimpleNamespace(prefix_indices=slots[:64])
-    assert index.prefix(req).tolist() == [7]
+    assert index.matched(slots[:64], []).tolist() == [7]
     assert index.reads == 3
 
 
@@ -339,9 +341,7 @@ def test_a_wrong_note_is_refused_or_found() -> None:
 def test_pages_of_a_request_that_was_never_computed() -> None:
     server = Server(guarded=True)
     server.runtime.requests["a"] = Request("a", 3, Asked("quest", 0.5), pages=np.arange(1, 5))
-    assert server.runtime.shared.known(SimpleNamespace(lsa_key="b", req_pool_idx=3)) is None
-    assert server.runtime.shared.known(SimpleNamespace(lsa_key="a", req_pool_idx=2)) is None, (
-        "a name that is used again"
-    )
-    found = server.runtime.shared.known(SimpleNamespace(lsa_key="a", req_pool_idx=3))
-    assert found is not None and len(found) == pages_spanned(256)
+    assert server.runtime.shared.known("b", 3) is None
+    assert server.runtime.shared.known("a", 2) is None, "a name that is used again"
+    found = server.runtime.shared.known("a", 3)
+    assert found is not None and len(found) == pages_spanned(256, PAGE_SIZE)

@@ -52,6 +52,7 @@ from sglang_lsa.patches.models import shape_of
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
 from sglang_lsa.patches.releases import NEWEST, IncompatibleSGLang
+from sglang_lsa.patches.requests import promise
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.patches.table import install as install_hooks
@@ -698,7 +699,7 @@ def test_prompts_that_are_computed_alone() -> None:
     assert other.add_one(prompt(3, "short")) is AddReqResult.OTHER
     chunked = Adder(256)
     long = prompt(60, "long")
-    chunked.admission.promise(long, Admitted(STREAMED, long.prefix_indices.numpy(), 12, 256))
+    promise(chunked.admission, long, Admitted(STREAMED, long.prefix_indices.numpy(), 12, 256))
     chunked.add_chunked(long)
     assert chunked.add_one(prompt(3, "short")) is AddReqResult.OTHER
     for each in (adder, other, chunked):
@@ -722,7 +723,7 @@ def test_the_next_chunk(chunk: int, promised: int | None, total: float, seen: in
     adder, req = Adder(chunk), prompt(60)
     adder.rem_total_tokens = total
     kind = IN_PLACE if promised is None else STREAMED
-    adder.admission.promise(req, Admitted(kind, req.prefix_indices.numpy(), 12, promised))
+    promise(adder.admission, req, Admitted(kind, req.prefix_indices.numpy(), 12, promised))
     assert adder.add_chunked(req)[0] == "taken"
     assert adder.seen == [seen]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.arrival import Prompt
 from sglang_lsa.engine.preemption import pages_let_go
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -30,23 +31,19 @@ def pager_holding(**pages: range) -> Pager:
     return pager
 
 
-def named(*rids: str) -> list[SimpleNamespace]:
-    return [SimpleNamespace(rid=rid, lsa_key=rid) for rid in rids]
-
-
 def test_a_page_comes_back_when_its_last_holder_goes() -> None:
     pager = pager_holding(a=range(1, 9), b=range(5, 13), keeper=range(11, 16))
     # a alone has 1-4; b has 5-10 besides, when a is gone; 11 and 12 stay. And a page each that they may open.
-    assert list(pages_let_go(pager, named("a", "b"), NOTHING)) == [4 + 1, 10 + 2]
-    assert list(pages_let_go(pager, named("b", "a"), NOTHING)) == [2 + 1, 10 + 2]
+    assert list(pages_let_go(pager, ["a", "b"], NOTHING)) == [4 + 1, 10 + 2]
+    assert list(pages_let_go(pager, ["b", "a"], NOTHING)) == [2 + 1, 10 + 2]
     assert list(pages_let_go(pager, [], NOTHING)) == []
 
 
 def test_promises_come_back_and_a_shared_prefix_does_not() -> None:
     pager = pager_holding(a=range(1, 9))
     pager.reservations.promise("a", 3)
-    assert list(pages_let_go(pager, named("a"), NOTHING)) == [8 + 3 + 1]
-    assert list(pages_let_go(pager, named("a"), np.arange(1, 6))) == [3 + 3 + 1], "the prompt holds 1-5 itself"
+    assert list(pages_let_go(pager, ["a"], NOTHING)) == [8 + 3 + 1]
+    assert list(pages_let_go(pager, ["a"], np.arange(1, 6))) == [3 + 3 + 1], "the prompt holds 1-5 itself"
 
 
 def running(rid: str, priority: int, queued: float = 0.0, done: bool = False) -> SimpleNamespace:
@@ -92,11 +89,17 @@ class Adder(SimpleNamespace):
         )
         self.pager, self.needed, self.looked_again = pager, needed, 0
 
-    def choose(self, req: Any, running: int, batch: list[str], chunk: int) -> str | None:
+    def options(self, custom_params: Any) -> None:
+        """Admission's."""
+
+    def postpone(self, prompt: Prompt) -> None:
+        """Admission's."""
+
+    def choose(self, prompt: Prompt, running: int, batch: list[str], chunk: int) -> str | None:
         """Admission's: whether ``needed`` pages are there beside one for each running request."""
         return "admitted" if self.needed <= self.pager.unpromised_later - running - 1 else None
 
-    _choose = choose
+    possible = choose
 
     def preempt_to_schedule(self, req: Any, server_args: Any) -> bool:
         first = preemptible(self, req, server_args)[0]
@@ -112,7 +115,12 @@ class Adder(SimpleNamespace):
             self.looked_again += 1
 
         return SimpleNamespace(
-            rid="high", priority=100, prefix_indices=torch.zeros(0, dtype=torch.int64), init_next_round_input=look
+            rid="high",
+            priority=100,
+            full_untruncated_fill_ids=[],
+            prefix_indices=torch.zeros(0, dtype=torch.int64),
+            sampling_params=SimpleNamespace(custom_params=None),
+            init_next_round_input=look,
         )
 
 
@@ -149,7 +157,7 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
 
     def without_memory(self: Any) -> tuple[None, str]:
         assert self.tree_cache.scheduling_pass.server_args == "arguments"
-        self.tree_cache.scheduling_pass.adder = SimpleNamespace(preempt_list=named("a", "b"))
+        self.tree_cache.scheduling_pass.adder = SimpleNamespace(preempt_list=[running("a", 0), running("b", 0)])
         return None, "running"
 
     assert get_new_batch_prefill(without_memory, scheduler) == (None, "running")

@@ -19,7 +19,6 @@ from simulated_gpu import LAYERS
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import prefill as prefill_module
-from sglang_lsa.engine.admission import key_of
 from sglang_lsa.engine.prefill import DevicePoolFull
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request
@@ -27,6 +26,7 @@ from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.step import IDLE
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.patches.requests import choose, judge, key_of, promise, request_gone
 from sglang_lsa.serve.one_request import collect, formatted
 
 PHYSICAL, VIRTUAL = 24, 250
@@ -97,9 +97,9 @@ class Server(harness.Server):
     def admit(self, *reqs: Any) -> list[str]:
         batch: list[str] = []
         for req in reqs:
-            admitted = self.admission.choose(req, len(batch), batch, self.chunk)
+            admitted = choose(self.admission, req, len(batch), batch, self.chunk)
             assert admitted is not None
-            self.admission.promise(req, admitted)
+            promise(self.admission, req, admitted)
             batch.append(admitted.how)
         return batch
 
@@ -108,7 +108,7 @@ class Server(harness.Server):
         lengths = [ends.get(req.rid, len(req.full_untruncated_fill_ids)) for req in reqs]
         taken = []
         for req, end in zip(reqs, lengths, strict=True):
-            first, pages = pages_spanned(req.computed), pages_spanned(end)
+            first, pages = pages_spanned(req.computed, PAGE_SIZE), pages_spanned(end, PAGE_SIZE)
             new = self.allocate(pages - first)
             taken.append(new)
             row = self.prefill.req_to_token[req.req_pool_idx]
@@ -138,7 +138,11 @@ class Server(harness.Server):
             reading = (
                 self.step.readings[index]
                 if self.step.readings is not None
-                else Reading.all_of(self.runtime.requests[req.rid].pages[: pages_spanned(req.computed)], req.computed)
+                else Reading.all_of(
+                    self.runtime.requests[req.rid].pages[: pages_spanned(req.computed, PAGE_SIZE)],
+                    req.computed,
+                    PAGE_SIZE,
+                )
             )
             reads.append(self.look_at(reading))
             reads[-1].look = looks.get(index)
@@ -155,8 +159,7 @@ class Server(harness.Server):
 
     def decode(self, req: Any) -> list[int]:
         """One decode step; returns the virtual slots that it reads."""
-        req.kv_committed_len = req.computed
-        assert self.runtime.can_decode([req])
+        assert self.runtime.can_decode([req.computed])
         tokens = req.computed + 1
         new = self.allocate(int(tokens % PAGE_SIZE == 1))
         row = self.prefill.req_to_token[req.req_pool_idx]
@@ -194,10 +197,10 @@ def test_a_prompt_in_place(tokens: int) -> None:
     req = server.request(tokens)
     assert server.admit(req) == [IN_PLACE]
     assert server.extend(req) == [Read([])]
-    assert server.held(req) == list(range(pages_spanned(tokens)))
+    assert server.held(req) == list(range(pages_spanned(tokens, PAGE_SIZE)))
     assert owed(server.pager) == {}, "what was promised is held"
     assert server.step.readings is None, "backends read everything"
-    assert server.ledger.host_pages == pages_complete(tokens)
+    assert server.ledger.host_pages == pages_complete(tokens, PAGE_SIZE)
     request = server.runtime.requests["a"]
     assert (request.tokens, request.prompt_tokens, request.story.prefill) == (tokens, tokens, IN_PLACE)
     assert (server.prefill.prompt_tokens, server.prefill.radix_hit_tokens) == (tokens, 0)
@@ -240,7 +243,7 @@ def test_a_prompt_in_place_in_chunks() -> None:
         begun = req.computed
         (read,) = server.extend(req, a=end)
         assert read == Read(server.slots(req, 0, begun))
-        assert server.held(req) == list(range(pages_spanned(end)))
+        assert server.held(req) == list(range(pages_spanned(end, PAGE_SIZE)))
         assert owed(server.pager) == {"a": promised}
         assert server.lookahead.counts.refreshes == 0
     server.extend(req)
@@ -449,7 +452,7 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     request = server.runtime.requests["a"]
     assert (request.story.prefill, request.cached_pages) == (RESIDENT, 40)
     assert server.prefill.resident_prompts == 1
-    assert not server.runtime.shared.is_exact(req)
+    assert not server.runtime.shared.is_exact(key_of(req))
     assert server.ledger.recalls == 5
     assert server.lookahead.counts.failures == 0
 
@@ -715,13 +718,13 @@ def test_a_rid_is_used_again_while_its_first_request_is_still_here() -> None:
     for _ in range(3):
         for req in (first, second):
             assert sorted(server.decode(req)) == server.slots(req, 0, req.computed)
-    server.runtime.request_gone(first)
+    request_gone(server.runtime, first)
     assert list(server.runtime.requests) == server.ledger.holders() == ["a (2)"]
     assert sorted(server.decode(second)) == server.slots(second, 0, second.computed)
     third = server.request(2 * PAGE_SIZE, row=3)
     server.admit(third)
     assert key_of(third) == "a"
-    server.runtime.request_gone(server.request(PAGE_SIZE, row=4))  # aborted before it was admitted
+    request_gone(server.runtime, server.request(PAGE_SIZE, row=4))  # aborted before it was admitted
     assert sorted(server.runtime.admission.admitted) == ["a", "a (2)"]
     server.runtime.check()
 
@@ -749,7 +752,7 @@ def test_the_sets_of_a_finished_request_can_be_given_to_another() -> None:
         while req.computed < 50 * PAGE_SIZE:
             server.extend(req, a=min(50 * PAGE_SIZE, req.computed + CHUNK))
         seen.append([server.decode(req) for _ in range(30)])
-        server.runtime.request_gone(req)
+        request_gone(server.runtime, req)
     assert seen[0] == seen[1]
     done, again = told(first), told(server)
     assert done["sets"] == again["sets"] != ""
@@ -822,11 +825,11 @@ def test_an_idle_server_prefills_whatever_it_does_not_refuse(
     server.wanted.values = {3 * position: 1.0 + position for position in range(10)}
     memory = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
     req = server.request(tokens, memory)
-    if server.admission.refusal(req) is not None:
+    if judge(server.admission, req) is not None:
         return
     (how,) = server.admit(req)
     while req.computed < tokens:
-        most = min(chunk or tokens, server.admission.admitted_as(req).chunk_tokens or tokens)
+        most = min(chunk or tokens, server.admission.admitted[key_of(req)].chunk_tokens or tokens)
         begun = req.computed
         (read,) = server.extend(req, a=min(tokens, begun + most))
         if how != RESIDENT:

@@ -77,8 +77,14 @@ def test_whatever_the_text_the_occurrence_is_one() -> None:
 def test_pages_that_come_next(start: int, tokens: int, pages: list[int]) -> None:
     context = np.arange(1000, 1000 + 10 * PAGE_SIZE)
     text = np.concatenate((context, context[start : start + 8]))
-    assert pages_next(text, 8, tokens).tolist() == pages
+    assert pages_next(text, 8, tokens, PAGE_SIZE).tolist() == pages
+
+
+@pytest.mark.parametrize(("page", "pages"), [(16, [6, 7, 8, 9, 10]), (64, [1, 2]), (256, [0])])
+def test_pages_of_other_sizes_come_next(page: int, pages: list[int]) -> None:
+    context = np.arange(1000, 2000)
+    assert pages_next(np.concatenate((context, context[100:108])), 8, 64, page).tolist() == pages
 
 
 def test_no_page_comes_next() -> None:
-    assert pages_next(np.arange(1000), 8, 64).tolist() == []
+    assert pages_next(np.arange(1000), 8, 64, PAGE_SIZE).tolist() == []

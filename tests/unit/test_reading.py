@@ -44,7 +44,7 @@ def page_map() -> np.ndarray:
     ],
 )
 def test_of(prefix: int, here: list[int], streamed: list[int], tokens_here: int) -> None:
-    reading = Reading.of(PAGES, prefix, mask(*here), mask(*streamed))
+    reading = Reading.of(PAGES, prefix, mask(*here), mask(*streamed), PAGE_SIZE)
     assert reading.prefix == prefix
     assert reading.here.tolist() == PAGES[here].tolist()
     assert reading.streamed.tolist() == PAGES[streamed].tolist()
@@ -56,12 +56,15 @@ def test_of(prefix: int, here: list[int], streamed: list[int], tokens_here: int)
 @pytest.mark.parametrize("prefix", [3 * PAGE_SIZE + 1, PARTLY, FULL - 1])
 def test_a_partly_filled_page_cannot_be_streamed(prefix: int) -> None:
     with pytest.raises(ValueError, match=f"the last page of {prefix} tokens is not complete and cannot be read from"):
-        Reading.of(PAGES, prefix, mask(0, 1), mask(2, 3))
+        Reading.of(PAGES, prefix, mask(0, 1), mask(2, 3), PAGE_SIZE)
 
 
 def test_nothing_before() -> None:
     none = np.zeros(0, dtype=np.int64)
-    for reading in (Reading.of(none, 0, none.astype(bool), none.astype(bool)), Reading.all_of(none, 0)):
+    for reading in (
+        Reading.of(none, 0, none.astype(bool), none.astype(bool), PAGE_SIZE),
+        Reading.all_of(none, 0, PAGE_SIZE),
+    ):
         assert (reading.tokens_here, len(reading.here), len(reading.streamed)) == (0, 0, 0)
         assert reading.whole
         assert reading.slots(page_map()).tolist() == []
@@ -69,7 +72,7 @@ def test_nothing_before() -> None:
 
 @pytest.mark.parametrize("prefix", [FULL, PARTLY, 3 * PAGE_SIZE + 1])
 def test_all_of(prefix: int) -> None:
-    reading = Reading.all_of(PAGES, prefix)
+    reading = Reading.all_of(PAGES, prefix, PAGE_SIZE)
     assert reading.whole
     assert (reading.here.tolist(), reading.streamed.tolist(), reading.tokens_here) == (PAGES.tolist(), [], prefix)
 
@@ -77,7 +80,10 @@ def test_all_of(prefix: int) -> None:
 @pytest.mark.parametrize("prefix", [FULL, PARTLY, 3 * PAGE_SIZE + 1])
 def test_all_in_place_is_the_same_however_it_is_said(prefix: int) -> None:
     everything = mask(0, 1, 2, 3)
-    by_masks, directly = Reading.of(PAGES, prefix, everything, ~everything), Reading.all_of(PAGES, prefix)
+    by_masks, directly = (
+        Reading.of(PAGES, prefix, everything, ~everything, PAGE_SIZE),
+        Reading.all_of(PAGES, prefix, PAGE_SIZE),
+    )
     assert by_masks.whole and by_masks.tokens_here == directly.tokens_here
     assert torch.equal(by_masks.slots(page_map()), directly.slots(page_map()))
 
@@ -89,7 +95,7 @@ def test_all_in_place_is_the_same_however_it_is_said(prefix: int) -> None:
 @pytest.mark.parametrize("here", [[0, 1, 2, 3], [1, 3], [0, 2], [3]], ids=str)
 def test_slots_are_those_of_the_tokens_in_their_order(prefix: int, here: list[int]) -> None:
     v2p = page_map()
-    slots = Reading.of(PAGES, prefix, mask(*here), mask()).slots(v2p)
+    slots = Reading.of(PAGES, prefix, mask(*here), mask(), PAGE_SIZE).slots(v2p)
     assert slots.dtype == torch.int64
     tokens = [t for t in range(prefix) if t // PAGE_SIZE in here]
     assert slots.tolist() == [int(v2p[PAGES[t // PAGE_SIZE]]) * PAGE_SIZE + t % PAGE_SIZE for t in tokens]
@@ -97,7 +103,7 @@ def test_slots_are_those_of_the_tokens_in_their_order(prefix: int, here: list[in
 
 def test_slots_follow_the_map() -> None:
     """They are looked up when the pass is queued, not when it was decided what it reads."""
-    reading, v2p = Reading.all_of(PAGES[:1], PAGE_SIZE), page_map()
+    reading, v2p = Reading.all_of(PAGES[:1], PAGE_SIZE, PAGE_SIZE), page_map()
     assert reading.slots(v2p)[0] == 2 * PAGE_SIZE
     v2p[PAGES[0]] = 8
     assert reading.slots(v2p)[0] == 8 * PAGE_SIZE

@@ -17,6 +17,7 @@ from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score_reference
+from sglang_lsa.patches.requests import is_complete, text_of
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 8
 OBSERVED = (0, 2)
@@ -45,13 +46,12 @@ class Server:
         self.recorder = Recorder(folder, OBSERVED, POSITIONS, self.keys, Q_HEADS, DIM**-0.5, self.table, 99)
         self.req = SimpleNamespace(
             rid="asked",
-            lsa_key="asked",
-            sampling_params=SimpleNamespace(max_new_tokens=0),
             origin_input_ids=list(range(tokens)),
             output_ids=[],
             finished=lambda: True,
             finished_reason=SimpleNamespace(to_json=lambda: {"type": "length"}),
         )
+        self.request.text = lambda tokens: text_of(self.req, tokens)
 
     def slots(self, stop: int) -> torch.Tensor:
         pages = torch.from_numpy(self.v2p[self.request.pages].astype(np.int64))
@@ -74,7 +74,7 @@ class Server:
         self.recorder.end_pass()
 
     def close(self) -> None:
-        self.recorder.close(self.req, self.request.pages, self.v2p)
+        self.recorder.close(self.request, is_complete(self.req), self.v2p)
 
 
 def expected_mass(server: Server, start: int, tokens: int) -> torch.Tensor:

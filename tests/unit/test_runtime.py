@@ -257,7 +257,7 @@ def test_running_requests_shrink_before_one_is_retracted() -> None:
     runtime.lookahead.begin(request)
     held(runtime, "b", *range(21, 51))
     assert (len(request.resident.positions), runtime.pager.unpromised_pages) == (10, 0)
-    opening = [SimpleNamespace(kv_committed_len=20 * PAGE_SIZE)] * 3
+    opening = [20 * PAGE_SIZE] * 3
     assert runtime.can_decode(opening)
     assert (len(request.resident.positions), request.story.shrunk, runtime.admission.pressed) == (5, 1, 0)
     assert runtime.pager.unpromised_pages == 5
@@ -267,10 +267,10 @@ def test_running_requests_shrink_before_one_is_retracted() -> None:
 
 @pytest.mark.parametrize(("how", "exact"), [(IN_PLACE, True), (STREAMED, True), (RESIDENT, False), (None, True)])
 def test_only_prompts_over_a_resident_prefix_are_not_exact(how: str | None, exact: bool) -> None:
-    runtime, req = make_runtime(), SimpleNamespace(rid="a", lsa_key="a")
+    runtime = make_runtime()
     if how is not None:
         runtime.admission.admitted["a"] = Admitted(how, np.zeros(0, dtype=np.int64), 3)
-    assert runtime.shared.is_exact(req) is exact
+    assert runtime.shared.is_exact("a") is exact
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -310,11 +310,11 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     runtime.lookahead.refresher.on_their_way["a"] = request
     runtime.pager.reservations.promise("a", 5)
     runtime.admission.admitted["a"] = Admitted(STREAMED, np.zeros(0, dtype=np.int64), 5)
-    runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
+    runtime.request_gone("a", complete=True)
     assert runtime.requests == runtime.admission.admitted == {}
     assert runtime.pager.reservations.holders() == []
     assert runtime.lookahead.sets.incomplete == runtime.lookahead.refresher.on_their_way == {}
     assert runtime.pager.ledger.holders() == []
     assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
-    runtime.request_gone(SimpleNamespace(rid="a", lsa_key="a"))
+    runtime.request_gone("a", complete=True)
     assert runtime.finished_requests == 1

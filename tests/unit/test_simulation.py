@@ -18,11 +18,11 @@ from sglang_lsa.memory.ledger import Ledger
 SEEDS = range(200)
 
 
-def failures(seeds: range = SEEDS, enough: int = 1) -> list[str]:
-    """What goes wrong with these seeds, up to so many."""
+def failures(seeds: range = SEEDS, enough: int = 1, page: int = 64) -> list[str]:
+    """What goes wrong with these seeds, up to so many, where a page has so many tokens."""
     found: list[str] = []
     for seed in seeds:
-        failure, _ = failure_of(seed)
+        failure, _ = failure_of(seed, page=page)
         found += [failure] if failure is not None else []
         if len(found) == enough:
             break
@@ -32,6 +32,12 @@ def failures(seeds: range = SEEDS, enough: int = 1) -> list[str]:
 @pytest.mark.parametrize("part", range(4))
 def test_nothing_is_read_wrong_lost_or_left(part: int) -> None:
     assert failures(SEEDS[part::4]) == []
+
+
+@pytest.mark.parametrize(("page", "seeds"), [(16, range(40)), (256, range(20))])
+def test_pages_of_other_sizes(page: int, seeds: range) -> None:
+    """Nothing but the layout knows how many tokens a page has."""
+    assert failures(seeds, page=page) == []
 
 
 def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

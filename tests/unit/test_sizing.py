@@ -20,13 +20,13 @@ from sglang_lsa.engine.sizing import (
     max_resident_pages,
     plan_memory,
     selector_needs,
-    server_needs,
 )
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.patches import arguments
 from sglang_lsa.serve.status import overhead_bytes
 
 TOKEN_BYTES = 16384  # 65,536 tokens in a GB
@@ -164,7 +164,7 @@ MODEL: dict[str, int] = {
     "head_dim": 128,
     "itemsize": 2,
 }
-NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page_key_bytes=1000, row_bytes=3000)
+NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=3000)
 
 
 def test_needs_of_the_observers() -> None:
@@ -173,7 +173,7 @@ def test_needs_of_the_observers() -> None:
     needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
     staging = 2 * 2 * 7 * 64 * 8 * 128 * 2 + 1000 * 32 * 129 * 4
     page_keys, rows = 3 * 2 * 8 * 128 * 2, 10 * 3 * 32 * 128 * 2
-    assert needs == Needs(5, 4, 8192, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
+    assert needs == Needs(5, 4, 8192, PAGE_SIZE, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
 
 
 @pytest.mark.parametrize(("query_tokens", "ring"), [(10, 24), (100, 100)])
@@ -241,7 +241,7 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
         v_head_dim=64,
         get_num_kv_heads=lambda tp_size: 2 // tp_size,
     )
-    needs = server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
+    needs = arguments.server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
     assert needs.overhead(config, 786_432, 19_113 * PAGE_SIZE) == {
         "page_keys": 39_145_472,
         "queries": 44_498_944,
@@ -256,7 +256,7 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
     ("context", "physical", "pages"), [(1024, 1000, 16), (1025, 1000, 17), (8192, 20, 11), (8192, 21, 11)]
 )
 def test_columns_of_the_resident_table(context: int, physical: int, pages: int) -> None:
-    assert max_resident_pages(context, physical) == pages
+    assert max_resident_pages(context, physical, PAGE_SIZE) == pages
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_columns_of_the_resident_table(context: int, physical: int, pages: int) 
 )
 def test_tokens_of_a_cuda_graph(options: dict[str, Any], batch: int, physical: int, tokens: int) -> None:
     config = LSAConfig(**{"budget": 0.1, **options})
-    assert graph_tokens(config, batch, 131_072, physical) == tokens
+    assert graph_tokens(config, batch, 131_072, physical, PAGE_SIZE) == tokens
 
 
 def planned(needs: Needs | None, budgeted: int, **options: Any) -> MemoryPlan:
@@ -316,7 +316,7 @@ def test_overhead_is_that_of_the_pool_that_was_asked_for() -> None:
 
 
 def test_a_budget_that_the_buffers_use_up_is_refused() -> None:
-    huge = Needs(rows=17, graph_batch=0, context_tokens=8192, page_key_bytes=1000, row_bytes=10_000_000)
+    huge = Needs(rows=17, graph_batch=0, context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=10_000_000)
     with pytest.raises(ValueError, match=r"the device pool would hold 0 tokens \(0\.000 GB\): give it at least 256"):
         planned(huge, 10_000)
 

@@ -62,7 +62,7 @@ class TreePicture:
         self._pages = {number: pages for number, pages in self._pages.items() if len(pages) == sizes.get(number)}
         new = [node for node in nodes if node.id not in self._pages and sizes[node.id]][:MOST_LEARNED]
         if new:
-            pages = pages_of(torch.cat([node.value[::PAGE_SIZE] for node in new]))
+            pages = pages_of(torch.cat([node.value[::PAGE_SIZE] for node in new]), PAGE_SIZE)
             parts = np.split(pages, np.cumsum([sizes[node.id] for node in new])[:-1])
             self._pages.update({node.id: part for node, part in zip(new, parts, strict=True)})
 
