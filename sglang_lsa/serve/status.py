@@ -119,6 +119,4 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "graph_indices": runtime.graph_tokens * 4,
         "staging": runtime.staging_bytes,
     }
-    if runtime.indexer is not None:
-        overhead["indexer"] = runtime.indexer.nbytes
-    return overhead
+    return overhead | {name: policy.nbytes for name, policy in runtime.policies.items() if policy.nbytes}

@@ -74,7 +74,7 @@ def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
 
     monkeypatch.setattr("sglang_lsa.engine.warm_up.decode_indices", seen)
-    parts = runtime.observer, runtime.page_keys, runtime.indexer, runtime.staging, runtime.req_to_token
+    parts = runtime.observer, runtime.page_keys, runtime.policies, runtime.staging, runtime.req_to_token
     compile_kernels(runtime.pager, runtime.table, *parts)
     lanes = {lanes_for(batch) for batch in range(1, ROWS)}
     kinds = (torch.int32, torch.int64)
