@@ -19,9 +19,9 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import QueryObserver
+from sglang_lsa.engine.policies import Indexer
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.kernels.page_score import to_8_bits
 
 TOKENS = (32_768, 131_072, 524_288)

@@ -2,10 +2,10 @@
 
 from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument, markdown_table
 from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
+from sglang_lsa.config.policies import FULL, POLICIES, Offer, offered
 from sglang_lsa.config.values import (
     MOST_LOOKED_UP,
     PAGE_SIZE,
-    POLICIES,
     PREFILLS,
     RECORDED_POSITIONS,
     RUNS,
@@ -15,6 +15,7 @@ from sglang_lsa.config.values import (
 )
 
 __all__ = [
+    "FULL",
     "MOST_LOOKED_UP",
     "MOST_WATCHED",
     "PAGE_SIZE",
@@ -24,6 +25,7 @@ __all__ = [
     "RUNS",
     "GivenSet",
     "LSAConfig",
+    "Offer",
     "RequestOptions",
     "add_cli_args",
     "arrived_by_pickle",
@@ -31,4 +33,5 @@ __all__ = [
     "config_from_args",
     "config_from_argument",
     "markdown_table",
+    "offered",
 ]

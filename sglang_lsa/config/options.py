@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_lsa.config.policies import FULL, offered
 from sglang_lsa.config.values import (
     MOST_LOOKED_UP,
     PAGE_SIZE,
-    POLICIES,
     PREFILLS,
     LSAConfig,
     require_choice,
@@ -65,7 +65,7 @@ class RequestOptions:
     @property
     def dense(self) -> bool:
         """Whether this request reads all of its pages, whatever its length."""
-        full = not self.enabled or self.policy == "full" or self.budget >= 1.0 or self.record > 0
+        full = not self.enabled or self.policy == FULL or self.budget >= 1.0 or self.record > 0
         return not self.sets and full
 
     @classmethod
@@ -98,12 +98,11 @@ class RequestOptions:
             raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
         require_fraction("custom_params.lsa.budget", budget)
         policy = asked.get("policy", config.policy)
-        allowed = POLICIES if config.indexer else tuple(name for name in POLICIES if name != "indexer")
-        require_choice("custom_params.lsa.policy", policy, allowed)
+        require_choice("custom_params.lsa.policy", policy, offered(config.indexer))
         prefill = asked.get("prefill", config.prefill)
         require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
         sets = _parse_sets(asked.get("sets", ""), page)
-        if sets and (not enabled or policy == "full"):
+        if sets and (not enabled or policy == FULL):
             raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")
         record = _count(asked, "record", 0, "tokens")
         if record and not config.record:

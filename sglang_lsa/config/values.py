@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-POLICIES = ("indexer", "quest", "recency", "random", "full")
+from sglang_lsa.config.policies import POLICIES, offered
+
 PREFILLS = ("exact", "resident")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
@@ -21,7 +23,7 @@ RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
 
-def _option(default: Any, help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+def _option(default: Any, help: str, *, metavar: str | None = None, choices: Collection[str] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
 
 
@@ -119,8 +121,8 @@ class LSAConfig:
         if self.observe_layers is not None:
             object.__setattr__(self, "observe_layers", tuple(int(layer) for layer in self.observe_layers))
         if self.policy is None:
-            object.__setattr__(self, "policy", "indexer" if self.indexer else "quest")
-        require_choice("policy", self.policy, POLICIES)
+            object.__setattr__(self, "policy", offered(self.indexer)[0])
+        require_choice("policy", self.policy, tuple(POLICIES))
         require_choice("prefill", self.prefill, PREFILLS)
         require_fraction("budget", self.budget)
         if self.threshold is not None and math.isnan(self.threshold):
@@ -152,8 +154,10 @@ class LSAConfig:
                 f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
                 "both size the device pool: give one of them"
             )
-        if self.policy == "indexer" and not self.indexer:
-            raise ValueError("--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH, or use quest")
+        if self.policy not in (others := offered(self.indexer)):
+            raise ValueError(
+                f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use {others[0]}"
+            )
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:

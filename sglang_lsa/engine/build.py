@@ -6,14 +6,12 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import POLICIES, LSAConfig
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers, observed_positions
-from sglang_lsa.engine.policies import Policy, Quest, Random, Recency
+from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers
+from sglang_lsa.engine.policies import Parts, Policy, bounds_needed, needed, positions
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
-from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.pager import Pager
@@ -41,12 +39,12 @@ def observer(config: LSAConfig, layout: KVLayout, rows: int, q_heads: int) -> Qu
     keys = list(layout.key_buffers.values())
     layers = observed_layers(config, len(keys))
     head_dim, dtype, device = keys[0].shape[2], keys[0].dtype, keys[0].device
-    return QueryObserver(rows, observed_positions(config), layers, q_heads, head_dim, dtype, device)
+    return QueryObserver(rows, positions(config), layers, q_heads, head_dim, dtype, device)
 
 
 def page_keys(config: LSAConfig, pager: Pager) -> PageKeys:
-    """Bounds of the keys of every virtual page, in the layers whose queries are observed."""
-    layers = observed_layers(config, len(pager.layout.key_buffers))
+    """Bounds of the keys of every virtual page, in the layers whose queries are observed, if anything looks at them."""
+    layers = observed_layers(config, len(pager.layout.key_buffers)) if bounds_needed(config) else ()
     return PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
 
 
@@ -56,26 +54,17 @@ def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
     return ResidentTable(rows, most, pager.page, pager.device)
 
 
-def indexer(config: LSAConfig, pager: Pager, observer: QueryObserver) -> Indexer | None:
-    """The trained policy, if the server was given one."""
-    if not config.indexer:
-        return None
-    keys = list(pager.layout.key_buffers.values())
-    return Indexer(MemoryIndexer.load(config.indexer).to(keys[0].device), observer, keys, pager.ledger.virtual_pages)
-
-
 def policies(
-    observer: QueryObserver, page_keys: PageKeys, softmax_scale: float, indexer: Indexer | None
+    config: LSAConfig, pager: Pager, observer: QueryObserver, page_keys: PageKeys, softmax_scale: float
 ) -> dict[str, Policy]:
-    """By name; ``full`` needs none."""
-    found: dict[str, Policy] = {
-        "recency": Recency(),
-        "random": Random(),
-        "quest": Quest(observer, page_keys, softmax_scale),
-    }
-    if indexer is not None:
-        found["indexer"] = indexer
-    return found
+    """Those that requests may ask for, by name; ``full`` needs none."""
+    parts = Parts(config, pager.layout, pager.ledger.virtual_pages, observer, page_keys, softmax_scale)
+    return {policy.name: policy.build(parts) for policy in needed(config)}
+
+
+def trained(policies: Mapping[str, Policy]) -> Policy | None:
+    """The policy that was trained for the model's weights, if the server was given one."""
+    return next((policy for name, policy in policies.items() if POLICIES[name].trained), None)
 
 
 def recorder(
@@ -91,12 +80,10 @@ def recorder(
     )
 
 
-def lookahead(
-    config: LSAConfig, pager: Pager, table: ResidentTable, policies: Mapping[str, Policy], indexer: Indexer | None
-) -> Lookahead:
+def lookahead(config: LSAConfig, pager: Pager, table: ResidentTable, policies: Mapping[str, Policy]) -> Lookahead:
     """On a CPU a refresh happens at once; on a GPU it is begun some steps before its window."""
     lead, lag = (config.prefetch_steps, SCORE_LAG) if pager.device.type == "cuda" else (0, 0)
-    thresholds = {} if indexer is None else {"indexer": indexer.indexer.config.threshold}
+    thresholds = {name: policy.threshold for name, policy in policies.items() if policy.calibrated}
     return Lookahead(config, pager, table, policies, lead, lag, thresholds)
 
 

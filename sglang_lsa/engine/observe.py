@@ -61,12 +61,18 @@ class QueryObserver:
 class PageKeys:
     """Key bounds of every complete page, by virtual page: ``[virtual_pages + 1, layers, 2, kv_heads, head_dim]``.
 
+    Args:
+        layers: to look at; without any, nothing is kept.
+
     Raises:
         ValueError: the layout has no keys to look at.
     """
 
     def __init__(self, virtual_pages: int, layout: KVLayout, layers: Sequence[int]):
         self.layout, self.layers = layout, tuple(layers)
+        if not self.layers:
+            self.table = torch.zeros(0, device=layout.device)
+            return
         padding = layout.keys(self.layers[0], torch.zeros(1, dtype=torch.int64, device=layout.device))
         if padding is None:
             raise ValueError(f"a {type(layout).__name__} shows no keys: the model's own index must choose pages")
@@ -75,7 +81,7 @@ class PageKeys:
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         """Remember pages that have just been filled, reading them from the device pool."""
-        if not len(virtual):
+        if not len(virtual) or not self.layers:
             return
         p, v = ids_on(self.table.device, np.stack((physical, virtual)))
         in_place = self.layout.key_buffers
@@ -131,8 +137,3 @@ def observed_layers(config: LSAConfig, layer_count: int) -> Sequence[int]:
     if wrong:
         raise ValueError(f"--lsa-observe-layers names layer {wrong[0]}: the model has layers 0 to {layer_count - 1}")
     return layers
-
-
-def observed_positions(config: LSAConfig) -> int:
-    """Recent positions whose queries are kept: as many as vote for quest, or for the indexer if that is more."""
-    return max(config.query_tokens, read_checkpoint_config(config.indexer).positions if config.indexer else 0)

@@ -21,9 +21,6 @@ from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
 
-BLIND = ("", "recency", "random")
-"""Policies whose scores do not come from what a request looks at."""
-
 
 class Refresher:
     """Takes every refresh from state to state.
@@ -116,10 +113,11 @@ class Refresher:
         scores = new.scores.values()
         self.counts.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
-        policy = "" if new.scores.failed else request.asked.policy
+        policy = None if new.scores.failed else self.scorer.policies[request.asked.policy]
         prompt = pages_spanned(request.prompt_tokens, self.pager.page)
-        upcoming = self._upcoming(request, new) if policy not in BLIND else ()
-        found = choose(self.rules, new.values, new.context, request.asked.budget, policy, prompt, upcoming)
+        upcoming = self._upcoming(request, new) if policy is not None and policy.queries else ()
+        name = "" if policy is None else request.asked.policy
+        found = choose(self.rules, new.values, new.context, request.asked.budget, name, prompt, upcoming)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
         if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)

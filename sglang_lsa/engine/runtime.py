@@ -88,11 +88,12 @@ class LSARuntime:
         self.graph_tokens = 0
         self.graphless_steps = 0
         """Decode steps that ran without a graph because they did not fit."""
-        self.indexer = build.indexer(config, pager, self.observer)
         self.recorder = build.recorder(config, pager.layout, self.page_keys, q_heads, softmax_scale, hidden_size)
         self.metrics = metrics
-        policies = build.policies(self.observer, self.page_keys, softmax_scale, self.indexer)
-        self.lookahead = build.lookahead(build.applicable(config, pager), pager, self.table, policies, self.indexer)
+        self.policies = build.policies(config, pager, self.observer, self.page_keys, softmax_scale)
+        self.indexer = build.trained(self.policies)
+        """The policy that was trained for the model's weights."""
+        self.lookahead = build.lookahead(build.applicable(config, pager), pager, self.table, self.policies)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = build.staging(config, pager)
@@ -103,7 +104,7 @@ class LSARuntime:
             pager, self.lookahead.sets, self.admission, self.requests, req_to_token, self.on_stream
         )
         if self.on_gpu:
-            compile_kernels(pager, self.table, self.observer, self.page_keys, self.indexer, self.staging, req_to_token)
+            compile_kernels(pager, self.table, self.observer, self.page_keys, self.policies, self.staging, req_to_token)
         self.finished: deque[Finished] = deque(maxlen=FINISHED_REMEMBERED)
         self.finished_requests = 0
         self.decoding: dict[int, Decoding] = {}
@@ -341,8 +342,8 @@ class LSARuntime:
         if len(pages):
             physical = self.pager.ledger.v2p[pages]
             self.page_keys.complete(pages, physical)
-            if self.indexer is not None:
-                self.indexer.complete(pages, physical)
+            for policy in self.policies.values():
+                policy.complete(pages, physical)
             self.pager.store(pages)
 
     def _update_metrics(self) -> None:

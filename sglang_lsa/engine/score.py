@@ -9,7 +9,7 @@ import torch
 
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.deferred_scores import Fetch
-from sglang_lsa.engine.policies import Policy
+from sglang_lsa.engine.policies import Policy, Recency
 from sglang_lsa.engine.request import Request
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,14 @@ class Scorer:
     """The policies of a server.
 
     Args:
-        policies: by name; ``full`` needs none, ``recency`` stands in for one that fails.
+        policies: by name; ``full`` needs none.
         device: on which scores are computed.
     """
 
     def __init__(self, policies: Mapping[str, Policy], device: torch.device, counts: Counts):
         self.policies, self.device, self.counts = policies, device, counts
+        self.stands_in = Recency()
+        """For a policy that fails."""
 
     def score(self, request: Request, complete: int) -> Fetch:
         """Queue the scores of the first ``complete`` pages; those of the most recent pages if the policy fails."""
@@ -44,6 +46,6 @@ class Scorer:
             logger.exception(
                 "LSA: scoring %s with %s failed; its most recent pages stay", request.rid, request.asked.policy
             )
-            fetch = Fetch.of(self.policies["recency"].score(request, pages))
+            fetch = Fetch.of(self.stands_in.score(request, pages))
             fetch.failed = True
             return fetch

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_lsa.config import LSAConfig
-from sglang_lsa.engine.observe import observed_layers, observed_positions
-from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.engine.observe import observed_layers
+from sglang_lsa.engine.policies import bounds_needed, needed, positions
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
@@ -39,10 +39,10 @@ class Needs:
         graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
         context_tokens: longest context that SGLang's table has room for.
         page: tokens of a page.
-        page_key_bytes: Quest's bytes for one page.
+        page_key_bytes: of the bounds of keys of one page.
         row_bytes: selector's bytes for one request.
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
-        indexer_bytes: a trained indexer's bytes for one page.
+        policy_bytes: what policies keep of one page themselves, by name.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
     """
 
@@ -53,7 +53,7 @@ class Needs:
     page_key_bytes: int
     row_bytes: int
     staging_bytes: int = 0
-    indexer_bytes: int = 0
+    policy_bytes: Mapping[str, int] = field(default_factory=dict)
     map_bytes: int = 4
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
@@ -68,7 +68,7 @@ class Needs:
             "graph_indices": graph * 4,
             "staging": self.staging_bytes,
         }
-        return overhead | ({"indexer": pages * self.indexer_bytes} if self.indexer_bytes else {})
+        return overhead | {name: pages * size for name, size in self.policy_bytes.items()}
 
 
 def selector_needs(
@@ -92,11 +92,11 @@ def selector_needs(
         kv_heads, head_dim, itemsize: of the keys that Quest looks at.
     """
     observed = len(observed_layers(config, layers))
-    page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
-    row_bytes = observed_positions(config) * observed * q_heads * head_dim * itemsize
-    indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
+    page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize if bounds_needed(config) else 0
+    row_bytes = positions(config) * observed * q_heads * head_dim * itemsize
+    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config))}
     staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
-    bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
+    bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)
     return Needs(rows, graph_batch, context_tokens, page.page_tokens, *bytes_)
 
 

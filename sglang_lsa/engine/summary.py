@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_lsa.config import FULL
 from sglang_lsa.engine.request import Request, Window
 from sglang_lsa.engine.selection import budget_pages
 
@@ -40,7 +41,7 @@ def describe(request: Request, min_pages: int) -> dict[str, Any]:
         "resident_pages": resident,
         "budget_pages": context if dense else budget_pages(context, request.asked.budget, min_pages),
         "window": request.window,
-        "policy": "full" if dense else request.asked.policy,
+        "policy": FULL if dense else request.asked.policy,
         "budget": request.asked.budget,
         "stalls": request.story.stalls,
         "shrunk": request.story.shrunk,

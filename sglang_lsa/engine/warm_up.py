@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
-from sglang_lsa.engine.policies import Policy, Quest
+from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Asked, Request
-from sglang_lsa.indexer.policy import Indexer
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import decode_indices, decode_pages, lanes_for, physical_slots
@@ -22,7 +23,7 @@ def compile_kernels(
     table: ResidentTable,
     observer: QueryObserver,
     page_keys: PageKeys,
-    indexer: Indexer | None,
+    policies: Mapping[str, Policy],
     staging: Staging,
     req_to_token: torch.Tensor,
 ) -> None:
@@ -32,14 +33,11 @@ def compile_kernels(
     queries = observer.buffer[0, :, 0].clone()
     for layer in observer.slot_of_layer:
         observer.observe(layer, queries[:1], rows, rows)
-    scorers: list[Policy] = [Quest(observer, page_keys, 1.0)]
-    if indexer is not None:
-        indexer.complete(padding, padding)
-        scorers.append(indexer)
-    request = Request("", 0, Asked("quest", 1.0), tokens=observer.positions)
-    for pages in (1, MANY_PAGES + 1):
-        for scorer in scorers:
-            scorer.score(request, np.zeros(pages, dtype=np.int64))
+    for name, policy in policies.items():
+        policy.complete(padding, padding)
+        request = Request("", 0, Asked(name, 1.0), tokens=observer.positions)
+        for pages in (1, MANY_PAGES + 1):
+            policy.score(request, np.zeros(pages, dtype=np.int64))
     physical_slots(rows, pager.v2p, pager.page)
     for batch in sorted({lanes_for(requests) for requests in range(1, table.rows)}):
         many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))

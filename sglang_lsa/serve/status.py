@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.serve.metrics import measure
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -16,71 +17,71 @@ if TYPE_CHECKING:
 
 def status(runtime: LSARuntime) -> dict[str, Any]:
     """Plain JSON values; bytes are bytes, pages are pages of 64 tokens."""
-    pager, ledger, lookahead = runtime.pager, runtime.pager.ledger, runtime.lookahead
+    values, pager, ledger = measure(runtime), runtime.pager, runtime.pager.ledger
     return {
         "policy": runtime.config.policy,
-        "budget": runtime.config.budget,
+        "budget": values["lsa_budget"],
         "window": runtime.config.window,
         **config_in_force(runtime),
         "rows": runtime.table.rows,
         "page_size": PAGE_SIZE,
         "page_bytes": pager.page_bytes,
-        "virtual": {"pages": ledger.virtual_pages, "allocated": ledger.allocated_pages},
+        "virtual": {"pages": values["lsa_virtual_pages"], "allocated": values["lsa_virtual_pages_allocated"]},
         "physical": {
-            "pages": ledger.physical_pages,
-            "held": ledger.held_pages,
-            "cached": ledger.device_pages - ledger.held_pages,
+            "pages": values["lsa_device_pages"],
+            "held": values["lsa_device_pages_held"],
+            "cached": values["lsa_device_pages_cached"],
             "free": ledger.physical_pages - ledger.device_pages,
-            "promised": pager.reservations.total,
+            "promised": values["lsa_promised_pages"],
             "kv_bytes": (ledger.physical_pages + 1) * pager.page_bytes,
             "overhead_bytes": overhead_bytes(runtime),
         },
         "host": {
-            "pages": ledger.host_pages,
-            "bytes": ledger.host_pages * pager.page_bytes,
-            "mirror_bytes": pager.mirror.nbytes,
+            "pages": values["lsa_host_pages"],
+            "bytes": values["lsa_host_bytes"],
+            "mirror_bytes": values["lsa_host_mirror_bytes"],
         },
         "recalls": {
-            "pages": ledger.recalls,
-            "bytes": ledger.recalls * pager.page_bytes,
-            "seconds": pager.transfer.recall_seconds,
-            "prefetched_pages": pager.prefetched_pages,
-            "late_pages": pager.late_pages,
-            "warmed_pages": pager.warmed_pages,
+            "pages": values["lsa_recalled_pages"],
+            "bytes": values["lsa_recalled_bytes"],
+            "seconds": values["lsa_recall_seconds"],
+            "prefetched_pages": values["lsa_prefetched_pages"],
+            "late_pages": values["lsa_late_pages"],
+            "warmed_pages": values["lsa_warmed_pages"],
         },
         "prefill": {
-            "streamed_passes": runtime.prefill.streamed_passes,
-            "streamed_pages": runtime.staging.staged_pages,
-            "streamed_bytes": runtime.staging.staged_pages * pager.page_bytes,
-            "resident_prompts": runtime.prefill.resident_prompts,
+            "streamed_passes": values["lsa_streamed_passes"],
+            "streamed_pages": values["lsa_streamed_pages"],
+            "streamed_bytes": values["lsa_streamed_pages"] * pager.page_bytes,
+            "resident_prompts": values["lsa_resident_prompts"],
         },
         "pressure": {
-            "admission_waits": runtime.admission.waits,
-            "shrunk_sets": lookahead.counts.shrunk,
-            "retractions": runtime.admission.pressed,
-            "host_evicted_pages": runtime.host_evicted_pages,
+            "admission_waits": values["lsa_admission_waits"],
+            "shrunk_sets": values["lsa_shrunk_sets"],
+            "retractions": values["lsa_retractions"],
+            "host_evicted_pages": values["lsa_host_evicted_pages"],
         },
         "weights": {
-            "updates": runtime.weight_updates,
-            "indexer_is_stale": runtime.weight_updates > 0 and runtime.indexer is not None,
+            "updates": values["lsa_weight_updates"],
+            "indexer_is_stale": bool(values["lsa_indexer_stale"]),
         },
         "failures": {
-            "refreshes": lookahead.counts.failures,
-            "batches": runtime.failed_batches,
-            "integrity": runtime.integrity_failures,
+            "refreshes": values["lsa_refresh_failures"],
+            "batches": values["lsa_failed_batches"],
+            "integrity": values["lsa_integrity_failures"],
         },
-        "stores": {"pages": pager.stored_pages, "bytes": pager.stored_pages * pager.page_bytes},
-        "evictions": ledger.evictions,
-        "refreshes": lookahead.counts.refreshes,
-        "refresh_host_seconds": lookahead.counts.host_seconds,
-        "refresh_device_seconds": lookahead.counts.device_seconds,
-        "stalls": lookahead.counts.stalls,
-        "graphless_steps": runtime.graphless_steps,
+        "stores": {"pages": values["lsa_stored_pages"], "bytes": values["lsa_stored_pages"] * pager.page_bytes},
+        "evictions": values["lsa_evicted_pages"],
+        "refreshes": values["lsa_refreshes"],
+        "refresh_host_seconds": values["lsa_refresh_host_seconds"],
+        "refresh_device_seconds": values["lsa_refresh_device_seconds"],
+        "stalls": values["lsa_stalls"],
+        "graphless_steps": values["lsa_graphless_steps"],
         "page_reads": pager.page_index.reads,
-        "fallbacks": lookahead.counts.fallbacks,
-        "widened_sets": lookahead.counts.widened,
-        "collapsed_sets": lookahead.counts.collapsed,
-        "radix": {"hit_tokens": runtime.prefill.radix_hit_tokens, "prompt_tokens": runtime.prefill.prompt_tokens},
+        "fallbacks": values["lsa_fallbacks"],
+        "widened_sets": values["lsa_widened_sets"],
+        "collapsed_sets": values["lsa_collapsed_sets"],
+        "radix": {"hit_tokens": values["lsa_prefix_hit_tokens"], "prompt_tokens": values["lsa_prompt_tokens"]},
         "running": running(runtime),
         "finished_requests": runtime.finished_requests,
         "decoding": {str(n): dataclasses.asdict(seen) for n, seen in runtime.decoding.items()},
@@ -119,6 +120,4 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "graph_indices": runtime.graph_tokens * 4,
         "staging": runtime.staging_bytes,
     }
-    if runtime.indexer is not None:
-        overhead["indexer"] = runtime.indexer.nbytes
-    return overhead
+    return overhead | {name: policy.nbytes for name, policy in runtime.policies.items() if policy.nbytes}

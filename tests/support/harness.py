@@ -14,6 +14,7 @@ import torch
 from simulated_gpu import LAYERS, SimulatedGPU
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -21,8 +22,10 @@ from sglang_lsa.memory.pager import Pager
 NONE = np.zeros(0, dtype=np.int64)
 
 
-class Wanted:
+class Wanted(Policy):
     """A policy that wants certain positions; or fails."""
+
+    queries = True
 
     def __init__(self) -> None:
         self.positions: list[int] = []

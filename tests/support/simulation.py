@@ -30,6 +30,7 @@ from simulated_scheduler import Scheduler
 from simulated_work import Req
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -50,8 +51,10 @@ IDLE_STEPS = 200
 """Steps in which nothing runs although requests wait, before that counts as stuck."""
 
 
-class Scores:
+class Scores(Policy):
     """Random scores; sometimes none, sometimes no numbers, sometimes an error."""
+
+    queries = True
 
     def __init__(self, chance: random.Random):
         self.chance = chance

@@ -1560,24 +1560,3 @@ def test_a_request_forgotten_before_its_first_set() -> None:
     server.lookahead.begin_step()
     server.lookahead.complete_first(["a"])
     assert server.pager.ledger.holders() == []
-
-
-# --- policies --------------------------------------------------------------------------------------------------------
-
-
-def test_recency_prefers_later_pages() -> None:
-    scores = Recency().score(Request("a", 1, Asked("recency", 0.5)), np.arange(5))
-    assert (np.diff(scores) > 0).all()
-    assert (scores > 0).all()
-    assert len(Recency().score(Request("a", 1, Asked("recency", 0.5)), np.arange(0))) == 0
-
-
-def test_random_pages_are_those_of_the_prompt_and_the_window() -> None:
-    def scores(seed: int, window: int) -> list[float]:
-        request = Request("a", 1, Asked("random", 0.5, False, seed), window=window)
-        return Random().score(request, np.arange(8)).tolist()
-
-    assert scores(7, 0) == scores(7, 0)
-    assert scores(7, 0) != scores(7, 1)
-    assert scores(7, 0) != scores(8, 0)
-    assert len(scores(7, -1)) == 8

@@ -23,6 +23,8 @@ from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.serve import metrics
+from sglang_lsa.serve.metric_table import METRICS, Counter
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.serve.status import overhead_bytes, status
 
@@ -74,7 +76,7 @@ def test_no_batch_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.add((lanes_for(len(rows)), seq_lens.dtype, rows.dtype, indptr.dtype, indices.dtype))
 
     monkeypatch.setattr("sglang_lsa.engine.warm_up.decode_indices", seen)
-    parts = runtime.observer, runtime.page_keys, runtime.indexer, runtime.staging, runtime.req_to_token
+    parts = runtime.observer, runtime.page_keys, runtime.policies, runtime.staging, runtime.req_to_token
     compile_kernels(runtime.pager, runtime.table, *parts)
     lanes = {lanes_for(batch) for batch in range(1, ROWS)}
     kinds = (torch.int32, torch.int64)
@@ -160,11 +162,19 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     """And the status is plain JSON."""
     runtime = make_runtime()
     values = measure(runtime)
-    assert sorted(values) == sorted([*GAUGES, *COUNTERS])
+    assert list(values) == [*GAUGES, *COUNTERS] == [metric.name for metric in METRICS]
     shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes, "lsa_coverage": 1.0}
     shown |= {"lsa_virtual_pages": 64, "lsa_host_mirror_bytes": runtime.pager.mirror.nbytes, "lsa_budget": 0.135}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)
+
+
+def test_a_row_of_the_table_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else has to be told of it."""
+    row = Counter("lsa_rows", "rows", "Rows of the table", lambda now: now.runtime.table.rows)
+    monkeypatch.setattr(metrics, "METRICS", (*METRICS, row))
+    assert measure(make_runtime())["lsa_rows"] == ROWS
+    assert metrics.markdown_table().endswith("\n| `sglang:lsa_rows_total` | counter | rows | Rows of the table |")
 
 
 def test_counters_are_those_of_their_owners() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import observe, sizing
+from sglang_lsa.engine.policies import indexer as policy
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import (
     HOST_SHARE,
@@ -181,13 +182,13 @@ def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.M
     """Its layers are observed, its keys are bytes, and as many positions are kept as vote for it or for quest."""
     heads = ((3, 0), (3, 9), (7, 31))
     shape = IndexerConfig(ModelShape(4096, 32, 32, 8, 128), heads, sub_keys=4, key_dim=64, positions=24)
-    for module in (sizing, observe):
+    for module in (policy, observe):
         monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens)
     page = mha_shape(64, 32, 8, 128, 128, 2)
     needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
     assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2
-    assert needs.indexer_bytes == 3 * 4 * 64
+    assert needs.policy_bytes == {"indexer": 3 * 4 * 64}
     assert needs.overhead(config, 4096, 64 * 100)["indexer"] == 101 * 3 * 4 * 64
     assert needs.row_bytes == ring * 2 * 32 * 128 * 2
 

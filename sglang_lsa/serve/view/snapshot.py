@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import FULL, PAGE_SIZE
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.serve.metrics import measure
@@ -75,7 +75,7 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
         "budget": context if dense else budget_pages(context, request.asked.budget, least),
         "window": request.window,
         "steps_left": max(0, min(request.steps_left, runtime.config.window)),
-        "policy": "full" if dense else request.asked.policy,
+        "policy": FULL if dense else request.asked.policy,
         "phase": "prefill" if request.window < 0 else "decode",
         "prefill": request.story.prefill,
         "coverage": request.story.coverage,

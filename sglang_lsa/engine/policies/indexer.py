@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.observe import QueryObserver
+from sglang_lsa.engine.policies.base import Parts, Policy
 from sglang_lsa.engine.request import Request
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.memory.transfer import ids_on
 
 
-class Indexer:
-    """Policy: the trained memory indexer.
+class Indexer(Policy):
+    """The trained memory indexer.
 
     Args:
         indexer: on the device of ``keys``.
@@ -24,6 +26,10 @@ class Indexer:
         keys: the model's key buffers, per layer ``[slots, kv_heads, head_dim]``.
         virtual_pages: that there can be.
     """
+
+    name = "indexer"
+    queries = True
+    calibrated = True
 
     def __init__(
         self, indexer: MemoryIndexer, observer: QueryObserver, keys: Sequence[torch.Tensor], virtual_pages: int
@@ -33,9 +39,23 @@ class Indexer:
         self.sources = [keys[layer] for layer in config.layers]
         shape = (virtual_pages + 1, len(config.key_heads), config.sub_keys, config.key_dim)
         self.table = torch.zeros(shape, dtype=torch.uint8, device=keys[0].device)
+        self.threshold = config.threshold
+
+    @classmethod
+    def build(cls, parts: Parts) -> Indexer:
+        keys = list(parts.layout.key_buffers.values())
+        indexer = MemoryIndexer.load(str(parts.config.indexer)).to(keys[0].device)
+        return cls(indexer, parts.observer, keys, parts.virtual_pages)
+
+    @classmethod
+    def positions(cls, config: LSAConfig) -> int:
+        return read_checkpoint_config(str(config.indexer)).positions
+
+    @classmethod
+    def page_bytes(cls, config: LSAConfig) -> int:
+        return read_checkpoint_config(str(config.indexer)).page_bytes
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
-        """Remember pages that have just been filled, reading them from the device pool."""
         if len(virtual):
             p, v = ids_on(self.table.device, np.stack((physical, virtual)))
             keys = torch.stack([pool.unflatten(0, (-1, PAGE_SIZE))[p] for pool in self.sources], dim=2)

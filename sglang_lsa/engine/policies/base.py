@@ -1,0 +1,82 @@
+"""A policy gives every complete page of a request a number, higher meaning needed sooner, and says what it needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.observe import PageKeys, QueryObserver
+from sglang_lsa.engine.request import Request
+from sglang_lsa.memory.layout.base import KVLayout
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a policy may be made of.
+
+    Attributes:
+        virtual_pages: that there can be.
+        observer: of recent queries.
+        page_keys: bounds of the keys of complete pages; of no layer where no policy looks at them.
+        softmax_scale: of the model.
+    """
+
+    config: LSAConfig
+    layout: KVLayout
+    virtual_pages: int
+    observer: QueryObserver
+    page_keys: PageKeys
+    softmax_scale: float
+
+
+class Policy(ABC):
+    """Scores the complete pages of a request. One file each; :func:`sglang_lsa.engine.policies.register` names it.
+
+    Attributes:
+        name: by which it is asked for.
+        queries: it looks at the recent queries of a request. What looks at none is a baseline, and stays one: no other
+            hint is followed for it.
+        page_keys: it looks at the bounds of the keys of pages.
+        calibrated: its scores are shares of attention, so that they can be added up, and have a threshold.
+        threshold: of a calibrated one: score from which on a page is worth keeping, unless configured.
+    """
+
+    name: ClassVar[str]
+    queries: ClassVar[bool] = False
+    page_keys: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    threshold: float = 0.0
+
+    @classmethod
+    def build(cls, parts: Parts) -> Policy:
+        """The one of a server."""
+        return cls()
+
+    @classmethod
+    def positions(cls, config: LSAConfig) -> int:
+        """Recent positions whose queries it lets vote, if it looks at queries."""
+        return config.query_tokens
+
+    @classmethod
+    def page_bytes(cls, config: LSAConfig) -> int:
+        """Device bytes that it keeps of a page itself."""
+        return 0
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes that it keeps itself."""
+        return 0
+
+    def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
+        """Remember pages that have just been filled, reading them from the device pool."""
+        return
+
+    @abstractmethod
+    def score(self, request: Request, pages: np.ndarray) -> np.ndarray | torch.Tensor:
+        """``pages``: virtual ids of the complete pages, int64 ``[n]``. Returns float ``[n]``, on the host or, queued
+        behind the forward pass, on the device."""
