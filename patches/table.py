@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sglang_lsa.patches import (
     anthropic_serving_handle_messages,
+    base_kv_cache_method_process_weights_after_loading,
     decode_cuda_graph_runner_can_run_graph,
     embedding_req_input_normalize_batch_and_arguments,
     forward_batch_init_new,
@@ -57,6 +58,7 @@ INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_
 """What lets a configuration in; changes nothing for a server that has none."""
 
 SERVING: tuple[Hook, ...] = (
+    base_kv_cache_method_process_weights_after_loading.HOOK,
     kv_cache_configurator_config_from_budget.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,

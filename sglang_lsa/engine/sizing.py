@@ -15,7 +15,7 @@ from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
-from sglang_lsa.memory.staging import staging_bytes, sums_bytes
+from sglang_lsa.memory.staging import decoded_bytes, staging_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ def round_up_gb(bytes_: int) -> float:
     return math.ceil(bytes_ / GB * 100) / 100
 
 
+FP8 = 1
+"""Bytes of one number of KV in FP8."""
 LARGEST_SHARE = 0.5
 """No resident set is predicted larger than this part of the device pool, whatever its budget."""
 
@@ -91,13 +93,14 @@ def selector_needs(
     """What the observers, page keys and staging take, for pages and a model of this shape.
 
     Args:
-        kv_heads, head_dim, itemsize: of the keys that Quest looks at.
+        kv_heads, head_dim, itemsize: of the keys that Quest looks at, and of queries.
     """
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize
     row_bytes = observed_positions(config) * observed * q_heads * head_dim * itemsize
     indexer_bytes = read_checkpoint_config(config.indexer).page_bytes if config.indexer else 0
-    staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
+    staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
+    staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, indexer_bytes, map_bytes)
     return Needs(rows, graph_batch, context_tokens, *bytes_, page.page_tokens)
 
@@ -129,14 +132,20 @@ def server_needs(
         q_heads=model.num_attention_heads // tp_size,
         kv_heads=model.get_num_kv_heads(tp_size),
         head_dim=model.head_dim,
-        itemsize=itemsize,
+        itemsize=shown_itemsize(model, itemsize),
         map_bytes=4 if on_gpu else 8,
     )
 
 
 def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
     """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
-    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
+    shape = model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize
+    return mha_shape(PAGE_SIZE, layers, *shape, decoded=shown_itemsize(model, itemsize) if itemsize == FP8 else 0)
+
+
+def shown_itemsize(model: Any, itemsize: int) -> int:
+    """Bytes of one number of KV as it is shown: FP8 is in the type that the model computes in."""
+    return model.dtype.itemsize if itemsize == FP8 else itemsize
 
 
 def largest_set(physical_pages: int, columns: int) -> float:
