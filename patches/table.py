@@ -58,10 +58,10 @@ INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_
 """What lets a configuration in; changes nothing for a server that has none."""
 
 SERVING: tuple[Hook, ...] = (
-    base_kv_cache_method_process_weights_after_loading.HOOK,
     kv_cache_configurator_config_from_budget.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,
+    base_kv_cache_method_process_weights_after_loading.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,
     forward_batch_init_new.HOOK,
     decode_cuda_graph_runner_can_run_graph.HOOK,
