@@ -50,9 +50,12 @@ def test_stocks_tokens_from_half_the_bytes(servers: tuple[ServerProcess, ServerP
     for prompt, tokens in (*fitting, *beyond, *beyond[:1]):
         options = {"budget": 1.0} if tokens > 1 else {}
         (expected, known), (answer, chances) = seen(stock, prompt, tokens), seen(lsa, prompt, tokens, **options)
-        print(f"{len(known)} tokens: largest difference {np.abs(known - chances).max():.1e}")
+        apart = np.abs(known - chances)
+        print(f"{len(known)} tokens: mean {apart.mean():.1e}, largest {apart.max():.1e}")
         assert answer == expected
-        assert np.abs(known - chances).max() < 2e-3
+        # Sums of parts are rounded otherwise, and a key at the border of two FP8 numbers may become the other one.
+        assert apart.max() < (1e-4 if options else 0.1)
+        assert apart.mean() < 1e-3
     status = lsa.get("/lsa/status")
     assert status["prefill"]["streamed_pages"] > 20
     assert status["stores"]["bytes"] == status["stores"]["pages"] * 64 * LAYERS * 2 * HEADS * HEAD_DIM

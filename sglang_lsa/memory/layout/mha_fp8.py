@@ -43,7 +43,9 @@ class MhaFp8Layout(KVLayout):
         self._scales = scales
 
     def keys(self, layer: int, physical: torch.Tensor) -> torch.Tensor:
-        return self._decode(self.raw.keys(layer, physical), self.scales(layer)[0])
+        bytes_ = self.by_layer[layer][0].buffer[physical]  # not every torch picks rows of float8
+        numbers = bytes_.view(self.raw.compute_dtype).view(-1, self.page_tokens, self.kv_heads, self.head_dim)
+        return self._decode(numbers, self.scales(layer)[0])
 
     def staged(self, layer: int, block: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, ``[tokens, kv_heads, head_dim]``, in tensors of their own."""
