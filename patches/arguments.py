@@ -21,6 +21,10 @@ from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.releases import RELEASES
 
 
+FP8 = 1
+"""Bytes of one number of KV in FP8."""
+
+
 def extra_context(server_args: Any) -> int:
     """Tokens that a row of SGLang's table has room for beyond the context of the model."""
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
@@ -74,14 +78,20 @@ def server_needs(
         q_heads=model.num_attention_heads // tp_size,
         kv_heads=model.get_num_kv_heads(tp_size),
         head_dim=model.head_dim,
-        itemsize=itemsize,
+        itemsize=shown_itemsize(model, itemsize),
         map_bytes=4 if on_gpu else 8,
     )
 
 
 def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
     """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
-    return mha_shape(PAGE_SIZE, layers, model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize)
+    shape = model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize
+    return mha_shape(PAGE_SIZE, layers, *shape, decoded=shown_itemsize(model, itemsize) if itemsize == FP8 else 0)
+
+
+def shown_itemsize(model: Any, itemsize: int) -> int:
+    """Bytes of one number of KV as it is shown: FP8 is in the type that the model computes in."""
+    return model.dtype.itemsize if itemsize == FP8 else itemsize
 
 
 def free_memory_of_cpu() -> int:

@@ -26,7 +26,8 @@ BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_atten
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
-KV_DTYPES = ("auto", "bfloat16", "bf16")
+BF16 = ("bfloat16", "bf16")
+KV_DTYPES = ("auto", *BF16, "fp8_e4m3", "fp8_e5m2")
 
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     # (attribute, value that is fine, what to do)
@@ -140,7 +141,12 @@ def kv_problems(server_args: Any, model: Any) -> list[str]:
     asked, computed = server_args.kv_cache_dtype, str(model.dtype).removeprefix("torch.")
     if asked not in KV_DTYPES:
         return [f"--kv-cache-dtype {asked}: not supported with LSA yet: use one of {', '.join(KV_DTYPES)}"]
-    if server_args.device == "cuda" and asked != "auto" and computed != "bfloat16":
+    if asked == "fp8_e4m3" and server_args.quantization_param_path is not None:
+        return [
+            f"--quantization-param-path {server_args.quantization_param_path}: not supported with LSA: SGLang divides "
+            "KV by these scales and reads it without them; leave it out, or use a checkpoint that has its scales"
+        ]
+    if server_args.device == "cuda" and asked in BF16 and computed != "bfloat16":
         return [
             f"--kv-cache-dtype {asked}, but the model computes in {computed}: not supported with LSA on a GPU yet: "
             "leave the flag out, or use --dtype bfloat16"

@@ -16,7 +16,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     from sglang_lsa.memory.pager import Pager
     from sglang_lsa.patches.compatibility import Unsupported
     from sglang_lsa.patches.layouts import layout_of
-    from sglang_lsa.patches.model_guard import problems
+    from sglang_lsa.patches.model_guard import kv_scales, problems
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 
     pool = token_to_kv_pool
@@ -28,9 +28,11 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
         window=self.sliding_window_size,
         model_dtype=self.model_dtype,
         record=self.server_args.lsa_config.record is not None,
+        kv_dtype_asked=self.server_args.kv_cache_dtype,
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
-    pager = Pager(layout_of(pool, PAGE_SIZE), sizes.max_total_num_tokens // PAGE_SIZE)
+    layout = layout_of(pool, PAGE_SIZE, self.model_dtype, kv_scales(self.model, self.device))
+    pager = Pager(layout, sizes.max_total_num_tokens // PAGE_SIZE)
     size = pager.ledger.virtual_pages * PAGE_SIZE
     return VirtualPageAllocator(size, PAGE_SIZE, self.kv_cache_dtype, self.device, pool, pager)
 

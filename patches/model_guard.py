@@ -7,6 +7,7 @@ themselves. Refused before anything is loaded is only what is sure then; see :mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,13 @@ from sglang.srt.configs.model_config import ModelConfig, is_minimax_sparse
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_lsa.patches.layouts import LAYOUTS
+from sglang_lsa.memory.layout.mha_fp8 import Scales
+from sglang_lsa.patches.layouts import FP8_DTYPES, LAYOUTS
+
+logger = logging.getLogger(__name__)
 
 KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BFLOAT16 = "use --kv-cache-dtype bfloat16"
 NOT_YET = "not supported with LSA yet"
 
 
@@ -44,6 +49,22 @@ def softmax_scale(model: torch.nn.Module) -> float:
     return float(attention_layers(model)[0].scaling)
 
 
+def kv_scales(model: torch.nn.Module, device: str) -> Scales:
+    """By what SGLang divides keys and values of a layer before they become FP8, asked for when they are needed.
+
+    On a CPU by nothing: ``torch_native`` leaves scales out where it stores and where it reads.
+    """
+    if device == "cpu":
+        return lambda layer: (1.0, 1.0)
+    by_layer = {layer.layer_id: layer for layer in attention_layers(model)}
+
+    def scales(layer: int) -> tuple[float, float]:
+        found = by_layer[layer].k_scale_float, by_layer[layer].v_scale_float
+        return 1.0 if found[0] is None else found[0], 1.0 if found[1] is None else found[1]
+
+    return scales
+
+
 def problems(
     model: torch.nn.Module,
     pool: Any,
@@ -53,6 +74,7 @@ def problems(
     window: int | None,
     model_dtype: torch.dtype,
     record: bool = False,
+    kv_dtype_asked: str = "auto",
 ) -> list[str]:
     """What about a loaded model and its KV pool LSA cannot work with, one line each.
 
@@ -64,11 +86,13 @@ def problems(
         window: tokens of the sliding window that SGLang resolved for its attention backend, None for none.
         model_dtype: of queries.
         record: attention is recorded, which is computed without SGLang's kernels.
+        kv_dtype_asked: what ``--kv-cache-dtype`` says.
     """
     if type(pool) not in LAYOUTS:
         return [f"{name}: SGLang keeps its KV in a {type(pool).__name__}: {NOT_YET}: serve it without --lsa flags"]
     layers = attention_layers(model)
     found = _layout_problems(pool) + _dtype_problems(pool, model_dtype) + _order_problems(name, layers, pool)
+    found += _scale_problems(name, layers, pool, kv_dtype_asked)
     found += _kind_problems(name, layers, window, record)
     return found + _shape_problems(name, layers, pool, q_heads)
 
@@ -91,13 +115,30 @@ def _layout_problems(pool: MHATokenToKVPool) -> list[str]:
 def _dtype_problems(pool: MHATokenToKVPool, model_dtype: torch.dtype) -> list[str]:
     """The pool's own type: with ``--kv-cache-dtype auto`` the checkpoint may have decided it."""
     kept, computed = (str(dtype).removeprefix("torch.") for dtype in (pool.dtype, model_dtype))
+    if pool.dtype in FP8_DTYPES and not pool.is_quantized_kv_cache:
+        return []
     if pool.dtype not in KV_DTYPES or pool.store_dtype != pool.dtype:
-        return [
-            f"KV is kept in {kept}, as --kv-cache-dtype or the checkpoint asks for: {NOT_YET}: "
-            "use --kv-cache-dtype bfloat16"
-        ]
+        return [f"KV is kept in {kept}, as --kv-cache-dtype or the checkpoint asks for: {NOT_YET}: {BFLOAT16}"]
     if pool.k_buffer[0].is_cuda and pool.dtype != model_dtype:
         return [f"KV is kept in {kept}, the model computes in {computed}: {NOT_YET} on a GPU: use --dtype {kept}"]
+    return []
+
+
+def _scale_problems(
+    name: str, layers: Sequence[RadixAttention], pool: MHATokenToKVPool, kv_dtype_asked: str
+) -> list[str]:
+    """SGLang takes 1 for a scale of FP8 KV that a checkpoint lacks, which is wrong if it was made with another."""
+    if pool.dtype not in FP8_DTYPES:
+        return []
+    missing = [layer.layer_id for layer in layers if getattr(layer, "lsa_lacks_scales", layer.k_scale is None)]
+    if missing and kv_dtype_asked == "auto":
+        return [
+            f"{name} asks for FP8 KV and has no scales for {_some(missing)} of {len(layers)}: "
+            f"{BFLOAT16}, or --kv-cache-dtype fp8_e4m3 to serve it with scales of 1"
+        ]
+    if missing:
+        where = f"{_some(missing)} of {len(layers)}"
+        logger.warning("LSA: %s has no scales of FP8 KV for %s: as SGLang does, 1 is taken", name, where)
     return []
 
 

@@ -87,8 +87,8 @@ def seen_after_load(server_args: Any) -> list[str]:
         )
     if server_args.kv_cache_dtype == "auto" and model.quantization is not None:
         notes.append(
-            f"it is quantized ({model.quantization}): whether it asks for FP8 KV is seen when it is loaded, and the "
-            "server refuses it then; --kv-cache-dtype bfloat16 keeps KV in bfloat16"
+            f"it is quantized ({model.quantization}): whether it asks for FP8 KV is seen when it is loaded; the pools "
+            "then hold more tokens than planned here, as --kv-cache-dtype fp8_e4m3 shows"
         )
     return notes
 

@@ -141,6 +141,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "kv_cache_dtype",
         "max_running_requests",
         "prefill_attention_backend",
+        "quantization_param_path",
         "sampling_backend",
         "served_model_name",
         "sleep_on_idle",

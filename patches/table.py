@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sglang_lsa.patches import (
     anthropic_serving_handle_messages,
+    base_kv_cache_method_process_weights_after_loading,
     decode_cuda_graph_runner_can_run_graph,
     embedding_req_input_normalize_batch_and_arguments,
     forward_batch_init_new,
@@ -60,6 +61,7 @@ SERVING: tuple[Hook, ...] = (
     kv_cache_configurator_config_from_budget.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,
+    base_kv_cache_method_process_weights_after_loading.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,
     forward_batch_init_new.HOOK,
     decode_cuda_graph_runner_can_run_graph.HOOK,

@@ -23,6 +23,7 @@ from sglang_lsa.engine.policies import Indexer
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
+from sglang_lsa.memory.layout.mha import MhaLayout
 
 TOKENS = (32_768, 131_072, 524_288)
 BATCHES = (1, 16)
@@ -58,7 +59,7 @@ def measure(indexer: MemoryIndexer, tokens: int, batch: int) -> dict[str, float]
         batch, config.positions, config.layers, shape.q_heads, shape.head_dim, torch.bfloat16, "cuda"
     )
     observer.buffer.normal_()
-    policy = Indexer(indexer, observer, pool, pages * batch)
+    policy = Indexer(indexer, observer, MhaLayout(pool, pool, PAGE_SIZE), pages * batch)
     policy.table.copy_(to_8_bits(torch.randn((1, *policy.table.shape[1:]), device="cuda")).expand_as(policy.table))
     requests = [Request(str(row), row, Asked("indexer", 0.135), tokens=tokens) for row in range(batch)]
     own = [np.arange(pages) + 1 + row * pages for row in range(batch)]

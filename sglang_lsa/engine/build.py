@@ -16,7 +16,7 @@ from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
-from sglang_lsa.memory.staging import Staging, sums_bytes
+from sglang_lsa.memory.staging import Staging, decoded_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,14 @@ def applicable(config: LSAConfig, pager: Pager) -> LSAConfig:
 
 def observer(config: LSAConfig, layout: KVLayout, rows: int, q_heads: int) -> QueryObserver:
     """Of the recent queries of ``rows`` requests."""
-    keys = list(layout.key_buffers.values())
-    layers = observed_layers(config, len(keys))
-    head_dim, dtype, device = keys[0].shape[2], keys[0].dtype, keys[0].device
-    return QueryObserver(rows, positions(config), layers, q_heads, head_dim, dtype, device)
+    layers = observed_layers(config, len(layout.by_layer))
+    of_queries = layout.head_dim, layout.compute_dtype, layout.device
+    return QueryObserver(rows, positions(config), layers, q_heads, *of_queries)
 
 
 def page_keys(config: LSAConfig, pager: Pager) -> PageKeys:
     """Bounds of the keys of every virtual page, in the layers whose queries are observed, if anything looks at them."""
-    layers = observed_layers(config, len(pager.layout.key_buffers)) if bounds_needed(config) else ()
+    layers = observed_layers(config, len(pager.layout.by_layer)) if bounds_needed(config) else ()
     return PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
 
 
@@ -73,10 +72,9 @@ def recorder(
     """What writes training data, if the server was told to."""
     if not config.record:
         return None
-    keys = list(layout.key_buffers.values())
-    layers = observed_layers(config, len(keys))
+    layers = observed_layers(config, len(layout.by_layer))
     return Recorder(
-        config.record, layers, config.query_tokens, keys, q_heads, softmax_scale, page_keys.table, hidden_size
+        config.record, layers, config.query_tokens, layout, q_heads, softmax_scale, page_keys.table, hidden_size
     )
 
 
@@ -94,5 +92,5 @@ def staging(config: LSAConfig, pager: Pager) -> Staging:
 
 def staging_bytes(staging: Staging, layout: KVLayout, chunk_tokens: int | None, q_heads: int) -> int:
     """Device bytes that prompts need to read the host mirror; no context enters."""
-    keys = next(iter(layout.key_buffers.values()))
-    return staging.nbytes + sums_bytes(chunk_tokens or 0, q_heads, keys.shape[2])
+    sums = sums_bytes(chunk_tokens or 0, q_heads, layout.head_dim)
+    return staging.nbytes + decoded_bytes(staging.pages, layout.shape) + sums

@@ -13,7 +13,7 @@ from sglang_lsa.engine.policies import bounds_needed, needed, positions
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
-from sglang_lsa.memory.staging import staging_bytes, sums_bytes
+from sglang_lsa.memory.staging import decoded_bytes, staging_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +89,14 @@ def selector_needs(
     """What the observers, page keys and staging take, for pages and a model of this shape.
 
     Args:
-        kv_heads, head_dim, itemsize: of the keys that Quest looks at.
+        kv_heads, head_dim, itemsize: of the keys that Quest looks at, and of queries.
     """
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize if bounds_needed(config) else 0
     row_bytes = positions(config) * observed * q_heads * head_dim * itemsize
     policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config))}
-    staging = staging_bytes(config.staging_pages, page) + sums_bytes(chunk_tokens, q_heads, head_dim)
+    staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
+    staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)
     return Needs(rows, graph_batch, context_tokens, page.page_tokens, *bytes_)
 

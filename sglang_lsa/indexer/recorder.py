@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS
+from sglang_lsa.config import RECORDED_POSITIONS
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.step import Step
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
 from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,14 @@ class Part:
     Attributes:
         offset: where the request's tokens begin in the pass.
         first, stop: their positions in the request.
-        slots: int64 ``[stop]`` physical slots of all its tokens so far.
+        pages: int64 physical pages of all its tokens so far.
     """
 
     document: Document
     offset: int
     first: int
     stop: int
-    slots: torch.Tensor
+    pages: torch.Tensor
 
     @property
     def observed(self) -> slice:
@@ -74,7 +75,7 @@ class Recorder:
         folder: where recordings go, one file per request, named after it.
         layers: decoder layers whose queries and keys are kept.
         positions: recent positions that vote in the scores of training-free policies.
-        keys: the model's key buffers, per layer ``[slots, kv_heads, head_dim]``.
+        layout: shows the model's keys.
         q_heads, softmax_scale: of the model.
         table: key bounds of every page, for the scores of quest; see ``PageKeys``.
         hidden_size: of the model.
@@ -85,14 +86,14 @@ class Recorder:
         folder: str | pathlib.Path,
         layers: Sequence[int],
         positions: int,
-        keys: Sequence[torch.Tensor],
+        layout: KVLayout,
         q_heads: int,
         softmax_scale: float,
         table: torch.Tensor,
         hidden_size: int,
     ):
         self.folder = pathlib.Path(folder)
-        self.layers, self.positions, self.keys = tuple(layers), positions, keys
+        self.layers, self.positions, self.layout = tuple(layers), positions, layout
         self.q_heads, self.scale, self.table, self.hidden_size = q_heads, softmax_scale, table, hidden_size
         self.documents: dict[str, Document] = {}
         self.written = 0
@@ -115,15 +116,16 @@ class Recorder:
             if request.asked.record and first == 0:
                 self.documents[request.key] = self._open(request)
             if request.key in self.documents:
-                pages = torch.from_numpy(v2p[request.pages].astype(np.int64))
-                slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:tokens]
-                self.parts.append(Part(self.documents[request.key], offset, first, tokens, slots.to(self.table.device)))
+                places = v2p[request.pages[: pages_spanned(tokens, self.layout.page_tokens)]].astype(np.int64)
+                pages = torch.from_numpy(places).to(self.table.device)
+                self.parts.append(Part(self.documents[request.key], offset, first, tokens, pages))
             offset += tokens - first
 
     def _open(self, request: Request) -> Document:
         start = max(0, request.prompt_tokens - request.asked.record) // BLOCK * BLOCK
         total = request.prompt_tokens + request.new_tokens
-        shape = (-(-(total - start) // BLOCK), len(self.keys) * self.q_heads, pages_spanned(total, PAGE_SIZE))
+        pages = pages_spanned(total, self.layout.page_tokens)
+        shape = (-(-(total - start) // BLOCK), len(self.layout.by_layer) * self.q_heads, pages)
         mass = torch.zeros(shape, dtype=torch.float16, device=self.table.device)
         return Document(request.rid, request.prompt_tokens, start, max(0, start - RECORDED_POSITIONS), mass)
 
@@ -142,7 +144,9 @@ class Recorder:
                 continue
             asked = queries[part.offset + begin - part.first : part.offset + part.stop - part.first]
             at = torch.arange(begin, part.stop, device=queries.device)
-            mass = attention_mass(asked, self.keys[layer], part.slots, at, self.scale, PAGE_SIZE)
+            keys = self.layout.keys_of((layer,), part.pages).flatten(0, 2)  # as they will be read, one after the other
+            slots = torch.arange(part.stop, device=queries.device)
+            mass = attention_mass(asked, keys, slots, at, self.scale, self.layout.page_tokens)
             rows = document.mass[:, layer * self.q_heads : (layer + 1) * self.q_heads, : mass.shape[2]]
             block = ((at - document.start) // BLOCK)[:, None, None].expand(mass.shape)
             rows.scatter_reduce_(0, block, mass.half(), "amax")
@@ -170,18 +174,18 @@ class Recorder:
         input_ids = torch.from_numpy(request.text(document.tokens))
         complete = len(input_ids)
         blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
-        full = request.pages[: pages_complete(complete, PAGE_SIZE)]
+        full = request.pages[: pages_complete(complete, self.layout.page_tokens)]
         if blocks <= 0 or not len(full):
             logger.warning("LSA: %s has only %d tokens and was not recorded", request.rid, complete)
             return
         virtual, physical = (torch.from_numpy(ids.astype(np.int64)).to(self.table.device) for ids in (full, v2p[full]))
         anchors = [document.start + BLOCK * block for block in range(blocks)]
         queries = torch.cat(document.queries)
-        spanned = pages_spanned(complete, PAGE_SIZE)
+        spanned = pages_spanned(complete, self.layout.page_tokens)
         tensors = {
             "input_ids": input_ids.int(),
             "queries": queries[: complete - document.first],
-            "runs": key_runs(self._page_keys(physical)).to(queries.dtype),
+            "runs": key_runs(self.layout.keys_of(self.layers, physical)).to(queries.dtype),
             "mass": document.mass[:blocks, :, :spanned],
             "quest": self._scores(document, queries, anchors, self.table[virtual]),
             "mean_key": self._scores(document, queries, anchors, self._mean_keys(physical)),
@@ -192,7 +196,7 @@ class Recorder:
             "start": document.start,
             "first": document.first,
             "layers": list(self.layers),
-            "model_layers": len(self.keys),
+            "model_layers": len(self.layout.by_layer),
             "hidden_size": self.hidden_size,
             "q_heads": self.q_heads,
         }
@@ -211,16 +215,12 @@ class Recorder:
         for row, anchor in enumerate(anchors):
             stop = anchor - document.first
             recent = queries[max(0, stop - self.positions) : stop]
-            known = torch.arange(pages_complete(anchor, PAGE_SIZE), device=queries.device)
+            known = torch.arange(pages_complete(anchor, self.layout.page_tokens), device=queries.device)
             if len(recent) and len(known):
                 scores[row, : len(known)] = bound_score(recent, table, known, self.scale).half()
         return scores
 
-    def _page_keys(self, physical: torch.Tensor) -> torch.Tensor:
-        """``[pages, page, layers, kv_heads, head_dim]``."""
-        return torch.stack([self.keys[layer].unflatten(0, (-1, PAGE_SIZE))[physical] for layer in self.layers], dim=2)
-
     def _mean_keys(self, physical: torch.Tensor) -> torch.Tensor:
         """Of the form of key bounds, but both bounds of a page are its mean key."""
-        means = self._page_keys(physical).float().mean(dim=1)
-        return torch.stack((means, means), dim=2).to(self.keys[0].dtype)
+        means = self.layout.keys_of(self.layers, physical).float().mean(dim=1)
+        return torch.stack((means, means), dim=2).to(self.layout.compute_dtype)

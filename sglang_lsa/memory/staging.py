@@ -22,6 +22,14 @@ def staging_bytes(pages: int, shape: PageShape) -> int:
     return 2 * max(_bounds(pages, widths)[-1] for widths in shape.layers)
 
 
+def decoded_bytes(pages: int, shape: PageShape) -> int:
+    """Device bytes of what attention reads of two blocks of ``pages`` pages, where it cannot read them as they lie.
+
+    Two: a block is decoded while whoever read the one before may still hold it.
+    """
+    return 2 * pages * max(map(sum, shape.layers)) * shape.decoded
+
+
 def _bounds(pages: int, widths: Sequence[int]) -> list[int]:
     """Where in a buffer the pages of each piece of a layer begin, and the last ones end, in bytes."""
     return [0, *np.cumsum([-(-pages * width // ALIGNED) * ALIGNED for width in widths]).tolist()]
@@ -113,10 +121,13 @@ class StagedPages:
             for event in staging.free:
                 event.record()  # what was queued before may still read the buffers
 
-    def layer(self, layer: int) -> Iterator[Any]:
+    def layer(self, layer: int, raw: bool = False) -> Iterator[Any]:
         """Of each block what attention reads, see :meth:`KVLayout.staged`, valid until the next one is asked for.
 
         A layer without pages has no blocks.
+
+        Args:
+            raw: attention reads the type in which the pool keeps KV, see :meth:`KVLayout.staged_raw`.
 
         Raises:
             RuntimeError: layers are not asked for in their order.
@@ -130,9 +141,9 @@ class StagedPages:
                 due = (*layers, layers[-1] + 1)[self._next // len(self.blocks)]
                 raise RuntimeError(f"layer {layer} was asked for when {due} was next")
             self._next += 1
-            yield self._take(item)
+            yield self._take(item, raw)
 
-    def _take(self, item: int) -> Any:
+    def _take(self, item: int, raw: bool) -> Any:
         staging, slot = self.staging, item % 2
         if staging.copies is None:
             self._fill(item)
@@ -146,7 +157,8 @@ class StagedPages:
             staging.compute().wait_event(staging.filled[slot])
         layer, block = divmod(item, len(self.blocks))
         pages = len(self.blocks[block])
-        return staging.layout.staged(staging.layers[layer], tuple(part[:pages] for part in staging.parts[slot][layer]))
+        read = staging.layout.staged_raw if raw else staging.layout.staged
+        return read(staging.layers[layer], tuple(part[:pages] for part in staging.parts[slot][layer]))
 
     def _fill(self, item: int) -> None:
         staging, slot = self.staging, item % 2

@@ -13,10 +13,11 @@ from sglang_lsa.engine.observe import PageKeys
 from sglang_lsa.kernels.page_table import resident_slots
 from sglang_lsa.memory.layout.base import KVLayout, Piece, as_pages
 from sglang_lsa.memory.layout.mha import MhaLayout, mha_shape
+from sglang_lsa.memory.layout.mha_fp8 import MhaFp8Layout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.progress import Done, Progress
 from sglang_lsa.memory.resident_table import ResidentTable
-from sglang_lsa.memory.staging import Staging, staging_bytes
+from sglang_lsa.memory.staging import Staging, decoded_bytes, staging_bytes
 
 # --- the bytes of a page ---------------------------------------------------------------------------------------------
 
@@ -168,6 +169,118 @@ def test_bounds_of_odd_keys() -> None:
     keys = server.content[[1, 2], 160:288].view(2, PAGE, 1, 8).float()
     assert torch.equal(remembered.table[[1, 2], 0, 0], keys.amin(dim=1))
     assert torch.equal(remembered.table[[1, 2], 0, 1], keys.amax(dim=1))
+
+
+# --- FP8 -------------------------------------------------------------------------------------------------------------
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = {0: (0.37, 2.5), 1: (1.0, 1.0), 2: (3.0, 0.01)}
+HEADS, DIM = 2, 8
+
+
+class Fp8:
+    """Three layers of random numbers in FP8, mirrored; ``shown`` is what they stand for, in float32."""
+
+    def __init__(self, stored: torch.dtype, computed: torch.dtype):
+        made = torch.Generator().manual_seed(7)
+        shape = (2, 3, VIRTUAL + 1, PAGE, HEADS, DIM)
+        self.content = (torch.randn(shape, generator=made) * 3).to(stored)
+        pools = [[torch.zeros((PHYSICAL + 1) * PAGE, HEADS, DIM, dtype=torch.uint8) for _ in SCALES] for _ in range(2)]
+        self.layout = MhaFp8Layout(*pools, PAGE, stored, computed, SCALES.__getitem__)
+        self.pager = Pager(self.layout, VIRTUAL)
+        self.pager.ledger.allocate(range(1, VIRTUAL + 1))
+
+    def shown(self, which: int, layer: int, pages: list[int]) -> torch.Tensor:
+        return self.content[which, layer, pages].float() * SCALES[layer][which]
+
+    def use(self, holder: str, pages: list[int]) -> None:
+        assert self.pager.hold(holder, pages)
+        for layer, pieces in self.layout.by_layer.items():
+            for which, piece in enumerate(pieces):
+                content = self.content[which, layer, pages].view(torch.uint8)
+                piece.buffer[self.pager.v2p[pages].long()] = content.flatten(1)
+        self.pager.store(np.array(pages))
+        self.pager.forget(holder)
+
+
+def test_an_fp8_page_has_a_byte_for_each_number() -> None:
+    layout = Fp8(torch.float8_e4m3fn, torch.bfloat16).layout
+    assert layout.shape == mha_shape(PAGE, 3, HEADS, DIM, DIM, 1, decoded=2)
+    assert 2 * layout.page_bytes == mha_shape(PAGE, 3, HEADS, DIM, DIM, 2).page_bytes
+    assert (layout.kv_heads, layout.head_dim, layout.compute_dtype) == (HEADS, DIM, torch.bfloat16)
+    assert not layout.key_buffers
+    assert decoded_bytes(5, layout.shape) == 2 * 5 * PAGE * 2 * HEADS * DIM * 2
+    assert decoded_bytes(5, mha_shape(PAGE, 3, HEADS, DIM, DIM, 2)) == 0
+
+
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", FP8)
+def test_fp8_pages_come_back_as_they_left(stored: torch.dtype, computed: torch.dtype) -> None:
+    """Evicted and recalled; their keys are the dequantised ones, in the type of the model."""
+    server = Fp8(stored, computed)
+    server.use("a", [1, 2, 3])
+    server.use("b", [4, 5, 6, 7])
+    assert not server.pager.ledger.on_device([1, 2, 3]).any()
+    for piece in server.layout.pieces:
+        piece.buffer.zero_()
+    assert server.pager.hold("c", [3, 1, 2])
+    places = server.pager.v2p[[3, 1, 2]].long()
+    for layer in SCALES:
+        assert torch.equal(server.layout.keys(layer, places), server.shown(0, layer, [3, 1, 2]).to(computed))
+    together = server.layout.keys_of((2, 0), places)
+    assert together.shape == (3, PAGE, 2, HEADS, DIM)
+    assert torch.equal(together[:, :, 1], server.layout.keys(0, places))
+    server.pager.ledger.check()
+
+
+@pytest.mark.parametrize("stored", FP8)
+def test_fp8_pages_are_streamed(stored: torch.dtype) -> None:
+    """As the model's numbers, or as they lie for attention that reads FP8."""
+    server, pages = Fp8(stored, torch.bfloat16), [3, 1, 4, 2, 6]
+    server.use("a", [1, 2, 3])
+    server.use("b", [4, 5, 6, 7])
+    staging = Staging(server.layout, server.pager.mirror.pages, 2, lambda: pytest.fail("no stream on a CPU"))
+    for raw in (False, True):
+        staged = staging.read(np.array(pages))
+        for layer in SCALES:
+            blocks = [[part.clone() for part in block] for block in staged.layer(layer, raw)]
+            for which in range(2):
+                seen = torch.cat([block[which].float() for block in blocks])
+                shown = server.shown(which, layer, pages).flatten(0, 1)
+                assert {block[which].dtype for block in blocks} == {stored if raw else torch.bfloat16}
+                expected = shown if raw else shown.bfloat16().float()
+                assert torch.equal(seen * server.layout.scales(layer)[which] if raw else seen, expected)
+
+
+def test_bounds_of_fp8_keys_are_those_of_what_they_stand_for() -> None:
+    server = Fp8(torch.float8_e4m3fn, torch.bfloat16)
+    server.use("a", [1, 2])
+    remembered = PageKeys(VIRTUAL, server.layout, [2, 0])
+    remembered.complete(np.array([1, 2]), server.pager.ledger.v2p[[1, 2]])
+    assert remembered.table.dtype == torch.bfloat16
+    for slot, layer in enumerate((2, 0)):
+        keys = server.shown(0, layer, [1, 2]).bfloat16()
+        assert torch.equal(remembered.table[[1, 2], slot], torch.stack((keys.amin(dim=1), keys.amax(dim=1)), dim=1))
+
+
+def test_scales_are_asked_for_when_they_are_needed() -> None:
+    """An update of the weights may bring others."""
+    server, scale = Fp8(torch.float8_e4m3fn, torch.float32), [1.0]
+    server.layout._scales = lambda layer: (scale[0], scale[0])
+    server.use("a", [1])
+    place = server.pager.v2p[[1]].long()
+    before = server.layout.keys(0, place)
+    scale[0] = 2.0
+    assert torch.equal(server.layout.keys(0, place), before * 2)
+
+
+def test_a_layout_without_keys_has_none_to_stack() -> None:
+    class Blind(OddLayout):
+        def keys(self, layer: int, physical: torch.Tensor) -> None:
+            return None
+
+    with pytest.raises(ValueError, match="a Blind shows no keys"):
+        Blind().keys_of((0, 2), torch.tensor([1]))
 
 
 # --- any number of tokens --------------------------------------------------------------------------------------------

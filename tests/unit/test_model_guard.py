@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.patches import base_kv_cache_method_process_weights_after_loading as missing_scales_hook
 from sglang_lsa.patches import kv_cache_configurator_build_allocator as build_allocator_hook
 from sglang_lsa.patches import model_runner_init_post_memory_pool_components as create_runtime_hook
 from sglang_lsa.patches.compatibility import Unsupported
-from sglang_lsa.patches.model_guard import attention_layers, problems, softmax_scale
+from sglang_lsa.patches.layouts import layout_of
+from sglang_lsa.patches.model_guard import attention_layers, kv_scales, problems, softmax_scale
 from sglang_lsa.patches.models import WINDOWED, model_problems, seen_after_load
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 
@@ -120,11 +124,78 @@ def test_a_window_that_only_the_backend_has() -> None:
     assert seen(model_of(), pool_of(), window=8192) == [f"m is served with a sliding window of 8192 tokens: {DENSE}"]
 
 
+def test_the_type_of_kv_that_a_checkpoint_asks_for() -> None:
+    words = "KV is kept in int8, as --kv-cache-dtype or the checkpoint asks for: not supported with LSA yet: "
+    assert seen(model_of(), pool_of(dtype=torch.int8)) == [words + "use --kv-cache-dtype bfloat16"]
+
+
+# --- FP8 -------------------------------------------------------------------------------------------------------------
+
+
+class Checkpoint(QuantizationConfig):
+    """What a quantized checkpoint makes SGLang load, as far as KV goes."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> BaseKVCacheMethod:
+        return BaseKVCacheMethod(self)
+
+
+Checkpoint.__abstractmethods__ = frozenset()
+
+
+def scaled(*scales: tuple[float, float] | None) -> torch.nn.Module:
+    """A model that was loaded from a checkpoint with these scales of keys and values, None for a layer without."""
+    made = [attention(layer, quant_config=Checkpoint()) for layer in range(LAYERS)]
+    for layer, found in zip(made, scales, strict=True):
+        if found is not None:
+            layer.k_scale.data.fill_(found[0])
+            layer.v_scale.data.fill_(found[1])
+        missing_scales_hook.note_missing_scales(layer.quant_method, layer)
+        layer.quant_method.process_weights_after_loading(layer)
+    return model_of(*made)
+
+
+SCALES = tuple((0.25 * (layer + 1), 0.5) for layer in range(LAYERS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_the_type_of_kv_that_a_checkpoint_asks_for(dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    words = f"KV is kept in {name}, as --kv-cache-dtype or the checkpoint asks for: not supported with LSA yet: "
-    assert seen(model_of(), pool_of(dtype=dtype)) == [words + "use --kv-cache-dtype bfloat16"]
+def test_fp8_is_served(dtype: torch.dtype) -> None:
+    for model in (scaled(*SCALES), scaled((1.0, 1.0), *SCALES[1:])):
+        assert seen(model, pool_of(dtype=dtype), kv_dtype_asked="auto") == []
+    assert seen(model_of(), pool_of(dtype=dtype), kv_dtype_asked="fp8_e4m3") == []
+
+
+def test_a_checkpoint_that_lacks_scales(caplog: pytest.LogCaptureFixture) -> None:
+    """One that asks for FP8 KV: SGLang would take 1 without a word."""
+    pool = pool_of(dtype=torch.float8_e4m3fn)
+    fix = "use --kv-cache-dtype bfloat16, or --kv-cache-dtype fp8_e4m3 to serve it with scales of 1"
+    some = scaled(None, SCALES[1], SCALES[2], None, SCALES[4])
+    assert seen(some, pool) == [f"m asks for FP8 KV and has no scales for layers 0, 3 of 5: {fix}"]
+    assert seen(model_of(), pool) == [f"m asks for FP8 KV and has no scales for layers 0, 1, 2 and 2 more of 5: {fix}"]
+    assert seen(some, pool_of()) == []
+    with caplog.at_level("WARNING", logger="sglang_lsa"):
+        assert seen(some, pool, kv_dtype_asked="fp8_e4m3") == []
+    assert "m has no scales of FP8 KV for layers 0, 3 of 5: as SGLang does, 1 is taken" in caplog.text
+
+
+def test_scales_are_those_of_the_layers_as_they_are_now() -> None:
+    """An update of the weights changes them; ``torch_native`` on a CPU knows none."""
+    model = scaled(*SCALES)
+    scales = kv_scales(model, "cuda")
+    assert [scales(layer) for layer in range(LAYERS)] == list(SCALES)
+    attention_layers(model)[2].v_scale_float = 2.0
+    assert scales(2) == (0.75, 2.0)
+    assert kv_scales(model, "cpu")(2) == kv_scales(model_of(), "cuda")(2) == (1.0, 1.0)
+
+
+def test_the_layout_of_an_fp8_pool() -> None:
+    pool = pool_of(dtype=torch.float8_e4m3fn)
+    pool.k_buffer[1][PAGE_SIZE : 2 * PAGE_SIZE] = (
+        torch.full((PAGE_SIZE, KV_HEADS, DIM), 1.5).to(pool.dtype).view(torch.uint8)
+    )
+    layout = layout_of(pool, PAGE_SIZE, torch.bfloat16, kv_scales(scaled(*SCALES), "cuda"))
+    shown = layout.keys(1, torch.tensor([1]))
+    assert torch.equal(shown, torch.full((1, PAGE_SIZE, KV_HEADS, DIM), 0.75, dtype=torch.bfloat16))
+    assert 4 * layout.page_bytes == layout_of(pool_of(), PAGE_SIZE, torch.float32, lambda layer: (1.0, 1.0)).page_bytes
 
 
 def test_pools_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +221,7 @@ def configurator(model: torch.nn.Module) -> Any:
         model_dtype=torch.float32,
         kv_cache_dtype=torch.float32,
         device="cpu",
-        server_args=SimpleNamespace(lsa_config=LSAConfig()),
+        server_args=SimpleNamespace(lsa_config=LSAConfig(), kv_cache_dtype="auto"),
     )
 
 

@@ -247,7 +247,6 @@ REFUSED: list[tuple[str, str]] = [
     ("--page-size 32", "--page-size 32: .*use --page-size 64 or leave it out"),
     ("--page-size 1", "--page-size 1: .*use --page-size 64"),
     ("--radix-cache-backend other", "--radix-cache-backend other: .*remove --radix-cache-backend"),
-    ("--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype fp8_e4m3: .*use one of auto, bfloat16"),
     ("--enable-return-routed-experts", "--enable-return-routed-experts True: .*remove"),
     ("--kv-canary log", "--kv-canary log: .*remove --kv-canary"),
     ("--device cuda", "--device cuda: .*use --device cpu"),
@@ -1069,6 +1068,26 @@ def test_layers_are_not_chosen_beside_an_indexer(tmp_path: pathlib.Path) -> None
     write_indexer(tmp_path)
     with pytest.raises(Unsupported, match=r"--lsa-observe-layers 1,2: the indexer .* leave the flag out"):
         attach(arguments(), LSAConfig(indexer=str(tmp_path), observe_layers=(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "fp4_mx_block16", "int8"])
+def test_types_of_kv_that_cannot_work(name: str) -> None:
+    fix = "use one of auto, bfloat16, bf16, fp8_e4m3, fp8_e5m2"
+    with pytest.raises(Unsupported, match=f"--kv-cache-dtype {name}: not supported with LSA yet: {fix}"):
+        attach(arguments(kv_cache_dtype=name), LSAConfig())
+
+
+@pytest.mark.parametrize("computed", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_kv_in_fp8(name: str, computed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    on_gpu = {"device": "cuda", "attention_backend": "flashinfer"}
+    for device in ({}, on_gpu):
+        changed = {"kv_cache_dtype": name, "quantization_param_path": None, **device}
+        attach(arguments(**changed, model={"dtype": f"torch.{computed}"}), LSAConfig())
+    changed = {"kv_cache_dtype": "fp8_e4m3", "quantization_param_path": "s.json"}
+    with pytest.raises(Unsupported, match=r"--quantization-param-path s\.json: .*reads it without them; leave it out"):
+        attach(arguments(**changed), LSAConfig())
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "bf16"])

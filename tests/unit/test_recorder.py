@@ -18,6 +18,7 @@ from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, wr
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score_reference
 from sglang_lsa.patches.requests import is_complete, text_of
+from sglang_lsa.memory.layout.mha import MhaLayout
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 8
 OBSERVED = (0, 2)
@@ -43,7 +44,8 @@ class Server:
         for slot, layer in enumerate(OBSERVED):
             by_page = self.keys[layer].unflatten(0, (POOL_PAGES, PAGE_SIZE))
             self.table[virtual, slot] = key_bounds(by_page[self.v2p[virtual].astype(np.int64)])
-        self.recorder = Recorder(folder, OBSERVED, POSITIONS, self.keys, Q_HEADS, DIM**-0.5, self.table, 99)
+        layout = MhaLayout(self.keys, self.keys, PAGE_SIZE)
+        self.recorder = Recorder(folder, OBSERVED, POSITIONS, layout, Q_HEADS, DIM**-0.5, self.table, 99)
         self.req = SimpleNamespace(
             rid="asked",
             origin_input_ids=list(range(tokens)),

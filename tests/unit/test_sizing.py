@@ -253,6 +253,48 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
     }
 
 
+def test_needs_of_a_server_with_kv_in_fp8() -> None:
+    """Half the bytes a token; what is observed is of the model's type, and so is what attention reads of blocks."""
+    model = SimpleNamespace(
+        context_len=8192,
+        dtype=torch.bfloat16,
+        num_attention_heads=32,
+        head_dim=128,
+        v_head_dim=128,
+        get_num_kv_heads=lambda tp_size: 8,
+    )
+    server_args = SimpleNamespace(
+        lsa_config=LSAConfig(staging_pages=7),
+        device="cuda",
+        cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="full", max_bs=8, bs=None)),
+        max_running_requests=8,
+        chunked_prefill_size=1024,
+    )
+    shape = {"layers": 32, "tp_size": 1}
+    pages = {itemsize: arguments.kv_page(model, itemsize=itemsize, **shape) for itemsize in (1, 2)}
+    needs = {
+        itemsize: arguments.server_needs(server_args, model, itemsize=itemsize, extra_context=4, **shape)
+        for itemsize in pages
+    }
+    assert pages[2].page_bytes == 2 * pages[1].page_bytes
+    assert needs[1].page_key_bytes == needs[2].page_key_bytes
+    assert needs[1].row_bytes == needs[2].row_bytes
+    blocks = 2 * 7 * 64 * 2 * 8 * 128
+    assert needs[1].staging_bytes - needs[2].staging_bytes == blocks * 1 + blocks * 2 - blocks * 2
+    budget = 64 * pages[2].page_bytes
+    tokens = [
+        plan_memory(
+            LSAConfig(host_memory_gb=0.8),
+            page=page,
+            budgeted_tokens=budget // page.page_bytes * 64,
+            context_tokens=8192,
+            device="cuda",
+        ).physical_tokens
+        for page in pages.values()
+    ]
+    assert tokens[0] == 2 * tokens[1] == 2 * 64 * 64
+
+
 @pytest.mark.parametrize(
     ("context", "physical", "pages"), [(1024, 1000, 16), (1025, 1000, 17), (8192, 20, 11), (8192, 21, 11)]
 )

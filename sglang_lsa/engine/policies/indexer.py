@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.observe import QueryObserver
 from sglang_lsa.engine.policies.base import Parts, Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
+from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.transfer import ids_on
 
 
@@ -21,9 +20,9 @@ class Indexer(Policy):
     """The trained memory indexer.
 
     Args:
-        indexer: on the device of ``keys``.
+        indexer: on the layout's device.
         observer: of the indexer's layers.
-        keys: the model's key buffers, per layer ``[slots, kv_heads, head_dim]``.
+        layout: shows the model's keys.
         virtual_pages: that there can be.
     """
 
@@ -31,21 +30,17 @@ class Indexer(Policy):
     queries = True
     calibrated = True
 
-    def __init__(
-        self, indexer: MemoryIndexer, observer: QueryObserver, keys: Sequence[torch.Tensor], virtual_pages: int
-    ):
-        self.indexer, self.observer = indexer, observer
+    def __init__(self, indexer: MemoryIndexer, observer: QueryObserver, layout: KVLayout, virtual_pages: int):
+        self.indexer, self.observer, self.layout = indexer, observer, layout
         config = indexer.config
-        self.sources = [keys[layer] for layer in config.layers]
         shape = (virtual_pages + 1, len(config.key_heads), config.sub_keys, config.key_dim)
-        self.table = torch.zeros(shape, dtype=torch.uint8, device=keys[0].device)
+        self.table = torch.zeros(shape, dtype=torch.uint8, device=layout.device)
         self.threshold = config.threshold
 
     @classmethod
     def build(cls, parts: Parts) -> Indexer:
-        keys = list(parts.layout.key_buffers.values())
-        indexer = MemoryIndexer.load(str(parts.config.indexer)).to(keys[0].device)
-        return cls(indexer, parts.observer, keys, parts.virtual_pages)
+        indexer = MemoryIndexer.load(str(parts.config.indexer)).to(parts.layout.device)
+        return cls(indexer, parts.observer, parts.layout, parts.virtual_pages)
 
     @classmethod
     def positions(cls, config: LSAConfig) -> int:
@@ -58,7 +53,7 @@ class Indexer(Policy):
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         if len(virtual):
             p, v = ids_on(self.table.device, np.stack((physical, virtual)))
-            keys = torch.stack([pool.unflatten(0, (-1, PAGE_SIZE))[p] for pool in self.sources], dim=2)
+            keys = self.layout.keys_of(self.indexer.config.layers, p)
             self.table[v] = to_8_bits(self.indexer.page_keys(keys))
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:

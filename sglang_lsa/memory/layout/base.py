@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -38,10 +38,13 @@ class PageShape:
     Attributes:
         page_tokens: tokens of a page.
         layers: bytes of the pieces of each layer that has pages.
+        decoded: bytes that each byte takes in what attention reads of streamed pages; 0 where it reads them as they
+            lie.
     """
 
     page_tokens: int
     layers: tuple[tuple[int, ...], ...]
+    decoded: int = 0
 
     @property
     def page_bytes(self) -> int:
@@ -61,6 +64,13 @@ class KVLayout(ABC):
         ValueError: buffers that are not bytes of so many pages each, or layers out of their order.
     """
 
+    kv_heads: int
+    """Of :meth:`keys`, and so the next two; not there where a layout shows no keys."""
+    head_dim: int
+    compute_dtype: torch.dtype
+    """In what keys are shown and queries are kept."""
+    decoded = 0
+    """See :class:`PageShape`."""
     key_buffers: Mapping[int, torch.Tensor] = MappingProxyType({})
     """By layer, all keys as they lie, floats ``[slots, kv_heads, head_dim]``, for kernels that pick pages or tokens
     themselves; nothing where keys do not lie so, see :meth:`keys`."""
@@ -103,7 +113,7 @@ class KVLayout(ABC):
     @property
     def shape(self) -> PageShape:
         layers = tuple(tuple(piece.nbytes for piece in pieces) for pieces in self.by_layer.values())
-        return PageShape(self.page_tokens, layers)
+        return PageShape(self.page_tokens, layers, self.decoded)
 
     @abstractmethod
     def keys(self, layer: int, physical: torch.Tensor) -> torch.Tensor | None:
@@ -117,6 +127,17 @@ class KVLayout(ABC):
             Floats ``[n, page_tokens, kv_heads, head_dim]``; None when the model has an index of its own.
         """
 
+    def keys_of(self, layers: Sequence[int], physical: torch.Tensor) -> torch.Tensor:
+        """:meth:`keys` of several layers, ``[n, page_tokens, layers, kv_heads, head_dim]``.
+
+        Raises:
+            ValueError: the layout shows no keys.
+        """
+        shown = [keys for layer in layers if (keys := self.keys(layer, physical)) is not None]
+        if not shown:
+            raise ValueError(f"a {type(self).__name__} shows no keys: the model's own index must choose pages")
+        return torch.stack(shown, dim=2)
+
     @abstractmethod
     def staged(self, layer: int, block: tuple[torch.Tensor, ...]) -> Any:
         """What this layout's attention reads of a block of streamed pages.
@@ -125,6 +146,14 @@ class KVLayout(ABC):
             layer: one that has pages.
             block: uint8 ``[pages, bytes]`` for each of its pieces.
         """
+
+    def staged_raw(self, layer: int, block: tuple[torch.Tensor, ...]) -> Any:
+        """As :meth:`staged`, but in the type in which the pool keeps it, without a copy; see :meth:`scales`."""
+        return self.staged(layer, block)
+
+    def scales(self, layer: int) -> tuple[float, float]:
+        """By what keys and values of a layer are multiplied after they are read as they lie."""
+        return 1.0, 1.0
 
 
 def as_pages(buffer: torch.Tensor, page_tokens: int) -> torch.Tensor:

@@ -28,6 +28,9 @@ class MhaLayout(KVLayout):
             page_tokens,
             [(layer, as_pages(part, page_tokens)) for layer, pair in pairs for part in pair if part is not None],
         )
+        first = next(iter(self.key_buffers.values()))
+        _, self.kv_heads, self.head_dim = first.shape
+        self.compute_dtype = first.dtype
 
     def keys(self, layer: int, physical: torch.Tensor) -> torch.Tensor:
         return self.key_buffers[layer].unflatten(0, (-1, self.page_tokens))[physical]
@@ -43,7 +46,10 @@ def _tokens(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return block.view(like.dtype).view(-1, *like.shape[1:])
 
 
-def mha_shape(page_tokens: int, layers: int, kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int) -> PageShape:
-    """What a page of such a pool weighs, every layer having pages."""
+def mha_shape(
+    page_tokens: int, layers: int, kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, decoded: int = 0
+) -> PageShape:
+    """What a page of such a pool weighs, every layer having pages; ``decoded`` as in :class:`PageShape`."""
     token = kv_heads * itemsize
-    return PageShape(page_tokens, ((page_tokens * token * head_dim, page_tokens * token * v_head_dim),) * layers)
+    layer = page_tokens * token * head_dim, page_tokens * token * v_head_dim
+    return PageShape(page_tokens, (layer,) * layers, decoded)
