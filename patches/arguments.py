@@ -20,7 +20,6 @@ from sglang_lsa.memory.mirror import GB
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.releases import RELEASES
 
-
 FP8 = 1
 """Bytes of one number of KV in FP8."""
 

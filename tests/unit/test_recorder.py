@@ -17,8 +17,8 @@ from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_score import bound_score_reference
-from sglang_lsa.patches.requests import is_complete, text_of
 from sglang_lsa.memory.layout.mha import MhaLayout
+from sglang_lsa.patches.requests import is_complete, text_of
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 8
 OBSERVED = (0, 2)
