@@ -135,10 +135,11 @@ def complete_together(
             "top_logprobs_num": 5,
         },
     )
-    return [_tokens(answer["meta_info"]) for answer in answers]
+    return [answer_tokens(answer["meta_info"]) for answer in answers]
 
 
-def _tokens(meta: dict) -> Answer:
+def answer_tokens(meta: dict) -> Answer:
+    """The answer of a request that asked for log-probabilities of its best candidates."""
     tops = meta["output_top_logprobs"]
     return [
         (token, {other: value for value, other, _ in top})
