@@ -12,7 +12,7 @@ from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 
-ARMS = ("1k", "32k", "131k", "256k", "8x40k", "16x16k", "shared32", "iso60k")
+ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k")
 KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -48,7 +48,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "itself, lsa-fa3 and lsa-flashinfer with one backend"
     )
     add_several(command, "--systems", tuple(SYSTEMS), text, DEFAULT_SYSTEMS)
-    text = "type of KV of all systems; pools keep their bytes, or what they hold where that is what they are named by"
+    text = "type of KV of all systems; a pool of so many GB holds more tokens of a smaller type"
     command.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto", dest="kv_dtype", help=text)
     text = "measure only what has no row in the output folder: same card, KV type and system, at whatever commit"
     command.add_argument("--resume", action="store_true", help=text)
