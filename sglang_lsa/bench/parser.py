@@ -5,9 +5,55 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
+
+ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k")
+KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+
+
+class Several(argparse.Action):
+    """Values that blanks or commas separate, each once: of ``among``, or whole numbers where nothing is named."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, among: Sequence[str] = (), **more: Any):
+        super().__init__(option_strings, dest, nargs="+", metavar=more.pop("metavar", "NAME"), **more)
+        self.among = among
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        found = list(dict.fromkeys(part for value in values for part in value.split(",")))
+        for part in found:
+            if part not in self.among if self.among else not (part.isdecimal() and int(part) > 0):
+                fix = f"choose from {', '.join(self.among)}" if self.among else "give whole numbers above 0"
+                parser.error(f"argument {self.option_strings[0]}: {part!r}: {fix}")
+        setattr(namespace, self.dest, found if self.among else [int(part) for part in found])
+
+
+def add_several(
+    command: argparse.ArgumentParser, flag: str, among: Sequence[str], text: str, default: Sequence[str] | None = None
+) -> None:
+    """A flag that takes some of ``among``; all of them by default."""
+    default = list(among if default is None else default)
+    what = text + f": of {', '.join(among)}; default: {'all' if default == list(among) else ', '.join(default)}"
+    command.add_argument(flag, action=Several, among=among, default=default, help=what)
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """What both benchmarks against stock SGLang take."""
+    text = (
+        "stock is SGLang with what it chooses itself, stock-flashinfer with that backend, lsa with what it chooses "
+        "itself, lsa-fa3 and lsa-flashinfer with one backend"
+    )
+    add_several(command, "--systems", tuple(SYSTEMS), text, DEFAULT_SYSTEMS)
+    text = "type of KV of all systems; a pool of so many GB holds more tokens of a smaller type"
+    command.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto", dest="kv_dtype", help=text)
+    text = "measure only what has no row in the output folder: same card, KV type and system, at whatever commit"
+    command.add_argument("--resume", action="store_true", help=text)
+    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for all servers")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,19 +71,12 @@ def add_serving(kinds: Commands) -> None:
         "and 16), iso (as many 60K contexts as fit the same pool), shared (32 agents over one 128K prefix)"
     )
     command = add_command(kinds, "serving", text)
-    command.add_argument("--models", nargs="+", choices=("1b", "8b"), default=["1b", "8b"])
-    workloads = ("tpot", "iso", "shared")
-    command.add_argument("--workloads", nargs="+", choices=workloads, default=list(workloads))
-    command.add_argument("--systems", nargs="+", choices=("stock", "lsa"), default=["stock", "lsa"])
-    command.add_argument(
-        "--policies",
-        nargs="+",
-        choices=("quest", "random", "recency"),
-        default=["quest", "random"],
-        help="LSA is measured with each; random changes nearly the whole resident set every window",
-    )
-    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
-    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    add_several(command, "--models", ("1b", "8b"), "shapes of Llama")
+    add_several(command, "--workloads", ("tpot", "iso", "shared"), "kinds of arms")
+    add_several(command, "--arms", ARMS, "prompts, or batches x prompts, among them")
+    text = "LSA is measured with each; random changes nearly the whole resident set every window"
+    add_several(command, "--policies", ("quest", "random", "recency"), text, ("quest", "random"))
+    add_common(command)
     command.set_defaults(run=run_serving)
 
 
@@ -47,16 +86,8 @@ def run_serving(args: argparse.Namespace) -> int:
 
     from sglang_lsa.bench.serving import command_line, run
 
-    run(
-        args.output,
-        Console(width=160),
-        models=args.models,
-        workloads=args.workloads,
-        systems=args.systems,
-        policies=args.policies,
-        server_args=args.server_args,
-        command=command_line(),
-    )
+    names = ("models", "workloads", "arms", "systems", "policies", "kv_dtype", "resume", "server_args")
+    run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
     return 0
 
 
@@ -66,12 +97,13 @@ def add_prefill(kinds: Commands) -> None:
         "quarter of that, a 400K prompt with 16 GB, and questions about a cached memory of 256K tokens"
     )
     command = add_command(kinds, "prefill", text)
-    command.add_argument("--pools", nargs="+", choices=("full", "quarter", "16gb"), default=["full", "quarter", "16gb"])
-    kinds_of_prompt = ("ttft", "question")
-    command.add_argument("--workloads", nargs="+", choices=kinds_of_prompt, default=list(kinds_of_prompt))
-    command.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3; the median counts")
-    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for both servers")
-    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    add_several(command, "--pools", ("full", "quarter", "16gb"), "full holds a prompt, quarter a quarter of it")
+    text = "tokens of the new prompts; default: 131072, with the pool of 16 GB 400000"
+    command.add_argument("--prompts", action=Several, default=[], metavar="N", help=text)
+    add_several(command, "--workloads", ("ttft", "question"), "new prompts, and questions, which the pool 16gb has")
+    text = "default: 3; the median counts; a prompt of more than 131072 tokens is measured once"
+    command.add_argument("--repeats", type=int, default=3, metavar="N", help=text)
+    add_common(command)
     command.set_defaults(run=run_prefill)
 
 
@@ -82,8 +114,8 @@ def run_prefill(args: argparse.Namespace) -> int:
     from sglang_lsa.bench.prefill import run
     from sglang_lsa.bench.serving import command_line
 
-    options = {name: getattr(args, name) for name in ("pools", "workloads", "repeats", "server_args")}
-    run(args.output, Console(width=160), command=command_line(), **options)
+    names = ("pools", "prompts", "workloads", "systems", "repeats", "kv_dtype", "resume", "server_args")
+    run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
     return 0
 
 

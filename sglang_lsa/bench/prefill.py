@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pathlib
 import shlex
 import statistics
@@ -10,64 +11,37 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from sglang_lsa.bench import report
 from sglang_lsa.bench.client import run_together
-from sglang_lsa.bench.serving import READY_SECONDS, SYSTEMS, commit, gpu_name
+from sglang_lsa.bench.prefill_groups import (
+    CHUNK,
+    DEVICES,
+    FILLER,
+    MEMORY,
+    PROMPT,
+    QUESTION,
+    READINGS,
+    Group,
+    groups,
+)
+from sglang_lsa.bench.prefill_report import PREFILL, table
+from sglang_lsa.bench.serving import READY_SECONDS, commit, gpu_name
 from sglang_lsa.bench.shapes import SHAPES, Shape
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.bench.systems import (
+    SYSTEMS,
+    Failures,
+    Row,
+    System,
+    kv_name,
+    server_facts,
+)
 from sglang_lsa.memory.mirror import GB, require_host_memory
 from sglang_lsa.server_process import ServerProcess
-
-CHUNK = 8192
-PROMPT = 131_072
-LONG_PROMPT = 400_000
-MEMORY, QUESTION = 262_144, 1024
-"""Tokens of a memory that the radix tree has, and of a question about it."""
-FILLER = 16_384
-"""Tokens of the prompts that push a memory off the device."""
-KEY = ("model", "system", "pool_tokens", "workload", "context", "prefill", "device")
-"""What identifies a row: a later measurement of the same replaces it."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """What one server measures.
-
-    Attributes:
-        name: for ``--pools``.
-        systems: ``stock``, ``lsa``, or both, one after the other.
-        pool_tokens: of KV on the device.
-        prompts: lengths of prompts whose prefill is timed.
-        questions: whether questions about a long memory are, too.
-    """
-
-    name: str
-    systems: tuple[str, ...]
-    pool_tokens: int
-    prompts: tuple[int, ...]
-    questions: bool = False
-
-    @property
-    def host_tokens(self) -> int:
-        """What the mirror must hold: the longest prompt, or the memory and what pushes it off the device."""
-        memory = (MEMORY + 4 * QUESTION + self.pool_tokens + FILLER) if self.questions else 0
-        return max(*self.prompts, memory, self.pool_tokens) + 64 * PAGE_SIZE
-
-
-GROUPS = (
-    Group("full", ("stock", "lsa"), 140_032, (PROMPT,)),
-    Group("quarter", ("lsa",), PROMPT // 4, (PROMPT,)),
-    Group("16gb", ("lsa",), 131_072, (LONG_PROMPT,), questions=True),
-)
-"""For the 8B shape, of which 131,072 tokens of KV take 16 GB."""
 
 
 def run(
@@ -75,79 +49,125 @@ def run(
     console: Console,
     *,
     pools: Sequence[str],
+    prompts: Sequence[int],
     workloads: Sequence[str],
+    systems: Sequence[str],
     repeats: int,
+    kv_dtype: str,
+    resume: bool,
     server_args: str,
     command: str,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure; every row is written at once, so that nothing is lost.
 
     Returns:
         The new rows.
 
     Raises:
-        RuntimeError: there is no GPU, or a server or a request failed.
+        RuntimeError: there is no GPU, or a server or a request failed; the other systems have been measured.
         ValueError: the machine has too little host memory.
     """
     shape = SHAPES["8b"]
     facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
-    groups = [group for group in GROUPS if group.name in pools and (group.questions or "ttft" in workloads)]
-    for group in groups:
-        if "lsa" in group.systems:
-            require_host_memory(group.host_tokens * shape.token_bytes, f"the pool {group.name}", "choose other --pools")
+    asked = groups(pools, prompts, workloads, kv_dtype)
+    if any(SYSTEMS[name].lsa for name in systems):
+        for group in asked:
+            wanted = group.host_tokens * shape.token_bytes(kv_dtype)
+            require_host_memory(wanted, f"the pool {group.name}", "choose other --pools or --prompts")
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for group in groups:
-        for system in group.systems:
-            for row in measure(group, shape, system, workloads, repeats, server_args, output, console):
-                rows.append(row | facts)
-                report.write(output, rows, "prefill", KEY, plot)
-    console.print(table(report.read(output, "prefill")))
+    done = PREFILL.measured(output, resume)
+    failures = Failures(console.print)
+    rows: list[Row] = []
+    for group in asked:
+        for name in systems:
+            system = SYSTEMS[name]
+            left = remaining(group.of_system(system), shape, system, facts, done)
+            if not left.prompts and not left.questions:
+                continue
+            try:
+                for row in measure(left, shape, system, repeats, server_args, output, console):
+                    rows.append(row | facts)
+                    PREFILL.write(output, rows)
+            except RuntimeError as error:
+                failures.add(system, group.name, error)
+    console.print(table(PREFILL.read(output)))
+    failures.finish()
     return rows
+
+
+def remaining(group: Group, shape: Shape, system: System, facts: Row, done: set[tuple[str, ...]]) -> Group:
+    """What of the group no row is there for; questions are measured together."""
+
+    def there(*what: Any) -> bool:
+        row = labels(group, shape, system, *what) | {"kv_dtype": kv_name(group.kv_dtype), "gpu": facts["gpu"]}
+        return PREFILL.identity(row) in done
+
+    prompts = tuple(tokens for tokens in group.prompts if not there("ttft", tokens, None, None))
+    questions = [("question", MEMORY + QUESTION, prefill, device) for device in DEVICES for prefill in READINGS]
+    return dataclasses.replace(
+        group, prompts=prompts, questions=group.questions and not all(there(*what) for what in questions)
+    )
+
+
+def labels(
+    group: Group, shape: Shape, system: System, workload: str, context: int, prefill: str | None, device: str | None
+) -> Row:
+    """The columns of a row that say what is measured."""
+    return {
+        "model": shape.name,
+        "system": system.name,
+        "pool": group.name,
+        "pool_tokens": group.pool_tokens,
+        "workload": workload,
+        "context": context,
+        "prefill": prefill,
+        "device": device,
+    }
+
+
+def arguments(group: Group, shape: Shape, system: System, model: pathlib.Path) -> list[str]:
+    """Of the server that measures the group."""
+    flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
+    flags += ["--cuda-graph-max-bs-decode", "2", "--max-running-requests", "2"]
+    flags += ["--context-length", str(group.context), "--chunked-prefill-size", str(CHUNK)]
+    host_gb = round(group.host_tokens * shape.token_bytes(group.kv_dtype) / GB + 0.1, 1)
+    return system.arguments(flags, group.kv_dtype, group.pool_tokens, host_gb)
 
 
 def measure(
     group: Group,
     shape: Shape,
-    system: str,
-    workloads: Sequence[str],
+    system: System,
     repeats: int,
     server_args: str,
     output: pathlib.Path,
     console: Console,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Start one server and measure the group's prompts and questions on it."""
-    context = max(*group.prompts, MEMORY + QUESTION if group.questions else 0) + 1024
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--model-path", str(shape.write(pathlib.Path(folder) / shape.name, context))]
-        flags += ["--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
-        flags += ["--attention-backend", "flashinfer", "--page-size", str(PAGE_SIZE), "--max-running-requests", "2"]
-        flags += ["--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", "2"]
-        flags += ["--context-length", str(context), "--chunked-prefill-size", str(CHUNK)]
-        if system == "stock":
-            flags += ["--max-total-tokens", str(group.pool_tokens)]
-        else:
-            host_gb = round(group.host_tokens * shape.token_bytes / GB + 0.1, 1)
-            flags += ["--lsa-device-tokens", str(group.pool_tokens), "--lsa-host-memory-gb", str(host_gb)]
+        model = shape.write(pathlib.Path(folder) / shape.name, group.context)
+        flags = [*arguments(group, shape, system, model), *shlex.split(server_args)]
         began = time.perf_counter()
-        log = output / f"{system}-{group.name}.log"
-        with ServerProcess(SYSTEMS[system], [*flags, *shlex.split(server_args)], log) as server:
+        log = output / f"{system.name}-{group.name}-{group.pool_tokens}.log"
+        with ServerProcess(system.module, flags, log) as server:
             server.wait_until_ready(READY_SECONDS)
-            console.print(f"{system} {group.name}: up after {time.perf_counter() - began:.0f} s")
-            bench = Measurement(server, group, shape, system, console)
+            facts = server_facts(server.get("/server_info"))
+            console.print(f"{system.name} {group.name}: up after {time.perf_counter() - began:.0f} s, {facts}")
+            bench = Measurement(server, group, shape, system, facts, console)
             bench.first_token(bench.text(2 * CHUNK, 0))  # compiles what is compiled at first use
-            for tokens in group.prompts if "ttft" in workloads else ():
+            for tokens in group.prompts:
                 count = repeats if tokens <= PROMPT else 1
                 yield bench.row("ttft", tokens, [partial(bench.new_prompt, tokens, number) for number in range(count)])
-            if group.questions and "question" in workloads:
+            if group.questions:
                 yield from bench.questions(repeats)
 
 
 class Measurement:
     """Times first tokens on one server."""
 
-    def __init__(self, server: ServerProcess, group: Group, shape: Shape, system: str, console: Console):
-        self.server, self.group, self.shape, self.system, self.console = server, group, shape, system, console
+    def __init__(self, server: ServerProcess, group: Group, shape: Shape, system: System, facts: Row, console: Console):
+        self.server, self.group, self.shape, self.system = server, group, shape, system
+        self.facts, self.console = facts, console
 
     def text(self, tokens: int, seed: int) -> list[int]:
         """Random token ids, the same in every run."""
@@ -167,7 +187,7 @@ class Measurement:
     def flush(self) -> None:
         self.server.post("/flush_cache?timeout=60", {}, parse=False)
 
-    def questions(self, repeats: int) -> Iterator[dict[str, Any]]:
+    def questions(self, repeats: int) -> Iterator[Row]:
         """Questions about a cached memory, read exactly or by a resident set; with the device as the question before
         left it (warm), and after other prompts used all of the pool (cold)."""
         self.flush()
@@ -186,8 +206,8 @@ class Measurement:
 
             return once
 
-        for device in ("cold", "warm"):
-            for prefill in ("exact", "resident"):
+        for device in DEVICES:
+            for prefill in READINGS:
                 runs = [ask(prefill, device == "cold")] * repeats
                 yield self.row("question", MEMORY + QUESTION, runs, prefill, device)
 
@@ -198,25 +218,19 @@ class Measurement:
         runs: Sequence[Callable[[], float]],
         prefill: str | None = None,
         device: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Row:
         """One row of the results."""
         before = self._status()
         seconds = [run() for run in runs]
         after = self._status()
-        row: dict[str, Any] = {
-            "model": self.shape.name,
-            "system": self.system,
-            "pool_tokens": self.group.pool_tokens,
-            "kv_pool_bytes": self.group.pool_tokens * self.shape.token_bytes,
-            "workload": workload,
-            "context": context,
-            "prefill": prefill,
-            "device": device,
+        row = labels(self.group, self.shape, self.system, workload, context, prefill, device) | self.facts
+        row |= {
+            "kv_pool_bytes": self.group.pool_tokens * self.shape.token_bytes(self.group.kv_dtype),
             "ttft_s": statistics.median(seconds),
             "ttft_all_s": [round(value, 4) for value in seconds],
             "gpu_used_bytes": gpu_used_bytes(),
         }
-        if self.system == "lsa":
+        if self.system.lsa:
             row |= {
                 "streamed_bytes": after["prefill"]["streamed_bytes"] - before["prefill"]["streamed_bytes"],
                 "recalled_bytes": after["recalls"]["bytes"] - before["recalls"]["bytes"],
@@ -231,88 +245,10 @@ class Measurement:
         return row
 
     def _status(self) -> dict[str, Any]:
-        return self.server.get("/lsa/status") if self.system == "lsa" else {}
+        return self.server.get("/lsa/status") if self.system.lsa else {}
 
 
 def gpu_used_bytes() -> int:
     """Memory in use on the first GPU, by everything on it."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
-
-
-def compared(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float | None]]:
-    """Every row with its ratio: prompts to stock's time for the same prompt, questions to the exact answer's."""
-    stock = {row["context"]: row["ttft_s"] for row in rows if row["system"] == "stock" and row["workload"] == "ttft"}
-    exact = {
-        (row["pool_tokens"], row["context"], row["device"]): row["ttft_s"]
-        for row in rows
-        if row["workload"] == "question" and row["prefill"] == "exact"
-    }
-    found: list[tuple[dict[str, Any], float | None]] = []
-    for row in rows:
-        if row["workload"] == "question":
-            base = exact.get((row["pool_tokens"], row["context"], row["device"]))
-            found.append((row, base / row["ttft_s"] if base and row["prefill"] == "resident" else None))
-        else:
-            base = stock.get(row["context"])
-            found.append((row, row["ttft_s"] / base if base and row["system"] == "lsa" else None))
-    return found
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What a reader wants first."""
-    shown = Table(title="time to first token")
-    for name in ("model", "system", "KV pool", "what", "tokens", "prefill", "device"):
-        shown.add_column(name)
-    for name in ("TTFT s", "ratio", "streamed GB", "recalled GB", "staging MB"):
-        shown.add_column(name, justify="right")
-    for row, ratio in compared(rows):
-        against = "" if ratio is None else f"{ratio:.2f}x " + ("faster" if row["workload"] == "question" else "stock")
-        shown.add_row(
-            row["model"],
-            row["system"],
-            f"{row['kv_pool_bytes'] / GB:.1f} GB",
-            row["workload"],
-            f"{row['context']:,}",
-            row["prefill"] or "",
-            row["device"] or "",
-            f"{row['ttft_s']:.3f}",
-            against,
-            *(f"{row[name] / unit:.1f}" if name in row else "-" for name, unit in _COLUMNS),
-        )
-    return shown
-
-
-_COLUMNS = (("streamed_bytes", GB), ("recalled_bytes", GB), ("staging_bytes", 1 << 20))
-
-
-def plot(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Bars: prefill of one prompt over pools, and questions about a memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    titles = {"ttft": "a new prompt", "question": f"a question of {QUESTION:,} tokens about {MEMORY:,} cached ones"}
-    for axis, (workload, title) in zip(axes, titles.items(), strict=True):
-        mine = [(row, ratio) for row, ratio in compared(rows) if row["workload"] == workload]
-        names = [
-            f"{row['system']}, {row['kv_pool_bytes'] / GB:.0f} GB\n{row['context']:,}"
-            if workload == "ttft"
-            else f"{row['prefill']}\n{row['device']}"
-            for row, _ in mine
-        ]
-        bars = axis.bar(range(len(mine)), [row["ttft_s"] for row, _ in mine])
-        axis.bar_label(
-            bars,
-            [f"{row['ttft_s']:.2f} s" + (f"\n{ratio:.2f}x" if ratio else "") for row, ratio in mine],
-            fontsize=8,
-        )
-        axis.set_xticks(range(len(mine)), names)
-        axis.set(title=title, ylabel="seconds to the first token")
-        axis.margins(y=0.2)
-    figure.suptitle(f"{rows[0]['gpu']}, {rows[0]['model'].upper()} shape, dummy weights" if rows else "")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -1,141 +1,185 @@
-"""Results of the serving benchmark: JSON, CSV, a table, and a plot."""
+"""Results of a benchmark against stock SGLang: JSON, CSV, a table, and a plot; here those of ``bench serving``."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-NAME = "serving"
-KEY = ("model", "workload", "context", "batch", "system", "policy")
-"""What identifies a row: a later measurement of the same replaces it."""
+from sglang_lsa.bench.systems import SYSTEMS, Comparison, Row, backends, compare, is_lsa, upgraded
+
+ARM = ("model", "workload", "context", "batch", "kv_dtype", "gpu")
+"""What rows must have in common to be compared."""
+Draw = Callable[[pathlib.Path, Sequence[Row]], None]
 
 
-def read(folder: pathlib.Path, name: str = NAME) -> list[dict[str, Any]]:
-    """Rows of earlier runs; none when there is no file."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else []
+@dataclass(frozen=True)
+class Results:
+    """How a benchmark keeps its rows.
 
-
-def write(
-    folder: pathlib.Path,
-    rows: Sequence[dict[str, Any]],
-    name: str = NAME,
-    key: Sequence[str] = KEY,
-    draw: Callable[[pathlib.Path, Sequence[dict[str, Any]]], None] | None = None,
-) -> None:
-    """Merge ``rows`` into ``<name>.json``, and write ``<name>.csv`` and ``<name>.png`` from all of them.
-
-    Args:
-        key: columns that identify a row: one with the same values replaces it.
-        draw: makes the picture; the serving benchmark's unless given.
+    Attributes:
+        name: of its files.
+        key: columns that identify a row: a later measurement of the same replaces it.
+        ratio: name of the columns with LSA's ratio to the fastest stock system and to each.
+        compare: finds those ratios.
+        draw: makes the picture.
+        upgrade: brings a row of an earlier version up to date.
     """
-    merged = {tuple(str(row[column]) for column in key): row for row in (*read(folder, name), *rows)}
-    everything = sorted(merged.values(), key=lambda row: tuple((row[k] is None, row[k] or 0) for k in key))
-    (folder / f"{name}.json").write_text(json.dumps(everything, indent=1) + "\n")
-    columns = list(dict.fromkeys(column for row in everything for column in row))
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(everything)
-    (draw or plot)(folder / f"{name}.png", everything)
+
+    name: str
+    key: tuple[str, ...]
+    ratio: str
+    compare: Callable[[Sequence[Row]], list[Comparison]]
+    draw: Draw
+    upgrade: Callable[[Row], Row] = upgraded
+
+    def identity(self, row: Row) -> tuple[str, ...]:
+        return tuple(str(row[column]) for column in self.key)
+
+    def read(self, folder: pathlib.Path) -> list[Row]:
+        """Rows of earlier runs; none when there is no file."""
+        path = folder / f"{self.name}.json"
+        return [self.upgrade(row) for row in json.loads(path.read_text())] if path.exists() else []
+
+    def write(self, folder: pathlib.Path, rows: Sequence[Row]) -> None:
+        """Merge ``rows`` into ``<name>.json``, and write ``<name>.csv`` and ``<name>.png`` from all of them."""
+        merged = {self.identity(row): row for row in (*self.read(folder), *rows)}
+        everything = self.with_ratios(
+            sorted(merged.values(), key=lambda row: tuple((row[k] is None, row[k] or 0) for k in self.key))
+        )
+        path = folder / f"{self.name}.json"
+        part = path.with_suffix(".part")  # a run that is cut while it writes keeps what it had
+        part.write_text(json.dumps(everything, indent=1) + "\n")
+        os.replace(part, path)
+        columns = list(dict.fromkeys(column for row in everything for column in row))
+        with (folder / f"{self.name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(everything)
+        self.draw(folder / f"{self.name}.png", everything)
+
+    def with_ratios(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, those of LSA with their ratios to what is among the rows now."""
+        plain = [{name: value for name, value in row.items() if not name.startswith(self.ratio)} for row in rows]
+        facts = {id(found.row): found.facts(self.ratio) for found in self.compare(plain)}
+        return [row | facts.get(id(row), {}) for row in plain]
+
+    def measured(self, folder: pathlib.Path, resume: bool) -> set[tuple[str, ...]]:
+        """What ``--resume`` need not measure again: :meth:`identity` of the rows that are there."""
+        return {self.identity(row) for row in self.read(folder)} if resume else set()
 
 
-def pairs(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every LSA row with the stock row of the same arm."""
-    stock = {tuple(row[name] for name in KEY[:4]): row for row in rows if row["system"] == "stock"}
-    return [
-        (stock[arm], row)
-        for row in rows
-        if row["system"] == "lsa" and (arm := tuple(row[name] for name in KEY[:4])) in stock
-    ]
-
-
-def gain(stock: dict[str, Any], lsa: dict[str, Any]) -> float:
+def gain(stock: Row, lsa: Row) -> float:
     """How much better LSA is: time per token for ``tpot``, tokens a second otherwise."""
-    if stock["workload"] == "tpot":
-        return stock["tpot_ms_p50"] / lsa["tpot_ms_p50"]
-    return lsa["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
+    return cost(stock) / cost(lsa)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What a reader wants first."""
-    shown = Table(title="stock SGLang → LSA")
-    for name in ("model", "workload", "batch x context", "policy", "running", "tokens/s", "TPOT p50 ms", "p99 ms"):
+def cost(row: Row) -> float:
+    """Milliseconds per token of a request for ``tpot``, seconds per token of all requests otherwise."""
+    return row["tpot_ms_p50"] if row["workload"] == "tpot" else 1 / row["decode_tokens_per_s"]
+
+
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    return compare(rows, ARM, cost, gain)
+
+
+def ratios_text(found: Comparison, join: str = "\n") -> str:
+    """For a table: every stock system, the fastest first."""
+    return join.join(f"{found.ratios[name]:.2f}x {name}" for name in found.rivals)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What a reader wants first: every system of an arm, and LSA against each of stock's."""
+    shown = Table(title="stock SGLang and LSA" + "".join(f", {gpu}" for gpu in sorted({row["gpu"] for row in rows})))
+    for name in ("model", "workload", "batch x context", "system", "backend", "KV", "page", "policy"):
         shown.add_column(name)
-    for name in ("gain", "KV GB", "recall GB/s", "hidden", "refresh", "stalls"):
+    for name in ("running", "tokens/s", "TPOT p50 ms", "p99 ms", "gain over", "KV GB"):
         shown.add_column(name, justify="right")
-    for stock, lsa in pairs(rows):
+    for name in ("recall GB/s", "hidden", "refresh", "stalls"):
+        shown.add_column(name, justify="right")
+    found = {id(each.row): each for each in comparisons(rows)}
+    for row in sorted(rows, key=lambda row: (*(str(row[column]).zfill(8) for column in ARM), is_lsa(row))):
         shown.add_row(
-            lsa["model"],
-            lsa["workload"],
-            f"{lsa['batch']} x {lsa['context']:,}",
-            lsa["policy"],
-            f"{stock['running_requests']} → {lsa['running_requests']}",
-            f"{stock['decode_tokens_per_s']:.0f} → {lsa['decode_tokens_per_s']:.0f}",
-            f"{stock['tpot_ms_p50']:.2f} → {lsa['tpot_ms_p50']:.2f}",
-            f"{stock['tpot_ms_p99']:.2f} → {lsa['tpot_ms_p99']:.2f}",
-            f"{gain(stock, lsa):.2f}x",
-            f"{stock['kv_gpu_bytes'] / 1e9:.1f} → " + _number(lsa["kv_gpu_bytes"] and lsa["kv_gpu_bytes"] / 1e9, ".1f"),
-            _number(lsa.get("recall_gbps"), ".1f"),
-            _number(lsa.get("recall_hidden_fraction"), ".1%"),
-            _number(lsa.get("refresh_fraction"), ".2%"),
-            str(lsa["stalls"]),
+            row["model"],
+            row["workload"],
+            f"{row['batch']} x {row['context']:,}",
+            row["system"],
+            backends(row),
+            row["kv_dtype"],
+            str(row["page_size"]),
+            row["policy"] or "",
+            str(row["running_requests"]),
+            f"{row['decode_tokens_per_s']:.0f}",
+            f"{row['tpot_ms_p50']:.2f}",
+            f"{row['tpot_ms_p99']:.2f}",
+            ratios_text(found[id(row)]) if id(row) in found else "",
+            _number(row["kv_gpu_bytes"] and row["kv_gpu_bytes"] / 1e9, ".1f"),
+            _number(row.get("recall_gbps"), ".1f"),
+            _number(row.get("recall_hidden_fraction"), ".1%"),
+            _number(row.get("refresh_fraction"), ".2%"),
+            str(row.get("stalls", "-")),
         )
     return shown
 
 
-def plot(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Time per token over context, and requests that run at once."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = sorted({row["model"] for row in rows})
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    for model in models:
-        for system, style in (("stock", "o--"), ("lsa", "s-")):
-            mine = [
-                row
-                for row in rows
-                if row["model"] == model
-                and row["system"] == system
-                and row["workload"] == "tpot"
-                and row["batch"] == 1
-                and row["policy"] in (None, "quest")
-            ]
-            mine.sort(key=lambda row: row["context"])
-            if mine:
-                axes[0].plot(
-                    [row["context"] for row in mine],
-                    [row["tpot_ms_p50"] for row in mine],
-                    style,
-                    label=f"{system} {model}",
-                )
-    axes[0].set(xscale="log", xlabel="context (tokens)", ylabel="ms per token, batch 1", title="time per output token")
-    if axes[0].lines:
-        axes[0].legend()
-    bars = [(s, lsa) for s, lsa in pairs(rows) if lsa["workload"] != "tpot" and lsa["policy"] == "quest"]
-    names = [f"{lsa['workload']} {lsa['model']}\n{lsa['context']:,}" for _, lsa in bars]
-    places = range(len(bars))
-    for offset, which in ((-0.2, 0), (0.2, 1)):
-        values = [pair[which]["decode_tokens_per_s"] for pair in bars]
-        drawn = axes[1].bar([place + offset for place in places], values, 0.4, label=("stock", "lsa")[which])
-        axes[1].bar_label(drawn, [f"{pair[which]['running_requests']} running" for pair in bars], fontsize=7)
-    axes[1].set(ylabel="tokens per second", title="same KV pool, as many requests as fit")
-    axes[1].set_xticks(list(places), names)
-    if bars:
-        axes[1].legend()
-    figure.suptitle(rows[0]["gpu"] if rows else "")
+    shown = [row for row in rows if row["policy"] in (None, "quest")]
+    _draw_pace(axes[0], [row for row in shown if row["workload"] == "tpot" and row["batch"] == 1])
+    _draw_throughput(axes[1], [row for row in shown if row["workload"] != "tpot"])
+    figure.suptitle(", ".join(sorted({row["gpu"] for row in rows})))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
+def _label(row: Row) -> str:
+    kind = "" if row["kv_dtype"] == "bfloat16" else f", {row['kv_dtype']}"
+    return f"{row['system']} ({backends(row)}{kind})"
+
+
+def _draw_pace(axis: Any, rows: Sequence[Row]) -> None:
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], list(SYSTEMS).index(row["system"]), row["context"])):
+        lines.setdefault(f"{row['model']} {_label(row)}", []).append(row)
+    for label, mine in lines.items():
+        style = "s-" if is_lsa(mine[0]) else "o--"
+        axis.plot([row["context"] for row in mine], [row["tpot_ms_p50"] for row in mine], style, label=label)
+    axis.set(xscale="log", xlabel="context (tokens)", ylabel="ms per token, batch 1", title="time per output token")
+    if lines:
+        axis.legend(fontsize=7)
+
+
+def _draw_throughput(axis: Any, rows: Sequence[Row]) -> None:
+    arms = sorted({tuple(row[column] for column in ARM) for row in rows})
+    labels = sorted({_label(row) for row in rows}, key=lambda label: list(SYSTEMS).index(label.split()[0]))
+    width = 0.8 / max(1, len(labels))
+    for number, label in enumerate(labels):
+        mine = [row for row in rows if _label(row) == label]
+        places = [arms.index(tuple(row[column] for column in ARM)) + (number + 0.5) * width - 0.4 for row in mine]
+        drawn = axis.bar(places, [row["decode_tokens_per_s"] for row in mine], width, label=label)
+        axis.bar_label(drawn, [f"{row['running_requests']} running" for row in mine], fontsize=6)
+    axis.set(ylabel="tokens per second", title="same KV pool, as many requests as fit")
+    names = [f"{workload} {model}\n{context:,}" for model, workload, context, *_ in arms]
+    axis.set_xticks(range(len(arms)), names)
+    if labels:
+        axis.legend(fontsize=7)
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+SERVING = Results("serving", (*ARM, "system", "policy"), "gain", comparisons, plot)

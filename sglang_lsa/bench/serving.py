@@ -1,10 +1,11 @@
-"""``sglang-lsa bench serving``: stock SGLang against LSA; see ``--help`` for what is measured."""
+"""``sglang-lsa bench serving``: stock SGLang against LSA; see ``--help`` for what is measured.
+
+Every row says which attention backends its server chose, and its type of KV, page size and card.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import math
 import pathlib
 import shlex
 import shutil
@@ -12,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,92 +21,13 @@ from rich.console import Console
 
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
-from sglang_lsa.bench.shapes import SHAPES, Shape
-from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.memory.mirror import GB, available_host_memory
+from sglang_lsa.bench.report import SERVING, table
+from sglang_lsa.bench.serving_arms import CONTEXT, Arm, Group, chosen
+from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name, server_facts
 from sglang_lsa.memory.pages import pages_spanned
-from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.server_process import ServerProcess
 
-STOCK = "sglang.launch_server"
-SYSTEMS = {"stock": STOCK, "lsa": LSA}
-CONTEXT = 270_000
 READY_SECONDS = 600
-HOST_SPARE_GB = 12
-"""Host memory that is left for the server itself."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One measurement: ``batch`` prompts of ``context`` tokens sent at once, each asked for ``tokens``."""
-
-    workload: str
-    context: int
-    batch: int
-    tokens: int
-    shared: int = 0
-    """Tokens at the start that all prompts have in common."""
-
-    def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Random token ids; the same in every run.
-
-        Single prompts and shared prefixes are the beginnings of one long text: the radix tree of either system has
-        what an earlier arm prefilled, which saves most of the time that a run takes.
-        """
-        text = np.random.default_rng(0).integers(10, vocabulary, CONTEXT)
-        if self.batch == 1:
-            return [text[: self.context].tolist()]
-        draw = np.random.default_rng((1, self.context, self.batch))
-        own = draw.integers(10, vocabulary, (self.batch, self.context - self.shared))
-        return [np.concatenate((text[: self.shared], part)).tolist() for part in own]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What one server measures: a model with a KV pool of ``pool_gb``."""
-
-    model: str
-    pool_gb: float
-    arms: tuple[Arm, ...]
-
-    @property
-    def shape(self) -> Shape:
-        return SHAPES[self.model]
-
-    @property
-    def pool_tokens(self) -> int:
-        return int(self.pool_gb * GB) // self.shape.token_bytes // PAGE_SIZE * PAGE_SIZE
-
-    def host_gb(self) -> float:
-        """Mirror for the largest arm, as far as this machine has memory.
-
-        Raises:
-            ValueError: it has too little for a mirror of the pool.
-        """
-        tokens = max(arm.shared + arm.batch * (arm.context - arm.shared + arm.tokens + PAGE_SIZE) for arm in self.arms)
-        least = (self.pool_tokens + 2 * PAGE_SIZE) * self.shape.token_bytes / GB
-        wanted = max((tokens + CONTEXT // 8) * self.shape.token_bytes / GB, least)
-        free = available_host_memory() / GB - HOST_SPARE_GB
-        if free < least:
-            raise ValueError(
-                f"the {self.model} benchmark with {self.pool_gb:g} GB of KV needs {least + HOST_SPARE_GB:.0f} GB "
-                f"of host memory, {free + HOST_SPARE_GB:.0f} GB are free: free some, or choose other --models or "
-                "--workloads"
-            )
-        return math.ceil(min(wanted, free) * 100) / 100
-
-
-def tpot(*sizes: tuple[int, int]) -> tuple[Arm, ...]:
-    return tuple(Arm("tpot", context, batch, 400) for batch, context in sizes)
-
-
-SINGLE = tpot((1, 1024), (1, 32_768), (1, 131_072), (1, 256_000))
-SHARED = Arm("shared", 131_072 + 1024, 32, 240, shared=131_072)
-GROUPS = (
-    Group("8b", 48, (*SINGLE, SHARED, *tpot((8, 40_000), (16, 16_000)))),
-    Group("8b", 32, (Arm("iso", 60_000, 13, 640),)),
-    Group("1b", 8, (*SINGLE, Arm("iso", 60_000, 26, 800))),
-)
-"""Pools are in GB of KV; iso arms send more prompts than either system runs at once."""
 
 
 def run(
@@ -115,69 +36,90 @@ def run(
     *,
     models: Sequence[str],
     workloads: Sequence[str],
+    arms: Sequence[str],
     systems: Sequence[str],
     policies: Sequence[str],
+    kv_dtype: str,
+    resume: bool,
     server_args: str,
     command: str,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure everything that was asked for; every row is written at once, so that nothing is lost.
 
     Returns:
         The new rows.
 
     Raises:
-        RuntimeError: there is no GPU, or a server or a request failed.
+        RuntimeError: there is no GPU, or a server or a request failed; the other systems have been measured.
         ValueError: the machine has too little memory, or nothing could be measured.
     """
-    from sglang_lsa.bench import report
-
     facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for group in GROUPS:
-        arms = tuple(arm for arm in group.arms if arm.workload in workloads)
-        if group.model not in models or not arms:
-            continue
-        group = dataclasses.replace(group, arms=arms)
-        for system in systems:
-            for row in measure(group, system, policies, server_args, output, console):
-                rows.append(row | facts)
-                report.write(output, rows)
-    console.print(report.table(report.read(output)))
+    done = SERVING.measured(output, resume)
+    failures = Failures(console.print)
+    rows: list[Row] = []
+    for group in chosen(models, workloads, arms, kv_dtype):
+        for name in systems:
+            system = SYSTEMS[name]
+            left = [one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done]
+            try:
+                for row in measure(group, system, left, server_args, output, console) if left else ():
+                    rows.append(row | facts)
+                    SERVING.write(output, rows)
+            except RuntimeError as error:
+                failures.add(system, group.model, error)
+    console.print(table(SERVING.read(output)))
+    failures.finish()
     return rows
 
 
-def measure(
-    group: Group, system: str, policies: Sequence[str], server_args: str, output: pathlib.Path, console: Console
-) -> Iterator[dict[str, Any]]:
-    """Start one server and run the group's arms on it, with LSA once per policy."""
+def plan(group: Group, system: System, policies: Sequence[str]) -> list[tuple[Arm, str]]:
+    """Arms in the order they are measured in, with LSA once per policy."""
+    return [(arm, policy) for arm in group.arms for policy in (policies if system.lsa else [""])]
+
+
+def identity(group: Group, system: System, arm: Arm, policy: str, facts: Row) -> tuple[str, ...]:
+    """Of the row that this arm gives."""
+    row = labels(group, system, arm, policy) | {"kv_dtype": kv_name(group.kv_dtype), "gpu": facts["gpu"]}
+    return SERVING.identity(row)
+
+
+def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
+    """Of the server that measures the group."""
     largest = max(arm.batch for arm in group.arms)
+    flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
+    flags += ["--cuda-graph-max-bs-decode", str(largest), "--max-running-requests", str(largest)]
+    flags += ["--context-length", str(CONTEXT), "--stream-interval", "1" if largest == 1 else "4"]
+    return system.arguments(flags, group.kv_dtype, group.pool_tokens, group.host_gb() if system.lsa else 0)
+
+
+def measure(
+    group: Group,
+    system: System,
+    planned: Iterable[tuple[Arm, str]],
+    server_args: str,
+    output: pathlib.Path,
+    console: Console,
+) -> Iterator[Row]:
+    """Start one server and run these arms on it, each with its policy."""
     with tempfile.TemporaryDirectory() as folder:
         model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
-        flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init"]
-        flags += ["--attention-backend", "flashinfer", "--page-size", str(PAGE_SIZE)]
-        flags += ["--cuda-graph-backend-prefill", "disabled", "--cuda-graph-max-bs-decode", str(largest)]
-        flags += ["--max-running-requests", str(largest), "--context-length", str(CONTEXT)]
-        flags += ["--stream-interval", "1" if largest == 1 else "4", "--skip-server-warmup"]
-        if system == "stock":
-            flags += ["--max-total-tokens", str(group.pool_tokens)]
-        else:
-            flags += ["--lsa-device-tokens", str(group.pool_tokens), "--lsa-host-memory-gb", str(group.host_gb())]
-        log = output / f"{system}-{group.model}-{group.pool_gb:g}.log"
+        flags = [*arguments(group, system, model), *shlex.split(server_args)]
+        log = output / f"{system.name}-{group.model}-{group.pool_gb:g}.log"
         began = time.perf_counter()
-        with ServerProcess(SYSTEMS[system], [*flags, *shlex.split(server_args)], log) as server:
+        with ServerProcess(system.module, flags, log) as server:
             server.wait_until_ready(READY_SECONDS)
-            console.print(f"{system} {group.model}: up after {time.perf_counter() - began:.0f} s")
+            facts = server_facts(server.get("/server_info"))
+            console.print(f"{system.name} {group.model}: up after {time.perf_counter() - began:.0f} s, {facts}")
             warm_up(server, group)
-            for arm in group.arms:
-                for policy in policies if system == "lsa" else [""]:
-                    row = run_arm(server, group, arm, system, policy)
-                    console.print(
-                        f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
-                        f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
-                        f"TTFT {row['ttft_s']:.1f} s"
-                    )
-                    yield row
+            for arm, policy in planned:
+                row = run_arm(server, group, arm, system, policy, facts)
+                console.print(
+                    f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
+                    f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
+                    f"TTFT {row['ttft_s']:.1f} s"
+                )
+                yield row
 
 
 def warm_up(server: ServerProcess, group: Group) -> None:
@@ -188,42 +130,53 @@ def warm_up(server: ServerProcess, group: Group) -> None:
         server.post("/generate", body)
 
 
-def run_arm(server: ServerProcess, group: Group, arm: Arm, system: str, policy: str) -> dict[str, Any]:
-    """One row of the results."""
+def labels(group: Group, system: System, arm: Arm, policy: str) -> Row:
+    """The columns of a row that say what is measured."""
+    return {
+        "workload": arm.workload,
+        "model": group.model,
+        "system": system.name,
+        "policy": policy or None,
+        "context": arm.context,
+        "batch": arm.batch,
+    }
+
+
+def run_arm(server: ServerProcess, group: Group, arm: Arm, system: System, policy: str, facts: Row) -> Row:
+    """One row of the results.
+
+    Args:
+        facts: what the server says about how it attends.
+    """
     parameters = {"lsa": {"policy": policy}} if policy else None
     prompts = arm.prompts(group.shape.vocabulary)
     if arm.shared:  # the agents' common memory is there before they come
         asyncio.run(run_together(server.url, [prompts[0][: arm.shared]], 2, parameters))
-    before = server.get("/lsa/status") if system == "lsa" else {}
+    before = server.get("/lsa/status") if system.lsa else {}
     streams = asyncio.run(run_together(server.url, prompts, arm.tokens, parameters))
     figures = plateau(streams, skip_tokens=16)
-    after = server.get("/lsa/status") if system == "lsa" else {}
+    after = server.get("/lsa/status") if system.lsa else {}
     decode = max(len(stream.tokens) and stream.tokens[-1] for stream in streams)
-    row = {
-        "workload": arm.workload,
-        "model": group.model,
-        "system": system,
-        "policy": policy or None,
-        "context": arm.context,
-        "batch": arm.batch,
+    row = labels(group, system, arm, policy) | facts
+    row |= {
         "running_requests": figures.running,
         "decode_tokens_per_s": figures.tokens_per_s,
         "tpot_ms_p50": figures.percentile(50),
         "tpot_ms_p99": figures.percentile(99),
         "ttft_s": figures.ttft_s,
         "cached_tokens": int(np.median([stream.cached or 0 for stream in streams if stream.tokens])),
-        "kv_pool_bytes": group.pool_tokens * group.shape.token_bytes,
-        "kv_gpu_bytes": stock_kv_bytes(group, arm, figures.running, decode),
+        "kv_pool_bytes": group.pool_tokens * group.token_bytes,
+        "kv_gpu_bytes": stock_kv_bytes(group, arm, figures.running, decode, facts["page_size"]),
         "lsa_overhead_gpu_bytes": 0,
         "host_bytes": 0,
     }
-    return row | (lsa_figures(before, after, figures) if system == "lsa" else {})
+    return row | (lsa_figures(before, after, figures) if system.lsa else {})
 
 
-def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int) -> int:
-    """KV bytes of all pages of the running requests, a shared prefix counted once."""
-    own = pages_spanned(arm.context - arm.shared + decoded, PAGE_SIZE) * running
-    return (own + pages_spanned(arm.shared, PAGE_SIZE)) * PAGE_SIZE * group.shape.token_bytes
+def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int, page: int) -> int:
+    """KV bytes of all pages, of ``page`` tokens, of the running requests; a shared prefix counted once."""
+    own = pages_spanned(arm.context - arm.shared + decoded, page) * running
+    return (own + pages_spanned(arm.shared, page)) * page * group.token_bytes
 
 
 def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:

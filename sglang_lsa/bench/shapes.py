@@ -7,6 +7,9 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
+KV_BYTES = {"auto": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of one element of a key or value, by type of KV."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -21,10 +24,13 @@ class Shape:
     head_dim: int
     vocabulary: int = 128256
 
-    @property
-    def token_bytes(self) -> int:
-        """KV bytes of one token."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * 2
+    def token_bytes(self, kv_dtype: str = "auto") -> int:
+        """KV bytes of one token.
+
+        Args:
+            kv_dtype: as SGLang's ``--kv-cache-dtype`` takes it.
+        """
+        return self.layers * 2 * self.kv_heads * self.head_dim * KV_BYTES[kv_dtype]
 
     def write(self, folder: pathlib.Path, context: int) -> pathlib.Path:
         """Write ``config.json`` for contexts of up to ``context`` tokens; returns the folder."""

@@ -19,11 +19,15 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from sglang_lsa import cli
-from sglang_lsa.bench import overhead, prefill, report, serving
+from sglang_lsa.bench import overhead, prefill, prefill_groups, prefill_report, report, serving, serving_arms
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
-from sglang_lsa.bench.serving import GROUPS, Arm, Group, held_bytes, lsa_figures, stock_kv_bytes
+from sglang_lsa.bench.prefill_report import PREFILL
+from sglang_lsa.bench.report import SERVING
+from sglang_lsa.bench.serving import held_bytes, lsa_figures, stock_kv_bytes
+from sglang_lsa.bench.serving_arms import GROUPS, Arm, Group
 from sglang_lsa.bench.shapes import SHAPES
+from sglang_lsa.bench.systems import SYSTEMS
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.serve.status import status as status_of
 from sglang_lsa.server_process import ServerFailed
@@ -122,7 +126,8 @@ def test_a_shape_is_a_configuration_of_transformers(
     assert config.hidden_size == q_heads * head_dim
     assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 8192)
     assert config.tie_word_embeddings == (name == "1b")
-    assert SHAPES[name].token_bytes == token_bytes
+    assert SHAPES[name].token_bytes() == SHAPES[name].token_bytes("bfloat16") == token_bytes
+    assert SHAPES[name].token_bytes("fp8_e4m3") == token_bytes // 2
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def test_prompts_of_a_batch_differ_from_those_of_other_batches() -> None:
 def test_no_two_arms_of_the_benchmark_are_the_same_row() -> None:
     keys = [(group.model, arm.workload, arm.context, arm.batch) for group in GROUPS for arm in group.arms]
     assert len(set(keys)) == len(keys)
-    assert all(arm.context + arm.tokens < serving.CONTEXT for group in GROUPS for arm in group.arms)
+    assert all(arm.context + arm.tokens < serving_arms.CONTEXT for group in GROUPS for arm in group.arms)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -190,24 +195,24 @@ HOST_ARMS = {
 
 @pytest.mark.parametrize(("arms", "tokens"), HOST_ARMS.values(), ids=HOST_ARMS)
 def test_the_mirror_holds_the_largest_arm(arms: tuple[Arm, ...], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "available_host_memory", lambda: 1 << 50)
-    wanted = (tokens + serving.CONTEXT // 8) * 131072 / GB
+    monkeypatch.setattr(serving_arms, "available_host_memory", lambda: 1 << 50)
+    wanted = (tokens + serving_arms.CONTEXT // 8) * 131072 / GB
     assert Group("8b", 1, arms).host_gb() == pytest.approx(wanted + 0.005, abs=0.006)
 
 
 def test_the_mirror_holds_at_least_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "available_host_memory", lambda: 1 << 50)
+    monkeypatch.setattr(serving_arms, "available_host_memory", lambda: 1 << 50)
     group = Group("8b", 48, HOST_ARMS["one"][0])
     assert group.host_gb() * GB > group.pool_tokens * 131072
 
 
 def test_the_mirror_leaves_memory_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "available_host_memory", lambda: 40 * GB)
-    assert Group("8b", 20, HOST_ARMS["largest"][0]).host_gb() == 40 - serving.HOST_SPARE_GB
+    monkeypatch.setattr(serving_arms, "available_host_memory", lambda: 40 * GB)
+    assert Group("8b", 20, HOST_ARMS["largest"][0]).host_gb() == 40 - serving_arms.HOST_SPARE_GB
 
 
 def test_too_little_memory_for_a_mirror_of_the_pool_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "available_host_memory", lambda: 40 * GB)
+    monkeypatch.setattr(serving_arms, "available_host_memory", lambda: 40 * GB)
     with pytest.raises(ValueError, match="8b benchmark with 32 GB of KV needs 44 GB of host memory, 40 GB are free"):
         Group("8b", 32, HOST_ARMS["largest"][0]).host_gb()
 
@@ -215,13 +220,14 @@ def test_too_little_memory_for_a_mirror_of_the_pool_is_an_error(monkeypatch: pyt
 def test_stock_holds_every_page_of_every_request() -> None:
     group, arm = Group("1b", 8, ()), Arm("iso", 1000, 4, 100)
     page = PAGE_SIZE * 32768
-    assert stock_kv_bytes(group, arm, 3, 24) == 3 * 16 * page
-    assert stock_kv_bytes(group, arm, 3, 25) == 3 * 17 * page, "a page that is begun is a page"
+    assert stock_kv_bytes(group, arm, 3, 24, PAGE_SIZE) == 3 * 16 * page
+    assert stock_kv_bytes(group, arm, 3, 25, PAGE_SIZE) == 3 * 17 * page, "a page that is begun is a page"
+    assert stock_kv_bytes(group, arm, 3, 25, 1) == 3 * 1025 * 32768
 
 
 def test_stock_holds_a_shared_prefix_once() -> None:
     arm = Arm("shared", 6400 + 128, 32, 100, shared=6400)
-    assert stock_kv_bytes(Group("1b", 8, ()), arm, 32, 64) == (100 + 32 * 3) * PAGE_SIZE * 32768
+    assert stock_kv_bytes(Group("1b", 8, ()), arm, 32, 64, PAGE_SIZE) == (100 + 32 * 3) * PAGE_SIZE * 32768
 
 
 # --- figures of the server's status ----------------------------------------------------------------------------------
@@ -308,63 +314,92 @@ def row(system: str, policy: str | None = None, **other: Any) -> dict[str, Any]:
         "tpot_ms_p99": 30.0,
         "kv_gpu_bytes": 32_000_000_000,
         "gpu": "GPU of a test",
+        **ATTENDING[system],
     }
     return found | ({"stalls": 2} if system == "lsa" else {}) | other
 
 
+ATTENDING: dict[str, dict[str, Any]] = {
+    system: {"prefill_backend": prefill, "decode_backend": decode, "kv_dtype": "bfloat16", "page_size": page}
+    for system, prefill, decode, page in (
+        ("stock", "fa3", "fa3", 1),
+        ("stock-flashinfer", "flashinfer", "flashinfer", 1),
+        ("lsa", "fa3", "flashinfer", 64),
+    )
+}
 STOCK = row("stock")
+FLASHINFER = row("stock-flashinfer", decode_tokens_per_s=160.0, tpot_ms_p50=24.0)
 LSA = row("lsa", "quest", running_requests=13, decode_tokens_per_s=650.0, tpot_ms_p50=16.0, recall_gbps=12.34)
+OVER_STOCK = {"gain": 3.25, "gain_to": "stock", "gain_to_stock": 3.25}
 
 
 def test_there_are_no_results_before_the_first_run(tmp_path: pathlib.Path) -> None:
-    assert report.read(tmp_path) == []
+    assert SERVING.read(tmp_path) == []
 
 
 def test_a_later_row_replaces_an_earlier_one(tmp_path: pathlib.Path) -> None:
-    report.write(tmp_path, [STOCK, LSA, row("lsa", "random")])
-    report.write(tmp_path, [row("stock", decode_tokens_per_s=210.0), row("stock", batch=14)])
-    rows = {(r["system"], r["policy"], r["batch"]): r["decode_tokens_per_s"] for r in report.read(tmp_path)}
+    SERVING.write(tmp_path, [STOCK, LSA, row("lsa", "random")])
+    SERVING.write(tmp_path, [row("stock", decode_tokens_per_s=210.0), row("stock", batch=14)])
+    rows = {(r["system"], r["policy"], r["batch"]): r["decode_tokens_per_s"] for r in SERVING.read(tmp_path)}
     assert rows == {
         ("stock", None, 13): 210.0,
         ("stock", None, 14): 200.0,
         ("lsa", "quest", 13): 650.0,
         ("lsa", "random", 13): 200.0,
     }
-    assert len(report.read(tmp_path)) == 4
+    assert len(SERVING.read(tmp_path)) == 4
 
 
 def test_the_order_of_the_rows_does_not_depend_on_the_order_of_the_runs(tmp_path: pathlib.Path) -> None:
     rows = [STOCK, LSA, row("stock", workload="tpot", batch=1), row("stock", model="1b")]
     for folder, order in (("a", rows), ("b", rows[::-1])):
         (tmp_path / folder).mkdir()
-        report.write(tmp_path / folder, order)
-    assert report.read(tmp_path / "a") == report.read(tmp_path / "b")
+        SERVING.write(tmp_path / folder, order)
+    assert SERVING.read(tmp_path / "a") == SERVING.read(tmp_path / "b")
 
 
 def test_results_are_written_as_csv_and_picture_too(tmp_path: pathlib.Path) -> None:
     single = [row(system, policy, workload="tpot", batch=1) for system, policy in (("stock", None), ("lsa", "quest"))]
-    report.write(tmp_path, [STOCK, LSA, *single])
+    SERVING.write(tmp_path, [STOCK, LSA, *single])
     with (tmp_path / "serving.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) == {*STOCK, *LSA}
+    assert set(rows[0]) == {*STOCK, *LSA, *OVER_STOCK}
     assert [r["system"] for r in rows] == ["lsa", "stock", "lsa", "stock"]
     assert [r["recall_gbps"] for r in rows] == ["12.34", "", "", ""]
     assert (tmp_path / "serving.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert json.loads((tmp_path / "serving.json").read_text()) == report.read(tmp_path)
+    assert json.loads((tmp_path / "serving.json").read_text()) == SERVING.read(tmp_path)
 
 
 @pytest.mark.parametrize("rows", [[], [STOCK], [LSA]], ids=["none", "stock", "lsa"])
 def test_results_of_one_system_are_written(rows: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
-    report.write(tmp_path, rows)
-    assert report.read(tmp_path) == rows
+    SERVING.write(tmp_path, rows)
+    assert SERVING.read(tmp_path) == rows
     assert (tmp_path / "serving.png").exists()
-    assert report.pairs(rows) == []
+    assert report.comparisons(rows) == []
 
 
-def test_pairs_are_of_the_same_arm() -> None:
-    random, elsewhere = row("lsa", "random"), row("lsa", "quest", context=1024)
-    alone = row("stock", model="1b")
-    assert report.pairs([LSA, STOCK, elsewhere, alone, random]) == [(STOCK, LSA), (STOCK, random)]
+def test_only_rows_of_the_same_arm_are_compared() -> None:
+    others = [
+        row("lsa", "quest", **other)
+        for other in ({"context": 1024}, {"kv_dtype": "fp8_e4m3"}, {"gpu": "another card"}, {"model": "1b"})
+    ]
+    random = row("lsa", "random")
+    found = report.comparisons([LSA, STOCK, *others, random])
+    assert [(each.row, each.rivals) for each in found] == [(LSA, {"stock": STOCK}), (random, {"stock": STOCK})]
+
+
+@pytest.mark.parametrize("workload", ["iso", "tpot"])
+def test_lsa_is_compared_with_the_faster_stock_and_with_each(workload: str, tmp_path: pathlib.Path) -> None:
+    rows = [each | {"workload": workload} for each in (FLASHINFER, LSA, STOCK)]
+    SERVING.write(tmp_path, rows)
+    (lsa,) = (each for each in SERVING.read(tmp_path) if each["system"] == "lsa")
+    over = {"iso": (3.25, 650 / 160), "tpot": (1.25, 1.5)}[workload]
+    assert (lsa["gain"], lsa["gain_to"]) == (over[0], "stock")
+    assert (lsa["gain_to_stock"], lsa["gain_to_stock-flashinfer"]) == over
+    SERVING.write(tmp_path, [rows[0] | {"decode_tokens_per_s": 325.0, "tpot_ms_p50": 10.0}])
+    (lsa,) = (each for each in SERVING.read(tmp_path) if each["system"] == "lsa")
+    assert (lsa["gain"], lsa["gain_to"]) == ({"iso": 2.0, "tpot": 0.625}[workload], "stock-flashinfer")
+    assert lsa["gain_to_stock"] == over[0]
 
 
 @pytest.mark.parametrize(("workload", "ratio"), [("tpot", 1.25), ("iso", 3.25), ("shared", 3.25)])
@@ -372,14 +407,23 @@ def test_gain_is_time_for_tpot_and_throughput_otherwise(workload: str, ratio: fl
     assert report.gain(STOCK | {"workload": workload}, LSA | {"workload": workload}) == ratio
 
 
-def test_the_table_holds_both_systems_and_the_gain() -> None:
+def test_the_table_holds_all_systems_and_the_gain_over_each() -> None:
     text = io.StringIO()
     unmeasured = row("lsa", "random", kv_gpu_bytes=None)
-    Console(file=text, width=200).print(report.table([STOCK, LSA, unmeasured]))
-    quest, random = (line for line in text.getvalue().splitlines() if "13 x 60,000" in line)
-    for part in ("8b", "iso", "quest", "4 → 13", "200 → 650", "20.00 → 16.00", "3.25x", "32.0 → 32.0", "12.3"):
-        assert part in quest
-    assert "1.00x" in random and " - " in random
+    Console(file=text, width=220).print(report.table([LSA, STOCK, unmeasured, FLASHINFER]))
+    assert "GPU of a test" in text.getvalue()
+    stock, flashinfer, quest, more, random, _ = (
+        line for line in text.getvalue().splitlines() if "13 x 60,000" in line or "x stock-" in line
+    )
+    for line, parts in (
+        (stock, ("stock ", " fa3 ", "bfloat16", " 1 ", " 200 ", "20.00")),
+        (flashinfer, ("stock-flashinfer", " flashinfer ", " 160 ", "24.00")),
+        (quest, ("8b", "iso", "quest", "fa3/flashinfer", " 64 ", "650", "16.00", "3.25x stock", "32.0", "12.3")),
+        (random, ("1.00x stock", " - ")),
+        (more, ("4.06x stock-flashinfer",)),
+    ):
+        for part in parts:
+            assert part in line
 
 
 # --- the benchmark of prefill ----------------------------------------------------------------------------------------
@@ -399,18 +443,21 @@ def prefill_row(system: str, seconds: float, context: int = 131_072, **other: An
         "ttft_s": seconds,
         "ttft_all_s": [seconds],
         "gpu": "GPU of a test",
+        "pool": "full",
+        **ATTENDING[system],
     }
     lsa = {"streamed_bytes": 0, "recalled_bytes": 3 << 30, "staging_bytes": 300 << 20} if system == "lsa" else {}
     return found | lsa | other
 
 
-QUARTER = {"pool_tokens": 32_768, "kv_pool_bytes": 4 << 30, "streamed_bytes": 60 << 30}
+QUARTER = {"pool": "quarter", "pool_tokens": 32_768, "kv_pool_bytes": 4 << 30, "streamed_bytes": 60 << 30}
 NEW_PROMPTS = [
     prefill_row("stock", 10.0),
     prefill_row("lsa", 10.5),
     prefill_row("lsa", 12.0, **QUARTER),
-    prefill_row("lsa", 60.0, 400_000),
+    prefill_row("lsa", 60.0, 400_000, pool="16gb"),
 ]
+FLASHINFER_PROMPT = prefill_row("stock-flashinfer", 15.0)
 QUESTIONS = [
     prefill_row("lsa", 9.0, 263_168, prefill="exact", device="cold"),
     prefill_row("lsa", 1.5, 263_168, prefill="resident", device="cold"),
@@ -419,11 +466,28 @@ QUESTIONS = [
 ]
 
 
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    found = prefill_report.ratios(rows, ", ")
+    return [found.get(id(row), "") for row in rows]
+
+
 def test_prompts_are_compared_with_stock_and_questions_with_exact_answers() -> None:
-    rows = [*QUESTIONS, *NEW_PROMPTS]
-    found = prefill.compared(rows)
-    assert [row for row, _ in found] == rows
-    assert [ratio for _, ratio in found] == [None, 6.0, None, 16.0, None, 1.05, 1.2, None]
+    assert ratios(QUESTIONS) == ["", "6.00x faster", "", "16.00x faster"]
+    assert ratios([*NEW_PROMPTS, *QUESTIONS[:2]]) == ["", "1.05x stock", "1.20x stock", "", "", "6.00x faster"]
+    assert ratios([FLASHINFER_PROMPT, *NEW_PROMPTS[:2]]) == ["", "", "1.05x stock, 0.70x stock-flashinfer"]
+
+
+def test_the_ratio_of_a_prompt_is_written_for_the_faster_stock_and_for_each(tmp_path: pathlib.Path) -> None:
+    PREFILL.write(tmp_path, [*NEW_PROMPTS, FLASHINFER_PROMPT, *QUESTIONS])
+    rows = {(row["system"], row["pool"], row["workload"]): row for row in PREFILL.read(tmp_path)}
+    found = {name: value for name, value in rows["lsa", "quarter", "ttft"].items() if name.startswith("ttft_ratio")}
+    assert found == {
+        "ttft_ratio": 1.2,
+        "ttft_ratio_to": "stock",
+        "ttft_ratio_to_stock": 1.2,
+        "ttft_ratio_to_stock-flashinfer": 0.8,
+    }
+    assert not any("ttft_ratio" in row for key, row in rows.items() if key[::2] != ("lsa", "ttft"))
 
 
 @pytest.mark.parametrize(
@@ -438,18 +502,21 @@ def test_prompts_are_compared_with_stock_and_questions_with_exact_answers() -> N
     ],
 )
 def test_what_cannot_be_compared_has_no_ratio(rows: list[dict[str, Any]]) -> None:
-    assert [ratio for _, ratio in prefill.compared(rows)] == [None] * len(rows)
+    assert ratios(rows) == [""] * len(rows)
 
 
 def test_the_table_of_prefill() -> None:
     text = io.StringIO()
-    Console(file=text, width=200).print(prefill.table([*NEW_PROMPTS, *QUESTIONS]))
+    Console(file=text, width=220).print(prefill_report.table([*NEW_PROMPTS, *QUESTIONS]))
     lines = [line for line in text.getvalue().splitlines() if "8b" in line]
     assert len(lines) == 8
     for line, parts in (
-        (lines[0], ("stock", "17.1 GB", "131,072", "10.000", " - ")),
-        (lines[1], ("lsa", "17.1 GB", "10.500", "1.05x stock", " 0.0 ", " 3.0 ", " 300.0 ")),
-        (lines[2], ("lsa", "4.0 GB", "12.000", "1.20x stock", " 60.0 ")),
+        (lines[0], ("stock", " fa3 ", "bfloat16", " 1 ", "full 17.1 GB", "131,072", "10.000", " - ")),
+        (
+            lines[1],
+            ("lsa", "fa3/flashinfer", " 64 ", "full 17.1 GB", "10.500", "1.05x stock", " 0.0 ", " 3.0 ", " 300.0 "),
+        ),
+        (lines[2], ("lsa", "quarter 4.0 GB", "12.000", "1.20x stock", " 60.0 ")),
         (lines[5], ("question", "263,168", "resident", "cold", "1.500", "6.00x faster")),
     ):
         for part in parts:
@@ -463,7 +530,7 @@ def test_the_table_of_prefill() -> None:
     ids=["none", "a prompt", "a question", "all"],
 )
 def test_the_picture_of_prefill(rows: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
-    prefill.plot(tmp_path / "prefill.png", rows)
+    prefill_report.plot(tmp_path / "prefill.png", rows)
     picture = (tmp_path / "prefill.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
 
@@ -472,18 +539,18 @@ def test_results_of_prefill_lie_beside_those_of_serving(tmp_path: pathlib.Path) 
     """In files of their own, with a picture of their own; a later row of the same replaces an earlier one."""
 
     def write(rows: list[dict[str, Any]]) -> None:
-        report.write(tmp_path, rows, "prefill", prefill.KEY, prefill.plot)
+        PREFILL.write(tmp_path, rows)
 
-    report.write(tmp_path, [STOCK, LSA])
+    SERVING.write(tmp_path, [STOCK, LSA])
     serving_files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write([*NEW_PROMPTS, *QUESTIONS])
     write([prefill_row("lsa", 11.0), QUESTIONS[0] | {"device": "hot"}])
-    rows = report.read(tmp_path, "prefill")
-    times = {tuple(row[name] for name in prefill.KEY): row["ttft_s"] for row in rows}
+    rows = PREFILL.read(tmp_path)
+    times = {tuple(row[name] for name in prefill_report.KEY[:7]): row["ttft_s"] for row in rows}
     assert len(rows) == len(times) == 9
-    assert times["8b", "lsa", 140_032, "ttft", 131_072, None, None] == 11.0
-    assert times["8b", "lsa", 140_032, "question", 263_168, "exact", "cold"] == 9.0
-    assert times["8b", "lsa", 32_768, "ttft", 131_072, None, None] == 12.0
+    assert times["8b", "lsa", "full", "ttft", 131_072, None, None] == 11.0
+    assert times["8b", "lsa", "full", "question", 263_168, "exact", "cold"] == 9.0
+    assert times["8b", "lsa", "quarter", "ttft", 131_072, None, None] == 12.0
 
     assert {path.name for path in tmp_path.iterdir()} == {
         *serving_files,
@@ -499,33 +566,60 @@ def test_results_of_prefill_lie_beside_those_of_serving(tmp_path: pathlib.Path) 
 def test_the_rows_of_prefill_are_in_an_order_of_their_own(tmp_path: pathlib.Path) -> None:
     for folder, order in (("a", [*NEW_PROMPTS, *QUESTIONS]), ("b", [*QUESTIONS[::-1], *NEW_PROMPTS[::-1]])):
         (tmp_path / folder).mkdir()
-        report.write(tmp_path / folder, order, "prefill", prefill.KEY, prefill.plot)
-    assert report.read(tmp_path / "a", "prefill") == report.read(tmp_path / "b", "prefill")
+        PREFILL.write(tmp_path / folder, order)
+    assert PREFILL.read(tmp_path / "a") == PREFILL.read(tmp_path / "b")
 
 
-@pytest.mark.parametrize("group", prefill.GROUPS, ids=[group.name for group in prefill.GROUPS])
-def test_the_mirror_holds_what_a_group_asks(group: prefill.Group) -> None:
+GROUPS_OF_PREFILL = [
+    *prefill_groups.groups(("full", "quarter", "16gb"), (), ("ttft", "question"), "auto"),
+    *prefill_groups.groups(("full", "quarter", "16gb"), (131_072, 262_144), ("ttft", "question"), "fp8_e4m3"),
+]
+
+
+@pytest.mark.parametrize("group", GROUPS_OF_PREFILL, ids=lambda group: f"{group.name}-{group.pool_tokens}")
+def test_the_mirror_holds_what_a_group_asks(group: prefill_groups.Group) -> None:
     """Pages that begin with a prompt end with it; the answers are a page each; resident questions leave nothing."""
     repeats = 3
     assert group.pool_tokens % PAGE_SIZE == 0
-    assert group.host_tokens >= max(*group.prompts, 2 * prefill.CHUNK) + PAGE_SIZE
+    assert group.host_tokens >= max(*group.prompts, 2 * prefill_groups.CHUNK) + PAGE_SIZE
     assert group.host_tokens >= group.pool_tokens + PAGE_SIZE
     if group.questions:
-        fillers = -(-group.pool_tokens // prefill.FILLER) * (prefill.FILLER + PAGE_SIZE)
-        asked = (2 * repeats + 1) * (prefill.QUESTION + PAGE_SIZE)
-        assert group.host_tokens >= prefill.MEMORY + PAGE_SIZE + fillers + asked
+        fillers = -(-group.pool_tokens // prefill_groups.FILLER) * (prefill_groups.FILLER + PAGE_SIZE)
+        asked = (2 * repeats + 1) * (prefill_groups.QUESTION + PAGE_SIZE)
+        assert group.host_tokens >= prefill_groups.MEMORY + PAGE_SIZE + fillers + asked
 
 
 def test_groups_of_prefill_are_what_their_names_say() -> None:
-    full, quarter, sixteen = prefill.GROUPS
-    assert full.pool_tokens >= prefill.PROMPT + 2 * PAGE_SIZE
-    assert quarter.pool_tokens * 4 == prefill.PROMPT
-    assert sixteen.pool_tokens * SHAPES["8b"].token_bytes == 16 * GB
-    assert [group.questions for group in prefill.GROUPS] == [False, False, True]
-    keys = [
-        (s, group.pool_tokens, tokens) for group in prefill.GROUPS for s in group.systems for tokens in group.prompts
+    full, quarter, sixteen, long, *quarters, fixed = GROUPS_OF_PREFILL
+    assert full.pool_tokens >= prefill_groups.PROMPT + 2 * PAGE_SIZE
+    assert quarter.pool_tokens * 4 == prefill_groups.PROMPT
+    assert sixteen.pool_tokens * SHAPES["8b"].token_bytes() == 16 * GB
+    assert [group.questions for group in (full, quarter, sixteen)] == [False, False, True]
+    assert long.prompts == (131_072, 262_144) and long.pool_tokens >= 262_144 + 2 * PAGE_SIZE
+    assert [(group.pool_tokens, group.prompts) for group in quarters] == [(32_768, (131_072,)), (65_536, (262_144,))]
+    assert fixed.pool_tokens * SHAPES["8b"].token_bytes("fp8_e4m3") == 16 * GB
+
+
+def test_groups_of_prefill_are_what_was_asked_for() -> None:
+    assert prefill_groups.groups(("full", "quarter"), (), ("question",), "auto") == []
+    (asked,) = prefill_groups.groups(("full", "16gb"), (), ("question",), "auto")
+    assert (asked.name, asked.prompts, asked.questions) == ("16gb", (), True)
+    assert asked.context > prefill_groups.MEMORY + prefill_groups.QUESTION
+
+
+def test_stock_is_asked_for_what_its_pool_holds() -> None:
+    stock, lsa = SYSTEMS["stock"], SYSTEMS["lsa"]
+    assert [group.of_system(stock).prompts for group in GROUPS_OF_PREFILL] == [
+        (131_072,),
+        (),
+        (),
+        (131_072, 262_144),
+        (),
+        (),
+        (131_072,),
     ]
-    assert len(set(keys)) == len(keys)
+    assert not any(group.of_system(stock).questions for group in GROUPS_OF_PREFILL)
+    assert [group.of_system(lsa) for group in GROUPS_OF_PREFILL] == GROUPS_OF_PREFILL
 
 
 # --- the client ------------------------------------------------------------------------------------------------------
@@ -667,8 +761,20 @@ def test_no_gpu_is_status_1(
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["nonsense"], ["serving", "--models", "70b"], ["serving", "--policies", "lru"], ["serving", "--models"]],
-    ids=["none", "unknown", "unknown model", "unknown policy", "no model"],
+    [
+        [],
+        ["nonsense"],
+        ["serving", "--models", "70b"],
+        ["serving", "--policies", "lru"],
+        ["serving", "--models"],
+        ["serving", "--arms", "1k,2k"],
+        ["serving", "--systems", "vllm"],
+        ["serving", "--kv-cache-dtype", "int8"],
+        ["prefill", "--prompts", "128K"],
+        ["prefill", "--prompts", "0"],
+        ["prefill", "--pools", "full,"],
+    ],
+    ids=lambda argv: " ".join(argv) or "none",
 )
 def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -686,7 +792,9 @@ def test_a_failed_benchmark_is_status_1(
 ) -> None:
     def run(output: pathlib.Path, console: Console, **asked: Any) -> None:
         assert output == tmp_path
-        assert (asked["models"], asked["workloads"], asked["systems"]) == (["1b"], ["iso"], ["stock", "lsa"])
+        assert (asked["models"], asked["workloads"]) == (["1b"], ["iso"])
+        assert asked["systems"] == ["stock", "stock-flashinfer", "lsa"]
+        assert (asked["kv_dtype"], asked["resume"], asked["arms"]) == ("auto", False, list(serving_arms.ARMS))
         assert (asked["policies"], asked["server_args"]) == (["quest", "random"], "--tp 2")
         raise failure
 
@@ -712,8 +820,7 @@ def test_what_prefill_is_asked_to_measure(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(prefill, "run", lambda output, console, **asked: seen.append(asked | {"output": output}))
     assert cli.main(["bench", "prefill", "--output", str(tmp_path)]) == 0
     assert cli.main(["bench", "prefill", "--pools", "16gb", "--workloads", "question", "--repeats", "5"]) == 0
-    names = [group.name for group in prefill.GROUPS]
-    assert [asked["pools"] for asked in seen] == [names, ["16gb"]]
+    assert [asked["pools"] for asked in seen] == [["full", "quarter", "16gb"], ["16gb"]]
     assert [asked["workloads"] for asked in seen] == [["ttft", "question"], ["question"]]
     assert [asked["repeats"] for asked in seen] == [3, 5]
     assert seen[0]["output"] == tmp_path

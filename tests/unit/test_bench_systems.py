@@ -1,0 +1,281 @@
+"""What the benchmarks compare: how servers are started, what they say of themselves, and what need not be run again."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sglang_lsa import cli
+from sglang_lsa.bench import parser, prefill, prefill_groups, serving, serving_arms
+from sglang_lsa.bench.prefill_report import PREFILL
+from sglang_lsa.bench.report import SERVING
+from sglang_lsa.bench.serving_arms import GROUPS, Arm, Group, chosen
+from sglang_lsa.bench.shapes import KV_BYTES, SHAPES
+from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS, System, backends, server_facts, upgraded
+from sglang_lsa.server_process import ServerFailed
+
+RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
+GB = 1 << 30
+
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+BACKEND_FLAGS = {
+    "stock": [],
+    "stock-flashinfer": ["--attention-backend", "flashinfer"],
+    "lsa": [],
+    "lsa-fa3": ["--attention-backend", "fa3"],
+    "lsa-flashinfer": ["--attention-backend", "flashinfer"],
+}
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with host memory for everything."""
+    monkeypatch.setattr(serving_arms, "available_host_memory", lambda: 1 << 50)
+    monkeypatch.setattr(prefill, "require_host_memory", lambda *_: None)
+
+
+def value(flags: list[str], name: str) -> str | None:
+    return flags[flags.index(name) + 1] if name in flags else None
+
+
+@pytest.mark.usefixtures("roomy")
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
+def test_a_system_gets_its_backend_and_its_pool_and_is_otherwise_as_users_have_it(name: str, kv_dtype: str) -> None:
+    system, model = SYSTEMS[name], pathlib.Path("model")
+    group = Group("8b", 16, (Arm("tpot", 1024, 4, 8),), kv_dtype)
+    asked = prefill_groups.Group("full", group.pool_tokens, (16_384,), kv_dtype=kv_dtype)
+    for flags in (
+        serving.arguments(group, system, model),
+        prefill.arguments(asked, SHAPES["8b"], system, model),
+    ):
+        assert ["--attention-backend", value(flags, "--attention-backend")] == (BACKEND_FLAGS[name] or flags[:0]) or (
+            not BACKEND_FLAGS[name] and "--attention-backend" not in flags
+        )
+        assert not {"--page-size", "--cuda-graph-backend-prefill", "--prefill-attention-backend"} & set(flags)
+        assert value(flags, "--kv-cache-dtype") == kv_dtype
+        tokens = str(16 * GB // (131_072 * KV_BYTES[kv_dtype] // 2))
+        pool, other = ("--lsa-device-tokens", "--max-total-tokens")[:: 1 if system.lsa else -1]
+        assert value(flags, pool) == tokens and other not in flags
+        assert ("--lsa-host-memory-gb" in flags) == system.lsa
+    assert system.module == ("sglang_lsa.launch_server" if system.lsa else "sglang.launch_server")
+
+
+@pytest.mark.parametrize(
+    ("inside", "facts"),
+    [
+        ({}, ("fa3", "fa3")),
+        ({"prefill_attention_backend": "fa3", "decode_attention_backend": "flashinfer"}, ("fa3", "flashinfer")),
+        ({"attention_backend": "flashinfer", "prefill_attention_backend": "fa3"}, ("fa3", "flashinfer")),
+        ({"attention_backend": "triton"}, ("triton", "triton")),
+    ],
+    ids=["one", "two", "one and prefill's", "resolved later"],
+)
+def test_backends_are_those_that_the_server_chose(inside: dict[str, Any], facts: tuple[str, str]) -> None:
+    outside = {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
+    outside |= {"kv_cache_dtype": "auto", "page_size": 1}
+    for info in (outside | {"internal_states": [inside]}, outside | inside):
+        found = server_facts(info)
+        assert (found["prefill_backend"], found["decode_backend"]) == facts
+        assert (found["kv_dtype"], found["page_size"]) == ("bfloat16", 1)
+        assert backends(found) == "/".join(dict.fromkeys(facts))
+    assert server_facts(outside | {"kv_cache_dtype": "fp8_e4m3"})["kv_dtype"] == "fp8_e4m3"
+
+
+def test_systems_by_default() -> None:
+    assert DEFAULT_SYSTEMS == ("stock", "stock-flashinfer", "lsa")
+    assert [name for name, system in SYSTEMS.items() if system.lsa] == ["lsa", "lsa-fa3", "lsa-flashinfer"]
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_arms_have_names_of_their_own() -> None:
+    assert parser.ARMS == serving_arms.ARMS
+    for model in ("1b", "8b"):
+        names = [arm.name for group in GROUPS if group.model == model for arm in group.arms]
+        assert len(set(names)) == len(names)
+    assert set(parser.KV_DTYPES) == set(KV_BYTES)
+
+
+def test_arms_are_chosen_by_name() -> None:
+    found = list(chosen(["8b"], ["tpot", "shared", "iso"], ["256k", "8x40k", "shared32"], "auto"))
+    assert [[arm.name for arm in group.arms] for group in found] == [["256k", "shared32", "8x40k"]]
+    assert list(chosen(["1b"], ["tpot"], ["iso60k"], "auto")) == []
+
+
+def test_the_same_bytes_hold_twice_the_contexts_of_half_the_bytes() -> None:
+    (wide,), (narrow,) = (list(chosen(["8b"], ["iso"], ["iso60k"], kind)) for kind in ("auto", "fp8_e4m3"))
+    assert narrow.pool_tokens == 2 * wide.pool_tokens and narrow.pool_gb == wide.pool_gb
+    assert (wide.arms[0].batch, narrow.arms[0].batch) == (13, 26)
+    assert narrow.pool_tokens * narrow.token_bytes == wide.pool_tokens * wide.token_bytes
+    (single,) = chosen(["8b"], ["tpot"], ["8x40k"], "fp8_e4m3")
+    assert single.arms[0].batch == 8
+
+
+@pytest.mark.parametrize("argv", [["1k,256k", "shared32"], ["1k", "256k", "shared32,1k"]], ids=["commas", "blanks"])
+def test_lists_are_separated_by_commas_or_blanks(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(serving, "run", lambda output, console, **asked: seen.append(asked))
+    monkeypatch.setattr(prefill, "run", lambda output, console, **asked: seen.append(asked))
+    more = ["--kv-cache-dtype", "fp8_e4m3", "--resume", "--systems", "stock,lsa-fa3"]
+    assert cli.main(["bench", "serving", "--arms", *argv, *more]) == 0
+    assert cli.main(["bench", "prefill", "--prompts", "131072,262144", "400000", *more]) == 0
+    assert seen[0]["arms"] == ["1k", "256k", "shared32"]
+    assert (seen[1]["prompts"], seen[1]["pools"]) == ([131_072, 262_144, 400_000], ["full", "quarter", "16gb"])
+    for asked in seen:
+        assert asked["systems"] == ["stock", "lsa-fa3"]
+        assert (asked["kv_dtype"], asked["resume"]) == ("fp8_e4m3", True)
+
+
+# --- runs that were cut ----------------------------------------------------------------------------------------------
+
+FACTS = {"prefill_backend": "fa3", "decode_backend": "fa3", "kv_dtype": "bfloat16", "page_size": 1}
+
+
+class Bench:
+    """Benchmarks whose servers take no time; remembers what was measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, output: pathlib.Path):
+        self.output = output
+        self.seen: list[tuple[str, list[str]]] = []
+        self.broken: tuple[str, str] | None = None
+        """A system that fails at an arm."""
+        for module in (serving, prefill):
+            monkeypatch.setattr(module, "gpu_name", lambda: "GPU of a test")
+        monkeypatch.setattr(serving, "measure", self.measure_serving)
+        monkeypatch.setattr(prefill, "measure", self.measure_prefill)
+
+    def note(self, system: System, names: list[str]) -> Iterator[str]:
+        self.seen.append((system.name, []))
+        for name in names:
+            if self.broken == (system.name, name):
+                raise ServerFailed("no FA3 here")
+            self.seen[-1][1].append(name)
+            yield name
+
+    def measure_serving(self, group: Group, system: System, planned: Any, *_: Any) -> Iterator[dict[str, Any]]:
+        figures = dict.fromkeys(("running_requests", "decode_tokens_per_s", "tpot_ms_p50", "tpot_ms_p99"), 1.0)
+        planned = list(planned)
+        for (arm, policy), _ in zip(planned, self.note(system, [f"{a.name} {p}".strip() for a, p in planned])):
+            yield serving.labels(group, system, arm, policy) | FACTS | figures | {"kv_gpu_bytes": 1}
+
+    def measure_prefill(
+        self, group: prefill_groups.Group, shape: Any, system: System, *_: Any
+    ) -> Iterator[dict[str, Any]]:
+        what: list[tuple[Any, ...]] = [("ttft", tokens, None, None) for tokens in group.prompts]
+        if group.questions:
+            context = prefill_groups.MEMORY + prefill_groups.QUESTION
+            what += [("question", context, how, where) for where in ("cold", "warm") for how in ("exact", "resident")]
+        names = [
+            f"{group.name} {workload} {how or tokens} {where or ''}".strip() for workload, tokens, how, where in what
+        ]
+        for each, _ in zip(what, self.note(system, names)):
+            yield prefill.labels(group, shape, system, *each) | FACTS | {"ttft_s": 1.0, "kv_pool_bytes": 1}
+
+    def serving(self, **asked: Any) -> list[tuple[str, list[str]]]:
+        chosen: dict[str, Any] = {"models": ["8b"], "workloads": ["tpot"], "arms": ["1k", "256k"], "resume": False}
+        chosen |= {"systems": ["stock", "lsa"], "policies": ["quest"], "kv_dtype": "auto", **asked}
+        self.seen = []
+        serving.run(self.output, Console(quiet=True), server_args="", command="", **chosen)
+        return self.seen
+
+    def prefill(self, **asked: Any) -> list[tuple[str, list[str]]]:
+        chosen: dict[str, Any] = {"pools": ["full", "quarter"], "prompts": [131_072, 262_144], "resume": False}
+        chosen |= {"workloads": ["ttft"], "systems": ["stock", "lsa"], "kv_dtype": "auto", "repeats": 1, **asked}
+        self.seen = []
+        prefill.run(self.output, Console(quiet=True), server_args="", command="", **chosen)
+        return self.seen
+
+
+@pytest.fixture
+def bench(roomy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Bench:
+    return Bench(monkeypatch, tmp_path)
+
+
+def test_a_run_that_is_resumed_measures_what_is_missing(bench: Bench) -> None:
+    both = [("stock", ["1k", "256k"]), ("lsa", ["1k quest", "256k quest"])]
+    assert bench.serving() == both
+    assert bench.serving(resume=True) == [], "no server is started"
+    assert bench.serving(resume=True, arms=["1k", "32k"]) == [("stock", ["32k"]), ("lsa", ["32k quest"])]
+    assert bench.serving(resume=True, policies=["quest", "random"]) == [("lsa", ["1k random", "256k random"])]
+    assert bench.serving(resume=True, models=["1b"]) == both
+    assert bench.serving(resume=True, systems=["lsa-fa3"]) == [("lsa-fa3", ["1k quest", "256k quest"])]
+    assert bench.serving() == both, "without being told so"
+    assert len(SERVING.read(bench.output)) == 14
+
+
+def test_rows_of_another_type_of_kv_are_not_taken_for_those_asked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.serving()
+    assert len(bench.serving(resume=True, kv_dtype="fp8_e4m3")) == 2
+    monkeypatch.setattr(serving, "gpu_name", lambda: "another card")
+    assert len(bench.serving(resume=True)) == 2
+
+
+def test_a_system_that_fails_leaves_its_rows_and_the_other_systems(bench: Bench) -> None:
+    bench.broken = ("stock", "256k")
+    with pytest.raises(RuntimeError, match="stock 8b: no FA3 here"):
+        bench.serving()
+    assert bench.seen == [("stock", ["1k"]), ("lsa", ["1k quest", "256k quest"])]
+    assert len(json.loads((bench.output / "serving.json").read_text())) == 3
+    bench.broken = None
+    assert bench.serving(resume=True) == [("stock", ["256k"])]
+
+
+def test_prefill_is_resumed_too(bench: Bench) -> None:
+    full = ["full ttft 131072", "full ttft 262144"]
+    quarters = [("lsa", ["quarter ttft 131072"]), ("lsa", ["quarter ttft 262144"])]
+    assert bench.prefill() == [("stock", full), ("lsa", full), *quarters]
+    assert bench.prefill(resume=True) == []
+    assert bench.prefill(resume=True, prompts=[400_000], pools=["full"], systems=["stock"]) == [
+        ("stock", ["full ttft 400000"])
+    ]
+    assert bench.prefill(resume=True, prompts=[262_144, 400_000], systems=["stock"]) == []
+    bench.broken = ("lsa", "16gb question exact warm")
+    with pytest.raises(RuntimeError, match="lsa 16gb"):
+        bench.prefill(pools=["16gb"], workloads=["question"])
+    bench.broken = None
+    ((system, asked),) = bench.prefill(pools=["16gb"], workloads=["question"], resume=True)
+    assert (system, len(asked)) == ("lsa", 4), "questions are measured together"
+    assert bench.prefill(pools=["16gb"], workloads=["question"], resume=True) == []
+    assert len(PREFILL.read(bench.output)) == 6 + 1 + 4
+
+
+# --- results of earlier versions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("results", [SERVING, PREFILL], ids=lambda results: results.name)
+def test_results_in_the_repository_name_their_backends_when_they_are_read(results: Any, tmp_path: pathlib.Path) -> None:
+    rows = results.read(RESULTS)
+    assert len(rows) >= 8
+    for row in rows:
+        assert SYSTEMS[row["system"]] and results.identity(row)
+        assert all(row[name] for name in ("prefill_backend", "decode_backend", "kv_dtype", "page_size", "gpu"))
+    (tmp_path / f"{results.name}.json").write_text(json.dumps(rows))
+    results.write(tmp_path, [])
+    again = results.read(tmp_path)
+    assert {results.identity(row) for row in again} == {results.identity(row) for row in rows}
+    assert any(results.ratio in row for row in again)
+
+
+def test_a_row_of_an_earlier_version_ran_with_flashinfer_and_pages_of_64_tokens() -> None:
+    found = upgraded({"system": "lsa", "ttft_s": 1.5})
+    assert found == {
+        "system": "lsa-flashinfer",
+        "ttft_s": 1.5,
+        "prefill_backend": "flashinfer",
+        "decode_backend": "flashinfer",
+        "kv_dtype": "bfloat16",
+        "page_size": 64,
+    }
+    assert upgraded(found) == found
+    old = {"pool_tokens": 140_032, "system": "stock"}
+    assert (PREFILL.upgrade(old)["pool"], PREFILL.upgrade(old)["system"]) == ("full", "stock-flashinfer")
