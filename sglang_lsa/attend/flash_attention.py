@@ -84,11 +84,13 @@ class LSAFlashAttentionBackend(FlashAttentionBackend):
 
 
 class FlashAttentionParts(PartialPrefill):
-    """By FlashAttention-3's kernels."""
+    """By FlashAttention-3's kernels, which read KV in FP8 as it lies; queries and new tokens then are FP8, too, as with
+    the stock backend."""
 
     def __init__(self, backend: LSAFlashAttentionBackend):
         super().__init__(backend.lsa)
         self.backend = backend
+        self.reads_raw = backend.kv_cache_dtype.itemsize == 1
 
     def plan_own(self, lengths: Sequence[int]) -> None:
         self.new = upload(offsets(lengths), self.lsa.pager.device)
@@ -106,6 +108,9 @@ class FlashAttentionParts(PartialPrefill):
         self.blocks = [(upload(offsets([size]), self.lsa.pager.device), size) for size in sizes]
 
     def own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> State:
+        if self.reads_raw:
+            of_keys, of_values = self.lsa.pager.layout.scales(layer.layer_id)
+            k, v = ((t / scale).to(self.backend.kv_cache_dtype) for t, scale in ((k, of_keys), (v, of_values)))
         return self._keys_at_hand(q, k, v, layer, self.new, self.longest, causal=True)
 
     def here(self, q: torch.Tensor, layer) -> State:
@@ -115,7 +120,7 @@ class FlashAttentionParts(PartialPrefill):
             for buffer in backend.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         )
         out, lse, *_ = backend.flash_attn_with_kvcache(
-            q=q,
+            q=self._as_kept(q),
             k_cache=keys,
             v_cache=values,
             page_table=self.pages,
@@ -124,7 +129,7 @@ class FlashAttentionParts(PartialPrefill):
             max_seqlen_q=self.longest,
             causal=False,
             return_softmax_lse=True,
-            **self._of(layer),
+            **self._of(layer, len(self.tokens)),
         )
         return out, base_2(lse)
 
@@ -133,7 +138,7 @@ class FlashAttentionParts(PartialPrefill):
 
     def _keys_at_hand(self, q, keys, values, layer, begins: torch.Tensor, longest: int, causal: bool) -> State:
         out, lse, *_ = self.backend.flash_attn_varlen_func(
-            q=q,
+            q=self._as_kept(q),
             k=keys,
             v=values,
             cu_seqlens_q=self.new,
@@ -142,13 +147,21 @@ class FlashAttentionParts(PartialPrefill):
             max_seqlen_k=longest,
             causal=causal,
             return_softmax_lse=True,
-            **self._of(layer),
+            **self._of(layer, len(begins) - 1),
         )
         return out, base_2(lse)
 
-    def _of(self, layer) -> dict[str, Any]:
+    def _as_kept(self, q: torch.Tensor) -> torch.Tensor:
+        return q.to(self.backend.kv_cache_dtype) if self.reads_raw else q
+
+    def _of(self, layer, requests: int) -> dict[str, Any]:
+        scales = {}
+        if self.reads_raw and layer.k_scale is not None:
+            shape = (requests, layer.tp_k_head_num)
+            scales = {"k_descale": layer.k_scale.expand(shape), "v_descale": layer.v_scale.expand(shape)}
         return {
             "softmax_scale": layer.scaling,
             "softcap": layer.logit_cap,
             "num_splits": self.backend.num_splits,
+            **scales,
         }

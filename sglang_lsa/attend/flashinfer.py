@@ -54,7 +54,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
             return out
         out = self.partial.attend(q, k, v, layer)
         if save_kv_cache:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
@@ -94,6 +95,7 @@ class FlashInferParts(PartialPrefill):
             *self.heads,
             page,
             q_data_type=self.q_type,
+            kv_data_type=self.backend.data_type,
         )
 
     def plan_blocks(self, sizes: tuple[int, int]) -> None:
@@ -106,7 +108,8 @@ class FlashInferParts(PartialPrefill):
     def here(self, q: torch.Tensor, layer) -> State:
         pool, page = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id), self.lsa.pager.page
         paged = tuple(buffer.view(-1, page, *buffer.shape[1:]) for buffer in pool)
-        return self.pages.forward_return_lse(q, paged, causal=False, **_of(layer))
+        scales = {"k_scale": layer.k_scale_float, "v_scale": layer.v_scale_float}
+        return self.pages.forward_return_lse(q, paged, causal=False, **scales, **_of(layer))
 
     def block(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer, last: bool) -> State:
         return self.blocks[last].forward_return_lse(q, keys, values, causal=False, **_of(layer))

@@ -25,6 +25,9 @@ class PartialPrefill(ABC):
     are of one size.
     """
 
+    reads_raw = False
+    """Blocks are read in the type in which the pool keeps KV."""
+
     def __init__(self, lsa: LSARuntime):
         self.lsa = lsa
         self.reads_here = False
@@ -50,7 +53,8 @@ class PartialPrefill(ABC):
         out, lse = out.float(), lse.contiguous()
         if self.reads_here:
             merge_states(out, lse, *self.here(q, layer))
-        for block, (keys, values) in enumerate(staged.layer(layer.layer_id) if staged is not None else ()):
+        blocks = staged.layer(layer.layer_id, self.reads_raw) if staged is not None else ()
+        for block, (keys, values) in enumerate(blocks):
             last = staged is not None and block + 1 == len(staged.sizes)
             merge_states(out, lse, *self.block(q, keys, values, layer, last))
         return out.to(q.dtype).view(len(q), -1)

@@ -75,7 +75,7 @@ def groups(pools: Sequence[str], prompts: Sequence[int], workloads: Sequence[str
         if pool == "16gb":
             found.append(Group(pool, fixed, lengths, "question" in workloads, kv_dtype))
         elif pool == "full" and lengths:
-            found.append(Group(pool, align_up(max(lengths)) + SPARE, lengths, kv_dtype=kv_dtype))
+            found.append(Group(pool, align_up(max(lengths), PAGE_SIZE) + SPARE, lengths, kv_dtype=kv_dtype))
         elif pool == "quarter":
-            found += [Group(pool, align_up(tokens // 4), (tokens,), kv_dtype=kv_dtype) for tokens in lengths]
+            found += [Group(pool, align_up(tokens // 4, PAGE_SIZE), (tokens,), kv_dtype=kv_dtype) for tokens in lengths]
     return found

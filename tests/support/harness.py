@@ -186,9 +186,11 @@ class Server:
         assert torch.equal(self.memory_at(self.places(slots)), self.content(slots).to(self.pools[0][0].dtype))
 
 
-def request(tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a", **lsa: object) -> SimpleNamespace:
+def request(
+    tokens: int, prefix: Sequence[int] | np.ndarray = (), rid: str = "a", page: int = PAGE_SIZE, **lsa: object
+) -> SimpleNamespace:
     """SGLang's request, as far as admission and prefill look at it; ``prefix``: pages that the radix tree has."""
-    slots = torch.tensor([page * PAGE_SIZE + token for page in prefix for token in range(PAGE_SIZE)], dtype=torch.int64)
+    slots = torch.tensor([one * page + token for one in prefix for token in range(page)], dtype=torch.int64)
     parameters = SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=10_000)
     return SimpleNamespace(
         rid=rid,

@@ -34,11 +34,13 @@ CHUNK = 4 * PAGE_SIZE
 class Server(harness.Server):
     """Admission over a real pager and lookahead; a set is half of a request unless told otherwise."""
 
-    def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
-        super().__init__(physical, VIRTUAL)
+    def __init__(
+        self, chunk: int | None = CHUNK, physical: int = PHYSICAL, page: int = PAGE_SIZE, **options: object
+    ) -> None:
+        super().__init__(physical, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
         self.config = LSAConfig.from_mapping({**defaults, **options})
-        table = ResidentTable(4, physical // 2 + 1, PAGE_SIZE)
+        table = ResidentTable(4, physical // 2 + 1, page)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
         self.admission = Admission(self.pager, self.lookahead.rules, chunk)
         self.chunk = chunk
@@ -609,9 +611,10 @@ def test_when_all_of_that_is_too_little_a_request_is_retracted() -> None:
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=400)
 @given(
+    page=st.sampled_from([16, 64, 256]),
     physical=st.integers(4, 40),
-    chunk=st.none() | st.integers(1, 50 * PAGE_SIZE),
-    tokens=st.integers(1, 120 * PAGE_SIZE),
+    chunk_pages=st.none() | st.floats(0, 50),
+    pages=st.floats(0, 120),
     cached=st.floats(0, 1),
     budget=st.sampled_from([0.01, 0.135, 0.5, 0.99, 1.0]),
     min_pages=st.sampled_from([1, 8, 30]),
@@ -619,9 +622,10 @@ def test_when_all_of_that_is_too_little_a_request_is_retracted() -> None:
     prefill=st.sampled_from(["exact", "resident"]),
 )
 def test_an_idle_server_admits_whatever_it_does_not_refuse(
+    page: int,
     physical: int,
-    chunk: int | None,
-    tokens: int,
+    chunk_pages: float | None,
+    pages: float,
     cached: float,
     budget: float,
     min_pages: int,
@@ -629,13 +633,14 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
     prefill: str,
 ) -> None:
     """Whatever its length; and what is promised to it fits the pool."""
-    least = min(min_context, physical * PAGE_SIZE // 2)  # as the runtime has it
-    server = Server(chunk, physical, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
-    prefix = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
-    req = request(tokens, prefix)
+    chunk, tokens = chunk_pages and max(1, int(chunk_pages * page)), max(1, int(pages * page))
+    least = min(min_context, physical * page // 2)  # as the runtime has it
+    server = Server(chunk, physical, page, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
+    prefix = server.memory(int((tokens - 1) // page * cached))
+    req = request(tokens, prefix, page=page)
     refused = judge(server.admission, req)
     prunable = budget < 1 and tokens >= least
-    assert (refused is not None) == ((budget == 1 or chunk is None) and tokens >= (physical - 1) * PAGE_SIZE)
+    assert (refused is not None) == ((budget == 1 or chunk is None) and tokens >= (physical - 1) * page)
     if refused is not None:
         return
     admitted = server.choose(req)
@@ -643,12 +648,12 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
     assert admitted.demand < physical
     assert admitted.how == IN_PLACE or prunable
     if admitted.chunk_tokens is not None:
-        assert admitted.chunk_tokens % PAGE_SIZE == 0 < admitted.chunk_tokens
-        assert admitted.chunk_tokens <= physical // 2 * PAGE_SIZE
-        assert admitted.how == RESIDENT or admitted.chunk_tokens < admitted.demand * PAGE_SIZE
+        assert admitted.chunk_tokens % page == 0 < admitted.chunk_tokens
+        assert admitted.chunk_tokens <= physical // 2 * page
+        assert admitted.how == RESIDENT or admitted.chunk_tokens < admitted.demand * page
         if chunk is None:  # one pass computes the rest
-            assert admitted.chunk_tokens >= tokens - len(prefix) * PAGE_SIZE or admitted.how == RESIDENT
+            assert admitted.chunk_tokens >= tokens - len(prefix) * page or admitted.how == RESIDENT
     if admitted.how == STREAMED:
-        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens, PAGE_SIZE), budget)
+        assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens, page), budget)
     promise(server.admission, req, admitted)
     assert server.pager.unpromised_pages >= 1

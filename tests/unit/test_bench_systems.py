@@ -163,7 +163,9 @@ class Bench:
     def measure_serving(self, group: Group, system: System, planned: Any, *_: Any) -> Iterator[dict[str, Any]]:
         figures = dict.fromkeys(("running_requests", "decode_tokens_per_s", "tpot_ms_p50", "tpot_ms_p99"), 1.0)
         planned = list(planned)
-        for (arm, policy), _ in zip(planned, self.note(system, [f"{a.name} {p}".strip() for a, p in planned])):
+        for (arm, policy), _ in zip(
+            planned, self.note(system, [f"{a.name} {p}".strip() for a, p in planned]), strict=False
+        ):
             yield serving.labels(group, system, arm, policy) | FACTS | figures | {"kv_gpu_bytes": 1}
 
     def measure_prefill(
@@ -176,7 +178,7 @@ class Bench:
         names = [
             f"{group.name} {workload} {how or tokens} {where or ''}".strip() for workload, tokens, how, where in what
         ]
-        for each, _ in zip(what, self.note(system, names)):
+        for each, _ in zip(what, self.note(system, names), strict=False):
             yield prefill.labels(group, shape, system, *each) | FACTS | {"ttft_s": 1.0, "kv_pool_bytes": 1}
 
     def serving(self, **asked: Any) -> list[tuple[str, list[str]]]:

@@ -152,3 +152,13 @@ def test_hooks_read_of_requests_what_is_listed(file: pathlib.Path) -> None:
 
 CALLED = {"init_next_round_input", "set_finish_with_abort"}
 """Methods of requests that hooks call, whose source is compared with what it was (``relies_on``)."""
+
+
+# --- how many tokens a page has --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["memory", "engine", "attend"])
+def test_the_page_size_is_the_layouts_to_say(folder: str) -> None:
+    for file in (ROOT / "sglang_lsa" / folder).rglob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+        assert "PAGE_SIZE" not in names, file

@@ -44,12 +44,12 @@ class Queued(Wanted):
 class Server(harness.Server):
     """A lookahead over a real pager. Requests own runs of virtual pages."""
 
-    def __init__(self, lead: int = 0, lag: int = 0, **options: object) -> None:
-        super().__init__(PHYSICAL, VIRTUAL)
+    def __init__(self, lead: int = 0, lag: int = 0, page: int = PAGE_SIZE, **options: object) -> None:
+        super().__init__(PHYSICAL, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
         defaults["prompt_pages"] = 0
-        self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * PAGE_SIZE, **options})
-        self.table = ResidentTable(16, 32, PAGE_SIZE)
+        self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * self.pager.page, **options})
+        self.table = ResidentTable(16, 32, self.pager.page)
         self.wanted = Wanted()
         self.queued = Queued()
         policies: dict[str, Policy] = {
@@ -88,12 +88,12 @@ class Server(harness.Server):
         request = Request(rid, self.requests, asked, tokens=tokens, prompt_tokens=tokens)
         request.text = lambda known: np.array(text[:known], dtype=np.int64)
         request.name_sets(sets)
-        request.pages = self.allocate(pages_spanned(tokens, PAGE_SIZE))
+        request.pages = self.allocate(pages_spanned(tokens, self.pager.page))
         self.hold(rid, request.pages)
         self.write(self.slots_of(request.pages))
-        self.pager.store(request.pages[: pages_complete(tokens, PAGE_SIZE)])
+        self.pager.store(request.pages[: pages_complete(tokens, self.pager.page)])
         if promised is not None:
-            self.pager.ledger.retain(rid, request.pages[pages_complete(tokens, PAGE_SIZE) :])
+            self.pager.ledger.retain(rid, request.pages[pages_complete(tokens, self.pager.page) :])
             self.pager.reservations.promise(rid, promised)
             self.lookahead.sets.await_first(request)
             self.push_off()
@@ -107,22 +107,22 @@ class Server(harness.Server):
 
     def before_decode(self, request: Request) -> None:
         request.tokens += 1
-        if request.tokens % PAGE_SIZE == 1:
+        if request.tokens % self.pager.page == 1:
             request.pages = np.append(request.pages, self.allocate(1))
             self.hold(request.rid, request.pages[-1:])
             self.write(self.slots_of(request.pages[-1:]))
         self.lookahead.begin_step()
 
     def after_decode(self, request: Request) -> None:
-        if request.tokens % PAGE_SIZE == 0:
+        if request.tokens % self.pager.page == 0:
             self.pager.store(request.pages[-1:])
         self.lookahead.refresh(self.lookahead.end_step([request]))
 
     def read(self, request: Request) -> list[int]:
         """Positions of the complete pages that attention reads before the tail, found by their content."""
-        places = self.table.pages[request.row, : int(self.table.count[request.row])].long() * PAGE_SIZE
-        slots = self.found_at((places[:, None] + torch.arange(PAGE_SIZE)).flatten())
-        pages = [slot // PAGE_SIZE for slot in slots[::PAGE_SIZE]]
+        places = self.table.pages[request.row, : int(self.table.count[request.row])].long() * self.pager.page
+        slots = self.found_at((places[:, None] + torch.arange(self.pager.page)).flatten())
+        pages = [slot // self.pager.page for slot in slots[:: self.pager.page]]
         assert slots == self.slots_of(pages).tolist(), "whole pages"
         return [request.pages.tolist().index(page) for page in pages]
 
@@ -325,12 +325,13 @@ def test_only_requests_whose_window_ends_are_refreshed() -> None:
     assert (first.window, second.window) == (0, 1)
 
 
-def test_a_new_window_brings_other_pages_in() -> None:
-    server = Server()
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_a_new_window_brings_other_pages_in(page: int) -> None:
+    server = Server(page=page)
     server.wanted.positions = [1, 2, 3]
-    request = server.prefill("a", 12 * PAGE_SIZE)
+    request = server.prefill("a", 12 * page)
     assert set(server.read(request)) >= {0, 1, 2, 3, 11}
-    other = server.prefill("b", 17 * PAGE_SIZE, dense=True)  # the device pool is full: what was not held is gone
+    other = server.prefill("b", 17 * page, dense=True)  # the device pool is full: what was not held is gone
     assert server.pager.ledger.evictions > 0
     server.pager.forget(other.rid)
     server.wanted.positions = [5, 6, 7]
@@ -342,10 +343,11 @@ def test_a_new_window_brings_other_pages_in() -> None:
     server.pager.ledger.check()
 
 
-def test_pages_completed_in_a_window_leave_the_tail_with_the_next() -> None:
-    server = Server(window=2 * PAGE_SIZE)
-    request = server.prefill("a", 8 * PAGE_SIZE)
-    for _ in range(2 * PAGE_SIZE - 1):
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_pages_completed_in_a_window_leave_the_tail_with_the_next(page: int) -> None:
+    server = Server(window=2 * page, page=page)
+    request = server.prefill("a", 8 * page)
+    for _ in range(2 * page - 1):
         server.decode(request)
     assert request.resident.tail_start == 8
     assert set(server.held_positions(request)) >= {8, 9}

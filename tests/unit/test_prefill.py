@@ -50,11 +50,13 @@ class Read:
 class Server(harness.Server):
     """A runtime, and as much of SGLang as it takes: allocation of pages, batches, and a model that writes its KV."""
 
-    def __init__(self, chunk: int | None = CHUNK, physical: int = PHYSICAL, **options: object) -> None:
-        super().__init__(physical, VIRTUAL)
+    def __init__(
+        self, chunk: int | None = CHUNK, physical: int = PHYSICAL, page: int = PAGE_SIZE, **options: object
+    ) -> None:
+        super().__init__(physical, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
         config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
-        table = torch.zeros((9, VIRTUAL * PAGE_SIZE), dtype=torch.int32)
+        table = torch.zeros((9, VIRTUAL * self.pager.page), dtype=torch.int32)
         self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, chunk)
         self.lookahead, self.prefill, self.admission = (
             self.runtime.lookahead,
@@ -89,8 +91,8 @@ class Server(harness.Server):
 
     def request(self, tokens: int, prefix: np.ndarray = NONE, rid: str = "a", row: int = 1, **lsa: object) -> Any:
         """A prompt of which the radix tree has the pages ``prefix``."""
-        req = request(tokens, prefix, rid, **lsa)
-        req.req_pool_idx, req.computed = row, len(prefix) * PAGE_SIZE
+        req = request(tokens, prefix, rid, self.pager.page, **lsa)
+        req.req_pool_idx, req.computed = row, len(prefix) * self.pager.page
         self.prefill.req_to_token[row, : req.computed] = req.prefix_indices
         return req
 
@@ -108,11 +110,11 @@ class Server(harness.Server):
         lengths = [ends.get(req.rid, len(req.full_untruncated_fill_ids)) for req in reqs]
         taken = []
         for req, end in zip(reqs, lengths, strict=True):
-            first, pages = pages_spanned(req.computed, PAGE_SIZE), pages_spanned(end, PAGE_SIZE)
+            first, pages = pages_spanned(req.computed, self.pager.page), pages_spanned(end, self.pager.page)
             new = self.allocate(pages - first)
             taken.append(new)
             row = self.prefill.req_to_token[req.req_pool_idx]
-            row[first * PAGE_SIZE : pages * PAGE_SIZE] = self.slots_of(new)
+            row[first * self.pager.page : pages * self.pager.page] = self.slots_of(new)
         middle = [req for req, end in zip(reqs, lengths, strict=True) if end < len(req.full_untruncated_fill_ids)]
         batch = SimpleNamespace(
             reqs=list(reqs),
@@ -139,9 +141,9 @@ class Server(harness.Server):
                 self.step.readings[index]
                 if self.step.readings is not None
                 else Reading.all_of(
-                    self.runtime.requests[req.rid].pages[: pages_spanned(req.computed, PAGE_SIZE)],
+                    self.runtime.requests[req.rid].pages[: pages_spanned(req.computed, self.pager.page)],
                     req.computed,
-                    PAGE_SIZE,
+                    self.pager.page,
                 )
             )
             reads.append(self.look_at(reading))
@@ -161,9 +163,9 @@ class Server(harness.Server):
         """One decode step; returns the virtual slots that it reads."""
         assert self.runtime.can_decode([req.computed])
         tokens = req.computed + 1
-        new = self.allocate(int(tokens % PAGE_SIZE == 1))
+        new = self.allocate(int(tokens % self.pager.page == 1))
         row = self.prefill.req_to_token[req.req_pool_idx]
-        row[req.computed : req.computed + len(new) * PAGE_SIZE] = self.slots_of(new)
+        row[req.computed : req.computed + len(new) * self.pager.page] = self.slots_of(new)
         batch = SimpleNamespace(
             reqs=[req],
             seq_lens_cpu=torch.tensor([tokens]),
@@ -172,9 +174,9 @@ class Server(harness.Server):
         number = self.runtime.before_forward(batch_of(batch), new)
         self.write(self.slots(req, req.computed, tokens))
         table, index = self.lookahead.sets.table, req.req_pool_idx
-        places = table.pages[index, : int(table.count[index])] * PAGE_SIZE
-        read = (places[:, None] + torch.arange(PAGE_SIZE)).flatten().long()
-        tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * PAGE_SIZE, tokens), dtype=torch.int64)
+        places = table.pages[index, : int(table.count[index])] * self.pager.page
+        read = (places[:, None] + torch.arange(self.pager.page)).flatten().long()
+        tail = torch.tensor(self.slots(req, int(table.tail_start[index]) * self.pager.page, tokens), dtype=torch.int64)
         found = self.found_at(torch.cat((read, self.places(tail))))
         req.computed = tokens
         self.runtime.after_forward(number)
@@ -808,22 +810,31 @@ def test_what_is_in_flight_is_waited_for_before_that() -> None:
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=120)
 @given(
+    page=st.sampled_from([16, 64, 256]),
     physical=st.integers(4, 30),
-    chunk=st.none() | st.integers(1, 20).map(lambda pages: pages * PAGE_SIZE),
-    tokens=st.integers(1, 70 * PAGE_SIZE),
+    chunk_pages=st.none() | st.integers(1, 20),
+    pages=st.floats(0, 70),
     cached=st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0]),
     budget=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     prefill=st.sampled_from(["exact", "resident"]),
     steps=st.integers(1, 3),
 )
 def test_an_idle_server_prefills_whatever_it_does_not_refuse(
-    physical: int, chunk: int | None, tokens: int, cached: float, budget: float, prefill: str, steps: int
+    page: int,
+    physical: int,
+    chunk_pages: int | None,
+    pages: float,
+    cached: float,
+    budget: float,
+    prefill: str,
+    steps: int,
 ) -> None:
     """To the end, and decodes; exact prompts read every token before each pass once, whatever is where."""
-    min_context = min(256, physical * PAGE_SIZE // 2)
-    server = Server(chunk, physical, budget=budget, prefill=prefill, min_context=min_context, min_pages=4)
+    chunk, tokens = chunk_pages and chunk_pages * page, max(1, int(pages * page))
+    min_context = min(256, physical * page // 2)
+    server = Server(chunk, physical, page, budget=budget, prefill=prefill, min_context=min_context, min_pages=4)
     server.wanted.values = {3 * position: 1.0 + position for position in range(10)}
-    memory = server.memory(int((tokens - 1) // PAGE_SIZE * cached))
+    memory = server.memory(int((tokens - 1) // page * cached))
     req = server.request(tokens, memory)
     if judge(server.admission, req) is not None:
         return
@@ -836,7 +847,7 @@ def test_an_idle_server_prefills_whatever_it_does_not_refuse(
             assert sorted(read.here + read.streamed) == server.slots(req, 0, begun)
         else:
             assert not read.streamed
-            assert set(read.here) >= set(server.slots(req, len(memory) * PAGE_SIZE, begun))
+            assert set(read.here) >= set(server.slots(req, len(memory) * page, begun))
             assert len(read.here) < begun
     assert owed(server.pager) == {}
     for _ in range(steps):
