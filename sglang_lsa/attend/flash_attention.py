@@ -68,10 +68,11 @@ class LSAFlashAttentionBackend(FlashAttentionBackend):
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **options):
         if self.shown.extend(q, layer):
-            if save_kv_cache:
+            out = self.partial.attend(q, k, v, layer)
+            if save_kv_cache:  # which divides k and v by their scales, where they are
                 loc = KVWriteLoc(forward_batch.out_cache_loc, None)
                 self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
-            return self.partial.attend(q, k, v, layer)
+            return out
         out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **options)
         self.shown.attended(q, layer)
         return out
