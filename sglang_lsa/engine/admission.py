@@ -234,7 +234,8 @@ class Admission:
             computed: tokens that each of them has KV of.
             shrink: makes resident sets of running requests smaller until so many device pages are let go.
         """
-        opening = sum(tokens % self.pager.page == 0 for tokens in computed)
+        page = self.pager.page
+        opening = sum([tokens % page == 0 for tokens in computed])
         if opening == 0 or opening <= self.pager.unpromised_pages:
             return True
         self.pager.settle()  # before a request loses anything, count what is only on its way

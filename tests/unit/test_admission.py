@@ -633,7 +633,8 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
     prefill: str,
 ) -> None:
     """Whatever its length; and what is promised to it fits the pool."""
-    chunk, tokens = chunk_pages and max(1, int(chunk_pages * page)), max(1, int(pages * page))
+    chunk = None if chunk_pages is None else max(1, int(chunk_pages * page))
+    tokens = max(1, int(pages * page))
     least = min(min_context, physical * page // 2)  # as the runtime has it
     server = Server(chunk, physical, page, budget=budget, min_pages=min_pages, min_context=least, prefill=prefill)
     prefix = server.memory(int((tokens - 1) // page * cached))

@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.doctor.findings import OK
 from sglang_lsa.doctor.hooks import hook_finding
 from sglang_lsa.engine.admission import Admission, Admitted
+from sglang_lsa.engine.arrival import Arrival, Verdict
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.policies import Recency
 from sglang_lsa.engine.prefill import DevicePoolFull
@@ -941,17 +942,21 @@ class Judge:
     def __init__(self, reason: str | None = None, longest: int | None = None):
         self.reason, self.most, self.asked = reason, longest, 0
 
-    def refusal(self, req: Any) -> str | None:
+    def judge(self, arrival: Arrival) -> Verdict:
         self.asked += 1
-        return self.reason
+        return Verdict(self.options(arrival.custom_params), self.reason)
 
-    def longest(self, req: Any) -> int | None:
+    def options(self, custom_params: Any) -> RequestOptions:
+        return RequestOptions.parse(custom_params, LSAConfig())
+
+    def longest(self, options: RequestOptions) -> int | None:
         return self.most
 
 
 def queued(judge: Judge, **req: Any) -> SimpleNamespace:
     """A request that came to the queue once."""
     values = {"rid": "a", "to_finish": None, "origin_input_ids": [7] * 100, "logprob_start_len": 100, "told": None}
+    values["sampling_params"] = SimpleNamespace(custom_params=None, max_new_tokens=10)
     asked = SimpleNamespace(**{**values, **req})
     asked.set_finish_with_abort = lambda reason: vars(asked).update(told=reason)
     scheduler = SimpleNamespace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypa
             )
             if self.pager.hold(request.key, request.pages[: len(here)][here]):
                 readings[index] = self._read(request, here)
-        return dataclasses.replace(step, readings=tuple(readings), looks=())
+        return step._replace(readings=tuple(readings), looks=())
 
     monkeypatch.setattr(Prefill, "choose_resident", choose_resident)
     assert failures()
