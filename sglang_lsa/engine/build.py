@@ -16,6 +16,7 @@ from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.scores import Scores
 from sglang_lsa.memory.staging import Staging, decoded_bytes, sums_bytes
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,13 @@ def recorder(
     )
 
 
-def lookahead(config: LSAConfig, pager: Pager, table: ResidentTable, policies: Mapping[str, Policy]) -> Lookahead:
+def lookahead(
+    config: LSAConfig, pager: Pager, table: ResidentTable, policies: Mapping[str, Policy], scores: Scores | None = None
+) -> Lookahead:
     """On a CPU a refresh happens at once; on a GPU it is begun some steps before its window."""
     lead, lag = (config.prefetch_steps, SCORE_LAG) if pager.device.type == "cuda" else (0, 0)
     thresholds = {name: policy.threshold for name, policy in policies.items() if policy.calibrated}
-    return Lookahead(config, pager, table, policies, lead, lag, thresholds)
+    return Lookahead(config, pager, table, policies, lead, lag, thresholds, scores)
 
 
 def staging(config: LSAConfig, pager: Pager) -> Staging:

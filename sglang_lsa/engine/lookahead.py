@@ -17,6 +17,7 @@ from sglang_lsa.engine.sizing import largest_set
 from sglang_lsa.engine.window import Clock
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.scores import Scores
 
 
 class Lookahead:
@@ -31,6 +32,7 @@ class Lookahead:
         lead: decode steps from the start of a refresh to the window that it is for.
         lag: forward passes after which scores are read.
         thresholds: of the policies whose scores are shares of attention.
+        scores: what they pass through before anything is chosen by them; by default they stay what they are.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class Lookahead:
         lead: int = 0,
         lag: int = 0,
         thresholds: Mapping[str, float] | None = None,
+        scores: Scores | None = None,
     ):
         self.counts = Counts()
         self.rules = Rules(config, largest_set(pager.ledger.physical_pages, table.max_pages), thresholds or {})
         self.clock = Clock(config.window, config.first_window or 0, lead, lag)
-        self.scorer = Scorer(policies, pager.device, self.counts)
+        self.scorer = Scorer(policies, pager.device, self.counts, scores)
         self.sets = ResidentSets(table, pager.ledger)
         self.refresher = Refresher(self.rules, self.clock, pager, self.sets, self.scorer, self.counts)
         self.pressure = Pressure(self.rules, pager, self.sets, self.refresher, self.counts)

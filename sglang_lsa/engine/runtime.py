@@ -30,6 +30,7 @@ from sglang_lsa.engine.warm_up import compile_kernels
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete
 from sglang_lsa.memory.resident_table import PAGES
+from sglang_lsa.memory.scores import Scores
 from sglang_lsa.serve.control import Value, changed
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class LSARuntime:
         vocabulary: of the model; token ids beyond it are refused.
         hidden_size: of the model, for recordings.
         metrics: Prometheus metrics to keep up to date.
+        scores: through which ranks that share the heads agree on scores, as ``pager`` has it for what is finished.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class LSARuntime:
         vocabulary: int | None = None,
         hidden_size: int = 0,
         metrics: Metrics | None = None,
+        scores: Scores | None = None,
     ):
         self.pager, self.req_to_token = pager, req_to_token
         pager.page_index.checked = config.debug
@@ -93,7 +96,8 @@ class LSARuntime:
         self.policies = build.policies(config, pager, self.observer, self.page_keys, softmax_scale)
         self.indexer = build.trained(self.policies)
         """The policy that was trained for the model's weights."""
-        self.lookahead = build.lookahead(build.applicable(config, pager), pager, self.table, self.policies)
+        in_force = build.applicable(config, pager)
+        self.lookahead = build.lookahead(in_force, pager, self.table, self.policies, scores)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = build.staging(config, pager)

@@ -11,6 +11,7 @@ from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.deferred_scores import Fetch
 from sglang_lsa.engine.policies import Policy, Recency
 from sglang_lsa.engine.request import Request
+from sglang_lsa.memory.scores import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,14 @@ class Scorer:
     Args:
         policies: by name; ``full`` needs none.
         device: on which scores are computed.
+        scores: what they pass through before anything is chosen by them.
     """
 
-    def __init__(self, policies: Mapping[str, Policy], device: torch.device, counts: Counts):
+    def __init__(
+        self, policies: Mapping[str, Policy], device: torch.device, counts: Counts, scores: Scores | None = None
+    ):
         self.policies, self.device, self.counts = policies, device, counts
+        self.scores = scores or Scores()
         self.stands_in = Recency()
         """For a policy that fails."""
 
@@ -37,9 +42,11 @@ class Scorer:
         pages = request.pages[:complete]
         try:
             with Fetch.timed(self.device) as fetch:
-                fetch.scores = self.policies[request.asked.policy].score(request, pages)
-            if len(fetch.scores) != len(pages):
-                raise ValueError(f"{len(fetch.scores)} scores for {len(pages)} pages")
+                policy = self.policies[request.asked.policy]
+                own = policy.score(request, pages)
+                if len(own) != len(pages):
+                    raise ValueError(f"{len(own)} scores for {len(pages)} pages")
+                fetch.scores = self.scores.reduce(own, policy.across_ranks)
             return fetch
         except Exception:
             self.counts.fallbacks += 1

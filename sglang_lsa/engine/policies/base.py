@@ -13,6 +13,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.layout.base import KVLayout
+from sglang_lsa.memory.scores import Reduction
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Policy(ABC):
             hint is followed for it.
         page_keys: it looks at the bounds of the keys of pages.
         calibrated: its scores are shares of attention, so that they can be added up, and have a threshold.
+        across_ranks: how scores of ranks with some of the heads each become those of the model.
         threshold: of a calibrated one: score from which on a page is worth keeping, unless configured.
     """
 
@@ -50,6 +52,7 @@ class Policy(ABC):
     queries: ClassVar[bool] = False
     page_keys: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    across_ranks: ClassVar[Reduction] = Reduction.SAME
     threshold: float = 0.0
 
     @classmethod

@@ -13,6 +13,7 @@ from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.memory.layout.base import KVLayout
+from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.transfer import ids_on
 
 
@@ -29,6 +30,9 @@ class Indexer(Policy):
     name = "indexer"
     queries = True
     calibrated = True
+    across_ranks = Reduction.SUM
+    """A score is a sum over heads, divided by how many there are in all; a rank that has some of them gives its part of
+    that, and only one of the ranks adds what a page's age is worth."""
 
     def __init__(self, indexer: MemoryIndexer, observer: QueryObserver, layout: KVLayout, virtual_pages: int):
         self.indexer, self.observer, self.layout = indexer, observer, layout

@@ -9,6 +9,7 @@ from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.policies.base import Parts, Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.transfer import ids_on
 
 
@@ -18,6 +19,7 @@ class Quest(Policy):
     name = "quest"
     queries = True
     page_keys = True
+    across_ranks = Reduction.MAX
 
     def __init__(self, observer: QueryObserver, keys: PageKeys, scale: float):
         self.observer, self.keys, self.scale = observer, keys, scale
