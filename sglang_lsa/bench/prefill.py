@@ -20,10 +20,11 @@ from rich.table import Table
 
 from sglang_lsa.bench import report
 from sglang_lsa.bench.client import run_together
-from sglang_lsa.bench.serving import READY_SECONDS, SYSTEMS, commit, gpu_name
+from sglang_lsa.bench.serving import READY_SECONDS, SYSTEMS, gpu_name
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.mirror import GB, require_host_memory
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import ServerProcess
 
 CHUNK = 8192

@@ -7,9 +7,6 @@ import dataclasses
 import math
 import pathlib
 import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +22,7 @@ from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.memory.mirror import GB, available_host_memory
 from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import LSA, ServerProcess
 
 STOCK = "sglang.launch_server"
@@ -274,16 +272,3 @@ def gpu_name() -> str:
     if not torch.cuda.is_available():
         raise RuntimeError("sglang-lsa bench serving needs an NVIDIA GPU: torch sees none on this machine")
     return torch.cuda.get_device_name()
-
-
-def commit() -> str:
-    """The commit of the working tree this package lies in; empty when it is not in one."""
-    folder = pathlib.Path(__file__).resolve().parents[2]
-    if shutil.which("git") is None or not (folder / ".git").exists():
-        return ""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return found.stdout.strip()
-
-
-def command_line() -> str:
-    return shlex.join(["sglang-lsa", *sys.argv[1:]])

@@ -18,7 +18,6 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from sglang_lsa.bench.serving import command_line, commit
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.evaluation.analysis import write_analysis
 from sglang_lsa.evaluation.arms import ARMS, Arm, parse_arms
@@ -30,6 +29,7 @@ from sglang_lsa.evaluation.suites import agentic, longbench_v2, longgen, longmem
 from sglang_lsa.evaluation.suites.ruler_qa import qa_tasks
 from sglang_lsa.evaluation.summary import AVERAGE, summarise, write_markdown
 from sglang_lsa.evaluation.task import Count, Sample, Task
+from sglang_lsa.provenance import command_line, commit
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 from sglang_lsa.texts.haystack import Haystack
 
