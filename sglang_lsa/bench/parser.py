@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
-from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
+from sglang_lsa.evaluation.parser import add_resident, add_selectors
 
 ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k")
 KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
@@ -84,7 +84,8 @@ def add_serving(kinds: Commands) -> None:
 def run_serving(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from sglang_lsa.bench.serving import command_line, run
+    from sglang_lsa.bench.serving import run
+    from sglang_lsa.provenance import command_line
 
     names = ("models", "workloads", "arms", "systems", "policies", "kv_dtype", "resume", "server_args")
     run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
@@ -112,74 +113,10 @@ def run_prefill(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sglang_lsa.bench.prefill import run
-    from sglang_lsa.bench.serving import command_line
+    from sglang_lsa.provenance import command_line
 
     names = ("pools", "prompts", "workloads", "systems", "repeats", "kv_dtype", "resume", "server_args")
     run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
-    return 0
-
-
-def add_resident(kinds: Commands) -> None:
-    text = (
-        "answers about cached documents that a question reads exactly or by a resident set, with the embedded model, "
-        "on any machine (about 15 minutes on 2 CPU cores)"
-    )
-    command = add_command(kinds, "resident", text)
-    command.add_argument("--samples", type=int, default=20, metavar="N", help="documents; default: 20")
-    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
-    command.set_defaults(run=run_resident)
-
-
-@failing("bench", RuntimeError, ValueError)  # the server or a request failed
-def run_resident(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from sglang_lsa.bench.resident import run
-    from sglang_lsa.bench.serving import command_line
-
-    run(args.output, Console(width=120), samples=args.samples, command=command_line())
-    return 0
-
-
-def add_selectors(kinds: Commands) -> None:
-    text = (
-        "answers to held-out questions about long contexts, under full attention and under each policy at the same "
-        "budgets; any model that the server takes"
-    )
-    command = add_command(kinds, "selectors", text)
-    policies = ("indexer", "quest", "recency", "random")
-    families = ("needle", "facts", "filler", "pairs", "records")
-    command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
-    command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as given")
-    command.add_argument("--indexer", metavar="DIR", help="for the policy indexer")
-    command.add_argument("--families", nargs="+", choices=families, default=list(families))
-    command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
-    command.add_argument("--samples", type=int, default=10, metavar="N", help="prompts of each family and length")
-    command.add_argument("--budgets", nargs="+", type=float, default=[0.135, 0.07], metavar="SHARE")
-    command.add_argument("--policies", nargs="+", choices=policies, default=list(policies))
-    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")
-    command.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="text files; default: Python's library")
-    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
-    command.set_defaults(run=run_selectors)
-
-
-def run_selectors(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from sglang_lsa.bench.selectors import run
-    from sglang_lsa.bench.serving import command_line
-
-    model = args.model or str(embedded_model_path())
-    names = ("indexer", "families", "lengths", "samples", "texts", "budgets", "policies", "server_args")
-    options = {name: getattr(args, name) for name in names}
-    if args.indexer is None:
-        options["policies"] = [policy for policy in args.policies if policy != "indexer"]
-    name = args.name or args.model or MODEL_NAME
-    try:
-        run(args.output, Console(width=120), model=model, name=name, command=command_line(), **options)
-    except (RuntimeError, ValueError, OSError) as error:  # the server or a request failed, or prompts cannot be made
-        print(f"sglang-lsa bench: {error}", file=sys.stderr)
-        return 1
     return 0
 
 

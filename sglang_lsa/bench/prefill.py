@@ -30,7 +30,7 @@ from sglang_lsa.bench.prefill_groups import (
     groups,
 )
 from sglang_lsa.bench.prefill_report import PREFILL, table
-from sglang_lsa.bench.serving import READY_SECONDS, commit, gpu_name
+from sglang_lsa.bench.serving import READY_SECONDS, gpu_name
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.bench.systems import (
     SYSTEMS,
@@ -41,6 +41,7 @@ from sglang_lsa.bench.systems import (
     server_facts,
 )
 from sglang_lsa.memory.mirror import GB, require_host_memory
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import ServerProcess
 
 

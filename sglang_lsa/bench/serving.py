@@ -8,9 +8,6 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +22,7 @@ from sglang_lsa.bench.report import SERVING, table
 from sglang_lsa.bench.serving_arms import CONTEXT, Arm, Group, chosen
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name, server_facts
 from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import ServerProcess
 
 READY_SECONDS = 600
@@ -227,16 +225,3 @@ def gpu_name() -> str:
     if not torch.cuda.is_available():
         raise RuntimeError("sglang-lsa bench serving needs an NVIDIA GPU: torch sees none on this machine")
     return torch.cuda.get_device_name()
-
-
-def commit() -> str:
-    """The commit of the working tree this package lies in; empty when it is not in one."""
-    folder = pathlib.Path(__file__).resolve().parents[2]
-    if shutil.which("git") is None or not (folder / ".git").exists():
-        return ""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return found.stdout.strip()
-
-
-def command_line() -> str:
-    return shlex.join(["sglang-lsa", *sys.argv[1:]])

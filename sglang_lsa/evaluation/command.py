@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import pathlib
 import re
 import shlex
 import tempfile
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,18 +20,19 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from sglang_lsa.bench.serving import command_line, commit
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.evaluation.analysis import write_analysis
 from sglang_lsa.evaluation.arms import ARMS, Arm, parse_arms
 from sglang_lsa.evaluation.plots import plot_depth, plot_footprint
+from sglang_lsa.evaluation.quality import write
 from sglang_lsa.evaluation.questions import Question, questions
 from sglang_lsa.evaluation.run import run
 from sglang_lsa.evaluation.store import Store
 from sglang_lsa.evaluation.suites import agentic, longbench_v2, longgen, longmemeval, mrcr, nolima, ruler, scbench
 from sglang_lsa.evaluation.suites.ruler_qa import qa_tasks
-from sglang_lsa.evaluation.summary import AVERAGE, summarise, write_markdown
+from sglang_lsa.evaluation.summary import summarise
 from sglang_lsa.evaluation.task import Count, Sample, Task
+from sglang_lsa.provenance import command_line, commit, hardware
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 from sglang_lsa.texts.haystack import Haystack
 
@@ -41,7 +44,7 @@ GENERATED: dict[str, dict[str, Task]] = {
     "longgen": longgen.TASKS,
 }
 """Suites that are made here, by name."""
-ROWS, QUALITY = "rows.jsonl", "quality.json"
+ROWS = "rows.jsonl"
 
 
 def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -214,9 +217,10 @@ def evaluate(
             seconds=seconds,
             api_key=api_key,
         )
-    everything = keep(output, [row | {"commit": commit(), "command": command} for row in rows])
+    about = {"command": command, "hardware": _hardware(url), "commit": commit(), "date": str(datetime.date.today())}
+    everything = keep(output, [row | about for row in rows])
     found = summarise(everything)
-    write(output, found)
+    written = write(output, found)
     write_analysis(output / "errors.json", everything)
     picture = re.sub(r"[^A-Za-z0-9.-]+", "-", name)
     plot_footprint(output / f"quality-{picture}.png", found, name)
@@ -224,7 +228,7 @@ def evaluate(
     if (same := same_apart(rows)) is not None:
         console.print(f"{same[0]} of {same[1]} answers are the same with and without sharing of prefixes")
     console.print(f"{len(rows)} answers; tables in {output / 'quality.md'}")
-    return [row for row in found if row["model"] == name]
+    return [row for row in written if row["model"] == name]
 
 
 def same_apart(rows: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
@@ -282,16 +286,6 @@ def keep(output: pathlib.Path, rows: list[dict[str, Any]]) -> list[dict[str, Any
     return everything
 
 
-def write(output: pathlib.Path, found: list[dict[str, Any]]) -> None:
-    """``quality.json`` and ``quality.md``."""
-    rows = sorted(
-        found, key=lambda row: (row["model"], row["suite"], row["task"] != AVERAGE, row["task"], row["length"])
-    )
-    path = output / QUALITY
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    write_markdown(path.with_suffix(".md"), rows)
-
-
 @contextlib.contextmanager
 def server(url: str | None, model: str, indexer: str | None, server_args: str, output: pathlib.Path) -> Iterator[str]:
     """Address of the server: the one given, or one that runs as long as the questions do.
@@ -322,6 +316,12 @@ def server(url: str | None, model: str, indexer: str | None, server_args: str, o
                 raise RuntimeError(str(error)) from None
             except RuntimeError as error:
                 raise RuntimeError(f"{error}\nthe server's log ends with:\n{process.log_tail()}") from None
+
+
+def _hardware(url: str | None) -> str | None:
+    """What the server runs on; None where that is another machine, of which nothing is known here."""
+    here = url is None or urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost")
+    return hardware() if here else None
 
 
 def _names(tasks: Sequence[Task]) -> str:

@@ -17,6 +17,8 @@ LEAST_FULL = 30.0
 AVERAGE = "average"
 RESAMPLES = 10_000
 MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot")
+RUN = ("command", "hardware", "commit", "date")
+"""What is known of the run that a row is of."""
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,8 +147,7 @@ def _described(
         **scores,
         "n": len(rows),
         **{name: _mean(row.get(name) for row in rows) for name in MEANS},
-        "commit": first["commit"],
-        "command": first["command"],
+        **{name: first.get(name) for name in RUN},
     }
 
 

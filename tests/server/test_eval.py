@@ -28,7 +28,7 @@ def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[di
         str(output),
     ]
     assert main([*arguments, *more]) == 0
-    return json.loads((output / "quality.json").read_text())
+    return json.loads((output / "quality.json").read_text())["rows"]
 
 
 def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
@@ -50,7 +50,7 @@ def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_pa
         "delta_ci_low",
         "delta_ci_high",
     }
-    columns |= {"n", "footprint", "commit", "command"}
+    columns |= {"n", "footprint", "run"}
     assert all(columns <= set(row) for row in rows)
     needle = {arm: found["niah_single_1", arm] for arm in arms}
     assert needle["full"]["accuracy"] > 0 and needle["full"]["footprint"] == 1.0

@@ -9,7 +9,7 @@ from pydoc_data import topics
 import pytest
 from rich.console import Console
 
-from sglang_lsa.bench.selectors import run
+from sglang_lsa.evaluation.selectors import run
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 FLAGS = "--chunked-prefill-size 2048 --lsa-min-pages 4 --lsa-device-tokens 32768 --lsa-host-memory-gb 2"

@@ -14,13 +14,14 @@ from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.evaluation.analysis import blame, evidence_kept, lost, union_of_sets, windows
 from sglang_lsa.evaluation.arms import ARMS, Arm, asked_of, parse_arms
-from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions, write
+from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions
 from sglang_lsa.evaluation.footprint import footprint, mean_resident
 from sglang_lsa.evaluation.metrics import choice, copied, first_number, match_all, match_any, words
 from sglang_lsa.evaluation.plots import plot_depth, plot_footprint
+from sglang_lsa.evaluation.quality import write
 from sglang_lsa.evaluation.questions import Question, golden, questions
 from sglang_lsa.evaluation.store import Store, key
-from sglang_lsa.evaluation.summary import AVERAGE, complete, markdown, summarise
+from sglang_lsa.evaluation.summary import AVERAGE, RUN, complete, markdown, summarise
 from sglang_lsa.evaluation.task import Sample, Turn
 
 
@@ -324,9 +325,38 @@ def test_results_of_several_runs_are_one_table(tmp_path: pathlib.Path) -> None:
     assert found["m", AVERAGE, "lsa"] == 50.0 and found["other", AVERAGE, "lsa"] == 100.0
     everything = keep(tmp_path, rows_of("t", {"full": [1, 1], "lsa 10%": [1, 1]}))
     write(tmp_path, summarise(everything))
-    rows = json.loads((tmp_path / "quality.json").read_text())
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert {row["accuracy"] for row in rows if row["arm"] == "lsa"} == {100.0}
     assert "| other | s | u | lsa 10.0% | 100.0 (" in (tmp_path / "quality.md").read_text()
+
+
+def test_a_run_is_told_once(tmp_path: pathlib.Path) -> None:
+    """Rows name the run that gave their answers, also where an older file does not say when and on what it was."""
+    here = {"hardware": "2 CPU cores", "date": "2026-11-28"}
+    keep(tmp_path, rows_of("t", {"full": [1, 1]}))
+    everything = keep(tmp_path, rows_of("u", {"full": [1, 1]}, **here) + rows_of("v", {"full": [1, 1]}, **here))
+    found = summarise(everything)
+    rows = write(tmp_path, found)
+    assert json.loads((tmp_path / "quality.json").read_text()) == {
+        "runs": [
+            {"id": 1, "command": "sglang-lsa eval", "hardware": None, "commit": "c", "date": None},
+            {"id": 2, "command": "sglang-lsa eval", "hardware": "2 CPU cores", "commit": "c", "date": "2026-11-28"},
+        ],
+        "rows": rows,
+    }
+    assert {row["task"]: row["run"] for row in rows} == {AVERAGE: 1, "t": 1, "u": 2, "v": 2}
+    assert not any(set(row) & set(RUN) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["quality", "quality-60"])
+def test_published_tables_are_those_of_the_rows(name: str, tmp_path: pathlib.Path) -> None:
+    results = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
+    published = json.loads((results / f"{name}.json").read_text())
+    runs = {run["id"]: run for run in published["runs"]}
+    assert {row["run"] for row in published["rows"]} == runs.keys()
+    assert all(run[part] for run in runs.values() for part in RUN)
+    write(tmp_path, [row | runs[row["run"]] for row in published["rows"]])
+    assert (tmp_path / "quality.md").read_text() == (results / f"{name}.md").read_text()
 
 
 def test_pictures(tmp_path: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from sglang_lsa.bench.selectors import VALUES, summary, table, write
+from sglang_lsa.evaluation.selectors import VALUES, summary, table, write
 from sglang_lsa.texts.families import EVALUATION, FAMILIES
 from sglang_lsa.texts.haystack import Texts
 

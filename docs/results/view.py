@@ -1,6 +1,6 @@
 """Times the live view: what the page costs a browser, and what an open page costs a server's decode throughput.
 
-    python scripts/bench_view.py --output docs/results/view.json --picture docs/view.png
+    python docs/results/view.py --output docs/results/view.json --picture docs/view.png
 
 Two parts. The page over 100 made-up requests (the real page, routes and events) and over 8 real ones of the embedded
 model: milliseconds of script per update in headless Chromium. The same 8 requests decoding with nobody watching, with
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import psutil  # noqa: E402
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--picture", type=pathlib.Path, help="a screenshot of the page with the real requests")
     args = parser.parse_args()
     if CHROMIUM is None:
-        print("bench_view.py: there is no Chromium on the PATH: apt-get install chromium", file=sys.stderr)
+        print("view.py: there is no Chromium on the PATH: apt-get install chromium", file=sys.stderr)
         return 1
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
@@ -221,7 +221,7 @@ def take_picture(browser: Any, server: ServerProcess, prompts: list[str], file: 
             look()
     page.close()
     if not taken:
-        print("bench_view.py: the answers were too quick for a picture", file=sys.stderr)
+        print("view.py: the answers were too quick for a picture", file=sys.stderr)
 
 
 if __name__ == "__main__":

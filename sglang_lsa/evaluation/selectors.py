@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sglang_lsa.bench.serving import commit
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import LSA, ServerProcess
 from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
 

@@ -1,6 +1,6 @@
 """Times what an indexer costs a server on this GPU: scoring the pages of long contexts, and the keys of new pages.
 
-    python scripts/bench_score.py INDEXER --output docs/results/score.json
+    python docs/results/score.py INDEXER --output docs/results/score.json
 
 The context's tokens are random, which scoring does not depend on. One refresh is one request: queries of its recent
 positions against the keys of all of its pages, as a server does it between two windows.
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("bench_score.py: there is no GPU here", file=sys.stderr)
+        print("score.py: there is no GPU here", file=sys.stderr)
         return 1
     indexer = MemoryIndexer.load(args.indexer).cuda()
     rows = [measure(indexer, tokens, batch) for tokens in TOKENS for batch in BATCHES]

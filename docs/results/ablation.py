@@ -1,6 +1,6 @@
 """Trains indexers that differ in one setting on the same recordings, and compares what they find.
 
-    python scripts/ablation.py RECORDINGS --output docs/results --jobs 4
+    python docs/results/ablation.py RECORDINGS --output docs/results --jobs 4
 
 Writes ``ablation.json`` and the table ``ablation.md``. Every variant is a run of ``sglang-lsa train``.
 """

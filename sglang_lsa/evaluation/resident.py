@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from sglang_lsa.bench.serving import commit
 from sglang_lsa.client import get_finished
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
+from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import LSA, ServerProcess
 from sglang_lsa.texts.document import Document, Fact, Question, build_document, load_tokenizer
 
