@@ -221,7 +221,7 @@ def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCa
 def test_the_resident_share_is_the_mean_of_the_running_requests() -> None:
     runtime = make_runtime()
     for rid, pages, resident in (("a", 10, 10), ("b", 8, 2), ("c", 0, 0)):
-        request = Request(rid, 1, Asked("quest", 0.5), tokens=pages * PAGE_SIZE)
+        request = Request(rid, 1, Asked("quest", 0.5), tokens=pages * PAGE_SIZE, pages=np.arange(1, pages + 1))
         request.resident.tail_start, request.resident.positions = pages, np.arange(resident)
         runtime.requests[rid] = request
     values = measure(runtime)
