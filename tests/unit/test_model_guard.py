@@ -243,7 +243,9 @@ def test_all_problems_end_the_process_with_the_words_of_a_refusal_at_start() -> 
 def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_path: pathlib.Path) -> None:
     """Granite multiplies by its attention_multiplier instead of 1/sqrt(head_dim)."""
     model = model_of(*(attention(layer, scaling=scale) for layer in range(LAYERS)))
-    args = SimpleNamespace(lsa_config=LSAConfig(record=str(tmp_path)), chunked_prefill_size=512, enable_metrics=False)
+    args = SimpleNamespace(
+        lsa_config=LSAConfig(record=str(tmp_path)), chunked_prefill_size=512, enable_metrics=False, device="cpu"
+    )
     config = SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM, vocab_size=9, hidden_size=Q_HEADS * DIM)
     runner = SimpleNamespace(
         model=model,

@@ -164,6 +164,7 @@ def test_python_range_is_the_same_everywhere() -> None:
 MAY_IMPORT_SGLANG = {
     "sglang_lsa/plugin.py",
     "sglang_lsa/attend/torch_native.py",
+    "sglang_lsa/attend/flash_attention.py",
     "sglang_lsa/attend/flashinfer.py",
     "sglang_lsa/launch_server.py",
     "sglang_lsa/stock_server.py",
