@@ -95,7 +95,7 @@ class FlashInferParts(PartialPrefill):
             *self.heads,
             page,
             q_data_type=self.q_type,
-            kv_data_type=self.backend.data_type,
+            kv_data_type=self.backend.indices_updater_prefill.data_type,
         )
 
     def plan_blocks(self, sizes: tuple[int, int]) -> None:
