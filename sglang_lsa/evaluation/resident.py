@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sglang_lsa.client import get_finished
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
+from sglang_lsa.evaluation.paired import against_full, shown
 from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import LSA, ServerProcess
 from sglang_lsa.texts.document import Document, Fact, Question, build_document, load_tokenizer
@@ -123,16 +124,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for arm in ARMS:
         difference = right[arm.name] - right["exact"]
-        drawn = rng.choice(difference, (10_000, len(difference))).mean(axis=1)
-        low, high = np.percentile(drawn, [2.5, 97.5])
         found.append(
             {
                 "arm": arm.name,
                 "n": len(difference),
                 "accuracy": float(right[arm.name].mean()),
-                "delta": float(difference.mean()),
-                "delta_ci_low": float(low),
-                "delta_ci_high": float(high),
+                **against_full(difference, rng),
             }
         )
     return found
@@ -140,10 +137,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(found: Sequence[dict[str, Any]]) -> Table:
     """The summary, to read."""
-    shown = Table(title="a question about a cached document")
+    answers = Table(title="a question about a cached document")
     for name in ("how it is read", "documents", "accuracy", "against exact", "95 %"):
-        shown.add_column(name)
+        answers.add_column(name)
     for row in found:
-        interval = f"{row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}"
-        shown.add_row(row["arm"], str(row["n"]), f"{row['accuracy']:.1f}", f"{row['delta']:+.1f}", interval)
-    return shown
+        answers.add_row(row["arm"], str(row["n"]), f"{row['accuracy']:.1f}", *shown(row))
+    return answers

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from sglang_lsa.evaluation.paired import against_full, shown
 from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import LSA, ServerProcess
 from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
@@ -138,7 +139,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for policy, budget in dict.fromkeys((row["policy"], row["budget"]) for row in members):
             own = [row for row in members if (row["policy"], row["budget"]) == (policy, budget)]
             delta = np.array([row["found"] - full[row["prompt"]] for row in own]) * 100
-            low, high = np.percentile(rng.choice(delta, (10_000, len(delta))).mean(axis=1), [2.5, 97.5])
             found.append(
                 {
                     "family": family,
@@ -146,9 +146,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "budget": budget,
                     "n": len(own),
                     "found": float(np.mean([row["found"] for row in own]) * 100),
-                    "delta": float(delta.mean()),
-                    "delta_ci_low": float(low),
-                    "delta_ci_high": float(high),
+                    **against_full(delta, rng),
                 }
             )
     return found
@@ -156,11 +154,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(found: Sequence[dict[str, Any]]) -> Table:
     """The summary, to read."""
-    shown = Table(
+    answers = Table(
         "family", "policy", "budget", "prompts", "found", "against full", "95 %", title="asked values in answers"
     )
     for row in found:
-        interval = f"{row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}"
-        cells = (f"{row['budget']:.1%}", str(row["n"]), f"{row['found']:.1f}", f"{row['delta']:+.1f}", interval)
-        shown.add_row(row["family"], row["policy"], *cells)
-    return shown
+        cells = (f"{row['budget']:.1%}", str(row["n"]), f"{row['found']:.1f}", *shown(row))
+        answers.add_row(row["family"], row["policy"], *cells)
+    return answers
