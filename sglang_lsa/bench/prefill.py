@@ -88,9 +88,10 @@ def run(
             try:
                 for row in measure(left, shape, system, repeats, server_args, output, console):
                     rows.append(row | facts)
-                    PREFILL.write(output, rows)
+                    PREFILL.keep(output, [rows[-1]])
             except RuntimeError as error:
                 failures.add(system, group.name, error)
+    PREFILL.write(output, [])
     console.print(table(PREFILL.read(output)))
     failures.finish()
     return rows

@@ -49,6 +49,10 @@ class Results:
 
     def write(self, folder: pathlib.Path, rows: Sequence[Row]) -> None:
         """Merge ``rows`` into ``<name>.json``, and write ``<name>.csv`` and ``<name>.png`` from all of them."""
+        self.draw(folder / f"{self.name}.png", self.keep(folder, rows))
+
+    def keep(self, folder: pathlib.Path, rows: Sequence[Row]) -> list[Row]:
+        """:meth:`write` without the picture, which takes a second: for every row while a benchmark runs."""
         merged = {self.identity(row): row for row in (*self.read(folder), *rows)}
         everything = self.with_ratios(
             sorted(merged.values(), key=lambda row: tuple((row[k] is None, row[k] or 0) for k in self.key))
@@ -62,7 +66,7 @@ class Results:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(everything)
-        self.draw(folder / f"{self.name}.png", everything)
+        return everything
 
     def with_ratios(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, those of LSA with their ratios to what is among the rows now."""

@@ -63,9 +63,10 @@ def run(
             try:
                 for row in measure(group, system, left, server_args, output, console) if left else ():
                     rows.append(row | facts)
-                    SERVING.write(output, rows)
+                    SERVING.keep(output, [rows[-1]])
             except RuntimeError as error:
                 failures.add(system, group.model, error)
+    SERVING.write(output, [])
     console.print(table(SERVING.read(output)))
     failures.finish()
     return rows
