@@ -90,7 +90,8 @@ def lookahead(
 
 def staging(config: LSAConfig, pager: Pager) -> Staging:
     """Buffers for pages that prompts read from the host mirror."""
-    return Staging(pager.layout, pager.mirror.pages, config.staging_pages, lambda: pager.compute())
+    mirror = pager.mirror
+    return Staging(pager.layout, mirror.pages, config.staging_pages, lambda: pager.compute(), mirror.locked_together)
 
 
 def staging_bytes(staging: Staging, layout: KVLayout, chunk_tokens: int | None, q_heads: int) -> int:

@@ -14,20 +14,21 @@ LEAST = 8
 which the bus copies a page or two of one layer."""
 
 
-def runs(ids: np.ndarray) -> tuple[tuple[int, int], ...] | None:
+def runs(ids: np.ndarray, together: int) -> tuple[tuple[int, int], ...] | None:
     """Ids that follow each other, as (first, how many), in order; None if they are too scattered for copy engines.
 
     Args:
         ids: int64 ``[n]``, pages of the mirror.
+        together: pages that were page-locked by one call, see :class:`HostMirror`; a run has no others.
     """
-    begins = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+    begins = np.flatnonzero((np.diff(ids, prepend=-2) != 1) | (ids % together == 0))
     if len(begins) * LEAST > len(ids) and len(begins) > 1:
         return None
     counts = np.diff(begins, append=len(ids))
     return tuple(zip(ids[begins].tolist(), counts.tolist(), strict=True))
 
 
-def copy_runs(mirror: torch.Tensor, offset: int, found: tuple[tuple[int, int], ...], target: torch.Tensor) -> None:
+def copy_runs(mirror: torch.Tensor, offset: int, found: tuple[tuple[int, int], ...], target: torch.Tensor) -> str:
     """Queue copies of one piece of these pages on the current stream.
 
     Args:
@@ -36,8 +37,8 @@ def copy_runs(mirror: torch.Tensor, offset: int, found: tuple[tuple[int, int], .
         found: of :func:`runs`.
         target: uint8 ``[pages or more, bytes]`` on the device, contiguous: the pages go there one after the other.
 
-    Raises:
-        RuntimeError: CUDA refuses a copy.
+    Returns:
+        Why CUDA refused one of them, and then nothing can be said about ``target``; "" if it took all.
     """
     from cuda.bindings import runtime
 
@@ -47,5 +48,7 @@ def copy_runs(mirror: torch.Tensor, offset: int, found: tuple[tuple[int, int], .
     for first, count in found:
         (error,) = runtime.cudaMemcpy2DAsync(at, width, source + first * page, page, width, count, kind, stream)
         if error != runtime.cudaError_t.cudaSuccess:
-            raise RuntimeError(f"LSA: {count} pages from {first} on cannot be copied to the device: {error.name}")
+            runtime.cudaGetLastError()  # or whoever looks next takes it for their own
+            return str(error.name)
         at += count * width
+    return ""

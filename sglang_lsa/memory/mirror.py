@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import mmap
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 GB = 1 << 30
 LOCK_AT_ONCE = GB
-"""Bytes that are page-locked with one call; what the progress bar counts in."""
+"""Bytes that are page-locked with one call, at most; what the progress bar counts in."""
+LOCKED_UNIT = 4096
+"""Bytes of a page of the operating system, which can be locked only once."""
 TOUCH_AT_ONCE = 64 << 20
 THREADS = 8
 
@@ -38,6 +41,9 @@ class HostMirror:
         total = (virtual_pages + 1) * page_bytes
         require_host_memory(total, "the host mirror", "lower --lsa-host-memory-gb")
         self.page_bytes = page_bytes
+        unit = math.lcm(page_bytes, LOCKED_UNIT)
+        self.locked_together = max(1, LOCK_AT_ONCE // unit) * unit // page_bytes
+        """Pages that one call locks: CUDA's copy engines refuse to copy what two calls locked, kernels do not mind."""
         self.locked: list[int] = []
         if pinned:
             flat = _huge_pages(total)
@@ -55,9 +61,10 @@ class HostMirror:
         cudart = torch.cuda.cudart()
         atexit.register(self.unlock)
         bar = tqdm(total=len(flat), desc="LSA: locking host memory", unit="B", unit_scale=True, unit_divisor=1024)
+        at_once = self.locked_together * self.page_bytes
         with ThreadPoolExecutor(THREADS) as threads, bar:
-            for start in range(0, len(flat), LOCK_AT_ONCE):
-                part = flat[start : start + LOCK_AT_ONCE]
+            for start in range(0, len(flat), at_once):
+                part = flat[start : start + at_once]
                 list(threads.map(torch.Tensor.zero_, part.split(TOUCH_AT_ONCE)))
                 error = cudart.cudaHostRegister(part.data_ptr(), len(part), 0)
                 if int(error) != 0:

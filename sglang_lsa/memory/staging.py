@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton
 from sglang_lsa.memory.copy_engine import copy_runs, runs
 from sglang_lsa.memory.layout.base import KVLayout, PageShape
 from sglang_lsa.memory.transfer import ids_on
+
+logger = logging.getLogger(__name__)
 
 ALIGNED = 16
 """Bytes; of each piece, the pages in a buffer begin at a multiple."""
@@ -52,10 +55,21 @@ class Staging:
         mirror: uint8 ``[virtual_pages + 1, page_bytes]`` host memory.
         pages: of one block.
         compute: returns the stream on which the model runs (GPU).
+        together: pages of the mirror that were page-locked by one call; all of them unless told otherwise.
     """
 
-    def __init__(self, layout: KVLayout, mirror: torch.Tensor, pages: int, compute: Callable[[], torch.cuda.Stream]):
+    def __init__(
+        self,
+        layout: KVLayout,
+        mirror: torch.Tensor,
+        pages: int,
+        compute: Callable[[], torch.cuda.Stream],
+        together: int | None = None,
+    ):
         self.layout, self.mirror, self.pages, self.compute = layout, mirror, pages, compute
+        self.together = len(mirror) if together is None else together
+        self.refused = ""
+        """Why copy engines are not used any more; "" if they are."""
         self.page, self.device = layout.page_tokens, layout.device
         self.layers = tuple(layout.by_layer)
         """Those that have pages, in their order."""
@@ -110,7 +124,8 @@ class StagedPages:
         self.staging = staging
         ids = ids_on(staging.device, virtual)
         self.blocks = ids.split(staging.pages) if len(virtual) else ()
-        self.runs = [runs(virtual[start : start + staging.pages]) for start in range(0, len(virtual), staging.pages)]
+        starts = range(0, len(virtual), staging.pages)
+        self.runs = [runs(virtual[start : start + staging.pages], staging.together) for start in starts]
         """Of each block, its pages that lie side by side in the mirror; None where too few do."""
         self.sizes = [len(block) * staging.page for block in self.blocks]
         """Tokens of each block; all but the last are equal."""
@@ -173,9 +188,11 @@ class StagedPages:
 
     def _copy(self, slot: int, layer: int, block: int) -> None:
         staging, ids, found = self.staging, self.blocks[block], self.runs[block]
-        if staging.copies is not None and found is not None:
+        if staging.copies is not None and found is not None and not staging.refused:
             pieces = staging.layout.by_layer[staging.layers[layer]]
             for piece, part in zip(pieces, staging.parts[slot][layer], strict=True):
-                copy_runs(staging.mirror, piece.offset, found, part)
-            return
+                staging.refused = staging.refused or copy_runs(staging.mirror, piece.offset, found, part)
+            if not staging.refused:
+                return
+            logger.warning("LSA: CUDA refused to copy pages without a kernel (%s): a kernel does it", staging.refused)
         staging.move(staging.moves[slot][layer], staging.places[: len(ids)], staging.mirror, ids, to_host=False)

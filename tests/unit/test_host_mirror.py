@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from types import SimpleNamespace
 
@@ -51,6 +52,15 @@ def test_too_large_a_mirror_is_refused_before_it_is_allocated(monkeypatch: pytes
         HostMirror(pages, page_bytes)
 
 
+@pytest.mark.parametrize("page_bytes", [1, 4096, 23_040 * 64, 1000, 8 << 20, 3 << 29])
+def test_pages_are_locked_whole_and_so_are_those_of_the_system(page_bytes: int) -> None:
+    mirror = HostMirror(0, page_bytes)
+    at_once = mirror.locked_together * page_bytes
+    assert mirror.locked_together >= 1
+    assert at_once % 4096 == 0
+    assert at_once <= max(host_mirror.LOCK_AT_ONCE, math.lcm(page_bytes, 4096))
+
+
 # --- page-locked memory ----------------------------------------------------------------------------------------------
 
 
@@ -81,7 +91,7 @@ PAGE_BYTES = 3 * 2 * 64 * 2 * 8 * 4
 
 
 def lock(limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Runtime, HostMirror]:
-    """Nine pages, locked in pieces of 50,000 bytes."""
+    """Nine pages, locked in pieces of at most 50,000 bytes."""
     runtime = Runtime(limit)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(host_mirror, "LOCK_AT_ONCE", 50_000)
@@ -99,7 +109,9 @@ def test_a_pinned_mirror_is_locked_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     runtime, mirror = lock(10 * PAGE_BYTES, monkeypatch)
     assert (mirror.pages.shape, mirror.nbytes) == ((9, PAGE_BYTES), 9 * PAGE_BYTES)
     assert not mirror.pages.any()
-    assert len(runtime.locked) == -(-9 * PAGE_BYTES // 50_000) > 2
+    assert mirror.locked_together == 2, "a page in two pieces could not be copied without a kernel"
+    assert len(runtime.locked) == 5
+    assert sorted(runtime.locked.values()) == [PAGE_BYTES, *[2 * PAGE_BYTES] * 4]
     end = mirror.pages.data_ptr()
     for address, nbytes in sorted(runtime.locked.items()):
         assert address == end, "a gap, or an overlap"

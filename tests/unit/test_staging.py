@@ -66,7 +66,13 @@ def check_layer(staged: StagedPages, pages: list[int], layer: int) -> None:
     ],
 )
 def test_runs_of_pages(ids: list[int], found: tuple[tuple[int, int], ...] | None) -> None:
-    assert runs(np.array(ids, dtype=np.int64)) == found
+    assert runs(np.array(ids, dtype=np.int64), 100) == found
+
+
+def test_a_run_ends_where_another_call_locked_the_mirror() -> None:
+    """CUDA refuses a copy of what two calls locked."""
+    assert runs(np.arange(90, 310), 100) == ((90, 10), (100, 100), (200, 100), (300, 10))
+    assert runs(np.arange(98, 102), 100) is None
 
 
 def test_runs_name_every_page_once_and_in_order() -> None:
@@ -74,7 +80,7 @@ def test_runs_name_every_page_once_and_in_order() -> None:
     for _ in range(50):
         parts = [np.arange(start := generator.integers(0, 10_000), start + generator.integers(8, 40)) for _ in range(5)]
         ids = np.concatenate(parts)
-        found = runs(ids)
+        found = runs(ids, 20_000)
         assert found is not None
         assert np.array_equal(np.concatenate([np.arange(first, first + count) for first, count in found]), ids)
 
