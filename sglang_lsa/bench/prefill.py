@@ -89,7 +89,7 @@ def run(
                 for row in measure(left, shape, system, repeats, server_args, output, console):
                     rows.append(row | facts)
                     PREFILL.keep(output, [rows[-1]])
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:  # urllib's are OSErrors
                 failures.add(system, group.name, error)
     PREFILL.write(output, [])
     console.print(table(PREFILL.read(output)))
@@ -150,7 +150,7 @@ def measure(
         model = shape.write(pathlib.Path(folder) / shape.name, group.context)
         flags = [*arguments(group, shape, system, model), *shlex.split(server_args)]
         began = time.perf_counter()
-        log = output / f"{system.name}-{group.name}-{group.pool_tokens}.log"
+        log = output / f"{system.name}-{group.name}-{group.pool_tokens}-{group.kv_dtype}.log"
         with ServerProcess(system.module, flags, log) as server:
             server.wait_until_ready(READY_SECONDS)
             facts = server_facts(server.get("/server_info"))

@@ -64,7 +64,7 @@ def run(
                 for row in measure(group, system, left, server_args, output, console) if left else ():
                     rows.append(row | facts)
                     SERVING.keep(output, [rows[-1]])
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:  # urllib's are OSErrors
                 failures.add(system, group.model, error)
     SERVING.write(output, [])
     console.print(table(SERVING.read(output)))
@@ -85,7 +85,7 @@ def identity(group: Group, system: System, arm: Arm, policy: str, facts: Row) ->
 
 def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
     """Of the server that measures the group."""
-    largest = max(arm.batch for arm in group.arms)
+    largest = group.largest
     flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
     flags += ["--cuda-graph-max-bs-decode", str(largest), "--max-running-requests", str(largest)]
     flags += ["--context-length", str(CONTEXT), "--stream-interval", "1" if largest == 1 else "4"]
@@ -104,7 +104,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
         flags = [*arguments(group, system, model), *shlex.split(server_args)]
-        log = output / f"{system.name}-{group.model}-{group.pool_gb:g}.log"
+        log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}.log"
         began = time.perf_counter()
         with ServerProcess(system.module, flags, log) as server:
             server.wait_until_ready(READY_SECONDS)

@@ -59,6 +59,13 @@ class Group:
     pool_gb: float
     arms: tuple[Arm, ...]
     kv_dtype: str = "auto"
+    room: int = 0
+    """Requests that the server takes at once, when that is more than those of ``arms``."""
+
+    @property
+    def largest(self) -> int:
+        """Requests that the server takes at once."""
+        return max([self.room, *(arm.batch for arm in self.arms)])
 
     @property
     def shape(self) -> Shape:
@@ -77,6 +84,9 @@ class Group:
         more = KV_BYTES["auto"] // KV_BYTES[kv_dtype]
         arms = (dataclasses.replace(arm, batch=arm.batch * more) if arm.workload == "iso" else arm for arm in self.arms)
         return dataclasses.replace(self, arms=tuple(arms), kv_dtype=kv_dtype)
+
+    def with_room(self, requests: int) -> Group:
+        return dataclasses.replace(self, room=requests)
 
     def host_gb(self) -> float:
         """Mirror for the largest arm, as far as this machine has memory.
@@ -113,8 +123,10 @@ ARMS = tuple(dict.fromkeys(arm.name for group in GROUPS for arm in group.arms))
 
 
 def chosen(models: Sequence[str], workloads: Sequence[str], arms: Sequence[str], kv_dtype: str) -> Iterator[Group]:
-    """The groups with what of them was asked for."""
+    """The groups with what of them was asked for; their servers have room for all of the group, so that rows of short
+    runs can be compared with those of long ones."""
     for group in GROUPS:
         left = tuple(arm for arm in group.arms if arm.workload in workloads and arm.name in arms)
         if group.model in models and left:
-            yield dataclasses.replace(group, arms=left).of_kv_dtype(kv_dtype)
+            room = group.of_kv_dtype(kv_dtype).largest
+            yield dataclasses.replace(group, arms=left).of_kv_dtype(kv_dtype).with_room(room)

@@ -145,7 +145,7 @@ class Failures:
         self.show = show
         self.found: list[str] = []
 
-    def add(self, system: System, what: str, error: RuntimeError) -> None:
+    def add(self, system: System, what: str, error: Exception) -> None:
         self.found.append(f"{system.name} {what}: {error}")
         self.show(f"{system.name} {what} failed, the others go on")
 

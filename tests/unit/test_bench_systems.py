@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import pathlib
+import urllib.error
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +148,7 @@ class Bench:
         self.output = output
         self.seen: list[tuple[str, list[str]]] = []
         self.broken: tuple[str, str] | None = None
+        self.error: Exception = ServerFailed("no FA3 here")
         """A system that fails at an arm."""
         for module in (serving, prefill):
             monkeypatch.setattr(module, "gpu_name", lambda: "GPU of a test")
@@ -159,7 +162,7 @@ class Bench:
         self.seen.append((system.name, []))
         for name in names:
             if self.broken == (system.name, name):
-                raise ServerFailed("no FA3 here")
+                raise self.error
             self.seen[-1][1].append(name)
             yield name
 
@@ -234,6 +237,18 @@ def test_a_system_that_fails_leaves_its_rows_and_the_other_systems(bench: Bench)
     assert bench.serving(resume=True) == [("stock", ["256k"])]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [urllib.error.URLError("refused"), http.client.RemoteDisconnected("gone")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_server_that_ends_in_the_middle_ends_no_other_measurement(bench: Bench, error: Exception) -> None:
+    bench.error, bench.broken = error, ("lsa", "full ttft 131072")
+    with pytest.raises(RuntimeError, match="lsa full"):
+        bench.prefill(systems=["lsa", "stock"])
+    assert ("stock", ["full ttft 131072", "full ttft 262144"]) in bench.seen
+
+
 def test_prefill_is_resumed_too(bench: Bench) -> None:
     full = ["full ttft 131072", "full ttft 262144"]
     quarters = [("lsa", ["quarter ttft 131072"]), ("lsa", ["quarter ttft 262144"])]
@@ -283,3 +298,12 @@ def test_a_row_of_an_earlier_version_ran_with_flashinfer_and_pages_of_64_tokens(
     assert upgraded(found) == found
     old = {"pool_tokens": 140_032, "system": "stock"}
     assert (PREFILL.upgrade(old)["pool"], PREFILL.upgrade(old)["system"]) == ("full", "stock-flashinfer")
+
+
+def test_a_short_run_starts_the_server_of_a_long_one() -> None:
+    """Or its rows would replace, and be compared with, rows of other graphs and other intervals between tokens."""
+    everything = (["8b"], ["tpot", "iso", "shared"], serving_arms.ARMS, "auto")
+    whole = next(serving_arms.chosen(*everything))
+    (short,) = serving_arms.chosen(["8b"], ["tpot"], ["32k"], "auto")
+    system, model = SYSTEMS["stock"], pathlib.Path("model")
+    assert serving.arguments(short, system, model) == serving.arguments(whole, system, model)
