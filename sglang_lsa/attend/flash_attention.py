@@ -75,13 +75,13 @@ class LSAFlashAttentionBackend(FlashAttentionBackend):
             return out
         out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **options)
         self.shown.attended(q, layer)
-        return out
+        return out.to(q.dtype)  # of KV in FP8 it is bfloat16, whatever the model computes in
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **options):
         self.shown.decode(q, layer, forward_batch)
         out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **options)
         self.shown.attended(q, layer)
-        return out
+        return out.to(q.dtype)
 
 
 class FlashAttentionParts(PartialPrefill):

@@ -108,7 +108,9 @@ class FlashInferParts(PartialPrefill):
     def here(self, q: torch.Tensor, layer) -> State:
         pool, page = self.backend.token_to_kv_pool.get_kv_buffer(layer.layer_id), self.lsa.pager.page
         paged = tuple(buffer.view(-1, page, *buffer.shape[1:]) for buffer in pool)
-        scales = {"k_scale": layer.k_scale_float, "v_scale": layer.v_scale_float}
+        # A layer may have scales though the pool is not quantised; it is divided by them only where it is.
+        quantised = pool[0].dtype.itemsize == 1
+        scales = {"k_scale": layer.k_scale_float, "v_scale": layer.v_scale_float} if quantised else {}
         return self.pages.forward_return_lse(q, paged, causal=False, **scales, **_of(layer))
 
     def block(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer, last: bool) -> State:
