@@ -85,12 +85,10 @@ def run(
             left = remaining(group.of_system(system), shape, system, facts, done)
             if not left.prompts and not left.questions:
                 continue
-            try:
-                for row in measure(left, shape, system, repeats, server_args, output, console):
-                    rows.append(row | facts)
-                    PREFILL.keep(output, [rows[-1]])
-            except (RuntimeError, OSError) as error:  # urllib's are OSErrors
-                failures.add(system, group.name, error)
+            measured = measure(left, shape, system, repeats, server_args, output, console)
+            for row in failures.go_on(system, group.name, measured):
+                rows.append(row | facts)
+                PREFILL.keep(output, [rows[-1]])
     PREFILL.write(output, [])
     console.print(table(PREFILL.read(output)))
     failures.finish()

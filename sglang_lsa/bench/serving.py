@@ -60,12 +60,10 @@ def run(
         for name in systems:
             system = SYSTEMS[name]
             left = [one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done]
-            try:
-                for row in measure(group, system, left, server_args, output, console) if left else ():
-                    rows.append(row | facts)
-                    SERVING.keep(output, [rows[-1]])
-            except (RuntimeError, OSError) as error:  # urllib's are OSErrors
-                failures.add(system, group.model, error)
+            measured = measure(group, system, left, server_args, output, console) if left else ()
+            for row in failures.go_on(system, group.model, measured):
+                rows.append(row | facts)
+                SERVING.keep(output, [rows[-1]])
     SERVING.write(output, [])
     console.print(table(SERVING.read(output)))
     failures.finish()

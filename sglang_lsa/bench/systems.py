@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,9 +145,13 @@ class Failures:
         self.show = show
         self.found: list[str] = []
 
-    def add(self, system: System, what: str, error: Exception) -> None:
-        self.found.append(f"{system.name} {what}: {error}")
-        self.show(f"{system.name} {what} failed, the others go on")
+    def go_on(self, system: System, what: str, rows: Iterable[Row]) -> Iterator[Row]:
+        """``rows`` as they are measured; fewer when a server or a request failed."""
+        try:
+            yield from rows
+        except (RuntimeError, OSError) as error:  # those of urllib are OSErrors
+            self.found.append(f"{system.name} {what}: {error}")
+            self.show(f"{system.name} {what} failed, the others go on")
 
     def finish(self) -> None:
         """

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 @dataclass
@@ -53,3 +54,11 @@ class Decoding:
 
     samples: int = 0
     held_pages: int = 0
+
+
+class Metrics(Protocol):
+    """What is told of a runtime while it runs (``sglang_lsa.serve.metrics``)."""
+
+    def update(self, runtime: Any) -> None:
+        """Look at the runtime's counts, which have changed."""
+        ...

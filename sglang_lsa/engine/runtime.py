@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine import build
 from sglang_lsa.engine.admission import Admission
-from sglang_lsa.engine.counts import Decoding
+from sglang_lsa.engine.counts import Decoding, Metrics
 from sglang_lsa.engine.integrity import check
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
@@ -41,12 +41,6 @@ METRICS_EVERY = 16
 """Forward passes between two updates of the Prometheus metrics, and between two looks at what decode needs."""
 FINISHED_REMEMBERED = 64
 """Requests that can be asked about after they finished."""
-
-
-class Metrics(Protocol):
-    """What is told of a runtime while it runs (``sglang_lsa.serve.metrics``)."""
-
-    def update(self, runtime: LSARuntime) -> None: ...
 
 
 class LSARuntime:
