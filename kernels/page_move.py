@@ -203,7 +203,8 @@ def _move_pages_kernel(
         base = tl.multiple_of(tl.load(addresses + buffer).to(tl.pointer_type(WORD)), 16)
         device = base + p * WIDTH + word
         unit = v * STRIDE + tl.load(places + buffer)
-        host = tl.multiple_of(mirror.to(tl.pointer_type(WORD)), 16) + unit * UNIT + word
+        # Small addresses come as 32 bits.
+        host = tl.multiple_of(mirror.to(tl.int64).to(tl.pointer_type(WORD)), 16) + unit * UNIT + word
         if TO_HOST:
             tl.store(host, tl.load(device, mask=inside), mask=inside)
         else:
