@@ -19,6 +19,7 @@ from sglang_lsa.patches.models import model_problems
 logger = logging.getLogger(__name__)
 
 RADIX_CACHE_BACKEND = "lsa"
+E5M2 = "FlashAttention-3 reads fp8_e4m3 only, not --kv-cache-dtype fp8_e5m2"
 BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "fa3")}
 """Attention backends that LSA extends, by device, the one that works everywhere first; users name them as they do
 without LSA."""
@@ -94,6 +95,9 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
         }
         arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
     else:
+        if arguments.get("kv_cache_dtype") == "fp8_e5m2" and arguments.get("attention_backend") == "fa3":
+            # SGLang would take Triton's kernels without a word, and LSA then refuse these.
+            raise Unsupported([f"--attention-backend fa3: {E5M2}: use flashinfer"])
         # FlashAttention-3 is the faster one for prompts, FlashInfer where requests that decode share a prefix.
         if not any(arguments.get(name) for name in BACKEND_FLAGS[:2]) and flash_attention_problem(arguments) is None:
             defaults["prefill_attention_backend"] = "fa3"
@@ -221,10 +225,10 @@ def flash_attention_problem(arguments: Mapping[str, Any]) -> str | None:
     import torch
 
     if arguments.get("kv_cache_dtype") == "fp8_e5m2":
-        return "FlashAttention-3 reads fp8_e4m3 only, not --kv-cache-dtype fp8_e5m2"
+        return E5M2
     if not (_cuda() and torch.cuda.is_available()):
         return "torch sees no NVIDIA GPU here"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(arguments.get("base_gpu_id") or 0)
     if major != 9:
         return f"FlashAttention-3 is for GPUs of compute capability 9.x (Hopper), this one has {major}.{minor}"
     try:

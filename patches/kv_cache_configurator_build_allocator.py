@@ -29,6 +29,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
         model_dtype=self.model_dtype,
         record=self.server_args.lsa_config.record is not None,
         kv_dtype_asked=self.server_args.kv_cache_dtype,
+        attention=self.server_args.get_attention_backends(),
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
     layout = layout_of(pool, PAGE_SIZE, self.model_dtype, kv_scales(self.model, self.device))

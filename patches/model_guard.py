@@ -75,6 +75,7 @@ def problems(
     model_dtype: torch.dtype,
     record: bool = False,
     kv_dtype_asked: str = "auto",
+    attention: Sequence[str] = (),
 ) -> list[str]:
     """What about a loaded model and its KV pool LSA cannot work with, one line each.
 
@@ -87,12 +88,13 @@ def problems(
         model_dtype: of queries.
         record: attention is recorded, which is computed without SGLang's kernels.
         kv_dtype_asked: what ``--kv-cache-dtype`` says.
+        attention: backends that read KV.
     """
     if type(pool) not in LAYOUTS:
         return [f"{name}: SGLang keeps its KV in a {type(pool).__name__}: {NOT_YET}: serve it without --lsa flags"]
     layers = attention_layers(model)
     found = _layout_problems(pool) + _dtype_problems(pool, model_dtype) + _order_problems(name, layers, pool)
-    found += _scale_problems(name, layers, pool, kv_dtype_asked)
+    found += _scale_problems(name, layers, pool, kv_dtype_asked, attention)
     found += _kind_problems(name, layers, window, record)
     return found + _shape_problems(name, layers, pool, q_heads)
 
@@ -125,10 +127,26 @@ def _dtype_problems(pool: MHATokenToKVPool, model_dtype: torch.dtype) -> list[st
 
 
 def _scale_problems(
-    name: str, layers: Sequence[RadixAttention], pool: MHATokenToKVPool, kv_dtype_asked: str
+    name: str,
+    layers: Sequence[RadixAttention],
+    pool: MHATokenToKVPool,
+    kv_dtype_asked: str,
+    attention: Sequence[str],
 ) -> list[str]:
-    """SGLang takes 1 for a scale of FP8 KV that a checkpoint lacks, which is wrong if it was made with another."""
+    """SGLang takes 1 for a scale of FP8 KV that a checkpoint lacks, which is wrong if it was made with another.
+
+    And its FlashInfer backend multiplies by the scales of a checkpoint whatever the pool keeps, though only FP8 was
+    divided by them.
+    """
     if pool.dtype not in FP8_DTYPES:
+        ones = (None, 1.0)
+        scaled = [layer.layer_id for layer in layers if {layer.k_scale_float, layer.v_scale_float}.difference(ones)]
+        if scaled and "flashinfer" in attention:
+            return [
+                f"{name} has scales of FP8 KV for {_some(scaled)} of {len(layers)}, and KV is kept in "
+                f"{str(pool.dtype).removeprefix('torch.')}, which SGLang's FlashInfer multiplies by them all the same: "
+                "use --kv-cache-dtype fp8_e4m3, or --attention-backend fa3 on Hopper"
+            ]
         return []
     missing = [layer.layer_id for layer in layers if getattr(layer, "lsa_lacks_scales", layer.k_scale is None)]
     if missing and kv_dtype_asked == "auto":

@@ -31,6 +31,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
         self.shown = Shown(self.lsa)
         self.partial = FlashInferParts(self)
+        # The stock way to read new tokens beside a cached prefix leaves the prefix's scales out; this one takes them.
+        self.use_paged |= self.lsa.pager.layout.scaled
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""

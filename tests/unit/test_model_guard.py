@@ -177,6 +177,19 @@ def test_a_checkpoint_that_lacks_scales(caplog: pytest.LogCaptureFixture) -> Non
     assert "m has no scales of FP8 KV for layers 0, 3 of 5: as SGLang does, 1 is taken" in caplog.text
 
 
+def test_scales_beside_kv_that_was_not_divided_by_them() -> None:
+    """FlashInfer of SGLang multiplies all the same; FlashAttention-3 and ``torch_native`` do not."""
+    pool = pool_of(dtype=torch.bfloat16)
+    (problem,) = seen(scaled(*SCALES), pool, attention=("fa3", "flashinfer"))
+    assert problem.startswith("m has scales of FP8 KV for layers 0, 1, 2 and 2 more of 5, and KV is kept in bfloat16,")
+    assert problem.endswith("use --kv-cache-dtype fp8_e4m3, or --attention-backend fa3 on Hopper")
+    assert seen(scaled(*SCALES), pool, attention=("fa3", "fa3")) == []
+    assert seen(scaled(*SCALES), pool, attention=("torch_native", "torch_native")) == []
+    assert seen(scaled(*[(1.0, 1.0)] * LAYERS), pool, attention=("flashinfer",)) == []
+    assert seen(model_of(), pool, attention=("flashinfer",)) == []
+    assert seen(scaled(*SCALES), pool_of(dtype=torch.float8_e4m3fn), attention=("flashinfer",)) == []
+
+
 def test_scales_are_those_of_the_layers_as_they_are_now() -> None:
     """An update of the weights changes them; ``torch_native`` on a CPU knows none."""
     model = scaled(*SCALES)
@@ -221,7 +234,9 @@ def configurator(model: torch.nn.Module) -> Any:
         model_dtype=torch.float32,
         kv_cache_dtype=torch.float32,
         device="cpu",
-        server_args=SimpleNamespace(lsa_config=LSAConfig(), kv_cache_dtype="auto"),
+        server_args=SimpleNamespace(
+            lsa_config=LSAConfig(), kv_cache_dtype="auto", get_attention_backends=lambda: ("torch_native",) * 2
+        ),
     )
 
 

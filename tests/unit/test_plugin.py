@@ -47,7 +47,14 @@ from sglang_lsa.patches import (
     scheduler_run_batch,
     uvicorn_run,
 )
-from sglang_lsa.patches.compatibility import REFUSED_FLAGS, Unsupported, apply_defaults, attach, device_problems
+from sglang_lsa.patches.compatibility import (
+    REFUSED_FLAGS,
+    Unsupported,
+    apply_defaults,
+    attach,
+    device_problems,
+    flash_attention_problem,
+)
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.models import shape_of
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
@@ -1132,7 +1139,7 @@ def test_defaults_of_a_gpu() -> None:
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], flash_attention: bool = True) -> None:
     """As if torch saw one, and SGLang's kernels were built for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
     found: Any = types.ModuleType("sgl_kernel.flash_attn") if flash_attention else None
     monkeypatch.setitem(sys.modules, "sgl_kernel", types.ModuleType("sgl_kernel"))
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", found)
@@ -1182,6 +1189,23 @@ def test_flash_attention_where_it_cannot_be_is_refused(
     (problem,) = device_problems(arguments(**(GPU | {"attention_backend": "fa3"} | changed)), LSAConfig())
     assert problem.startswith(f"--attention-backend fa3: {words}")
     assert problem.endswith(": use flashinfer")
+
+
+def test_the_gpu_that_is_looked_at_is_the_one_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: ((8, 0), (9, 0))[gpu])
+    assert flash_attention_problem({"base_gpu_id": 1}) is None
+    assert "has 8.0" in str(flash_attention_problem({"base_gpu_id": 0}))
+    assert "has 8.0" in str(flash_attention_problem({}))
+
+
+def test_kv_that_flash_attention_cannot_read_is_refused_before_another_backend_is_taken() -> None:
+    """SGLang changes the flag to Triton's kernels before anybody can see what the user asked for."""
+    values: dict[str, Any] = {"device": "cuda", "attention_backend": "fa3", "kv_cache_dtype": "fp8_e5m2"}
+    with pytest.raises(
+        Unsupported, match=r"--attention-backend fa3: FlashAttention-3 reads fp8_e4m3 only, .*use flash"
+    ):
+        apply_defaults(values, LSAConfig())
 
 
 def test_flash_attention_where_it_can_be_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,11 @@ class KVLayout(ABC):
         """By what keys and values of a layer are multiplied after they are read as they lie."""
         return 1.0, 1.0
 
+    @property
+    def scaled(self) -> bool:
+        """Whether any layer's :meth:`scales` are not 1."""
+        return any(self.scales(layer) != (1.0, 1.0) for layer in self.by_layer)
+
 
 def as_pages(buffer: torch.Tensor, page_tokens: int) -> torch.Tensor:
     """A pool's buffer ``[slots, ...]`` as uint8 ``[pages, bytes]``, without a copy.
