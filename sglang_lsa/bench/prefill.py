@@ -79,17 +79,17 @@ def run(
     done = PREFILL.measured(output, resume)
     failures = Failures(console.print)
     rows: list[Row] = []
-    for group in asked:
-        for name in systems:
-            system = SYSTEMS[name]
-            left = remaining(group.of_system(system), shape, system, facts, done)
-            if not left.prompts and not left.questions:
-                continue
-            measured = measure(left, shape, system, repeats, server_args, output, console)
-            for row in failures.go_on(system, group.name, measured):
-                rows.append(row | facts)
-                PREFILL.keep(output, [rows[-1]])
-    PREFILL.write(output, [])
+    with PREFILL.drawn(output):
+        for group in asked:
+            for name in systems:
+                system = SYSTEMS[name]
+                left = remaining(group.of_system(system), shape, system, facts, done)
+                if not left.prompts and not left.questions:
+                    continue
+                measured = measure(left, shape, system, repeats, server_args, output, console)
+                for row in failures.go_on(system, group.name, measured):
+                    rows.append(row | facts)
+                    PREFILL.keep(output, [rows[-1]])
     console.print(table(PREFILL.read(output)))
     failures.finish()
     return rows

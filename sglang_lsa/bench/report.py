@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,15 @@ class Results:
     def write(self, folder: pathlib.Path, rows: Sequence[Row]) -> None:
         """Merge ``rows`` into ``<name>.json``, and write ``<name>.csv`` and ``<name>.png`` from all of them."""
         self.draw(folder / f"{self.name}.png", self.keep(folder, rows))
+
+    @contextmanager
+    def drawn(self, folder: pathlib.Path) -> Iterator[None]:
+        """Rows are kept inside; the picture has all of them at the end, also when that is an interrupt's."""
+        try:
+            yield
+        finally:
+            if rows := self.read(folder):
+                self.draw(folder / f"{self.name}.png", rows)
 
     def keep(self, folder: pathlib.Path, rows: Sequence[Row]) -> list[Row]:
         """:meth:`write` without the picture, which takes a second: for every row while a benchmark runs."""

@@ -56,15 +56,17 @@ def run(
     done = SERVING.measured(output, resume)
     failures = Failures(console.print)
     rows: list[Row] = []
-    for group in chosen(models, workloads, arms, kv_dtype):
-        for name in systems:
-            system = SYSTEMS[name]
-            left = [one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done]
-            measured = measure(group, system, left, server_args, output, console) if left else ()
-            for row in failures.go_on(system, group.model, measured):
-                rows.append(row | facts)
-                SERVING.keep(output, [rows[-1]])
-    SERVING.write(output, [])
+    with SERVING.drawn(output):
+        for group in chosen(models, workloads, arms, kv_dtype):
+            for name in systems:
+                system = SYSTEMS[name]
+                left = [
+                    one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done
+                ]
+                measured = measure(group, system, left, server_args, output, console) if left else ()
+                for row in failures.go_on(system, group.model, measured):
+                    rows.append(row | facts)
+                    SERVING.keep(output, [rows[-1]])
     console.print(table(SERVING.read(output)))
     failures.finish()
     return rows

@@ -148,15 +148,20 @@ class Bench:
         self.output = output
         self.seen: list[tuple[str, list[str]]] = []
         self.broken: tuple[str, str] | None = None
-        self.error: Exception = ServerFailed("no FA3 here")
+        self.drawn: list[int] = []
+        """Rows of each picture."""
+        self.error: BaseException = ServerFailed("no FA3 here")
         """A system that fails at an arm."""
         for module in (serving, prefill):
             monkeypatch.setattr(module, "gpu_name", lambda: "GPU of a test")
         for module, name in ((serving, "SERVING"), (prefill, "PREFILL")):  # pictures take a second each
-            results = dataclasses.replace(getattr(module, name), draw=lambda path, rows: None)
+            results = dataclasses.replace(getattr(module, name), draw=self.draw)
             monkeypatch.setattr(module, name, results)
         monkeypatch.setattr(serving, "measure", self.measure_serving)
         monkeypatch.setattr(prefill, "measure", self.measure_prefill)
+
+    def draw(self, path: pathlib.Path, rows: Any) -> None:
+        self.drawn.append(len(rows))
 
     def note(self, system: System, names: list[str]) -> Iterator[str]:
         self.seen.append((system.name, []))
@@ -247,6 +252,17 @@ def test_a_server_that_ends_in_the_middle_ends_no_other_measurement(bench: Bench
     with pytest.raises(RuntimeError, match="lsa full"):
         bench.prefill(systems=["lsa", "stock"])
     assert ("stock", ["full ttft 131072", "full ttft 262144"]) in bench.seen
+
+
+def test_an_interrupt_leaves_a_picture_of_what_was_measured(bench: Bench) -> None:
+    bench.error, bench.broken = KeyboardInterrupt(), ("lsa", "1k quest")
+    with pytest.raises(KeyboardInterrupt):
+        bench.serving()
+    assert bench.drawn == [2]
+    bench.drawn, bench.broken = [], ("stock", "full ttft 131072")
+    with pytest.raises(KeyboardInterrupt):
+        bench.prefill()
+    assert bench.drawn == [], "nothing was measured"
 
 
 def test_prefill_is_resumed_too(bench: Bench) -> None:
