@@ -1,4 +1,4 @@
-"""Scores over pages of index keys: against loops in float64, against SGLang's own logits, and Triton's against these."""
+"""Scores over pages of index keys: against loops in float64, against SGLang's logits; and Triton's against these."""
 
 from __future__ import annotations
 
