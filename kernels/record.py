@@ -75,12 +75,12 @@ def _record_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token).to(tl.int64)
-    kept = True
-    if LAST:
-        kept = tl.load(rows + token + LENGTH, mask=token + LENGTH < tl.num_programs(0), other=-1).to(tl.int64) != row
     position = tl.load(positions + token).to(tl.int64) % LENGTH
     target = ring + ((row * LENGTH + position) * SLOTS + slot) * WIDTH
     for block in range(0, WIDTH, BLOCK):
         i = block + tl.arange(0, BLOCK)
-        inside = (i < WIDTH) & kept
+        inside = i < WIDTH
+        if LAST:  # a later token of this request takes the place
+            tokens = tl.num_programs(0)
+            inside &= tl.load(rows + token + LENGTH, mask=token + LENGTH < tokens, other=-1).to(tl.int64) != row
         tl.store(target + i, tl.load(source + token * stride + i, mask=inside), mask=inside)
