@@ -20,6 +20,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_lsa.memory.pages import align_up
 from sglang_lsa.patches.requests import key_of, request_gone, slots_up_from
+from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 from sglang_lsa.radix_ext.unified_tree import COMPONENTS, TREE_CORE
 
 if TYPE_CHECKING:
@@ -59,6 +60,15 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
         params.component_registry_override = COMPONENTS
         with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(TREE_CORE):
             super().__init__(params)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where prompts find their prefix even when the pool of windows was full."""
+        return self.components[ComponentType.SWA].checkpoints
+
+    def reset(self):
+        super().reset()
+        self.checkpoints.clear()
 
     def release_host_resources(self):
         """SGLang is going down in good order."""
@@ -113,6 +123,7 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
             if trees is None:
                 trees = self.page_index.pages(req.prefix_indices[: req.cache_protected_len])
             shared.replaced(name, req.req_pool_idx, tokens, own, trees)
+        self._mark(req.last_node, None if chunked else tokens)
 
     def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle, **options):
         """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
@@ -130,6 +141,13 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
                     row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
                     self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
             super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep, **options)
+        if is_insert:
+            self._mark(req.last_node, keep)
+
+    def _mark(self, last: int, tokens: int | None) -> None:
+        """Choose checkpoints on the way to this node, of a prompt that has so many tokens (None: more to come)."""
+        found_again = None if tokens is None else tokens - self.swa_reprefill_tail_tokens()
+        self.checkpoints.mark(self.tree_core.node_by_id(last), found_again)
 
     def _may_insert(self, req) -> bool:
         return self.lsa.config.cache_outputs or self.lsa.shared.is_exact(key_of(req))

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.mem_cache.unified_cache.components import BASE_COMPONENT_TYPE, ComponentType, SWAComponent
+from sglang.srt.mem_cache.unified_cache.components import (
+    BASE_COMPONENT_TYPE,
+    ComponentType,
+    LRURefreshPhase,
+    SWAComponent,
+)
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import register_tree_core_backend
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore, UnifiedTreeNode
+
+from sglang_lsa.memory.pages import align_up
+from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 
 TREE_CORE = "lsa"
 """By what SGLang finds :class:`LSATreeCore`."""
@@ -57,10 +65,36 @@ class LSATreeCore(UnifiedTreeCore):
 
 
 class LSASwaComponent(SWAComponent):
-    """Follows a node that takes the pages of the request that is being inserted, because they have a window.
+    """Gives up the windows of checkpoints last, and follows nodes that take the pages of an inserted request."""
 
-    SGLang lets go of the pages that the node had. Nobody holds those: it does so only where no request reads.
-    """
+    def __init__(self, cache, params):
+        super().__init__(cache, params)
+        tail = align_up(self.sliding_window_size, params.page_size)
+        most = params.token_to_kv_pool_allocator.size_swa // tail // 2
+        self.checkpoints = Checkpoints(self, tail, most)
+
+    def refresh_lru(self, phase, node, root_node):
+        super().refresh_lru(phase, node, root_node)
+        if phase is LRURefreshPhase.MATCH_END and node in self.checkpoints:
+            self.checkpoints.keep(node)
+
+    def redistribute_on_node_split(self, new_parent, child):
+        super().redistribute_on_node_split(new_parent, child)
+        if child in self.checkpoints:  # both have a part of its window
+            self.checkpoints.keep(new_parent)
+
+    def evict_component(self, node, *arguments, **options):
+        freed = super().evict_component(node, *arguments, **options)
+        if not self.node_has_component_data(node):
+            self.checkpoints.forget(node)
+        return freed
+
+    def _evict_device_start(self, request_cnt):
+        self.checkpoints.spare(request_cnt)
+        super()._evict_device_start(request_cnt)
+
+    # Where a node has lost its window, SGLang lets it take the pages of the request, which have one, unless somebody
+    # reads the node. Nobody holds the pages that it had.
 
     def update_component_on_insert_overlap(
         self, node, prefix_len, total_prefix_len, value_slice, params, cache_actions

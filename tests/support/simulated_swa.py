@@ -21,10 +21,12 @@ from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import free_swa_out_of_window_slots
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.utils import get_num_new_pages
 from simulated_gpu import SimulatedGPU
 from simulated_scheduler import Scheduler
 from simulated_work import UNWRITTEN, Entry, Req, slots_of
+from simulation import Simulation
 
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pager import Pager
@@ -85,7 +87,7 @@ class SwaScheduler(Scheduler):
         super().__init__(runtime, gpu, chance, chunk, overlap)
         page, virtual = self.page, self.pager.ledger.virtual_pages
         self.window = chance.choice([page // 2, page // 2, page, 2 * page])
-        self.swa_pages = chance.choice([48, 64, 160])
+        self.swa_pages = chance.choice([40, 48, 64, 160])
         self.releases_early = chance.random() < 0.3
         """Whether a request lets go of its prompt's window once it has passed it."""
         self.frees_early = chance.random() < 0.5
@@ -105,10 +107,25 @@ class SwaScheduler(Scheduler):
         self.content = np.full((virtual + 1) * page, UNWRITTEN)
         """Of KV that lies where virtual pages say."""
         self.window_content = np.full((self.swa_pages + 1) * page, UNWRITTEN)
-        self.steps = 0
+        self.cache.checkpoints.spacing = 4 * max(page, self.cache.checkpoints.tail)
+        self._count_hand_overs()
+
+    def _count_hand_overs(self) -> None:
+        """How often a tree took a request's pages, and how often it kept those that somebody reads."""
+        component: Any = self.cache.components[ComponentType.SWA]
+        apply, inherit = component.apply_component_action, self.pager.inherit
+
+        def applied(action: Any) -> None:
+            self.counts[type(action).__name__] += 1
+            apply(action)
+
+        def inherited(old: np.ndarray, new: np.ndarray) -> None:
+            self.counts["pages adopted"] += len(new)
+            inherit(old, new)
+
+        component.apply_component_action, self.pager.inherit = applied, inherited
 
     def step(self) -> bool:
-        self.steps += 1
         ran = super().step()
         self.check_tree()
         return ran
@@ -246,6 +263,10 @@ class SwaScheduler(Scheduler):
 
     def check_tree(self) -> None:
         """Every page has one owner, who has it right, and every slot of both halves is counted once."""
+        checkpoints = self.cache.checkpoints
+        assert len(checkpoints) <= checkpoints.most
+        for number in checkpoints._nodes:
+            assert checkpoints._has_window(self.cache.tree_core.node_by_id(number)), "a checkpoint has no window"
         page, cache, core = self.page, self.cache, self.cache.tree_core
         places = self.swa.full_to_swa_index_mapping.numpy()
         owned: list[int] = []
@@ -293,3 +314,17 @@ class SwaScheduler(Scheduler):
         assert size + uncached_window == self.swa.size_swa, "slots of the window are not counted"
         if not self.alive:
             cache.sanity_check()
+
+
+class SwaSimulation(Simulation):
+    """A server of a model with a sliding window, whose prompts read everything."""
+
+    def __init__(self, seed: int, page: int = 64):
+        super().__init__(seed, resident=0.0, page=page, scheduler=SwaScheduler)
+
+    def _options(self) -> dict[str, Any] | None:
+        """Without named sets, of which nothing says that a device pool has room for them."""
+        options = super()._options()
+        if options is not None:
+            options["lsa"].pop("sets", None)
+        return options
