@@ -11,7 +11,7 @@ from sglang_lsa.kernels.compact_table import compact_table, to_physical
 from sglang_lsa.kernels.page_table import physical_slots
 
 RATIO = 4
-"""Tokens of one entry of the layers whose KV is paged. Layers of ratio 128, and windows, keep SGLang's virtual slots."""
+"""Tokens of one entry of the layers whose KV is paged. Layers of ratio 128, and windows, keep virtual slots."""
 
 
 class LsaDeepseekV4Backend(DeepseekV4AttnBackend):
