@@ -40,9 +40,14 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-def needed(config: LSAConfig) -> list[type[Policy]]:
-    """Those that requests may ask of a server of this configuration, whatever its own is."""
-    return [REGISTRY[name] for name in offered(config.indexer) if name in REGISTRY]
+def needed(config: LSAConfig, index: bool = False) -> list[type[Policy]]:
+    """Those that requests may ask of a server of this configuration, whatever its own is.
+
+    Args:
+        index: the model has an index of its own, and shows neither queries nor keys of attention.
+    """
+    found = [REGISTRY[name] for name in offered(config.indexer) if name in REGISTRY]
+    return [policy for policy in found if (not policy.queries if index else not policy.index)]
 
 
 def bounds_needed(config: LSAConfig) -> bool:
