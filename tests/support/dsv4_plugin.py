@@ -7,9 +7,9 @@ before there are pools and graphs:
 - ``DSV4_TEST_SORTED``: torch's top-k gives its selection in the order of the context. Attention then adds up the same
   entries in the same order, whatever table they were selected through.
 - ``DSV4_TEST_MASKED``: the reference for named resident sets. In decode, index logits of pages that are in no set are
-  minus infinity before the top-k, so that the model selects among the others. For the server without LSA, whose requests
-  name their sets as with LSA (``custom_params.lsa.sets``); only torch's top-k leaves out what is infinite, and only
-  where more than its 512 entries are complete.
+  minus infinity before the top-k, so that the model selects among the others. For a server without LSA, whose
+  requests name their sets as with LSA (``custom_params.lsa.sets``); only torch's top-k leaves out what is infinite, and
+  only where more than its 512 entries are complete.
 - ``DSV4_TEST_POISON``: a file. Device pages that are free hold bytes 0xFF, which are NaN in FP8, bfloat16 and float32
   alike, from the start on; the file holds how many were filled.
 - ``DSV4_TEST_POOLS``: a file that gets the bytes of every part of the KV pool.
@@ -77,12 +77,16 @@ def _put_in_place() -> None:
 
 
 def _sort_selections() -> None:
-    import torch
     from sglang.srt.layers.attention.dsv4 import indexer
 
-    select = indexer.topk_transform_512_pytorch_vectorized
+    indexer.topk_transform_512_pytorch_vectorized = in_order(indexer.topk_transform_512_pytorch_vectorized)
 
-    def in_order(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
+
+def in_order(select: Any) -> Any:
+    """SGLang's selection, the first entry of the context first and what is nothing last."""
+    import torch
+
+    def ordered(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices=None):
         raw = torch.empty_like(out_page_indices)
         select(scores, seq_lens, page_tables, out_page_indices, page_size, raw)
         order = torch.where(raw < 0, 1 << 30, raw).sort(dim=1, stable=True).indices
@@ -90,7 +94,7 @@ def _sort_selections() -> None:
         if out_raw_indices is not None:
             out_raw_indices.copy_(raw.gather(1, order))
 
-    indexer.topk_transform_512_pytorch_vectorized = in_order
+    return ordered
 
 
 # -- a mask instead of a smaller table ---------------------------------------------------------------------------------
@@ -100,16 +104,17 @@ class Mask:
     """Which pages each request of the current decode step may read; nothing in other passes."""
 
     def __init__(self) -> None:
+        self.lengths: list[int] = []
         self.seen: list[tuple[int, list[int]] | None] = []
         self.hidden: Any = None
 
     def note(self, batch: Any) -> None:
         self.hidden, self.seen = None, []
         if batch.forward_mode.is_decode():
-            lengths = batch.seq_lens_cpu.tolist()
+            self.lengths = batch.seq_lens_cpu.tolist()
             self.seen = [
                 set_in_force(req.sampling_params.custom_params, length)
-                for req, length in zip(batch.reqs, lengths, strict=True)
+                for req, length in zip(batch.reqs, self.lengths, strict=True)
             ]
 
     def apply(self, logits: Any) -> Any:
@@ -126,6 +131,9 @@ class Mask:
                 row[:tail_start] = False
                 row[positions] = True
             visible = pages.repeat_interleave(ENTRIES, dim=1)[:, : logits.shape[1]]
+            # Where fewer than 512 are left, SGLang's top-k would take what lies behind the context for some of them.
+            for row, tokens in zip(visible, self.lengths, strict=False):
+                row[tokens // 4 :] = False
             self.hidden = ~visible.to(logits.device)
         return logits.masked_fill(self.hidden, float("-inf"))
 

@@ -135,7 +135,8 @@ class Difference:
         return cls(equal, len(parted), float(np.mean(apart)), float(np.max(apart)), gap)
 
     def __str__(self) -> str:
-        return f"{self.equal:3} of {self.of} tokens equal, apart {self.mean:.1e}, at most {self.most:.1e}, gap {self.gap:.2g}"
+        apart = f"apart {self.mean:.1e}, at most {self.most:.1e}, gap {self.gap:.2g}"
+        return f"{self.equal:3} of {self.of} tokens equal, {apart}"
 
 
 @dataclass(frozen=True)
