@@ -645,6 +645,23 @@ def test_record_converts_to_the_type_of_the_ring() -> None:
     assert_same(ring, expected)
 
 
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_record_the_last_tokens_of_each_request(length: int) -> None:
+    """Prompts longer, as long and shorter than the ring, beside one that decodes, and padding that shares row 0."""
+    tokens = {2: 8, 1: 3, 4: 1, 5: 20, 0: 2}
+    rows = ids([row for row, count in tokens.items() for _ in range(count)])
+    positions = ids([100 * row + index for row, count in tokens.items() for index in range(count)])
+    source = random(len(rows), 80)
+    ring = torch.full((6, length, 2, 80), NAN, device=DEVICE)
+    expected = ring.clone()
+    for index, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        expected[row, position % length, 1] = source[index]
+    for run in (_record_triton, record_reference):
+        seen = ring.clone()
+        run(source, rows, positions, seen, 1, True)
+        assert_same(seen, expected)
+
+
 @pytest.mark.parametrize(
     ("source", "ring"),
     [
