@@ -45,6 +45,8 @@ BEYOND_HOOKS = (
     "sglang.srt.configs.model_config.is_minimax_sparse",
     "sglang.srt.layers.radix_attention.AttentionType",
     "sglang.srt.layers.radix_attention.RadixAttention",
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4SingleKVPool",
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
     # routes and messages
     "sglang.srt.entrypoints.http_server._global_state",
