@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from simulated_cache import NONE, Allocator, Node, Tree
 from simulated_gpu import SimulatedGPU
-from simulated_work import Entry, ForwardPass, Memory, Req, slots_of
+from simulated_work import Entry, ForwardPass, Memory, Req, Watch, slots_of
 
 from sglang_lsa.engine.reading import RESIDENT
 from sglang_lsa.engine.runtime import LSARuntime
@@ -29,14 +29,23 @@ class Scheduler:
         chance: decides what SGLang decides by load and time.
         chunk: tokens of prefill in one pass.
         overlap: the next pass is queued before the result of the last one is looked at.
+        watch: what sees each pass as it runs, if anything.
     """
 
-    def __init__(self, runtime: LSARuntime, gpu: SimulatedGPU, chance: random.Random, chunk: int, overlap: bool):
+    def __init__(
+        self,
+        runtime: LSARuntime,
+        gpu: SimulatedGPU,
+        chance: random.Random,
+        chunk: int,
+        overlap: bool,
+        watch: Watch | None = None,
+    ):
         self.runtime, self.gpu, self.chance, self.chunk, self.overlap = runtime, gpu, chance, chunk, overlap
         self.pager, self.slots, self.page = runtime.pager, runtime.req_to_token.numpy(), runtime.pager.page
         self.allocator = Allocator(self.pager)
         self.tree = Tree(self.allocator)
-        self.memory = Memory(self.pager)
+        self.memory = Memory(self.pager, watch)
         self.free_rows = list(range(1, len(self.slots)))
         self.waiting: list[Req] = []
         self.running: list[Req] = []
