@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -24,7 +23,6 @@ from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.native_index import NativeIndex, page_bytes, scorer_layers
 from sglang_lsa.engine.policies import needed
 from sglang_lsa.engine.reading import IN_PLACE
-from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
 from sglang_lsa.engine.sizing_dsv4 import VIRTUAL_SHARE, beside, budgeted_tokens, dsv4_needs
 from sglang_lsa.engine.step import DECODE, EXTEND, Step
@@ -242,17 +240,14 @@ def test_graphs_hold_tables_of_so_many_pages() -> None:
 
 
 class WholePrompts(MhaLayout):
-    """Says of itself what DeepSeek-V4's says, and has KV that the simulation can read."""
+    """Has KV that the simulation can read, and prompts that are whole on the device."""
 
-    shows_keys = False
     whole_prompts = True
-    page_tables = True
 
 
 @pytest.mark.parametrize("part", range(2))
 def test_nothing_is_read_wrong_lost_or_left(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "MhaLayout", WholePrompts)
-    monkeypatch.setattr(simulation, "LSARuntime", functools.partial(LSARuntime, index=INDEX))
     for seed in range(part, 40, 2):
         failure, counts = failure_of(seed, page=PAGE)
         assert failure is None, failure
