@@ -80,7 +80,9 @@ class Simulation:
         page: tokens of a page.
     """
 
-    def __init__(self, seed: int, resident: float = 0.4, page: int = 64):
+    def __init__(
+        self, seed: int, resident: float = 0.4, page: int = 64, scheduler: type[Scheduler] = Scheduler
+    ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
@@ -112,7 +114,7 @@ class Simulation:
         lookahead = self.runtime.lookahead
         lookahead.clock.lag, lookahead.clock.lead = chance.choice([(2, 3), (2, 3), (0, 0)]) if self.overlap else (0, 0)
         lookahead.scorer.policies = {**lookahead.scorer.policies, "quest": Scores(chance)}
-        self.scheduler = Scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
+        self.scheduler = scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
         self.arrivals = 40
         self.arrived = self.step_number = 0
         self.counts = self.scheduler.counts
