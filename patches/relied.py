@@ -30,6 +30,9 @@ BEYOND_HOOKS = (
     "sglang.srt.mem_cache.radix_cache.TreeNode",
     # attend/
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+    "sglang.srt.layers.attention.deepseek_v4_backend.DSV4AttnMetadata",
+    "sglang.srt.layers.attention.deepseek_v4_backend.DeepseekV4AttnBackend",
+    "sglang.srt.layers.attention.dsv4.indexer.C4IndexerBackendMixin",
     "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode",

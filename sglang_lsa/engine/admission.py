@@ -89,7 +89,8 @@ class Admission:
 
     def _read_options(self, custom_params: Mapping[str, Any] | None) -> tuple[RequestOptions, str | None]:
         try:
-            return RequestOptions.parse(custom_params, self.config, self.pager.page), None
+            index = not self.pager.layout.shows_keys
+            return RequestOptions.parse(custom_params, self.config, self.pager.page, index), None
         except ValueError as error:
             return RequestOptions.parse(None, self.config), str(error)
 

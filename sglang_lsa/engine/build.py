@@ -6,10 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
-from sglang_lsa.config import POLICIES, LSAConfig
+from sglang_lsa.config import FULL, POLICIES, LSAConfig
 from sglang_lsa.engine.lookahead import Lookahead
-from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex, NoIndexKeys, NoIndexObserver
+from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex, scorer_layers
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers
+from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies import Parts, Policy, bounds_needed, needed, positions
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
@@ -48,8 +49,9 @@ def observer(
 
 
 def index_observer(config: LSAConfig, index: NativeIndex, rows: int, layout: KVLayout) -> IndexObserver:
-    """Of ``rows`` requests."""
-    return NoIndexObserver()
+    """Of ``rows`` requests, in the layers that choose pages."""
+    layers = scorer_layers(config, index)
+    return IndexRings(rows, config.query_tokens, layers, index, bool(config.indexer), True, layout.device)
 
 
 def page_keys(config: LSAConfig, pager: Pager, index: NativeIndex | None = None) -> PageKeys | IndexKeys:
@@ -62,8 +64,8 @@ def page_keys(config: LSAConfig, pager: Pager, index: NativeIndex | None = None)
 
 
 def index_keys(config: LSAConfig, pager: Pager, index: NativeIndex) -> IndexKeys:
-    """Of every virtual page."""
-    return NoIndexKeys()
+    """Of every virtual page, in the layers that choose pages."""
+    return KeptIndexKeys(pager.ledger.virtual_pages, pager.layout.index_buffers, scorer_layers(config, index))
 
 
 def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
@@ -80,9 +82,18 @@ def policies(
     softmax_scale: float,
     index: NativeIndex | None = None,
 ) -> dict[str, Policy]:
-    """Those that requests may ask for, by name; ``full`` needs none."""
+    """Those that requests may ask for, by name; ``full`` needs none.
+
+    Raises:
+        ValueError: the server's own is none of them, or one cannot be made.
+    """
     parts = Parts(config, pager.layout, pager.ledger.virtual_pages, observer, page_keys, softmax_scale, index)
-    return {policy.name: policy.build(parts) for policy in needed(config, index is not None)}
+    found = {policy.name: policy.build(parts) for policy in needed(config, index is not None)}
+    if config.policy not in (*found, FULL):
+        raise ValueError(
+            f"--lsa-policy {config.policy} does not fit this model: use one of {', '.join((*found, FULL))}"
+        )
+    return found
 
 
 def trained(policies: Mapping[str, Policy]) -> Policy | None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.indexer.flashmemory import numbers_of
 from sglang_lsa.memory.layout.dsv4 import INDEX_ROW
 
 SCORED = (10, 12, 20)
@@ -111,11 +112,26 @@ class NoIndexKeys:
 
 
 def scorer_layers(config: LSAConfig, index: NativeIndex) -> tuple[int, ...]:
-    """Layers whose index keys are kept for all virtual pages: three, at the places of :data:`SCORED`; all of three.
+    """Layers whose index keys are kept for all virtual pages: those of a checkpoint, the configured ones, or three, at
+    the places of :data:`SCORED`; all of three.
 
     Raises:
-        ValueError: a configured layer has no index.
+        ValueError: a configured layer has no index, the checkpoint cannot be read or has layers that the model lacks,
+            or layers are given beside it.
     """
+    if config.indexer:
+        numbers = numbers_of(config.indexer)
+        if config.observe_layers is not None:
+            raise ValueError(
+                f"--lsa-observe-layers {','.join(map(str, config.observe_layers))}: the checkpoint {config.indexer} "
+                "says which layers are observed: leave the flag out"
+            )
+        if numbers[-1] >= len(index.layers):
+            raise ValueError(
+                f"--lsa-indexer {config.indexer} is for layer {numbers[-1]} of those with an index, the model has "
+                f"{len(index.layers)}: give the checkpoint that was trained for it"
+            )
+        return tuple(index.layers[number] for number in numbers)
     if config.observe_layers is not None:
         if wrong := [layer for layer in config.observe_layers if layer not in index.layers]:
             raise ValueError(
@@ -135,5 +151,7 @@ def page_bytes(config: LSAConfig, index: NativeIndex) -> int:
 
 
 def row_bytes(config: LSAConfig, index: NativeIndex) -> int:
-    """Device bytes that the observer keeps of one request."""
-    return 0
+    """Device bytes that the observer keeps of one request: index queries with the weights of their heads, and hidden
+    states where a checkpoint reads them."""
+    position = index.heads * (index.head_dim + 4) + (index.hidden * index.dtype.itemsize if config.indexer else 0)
+    return config.query_tokens * len(scorer_layers(config, index)) * position

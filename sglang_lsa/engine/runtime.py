@@ -136,7 +136,7 @@ class LSARuntime:
     def reconfigure(self, values: Mapping[str, Value]) -> None:
         """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``. Raises ValueError
         when it would be impossible."""
-        before, after = self.config, changed(self.config, values)
+        before, after = self.config, changed(self.config, values, self.index is not None)
         self.lookahead.rules.config = after
         self.config_changes += 1
         self.config_changed_at = time.time()

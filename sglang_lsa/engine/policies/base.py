@@ -43,10 +43,10 @@ class Policy(ABC):
 
     Attributes:
         name: by which it is asked for.
-        queries: it looks at the recent queries of a request. What looks at none is a baseline, and stays one: no other
-            hint is followed for it.
+        queries: it looks at what a request's recent tokens ask, of attention or of the model's own index. What does not
+            is a baseline, and stays one: no other hint is followed for it.
         page_keys: it looks at the bounds of the keys of pages.
-        index: it looks at the model's own index, instead of either.
+        index: it looks at the model's own index, and not at attention.
         calibrated: its scores are shares of attention, so that they can be added up, and have a threshold.
         across_ranks: how scores of ranks with some of the heads each become those of the model.
         threshold: of a calibrated one: score from which on a page is worth keeping, unless configured.

@@ -83,6 +83,9 @@ class KVLayout(ABC):
     key_buffers: Mapping[int, torch.Tensor] = MappingProxyType({})
     """By layer, all keys as they lie, floats ``[slots, kv_heads, head_dim]``, for kernels that pick pages or tokens
     themselves; nothing where keys do not lie so, see :meth:`keys`."""
+    index_buffers: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """By layer, keys of the model's own index as they lie, uint8 ``[physical_pages + 1, bytes]``; nothing where it has
+    none."""
 
     def __init__(self, page_tokens: int, buffers: Iterable[tuple[int, torch.Tensor]]):
         self.page_tokens = page_tokens
