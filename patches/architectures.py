@@ -17,7 +17,7 @@ from sglang_lsa.engine.policies import needed
 from sglang_lsa.memory.layout import dsv4
 
 DEEPSEEK_V4 = "DeepseekV4ForCausalLM"
-NOT_YET = "not supported with LSA yet"
+NOT_YET = f"not supported with LSA and {DEEPSEEK_V4} yet"
 HEAD_DIM, ROPE_DIM, INDEX_DIM, WINDOW = 512, 64, 128, 128
 """By which the rows of its pages are as wide as they are, and its window ends with a page."""
 
@@ -64,14 +64,13 @@ def c128_layers(model: Any) -> tuple[int, ...]:
 def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> list[str]:
     """What cannot work with this architecture, one line each; what no model can work with is not repeated."""
     found = [
-        f"--{name.replace('_', '-')} {seen}: {NOT_YET} with {DEEPSEEK_V4}: {fix}"
+        f"--{name.replace('_', '-')} {seen}: {NOT_YET}: {fix}"
         for name, fine, fix in REFUSED_FLAGS
         if (seen := getattr(server_args, name, fine)) != fine
     ]
     if server_args.page_size != dsv4.PAGE_TOKENS:
         found.append(
-            f"--page-size {server_args.page_size}: {NOT_YET} with {DEEPSEEK_V4}: "
-            f"use --page-size {dsv4.PAGE_TOKENS} or leave it out"
+            f"--page-size {server_args.page_size}: {NOT_YET}: use --page-size {dsv4.PAGE_TOKENS} or leave it out"
         )
     if server_args.device != "cuda":
         found.append(
@@ -81,12 +80,12 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
     for phase, fine in (("prefill", ("disabled",)), ("decode", ("disabled", "full"))):
         backend = getattr(getattr(graphs, phase, None), "backend", fine[-1])
         if backend not in fine:
-            found.append(f"--cuda-graph-backend-{phase} {backend}: {NOT_YET} with {DEEPSEEK_V4}: use {fine[-1]}")
+            found.append(f"--cuda-graph-backend-{phase} {backend}: {NOT_YET}: use {fine[-1]}")
     found += _shape_problems(model)
     if config.record is not None:
-        found.append(f"--lsa-record {config.record}: {NOT_YET} with {DEEPSEEK_V4}: its index needs no such training")
+        found.append(f"--lsa-record {config.record}: {NOT_YET}: its index needs no such training")
     if config.prefill != "exact":
-        found.append(f"--lsa-prefill {config.prefill}: {NOT_YET} with {DEEPSEEK_V4}: use exact")
+        found.append(f"--lsa-prefill {config.prefill}: {NOT_YET}: use exact")
     if not found:
         try:
             scorer_layers(config, NativeIndex(c4_layers(model), 0, 0, 0, model.dtype))

@@ -121,8 +121,9 @@ class Memory:
         watch: what sees each pass as it runs, if anything.
     """
 
-    def __init__(self, pager: Pager, watch: Watch | None = None):
-        self.v2p, self.page, self.watch = pager.ledger.v2p, pager.page, watch
+    def __init__(self, pager: Pager):
+        self.v2p, self.page = pager.ledger.v2p, pager.page
+        self.watch: Watch | None = None
         self.parts = [
             [
                 self._part(piece, pager.mirror.pages, place == 1 and not pager.layout.shows_keys)

@@ -83,7 +83,14 @@ class Simulation:
         own_index: the model shows no keys and has an index of its own, as DeepSeek-V4; its pages have 256 tokens.
     """
 
-    def __init__(self, seed: int, resident: float = 0.4, page: int = 64, own_index: bool = False):
+    def __init__(
+        self,
+        seed: int,
+        resident: float = 0.4,
+        page: int = 64,
+        scheduler: type[Scheduler] = Scheduler,
+        own_index: bool = False,
+    ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
@@ -121,8 +128,8 @@ class Simulation:
         else:
             policies["quest"] = Scores(chance)
         lookahead.scorer.policies = policies
-        watch = Observed(self.runtime, self.gpu) if own_index else None
-        self.scheduler = Scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap, watch)
+        self.scheduler = scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
+        self.scheduler.memory.watch = Observed(self.runtime, self.gpu) if own_index else None
         self.arrivals = 40
         self.arrived = self.step_number = 0
         self.counts = self.scheduler.counts
