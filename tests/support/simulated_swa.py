@@ -152,16 +152,12 @@ class SwaScheduler(Scheduler):
         elif nodes or req.last_node is not None:
             found = self.cache.inc_lock_ref(req.last_node)
             req.swa_uuid_for_lock, req.skip_lock_node_ids = found.swa_uuid_for_lock, found.skip_lock_node_ids
-            req.swa_prefix_lock_released, req.decode_batch_idx, req.kv = (
-                False,
-                0,
-                ReqKvInfo(kv_allocated_len=0, swa_evicted_seqlen=0),
+            req.swa_prefix_lock_released, req.decode_batch_idx, req.kv = False, 0, ReqKvInfo(
+                kv_allocated_len=0, swa_evicted_seqlen=0
             )
             req.locked = (
                 req.last_node,
-                DecLockRefParams(
-                    swa_uuid_for_lock=found.swa_uuid_for_lock, skip_lock_node_ids=found.skip_lock_node_ids
-                ),
+                DecLockRefParams(swa_uuid_for_lock=found.swa_uuid_for_lock, skip_lock_node_ids=found.skip_lock_node_ids),
             )
 
     def _make_virtual_room(self, pages: int) -> bool:
@@ -186,7 +182,7 @@ class SwaScheduler(Scheduler):
             slots = self.swa.alloc_decode(end, end, last)
         assert slots is not None, f"no room for {req.rid}"
         row[before:tokens] = slots.numpy()
-        req.pages = (row[: tokens : self.page] // self.page).tolist()
+        req.pages = (row[:tokens:self.page] // self.page).tolist()
         req.kv_committed_len = req.kv.kv_allocated_len = tokens
         self._compute(req, before, tokens)
 
