@@ -53,6 +53,9 @@ BEYOND_HOOKS = (
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
     # attend/
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend",
+    "sglang.srt.layers.attention.deepseek_v4_backend.DSV4AttnMetadata",
+    "sglang.srt.layers.attention.deepseek_v4_backend.DeepseekV4AttnBackend",
+    "sglang.srt.layers.attention.dsv4.indexer.C4IndexerBackendMixin",
     "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend",
     "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode",
@@ -65,6 +68,8 @@ BEYOND_HOOKS = (
     "sglang.srt.configs.model_config.is_minimax_sparse",
     "sglang.srt.layers.radix_attention.AttentionType",
     "sglang.srt.layers.radix_attention.RadixAttention",
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4SingleKVPool",
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool",
     # routes and messages
     "sglang.srt.entrypoints.http_server._global_state",

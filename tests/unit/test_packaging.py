@@ -163,6 +163,7 @@ def test_python_range_is_the_same_everywhere() -> None:
 
 MAY_IMPORT_SGLANG = {
     "sglang_lsa/plugin.py",
+    "sglang_lsa/attend/dsv4.py",
     "sglang_lsa/attend/torch_native.py",
     "sglang_lsa/attend/flash_attention.py",
     "sglang_lsa/attend/flashinfer.py",
