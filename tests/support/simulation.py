@@ -80,9 +80,7 @@ class Simulation:
         page: tokens of a page.
     """
 
-    def __init__(
-        self, seed: int, resident: float = 0.4, page: int = 64, scheduler: type[Scheduler] = Scheduler
-    ):
+    def __init__(self, seed: int, resident: float = 0.4, page: int = 64, scheduler: type[Scheduler] = Scheduler):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
