@@ -302,7 +302,7 @@ def test_what_is_refused(flags: str, words: str, started: dict[str, Any]) -> Non
 def test_a_pool_of_sglangs_own_has_the_planned_rows(started: dict[str, Any]) -> None:
     built = started["built"]
     physical, virtual = built["physical"], built["virtual"]
-    assert built["problems"] == []
+    assert built["slots"] == [virtual * PAGE, built["window"]]
     assert (physical, virtual) == (64, int(0.02 * GB) // PAGE_BYTES - 1)
     assert built["rows"] == {
         "entries": [[physical + 1, KV_ROW]] * 3,
@@ -320,9 +320,10 @@ def test_status_says_what_was_planned(started: dict[str, Any]) -> None:
     status, planned = built["status"], built["planned"]
     assert (status["page_size"], status["page_bytes"]) == (256, PAGE_BYTES)
     overhead = status["physical"]["overhead_bytes"]
-    for name in beside(2):
-        assert overhead[name] == planned[name]
+    for name in (*beside(2), "page_keys", "queries", "staging", "graph_indices"):
+        assert overhead[name] == planned[name], name
     assert overhead["staging"] == overhead["graph_indices"] == 0
+    assert overhead["page_keys"] == (built["virtual"] + 1) * 3 * INDEX_ROW
 
 
 def test_the_architecture_is_known_before_sglang_reads_it(tmp_path: pathlib.Path) -> None:
