@@ -23,6 +23,7 @@ class LsaSwaAllocator(SWATokenToKVPoolAllocator):
     """
 
     full_attn_allocator: VirtualPageAllocator
+    free_group: list[torch.Tensor]
 
     def __init__(
         self,

@@ -60,18 +60,15 @@ def told(flags: Sequence[str], folder: str) -> dict[str, Any]:
 
 
 def built(folder: str) -> dict[str, Any]:
-    """SGLang's own pools on the CPU, as the hooks size them, and the runtime over them."""
+    """SGLang's own pools on the CPU, as the hooks size them, and the allocator and runtime that the hooks make."""
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
     from sglang.srt.model_executor.pool_configurator import DSV4PoolConfigurator
     from sglang.srt.runtime_context import get_parallel, publish
 
-    from sglang_lsa.engine.runtime import LSARuntime
-    from sglang_lsa.engine.sizing_dsv4 import beside_bytes
-    from sglang_lsa.memory.pager import Pager
-    from sglang_lsa.patches.architectures import c128_layers, native_index
+    from sglang_lsa.patches.kv_cache_configurator_build_allocator import build_allocator
     from sglang_lsa.patches.kv_cache_configurator_config_from_budget import config_from_budget
-    from sglang_lsa.patches.layouts import layout_of
-    from sglang_lsa.patches.model_guard import problems
+    from sglang_lsa.patches.model_runner_init_post_memory_pool_components import create_runtime
     from sglang_lsa.serve.status import status
 
     server_args = resolved(LSA, folder)
@@ -80,26 +77,30 @@ def built(folder: str) -> dict[str, Any]:
     itself = SimpleNamespace(
         server_args=server_args,
         model_config=model,
+        model=torch.nn.ModuleList(RadixAttention(64, 512, 512**-0.5, 1, layer) for layer in range(6)),
+        model_dtype=torch.bfloat16,
         kv_cache_dtype=torch.float8_e4m3fn,
         kv_cache_dtype_str="fp8_e4m3",
         layer_info=SimpleNamespace(start_layer=0, end_layer=6, num_effective_layers=6),
-        ps=SimpleNamespace(pp_size=1, attn_dp_size=1),
+        ps=SimpleNamespace(pp_size=1, attn_dp_size=1, tp_size=1),
         spec_algorithm=SimpleNamespace(is_none=lambda: True),
+        sliding_window_size=128,
+        is_hybrid_swa=True,
         device="cuda",
     )
     configurator = DSV4PoolConfigurator(itself)
-    stock = configurator.calculate_pool_sizes(GB, 256)
+    stock = configurator.calculate_pool_sizes(GB // 4, 256)
     with get_parallel().override(attn_tp_size=1):
-        sizes = config_from_budget(lambda *_, **__: configurator.calculate_pool_sizes(GB, 256), itself, GB)
+        sizes = config_from_budget(lambda *_, **__: configurator.calculate_pool_sizes(GB // 4, 256), itself, GB // 4)
     sizes.max_running_requests = 8
     sizes = configurator.finalize_with_max_running_requests(sizes)
     pool = DeepSeekV4TokenToKVPool(
         max_num_reqs=8,
         num_req_slots=9,
-        swa_size=1024,
+        swa_size=sizes.swa_max_total_num_tokens,
         c4_size=sizes.c4_max_total_num_tokens,
         c128_size=sizes.c128_max_total_num_tokens,
-        c4_state_pool_size=64,
+        c4_state_pool_size=sizes.c4_state_pool_size,
         c128_state_pool_size=sizes.c128_state_pool_size,
         page_size=256,
         swa_page_size=256,
@@ -117,19 +118,21 @@ def built(folder: str) -> dict[str, Any]:
         start_layer=0,
         end_layer=6,
     )
-    layout = layout_of(pool, 256, torch.bfloat16, lambda layer: (1.0, 1.0))
-    pager = Pager(layout, sizes.full_max_total_num_tokens // 256)
-    virtual, c128 = pager.ledger.virtual_pages, len(c128_layers(model))
-    table, index = torch.zeros((9, model.context_len + 4), dtype=torch.int32), native_index(model)
-    own = {"index": index, "beside": beside_bytes(c128, virtual)}
-    runtime = LSARuntime(server_args.lsa_config, pager, table, 64, 1.0, 4096, 32768, **own)
-    seen = problems(torch.nn.Identity(), pool, name="m", q_heads=64, window=128, model_dtype=torch.bfloat16)
+    # What was decided for a GPU is built here.
+    itself.device = "cpu"
+    object.__setattr__(server_args, "device", "cpu")
+    allocator = build_allocator(None, itself, sizes=sizes, token_to_kv_pool=pool)
+    table = SimpleNamespace(req_to_token=torch.zeros((9, model.context_len + 4), dtype=torch.int32))
+    itself.token_to_kv_pool_allocator, itself.req_to_token_pool = allocator, table
+    create_runtime(None, itself)
+    layout, index = allocator.pager.layout, itself.lsa.index
     window = ("swa_max_total_num_tokens", "c4_state_pool_size")
     return {
         "physical": server_args.lsa_plan.physical_tokens // 256,
         "virtual": server_args.lsa_plan.virtual_tokens // 256,
+        "slots": [allocator.full_available_size(), allocator.swa_available_size()],
         "planned": dict(server_args.lsa_plan.overhead),
-        "status": status(runtime),
+        "status": status(itself.lsa),
         "rows": {
             "entries": [list(buffer.shape) for buffer in pool.c4_kv_pool.kv_buffer],
             "index": [list(buffer.shape) for buffer in pool.c4_indexer_kv_pool.index_k_with_scale_buffer],
@@ -138,9 +141,10 @@ def built(folder: str) -> dict[str, Any]:
         "layers": list(layout.by_layer),
         "page_bytes": layout.page_bytes,
         "window is stock": all(getattr(stock, name) == getattr(sizes, name) for name in window),
-        "problems": seen,
+        "window": sizes.swa_max_total_num_tokens,
         "same memory": layout.kv_buffers[1].data_ptr() == pool.c4_kv_pool.kv_buffer[0].data_ptr(),
-        "index heads": [index.heads, index.head_dim, index.hidden] if index else None,
+        "index heads": [index.heads, index.head_dim, index.hidden],
+        "policies": list(itself.lsa.policies),
     }
 
 

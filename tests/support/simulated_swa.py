@@ -1,13 +1,15 @@
 """The simulated scheduler over SGLang's own radix tree for models with a sliding window, and its own allocator.
 
-Beside the pages that the pager moves, a model has KV that is never moved: some lies where virtual pages say, some in the
-pages of the window. All of it is written and read here, too, with every pass, and must be the request's own.
+Beside the pages that the pager moves, a model has KV that is never moved: some lies where virtual pages say, some in
+the pages of the window. All of it is written and read here, too, with every pass, and must be the request's own.
 """
 
 from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +80,23 @@ def swa_allocator(pager: Pager, swa_pages: int) -> LsaSwaAllocator:
     )
     allocator.swa_attn_allocator = PagesOnCpu(swa_pages * page, page, torch.float32, "cpu", None, False)
     return allocator
+
+
+def locked_by(req: Any) -> tuple[int, DecLockRefParams]:
+    """What SGLang is given back when a request lets go of its node."""
+    found = DecLockRefParams(swa_uuid_for_lock=req.swa_uuid_for_lock, skip_lock_node_ids=req.skip_lock_node_ids)
+    return req.last_node, found
+
+
+@contextmanager
+def freeing_early(value: bool) -> Iterator[None]:
+    """Whether what is inserted has lost the windows that it does not need; comes to an end in errors, too."""
+    flag = envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS
+    flag.set(value)
+    try:
+        yield
+    finally:
+        flag.clear()
 
 
 class SwaScheduler(Scheduler):
@@ -152,13 +171,9 @@ class SwaScheduler(Scheduler):
         elif nodes or req.last_node is not None:
             found = self.cache.inc_lock_ref(req.last_node)
             req.swa_uuid_for_lock, req.skip_lock_node_ids = found.swa_uuid_for_lock, found.skip_lock_node_ids
-            req.swa_prefix_lock_released, req.decode_batch_idx, req.kv = False, 0, ReqKvInfo(
-                kv_allocated_len=0, swa_evicted_seqlen=0
-            )
-            req.locked = (
-                req.last_node,
-                DecLockRefParams(swa_uuid_for_lock=found.swa_uuid_for_lock, skip_lock_node_ids=found.skip_lock_node_ids),
-            )
+            req.swa_prefix_lock_released, req.decode_batch_idx = False, 0
+            req.kv = ReqKvInfo(kv_allocated_len=0, swa_evicted_seqlen=0)
+            req.locked = locked_by(req)
 
     def _make_virtual_room(self, pages: int) -> bool:
         window = min(pages, self.chunk // self.page + 2 * len(self.slots))
@@ -182,7 +197,7 @@ class SwaScheduler(Scheduler):
             slots = self.swa.alloc_decode(end, end, last)
         assert slots is not None, f"no room for {req.rid}"
         row[before:tokens] = slots.numpy()
-        req.pages = (row[:tokens:self.page] // self.page).tolist()
+        req.pages = (row[: tokens : self.page] // self.page).tolist()
         req.kv_committed_len = req.kv.kv_allocated_len = tokens
         self._compute(req, before, tokens)
 
@@ -238,12 +253,9 @@ class SwaScheduler(Scheduler):
         req.get_fill_ids = lambda: req.full_untruncated_fill_ids[:tokens]
         chunked = tokens < len(req.full_untruncated_fill_ids)
         before = list(req.pages)
-        with envs.SGLANG_OPT_UNIFIED_CACHE_FREE_OUT_OF_WINDOW_SLOTS.override(self.frees_early):
+        with freeing_early(self.frees_early):
             self.cache.cache_unfinished_req(req, chunked=chunked)
-        req.locked = (
-            req.last_node,
-            DecLockRefParams(swa_uuid_for_lock=req.swa_uuid_for_lock, skip_lock_node_ids=req.skip_lock_node_ids),
-        )
+        req.locked = locked_by(req)
         row = self.slots[req.req_pool_idx]
         req.pages = (row[: req.kv_committed_len : self.page] // self.page).tolist()
         self.counts["pages handed over"] += sum(a != b for a, b in zip(before, req.pages, strict=True))

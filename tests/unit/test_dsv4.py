@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -24,7 +23,6 @@ from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.native_index import NativeIndex, page_bytes, scorer_layers
 from sglang_lsa.engine.policies import needed
 from sglang_lsa.engine.reading import IN_PLACE
-from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
 from sglang_lsa.engine.sizing_dsv4 import VIRTUAL_SHARE, beside, budgeted_tokens, dsv4_needs
 from sglang_lsa.engine.step import DECODE, EXTEND, Step
@@ -242,17 +240,14 @@ def test_graphs_hold_tables_of_so_many_pages() -> None:
 
 
 class WholePrompts(MhaLayout):
-    """Says of itself what DeepSeek-V4's says, and has KV that the simulation can read."""
+    """Has KV that the simulation can read, and prompts that are whole on the device."""
 
-    shows_keys = False
     whole_prompts = True
-    page_tables = True
 
 
 @pytest.mark.parametrize("part", range(2))
 def test_nothing_is_read_wrong_lost_or_left(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "MhaLayout", WholePrompts)
-    monkeypatch.setattr(simulation, "LSARuntime", functools.partial(LSARuntime, index=INDEX))
     for seed in range(part, 40, 2):
         failure, counts = failure_of(seed, page=PAGE)
         assert failure is None, failure
@@ -307,7 +302,7 @@ def test_what_is_refused(flags: str, words: str, started: dict[str, Any]) -> Non
 def test_a_pool_of_sglangs_own_has_the_planned_rows(started: dict[str, Any]) -> None:
     built = started["built"]
     physical, virtual = built["physical"], built["virtual"]
-    assert built["problems"] == []
+    assert built["slots"] == [virtual * PAGE, built["window"]]
     assert (physical, virtual) == (64, int(0.02 * GB) // PAGE_BYTES - 1)
     assert built["rows"] == {
         "entries": [[physical + 1, KV_ROW]] * 3,
@@ -325,9 +320,10 @@ def test_status_says_what_was_planned(started: dict[str, Any]) -> None:
     status, planned = built["status"], built["planned"]
     assert (status["page_size"], status["page_bytes"]) == (256, PAGE_BYTES)
     overhead = status["physical"]["overhead_bytes"]
-    for name in beside(2):
-        assert overhead[name] == planned[name]
+    for name in (*beside(2), "page_keys", "queries", "staging", "graph_indices"):
+        assert overhead[name] == planned[name], name
     assert overhead["staging"] == overhead["graph_indices"] == 0
+    assert overhead["page_keys"] == (built["virtual"] + 1) * 3 * INDEX_ROW
 
 
 def test_the_architecture_is_known_before_sglang_reads_it(tmp_path: pathlib.Path) -> None:

@@ -171,6 +171,9 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/stock_server.py",
     "radix_ext/allocator.py",
     "radix_ext/radix_cache.py",
+    "radix_ext/swa_allocator.py",
+    "radix_ext/unified_cache.py",
+    "radix_ext/unified_tree.py",
 }
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "numpy", "sglang_lsa.kernels"}
 
