@@ -53,7 +53,8 @@ class Witness:
             into[layer, row, position] = values[at].clone()
 
     def look(self, policy: Any, request: Any, pages: np.ndarray, seen: torch.Tensor) -> None:
-        torch.cuda.synchronize()
+        if seen.is_cuda:
+            torch.cuda.synchronize()
         at = policy.observer.recent(request.first_observed, request.tokens)
         ids = torch.from_numpy(pages)
         score, kept, ring = self._of(policy, request.row, at, ids.to(seen.device))
