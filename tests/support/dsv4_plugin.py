@@ -12,6 +12,7 @@ before there are pools and graphs:
   only where more than its 512 entries are complete.
 - ``DSV4_TEST_POISON``: a file. Device pages that are free hold bytes 0xFF, which are NaN in FP8, bfloat16 and float32
   alike, from the start on; the file holds how many were filled.
+- ``DSV4_TEST_SCORES``: a file; see ``dsv4_scores``.
 - ``DSV4_TEST_POOLS``: a file that gets the bytes of every part of the KV pool.
 """
 
@@ -69,6 +70,10 @@ def _put_in_place() -> None:
         _mask_logits()
     if path := os.environ.get("DSV4_TEST_POISON"):
         _poison_free_pages(pathlib.Path(path))
+    if path := os.environ.get("DSV4_TEST_SCORES"):
+        from dsv4_scores import watch
+
+        watch(pathlib.Path(path))
     if path := os.environ.get("DSV4_TEST_POOLS"):
         _weigh_pools(pathlib.Path(path))
 

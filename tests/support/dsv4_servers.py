@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from dsv4_model import ENVIRONMENT, LAUNCH, VOCABULARY
+import torch
+from dsv4_model import C4_LAYERS, ENVIRONMENT, LAUNCH, TINY, VOCABULARY
 
 from sglang_lsa.server_process import ServerProcess
 
+HIDDEN = int(TINY["hidden_size"])
 TOP = 20
 """Candidates for each token whose log-probabilities are compared."""
 
@@ -25,8 +27,22 @@ def install_plugin(folder: pathlib.Path) -> str:
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: dsv4_plugin\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\ndsv4_plugin = dsv4_plugin:register\n")
-    shutil.copy(pathlib.Path(__file__).with_name("dsv4_plugin.py"), folder)
+    for name in ("dsv4_plugin.py", "dsv4_scores.py"):
+        shutil.copy(pathlib.Path(__file__).with_name(name), folder)
     return str(folder)
+
+
+def write_retriever(path: pathlib.Path, heads: int = 64, rank: int = 1024) -> pathlib.Path:
+    """A drawn checkpoint of FlashMemory's retriever for all layers that have an index."""
+    draw, state = torch.Generator().manual_seed(5), {}
+    shapes = {"wq_a": (rank, HIDDEN), "wq_b": (heads * 128, rank), "weights_proj": (heads, HIDDEN)}
+    for number in range(len(C4_LAYERS)):
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, generator=draw) * shape[1] ** -0.5
+            state[f"retrievers.l{number}.{name}.weight"] = weight.bfloat16()
+        state[f"retrievers.l{number}.q_norm_weight"] = torch.ones(rank, dtype=torch.bfloat16)
+    torch.save(state, path)
+    return path
 
 
 def start(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from dsv4_plugin import ENTRIES, Mask, in_order, set_in_force
+from dsv4_scores import Witness
 from dsv4_servers import Difference, Noise, Said
 from sglang.srt.layers.attention.dsv4.indexer import topk_transform_512_pytorch_vectorized
+
+from sglang_lsa.engine.native_index import NativeIndex
+from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
+from sglang_lsa.engine.policies import Native, Retriever
+from sglang_lsa.indexer.flashmemory import Retriever as Layer
+from sglang_lsa.kernels.retriever_score_paged import pack_pages
 
 SETS = "4001:15:0,2,4,6,8,9,10,11,12;4010:15:1,3"
 """Of a prompt of 4,000 tokens: 15 complete pages and a tail."""
@@ -84,3 +94,61 @@ def test_noise_decides() -> None:
     for seen in (said([1, 2], 0.03), said([1, 2], float("nan"))):
         with pytest.raises(AssertionError):
             noise.check("beyond", said([1, 2]), seen)
+
+
+class Scored:
+    """Two layers with an index, ten complete pages, and a request of which five tokens are noted."""
+
+    def __init__(self, path: pathlib.Path):
+        draw = torch.Generator().manual_seed(0)
+        index = NativeIndex((1, 3), heads=2, head_dim=128, hidden=8, dtype=torch.bfloat16)
+        self.rings = IndexRings(3, 4, index.layers, index, True, True, "cpu")
+        pools = {layer: pack_pages(torch.randn((11, 64, 128), generator=draw)) for layer in index.layers}
+        self.keys = KeptIndexKeys(20, pools, index.layers)
+        self.pages, physical = np.arange(3, 13), np.arange(1, 11)
+        self.keys.complete(self.pages, physical)
+        mirror = torch.zeros((21, 2 * 8448), dtype=torch.uint8)
+        mirror[3:13] = torch.cat([pools[layer][1:] for layer in index.layers], dim=1)
+        pieces = {layer: (None, SimpleNamespace(offset=8448 * n, nbytes=8448)) for n, layer in enumerate(index.layers)}
+        self.witness = Witness(path)
+        self.witness.pager = SimpleNamespace(
+            layout=SimpleNamespace(by_layer=pieces), mirror=SimpleNamespace(pages=mirror)
+        )
+        mode = SimpleNamespace(is_decode=lambda: False)
+        given = SimpleNamespace(forward_mode=mode, req_pool_indices=torch.tensor([2]), extend_seq_lens_cpu=[5])
+        rows, positions = torch.full((5,), 2), torch.arange(2600, 2605)
+        self.rings.begin(rows, positions)
+        self.witness.begin(positions, given)
+        for layer in index.layers:
+            x = torch.randn((5, 8), generator=draw).bfloat16()
+            q = torch.randn((5, 2, 128), generator=draw).to(torch.float8_e4m3fn)
+            self.rings.capture_hidden(layer, x)
+            self.rings.capture_index_query(layer, q, torch.randn((5, 2, 1), generator=draw))
+            self.witness.keep(self.witness.entered, layer, x)
+            self.witness.keep(self.witness.asked, layer, q.view(torch.uint8).flatten(1))
+        self.request = SimpleNamespace(row=2, rid="r", first_observed=0, tokens=2605)
+        self.layers = [
+            Layer(*(torch.randn(shape, generator=draw).bfloat16() for shape in ((4, 8), (256, 4), (4,), (2, 8))))
+            for _ in index.layers
+        ]
+
+    def look(self, name: str) -> dict:
+        policy = Native(self.rings, self.keys) if name == "native" else Retriever(self.layers, self.rings, self.keys)
+        self.witness.look(policy, self.request, self.pages, policy.score(self.request, self.pages))
+        return json.loads(self.witness.path.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("policy", ["native", "retriever"])
+def test_the_witness_finds_what_is_right_and_what_is_not(policy: str, tmp_path: pathlib.Path) -> None:
+    scored = Scored(tmp_path / "scores")
+    line = scored.look(policy)
+    assert (line["inputs"], line["missing"], line["keys"], line["positions"], line["pages"]) == (True, 0, True, 4, 10)
+    assert line["far"] == 0.0
+    assert line["best_shared"] >= 2 / 3
+    ring = scored.rings._queries if policy == "native" else scored.rings._hidden
+    ring[2] += 1
+    assert not scored.look(policy)["inputs"]
+    scored.keys.tables[1][5] += 1
+    assert not scored.look(policy)["keys"]
+    scored.request.tokens = 2606
+    assert scored.look(policy)["missing"] == 2
