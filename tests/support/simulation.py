@@ -80,7 +80,14 @@ class Simulation:
         page: tokens of a page.
     """
 
-    def __init__(self, seed: int, resident: float = 0.4, page: int = 64, scheduler: type[Scheduler] = Scheduler):
+    def __init__(
+        self,
+        seed: int,
+        resident: float = 0.4,
+        page: int = 64,
+        scheduler: type[Scheduler] = Scheduler,
+        layout: type[MhaLayout] | None = None,
+    ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
@@ -103,7 +110,7 @@ class Simulation:
             [torch.zeros(((physical + 1) * self.page, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
             for _ in range(2)
         )
-        self.pager = Pager(MhaLayout(keys, values, self.page), virtual)
+        self.pager = Pager((layout or MhaLayout)(keys, values, self.page), virtual)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk)
