@@ -28,6 +28,7 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("decode_attention_backend", None, "leave the flag out"),
     ("kv_cache_dtype", "fp8_e4m3", "leave the flag out"),
     ("enable_dp_attention", False, "remove the flag"),
+    ("disable_hybrid_swa_memory", False, "remove the flag"),
     ("enable_deepseek_v4_fp4_indexer", False, "remove the flag: index keys are read in FP8"),
 )
 

@@ -31,6 +31,7 @@ from simulated_work import UNWRITTEN, Entry, Req, slots_of
 from simulation import Simulation
 
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.radix_ext.radix_cache import build_tree_cache
@@ -328,11 +329,18 @@ class SwaScheduler(Scheduler):
             cache.sanity_check()
 
 
+class WholePrompts(MhaLayout):
+    """As DeepSeek-V4's: prompts are whole on the device."""
+
+    whole_prompts = True
+
+
 class SwaSimulation(Simulation):
-    """A server of a model with a sliding window, whose prompts read everything."""
+    """A server of a model with a sliding window, whose prompts read everything; every second one from the device."""
 
     def __init__(self, seed: int, page: int = 64):
-        super().__init__(seed, resident=0.0, page=page, scheduler=SwaScheduler)
+        layout = WholePrompts if seed % 2 else MhaLayout
+        super().__init__(seed, resident=0.0, page=page, scheduler=SwaScheduler, layout=layout)
 
     def _options(self) -> dict[str, Any] | None:
         """Without named sets, of which nothing says that a device pool has room for them."""

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from promises import owed
 from simulated_gpu import LAYERS, SimulatedGPU
-from simulated_index import INDEX, CheckedNative, Observed, layout
+from simulated_index import INDEX, CheckedNative, Observed
+from simulated_index import layout as index_layout
 from simulated_scheduler import Scheduler
 from simulated_work import Req
 
@@ -89,6 +90,7 @@ class Simulation:
         resident: float = 0.4,
         page: int = 64,
         scheduler: type[Scheduler] = Scheduler,
+        layout: type[MhaLayout] | None = None,
         own_index: bool = False,
     ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
@@ -113,7 +115,7 @@ class Simulation:
         self.native: CheckedNative | None = None
         if own_index:
             self.config["policy"] = "native"
-        self.pager = Pager(self._layout(physical), virtual)
+        self.pager = Pager(self._layout(physical, layout or MhaLayout), virtual)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
         index = INDEX if own_index else None
@@ -134,14 +136,14 @@ class Simulation:
         self.arrived = self.step_number = 0
         self.counts = self.scheduler.counts
 
-    def _layout(self, physical: int) -> KVLayout:
+    def _layout(self, physical: int, kind: type[MhaLayout]) -> KVLayout:
         if self.own_index:
-            return layout(physical)
+            return index_layout(physical)
         keys, values = (
             [torch.zeros(((physical + 1) * self.page, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
             for _ in range(2)
         )
-        return MhaLayout(keys, values, self.page)
+        return kind(keys, values, self.page)
 
     def __str__(self) -> str:
         sizes = f"{self.pager.ledger.physical_pages} device pages, {self.pager.ledger.virtual_pages} host pages"

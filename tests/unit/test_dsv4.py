@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,9 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.architectures import named_architecture
+from sglang_lsa.serve.view.tree import TreePicture
 
 PAGE, PHYSICAL, VIRTUAL = 256, 6, 10
 START = pathlib.Path(__file__).parents[1] / "support" / "dsv4_start.py"
@@ -335,3 +338,22 @@ def test_the_architecture_is_known_before_sglang_reads_it(tmp_path: pathlib.Path
     assert named_architecture({"model_path": str(folder)}) is None
     for path in (str(tmp_path / "nothing"), "no/such/name/as/this", "nobody/has-this", None):
         assert named_architecture({"model_path": path}) is None
+
+
+def test_defaults_of_dense_models_are_not_those_of_this_one(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    """On a GPU that has FlashAttention-3, which a dense model's prompts are then read with."""
+    monkeypatch.setattr(compatibility, "_cuda", lambda: True)
+    monkeypatch.setattr(compatibility, "flash_attention_problem", lambda arguments: None)
+    values: dict[str, Any] = {"device": "cuda", "model_path": str(write_config(tmp_path / "model"))}
+    given = dict(values)
+    compatibility.apply_defaults(values, LSAConfig())
+    assert values == {**given, "radix_cache_backend": "lsa", "max_running_requests": 256}
+    dense: dict[str, Any] = {"device": "cuda", "model_path": str(tmp_path)}
+    compatibility.apply_defaults(dense, LSAConfig())
+    assert dense["prefill_attention_backend"] == "fa3" and dense["page_size"] == 64
+
+
+def test_the_live_view_leaves_out_a_tree_whose_nodes_keep_more_than_kv() -> None:
+    node = SimpleNamespace(component_data={}, children={})
+    tree = SimpleNamespace(root_node=SimpleNamespace(component_data={}, children={1: node}))
+    assert TreePicture().take(tree, admission().pager.ledger, PAGE) == {"nodes": [], "more": 0}

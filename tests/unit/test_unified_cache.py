@@ -29,6 +29,7 @@ from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 from sglang_lsa.radix_ext.radix_cache import build_tree_cache
 from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 from sglang_lsa.radix_ext.unified_cache import LSASwaChunkCache, LSAUnifiedRadixCache
+from sglang_lsa.serve.view.tree import TreePicture
 
 
 def failures(seeds: range, page: int) -> list[str]:
@@ -324,6 +325,16 @@ def test_without_a_tree_everything_goes() -> None:
     req = SimpleNamespace(rid="r", lsa_key="", req_pool_idx=1, cache_protected_len=0, finished=lambda: False)
     server.tree.cache_finished_req(req, kv_len_to_handle=40)
     assert server.allocator.available_size() == 64 * 16 and server.allocator.full_available_size() == 200 * 16
+
+
+def test_the_live_view_draws_it() -> None:
+    server = Server()
+    first = server.come("first", text(0, 100))
+    server.come("second", [*text(0, 50), *text(1000, 20)])
+    server.ledger.heat.select(np.array(server.pages(first)[:1]))
+    drawn = TreePicture().take(server.tree, server.ledger, server.page)["nodes"]
+    pages = [row[1] for row in drawn]
+    assert sum(pages) == 7 and drawn[0][0] == -1 and drawn[0][2] == 2 and drawn[0][3] > 0.9
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class TreePicture:
             page: tokens of a page.
         """
         root = getattr(tree, "root_node", None)
+        if hasattr(root, "component_data"):
+            root = None
         visited, unseen = _walk(root) if root is not None else ([], 0)
         self._learn(visited, page)
         known = [node for node in visited if node.id in self._pages]
@@ -90,7 +92,7 @@ def _walk(root: Any) -> tuple[list[Any], int]:
     waiting = deque(root.children.values())
     while waiting and len(visited) < MOST_VISITED:
         node = waiting.popleft()
-        if getattr(node, "value", None) is not None:
+        if node.value is not None:
             visited.append(node)
         waiting.extend(node.children.values())
     return visited, len(waiting)
