@@ -78,10 +78,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return pathlib.Path(os.environ.get("SGLANG_LSA_TEST_LOGS", "") or tmp_path_factory.mktemp("dsv4"))
 
 
+class Servers(dict[str, ServerProcess]):
+    """By name; one that did not start fails the tests that ask for it, and no others."""
+
+    def __init__(self, started: dict[str, ServerProcess]):
+        super().__init__(started)
+        self.failed: dict[str, Exception] = {}
+        for name, server in started.items():
+            try:
+                server.wait_until_ready(READY_SECONDS)
+            except RuntimeError as error:
+                self.failed[name] = error
+                del self[name]
+
+    def __missing__(self, name: str) -> ServerProcess:
+        raise RuntimeError(f"{name} did not start") from self.failed.get(name)
+
+
 @pytest.fixture(scope="module")
-def servers(
-    folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, extra: list[str]
-) -> Iterator[dict[str, ServerProcess]]:
+def servers(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, extra: list[str]) -> Iterator[Servers]:
     if (reason := missing()) is not None:
         pytest.skip(reason)
     own = tmp_path_factory.mktemp("plugin")
@@ -110,36 +125,34 @@ def servers(
         for name, (module, flags, environment) in kinds.items()
     }
     try:
-        for server in started.values():
-            server.wait_until_ready(READY_SECONDS)
-        yield started
+        yield Servers(started)
     finally:
         for server in started.values():
             server.stop()
 
 
 @pytest.fixture
-def stock(servers: dict[str, ServerProcess]) -> ServerProcess:
+def stock(servers: Servers) -> ServerProcess:
     return servers["stock"]
 
 
 @pytest.fixture
-def masked(servers: dict[str, ServerProcess]) -> ServerProcess:
+def masked(servers: Servers) -> ServerProcess:
     return servers["masked"]
 
 
 @pytest.fixture
-def lsa(servers: dict[str, ServerProcess]) -> ServerProcess:
+def lsa(servers: Servers) -> ServerProcess:
     return servers["lsa"]
 
 
 @pytest.fixture
-def ordered(servers: dict[str, ServerProcess]) -> ServerProcess:
+def ordered(servers: Servers) -> ServerProcess:
     return servers["ordered"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(servers: dict[str, ServerProcess]) -> Iterator[None]:
+def nothing_is_left(servers: Servers) -> Iterator[None]:
     """Servers live, and no page is held once nobody asks; ``--lsa-debug`` has checked the ledger after every pass."""
     yield
     for name, server in servers.items():
@@ -150,7 +163,7 @@ def nothing_is_left(servers: dict[str, ServerProcess]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def noise(servers: dict[str, ServerProcess]) -> Noise:
+def noise(servers: Servers) -> Noise:
     """Of SGLang without LSA, against itself."""
     server = servers["stock"]
 
@@ -234,9 +247,7 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("which", ["ordered", "lsa"])
-def test_a_named_set_is_a_mask(
-    which: str, name: str, servers: dict[str, ServerProcess], masked: ServerProcess, noise: Noise
-) -> None:
+def test_a_named_set_is_a_mask(which: str, name: str, servers: Servers, masked: ServerProcess, noise: Noise) -> None:
     """Of the index, in the decode steps from the set's token on; the answer crosses a page."""
     server, prompt, rid = servers[which], random_ids(LONG, 1), f"{which}-{name}"
 
