@@ -6,7 +6,6 @@ import json
 import pathlib
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.architectures import named_architecture
-from sglang_lsa.serve.view.tree import TreePicture
 
 PAGE, PHYSICAL, VIRTUAL = 256, 6, 10
 START = pathlib.Path(__file__).parents[1] / "support" / "dsv4_start.py"
@@ -351,9 +349,3 @@ def test_defaults_of_dense_models_are_not_those_of_this_one(tmp_path: pathlib.Pa
     dense: dict[str, Any] = {"device": "cuda", "model_path": str(tmp_path)}
     compatibility.apply_defaults(dense, LSAConfig())
     assert dense["prefill_attention_backend"] == "fa3" and dense["page_size"] == 64
-
-
-def test_the_live_view_leaves_out_a_tree_whose_nodes_keep_more_than_kv() -> None:
-    node = SimpleNamespace(component_data={}, children={})
-    tree = SimpleNamespace(root_node=SimpleNamespace(component_data={}, children={1: node}))
-    assert TreePicture().take(tree, admission().pager.ledger, PAGE) == {"nodes": [], "more": 0}

@@ -34,12 +34,10 @@ class TreePicture:
         """Nodes as rows of :data:`FIELDS`, parents before their children; how many are left out.
 
         Args:
-            tree: SGLang's cache; one without a tree has no nodes, and neither has one whose nodes keep more than KV.
+            tree: SGLang's cache; one without a tree has no nodes.
             page: tokens of a page.
         """
         root = getattr(tree, "root_node", None)
-        if hasattr(root, "component_data"):
-            root = None
         visited, unseen = _walk(root) if root is not None else ([], 0)
         self._learn(visited, page)
         known = [node for node in visited if node.id in self._pages]
