@@ -196,9 +196,9 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         queries, weights = random("cpu", 2, 4, 128) / 8, random("cpu", 2, 4, seed=1) / 4
         rows, pages = retriever_score_paged.pack_pages(random("cpu", 4, 64, 128, seed=2)), ids("cpu", [3, 1, 2])
         given = queries, weights, rows, pages
-        expected = torch.cat(retriever_score_paged.retriever_score_paged_reference(*given, 0.0))
+        expected = torch.cat(retriever_score_paged.retriever_score_paged_reference(*given))
         moved = (tensor.to(device) for tensor in given)
-        return torch.cat(retriever_score_paged._retriever_score_paged_triton(*moved, 0.0)), expected, LIMIT
+        return torch.cat(retriever_score_paged._retriever_score_paged_triton(*moved)), expected, LIMIT
 
     return {
         "page_move": move,
