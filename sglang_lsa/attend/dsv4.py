@@ -9,9 +9,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend import DeepseekV4AttnBacken
 
 from sglang_lsa.kernels.compact_table import compact_table, to_physical
 from sglang_lsa.kernels.page_table import physical_slots
-
-RATIO = 4
-"""Tokens of one entry of the layers whose KV is paged. Layers of ratio 128, and windows, keep virtual slots."""
+from sglang_lsa.memory.layout.dsv4 import ENTRIES, RATIO
 
 
 class LsaDeepseekV4Backend(DeepseekV4AttnBackend):
@@ -53,7 +51,7 @@ class LsaDeepseekV4Backend(DeepseekV4AttnBackend):
         if not need_compress:  # reads windows alone
             return core
         # What the stock method has derived of the virtual table, for windows and for ratio 128, stays.
-        core.c4_out_loc = physical_slots(core.c4_out_loc, self.lsa.pager.v2p, self.page_size // RATIO)
+        core.c4_out_loc = physical_slots(core.c4_out_loc, self.lsa.pager.v2p, ENTRIES)
         if is_prefill:
             to_physical(core.page_table, self.lsa.pager.v2p)
         else:
@@ -109,4 +107,4 @@ class LsaDeepseekV4Backend(DeepseekV4AttnBackend):
             rows = torch.zeros(1, dtype=kind, device=device)
             compact_table(*tables, rows, entries.clone(), self.page_size, RATIO, pages, entries)
         to_physical(pages, v2p)
-        physical_slots(torch.zeros(1, dtype=torch.int64, device=device), v2p, self.page_size // RATIO)
+        physical_slots(torch.zeros(1, dtype=torch.int64, device=device), v2p, ENTRIES)
