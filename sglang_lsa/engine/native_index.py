@@ -83,34 +83,6 @@ class IndexKeys(Protocol):
         """Remember pages that a queued pass has filled, reading them from the device pool."""
 
 
-class NoIndexObserver:
-    """Keeps nothing."""
-
-    positions = 1
-    nbytes = 0
-
-    def begin(self, rows: torch.Tensor, positions: torch.Tensor) -> None: ...
-
-    def wants_hidden(self, layer: int) -> bool:
-        return False
-
-    def wants_query(self, layer: int) -> bool:
-        return False
-
-    def capture_hidden(self, layer: int, x: torch.Tensor) -> None: ...
-
-    def capture_index_query(self, layer: int, q: torch.Tensor, weights: torch.Tensor) -> None: ...
-
-
-class NoIndexKeys:
-    """Keeps nothing."""
-
-    layers: tuple[int, ...] = ()
-    nbytes = 0
-
-    def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None: ...
-
-
 def scorer_layers(config: LSAConfig, index: NativeIndex) -> tuple[int, ...]:
     """Layers whose index keys are kept for all virtual pages: those of a checkpoint, the configured ones, or three, at
     the places of :data:`SCORED`; all of three.

@@ -107,6 +107,44 @@ def test_tokens_beyond_those_of_the_pass_are_not_recorded() -> None:
     assert float(observer.hidden(0, torch.arange(4)).abs().sum()) == 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_decode_in_a_cuda_graph() -> None:
+    """Replayed with other tokens it records those; an eager prompt in between changes nothing for the graph."""
+    observer = IndexRings(5, 4, (1, 5), INDEX, True, True, "cuda")
+    rows, positions = (torch.tensor(part, device="cuda") for part in ([1, 3, 0, 0], [7, 9, 0, 0]))
+    hidden, queries, weights = (
+        torch.zeros((4, *shape), device="cuda") for shape in ((HIDDEN,), (HEADS, 128), (HEADS, 1))
+    )
+    queries = queries.to(torch.float8_e4m3fn)
+
+    def step() -> None:
+        observer.begin(rows, positions.int())
+        for layer in (1, 5):
+            observer.capture_hidden(layer, hidden)
+            observer.capture_index_query(layer, queries, weights)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(6):
+        positions.add_(1)
+        prompt = torch.arange(50, device="cuda")
+        observer.begin(torch.full_like(prompt, 2), prompt)
+        observer.capture_hidden(1, torch.ones((50, HIDDEN), device="cuda"))
+        hidden.copy_(torch.randn_like(hidden))
+        queries.copy_(torch.randn((4, HEADS, 128), device="cuda").to(torch.float8_e4m3fn))
+        weights.copy_(torch.randn_like(weights))
+        graph.replay()
+        for index, row in enumerate((1, 3)):
+            at = positions[index : index + 1]
+            assert torch.equal(observer.hidden(row, at)[0], hidden[index].expand(2, -1))
+            seen, of_heads = observer.queries(row, at)
+            assert torch.equal(seen[0], queries[index].view(torch.uint8).expand(2, -1, -1))
+            assert torch.equal(of_heads[0], weights[index, :, 0].expand(2, -1))
+        assert bool((observer.hidden(2, torch.arange(46, 50, device="cuda"))[:, 0] == 1).all())
+
+
 def test_what_is_kept() -> None:
     observer = rings(hidden=False)
     assert [observer.wants_query(layer) for layer in LAYERS] == [True, False, True]
