@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 
 
-def record(source: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, ring: torch.Tensor, slot: int) -> None:
+def record(
+    source: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    ring: torch.Tensor,
+    slot: int,
+    last: bool = False,
+) -> None:
     """``ring[rows[i], positions[i] % ring.shape[1], slot] = source[i]`` for every token ``i``.
 
     Args:
@@ -16,16 +23,23 @@ def record(source: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, ri
         positions: ``[tokens]`` absolute position of each token; no two tokens may share a place.
         ring: ``[requests + 1, positions, slots, width]``, contiguous, output.
         slot: which observed layer this is.
+        last: a request may have more tokens than the ring has positions, which follow each other then; the last ones
+            are recorded.
     """
-    (_record_triton if ring.is_cuda else record_reference)(source, rows, positions, ring, slot)
+    (_record_triton if ring.is_cuda else record_reference)(source, rows, positions, ring, slot, last)
 
 
-def record_reference(source, rows, positions, ring, slot) -> None:
+def record_reference(source, rows, positions, ring, slot, last=False) -> None:
     """See :func:`record`."""
-    ring[rows.long(), positions.long() % ring.shape[1], slot] = source.to(ring.dtype)
+    length = ring.shape[1]
+    if last and len(rows) > length:
+        kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        kept[:-length] = rows[:-length] != rows[length:]
+        source, rows, positions = source[kept], rows[kept], positions[kept]
+    ring[rows.long(), positions.long() % length, slot] = source.to(ring.dtype)
 
 
-def _record_triton(source, rows, positions, ring, slot) -> None:
+def _record_triton(source, rows, positions, ring, slot, last=False) -> None:
     tokens, width = source.shape
     if source.stride(1) != 1 or not ring.is_contiguous():
         raise ValueError(f"source strides {source.stride()} or ring strides {ring.stride()} are not contiguous")
@@ -41,6 +55,7 @@ def _record_triton(source, rows, positions, ring, slot) -> None:
             SLOTS=ring.shape[2],
             WIDTH=width,
             BLOCK=min(4096, triton.next_power_of_2(width)),
+            LAST=last,
         )
 
 
@@ -56,6 +71,7 @@ def _record_kernel(
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token).to(tl.int64)
@@ -63,4 +79,8 @@ def _record_kernel(
     target = ring + ((row * LENGTH + position) * SLOTS + slot) * WIDTH
     for block in range(0, WIDTH, BLOCK):
         i = block + tl.arange(0, BLOCK)
-        tl.store(target + i, tl.load(source + token * stride + i, mask=i < WIDTH), mask=i < WIDTH)
+        inside = i < WIDTH
+        if LAST:  # a later token of this request takes the place
+            tokens = tl.num_programs(0)
+            inside &= tl.load(rows + token + LENGTH, mask=token + LENGTH < tokens, other=-1).to(tl.int64) != row
+        tl.store(target + i, tl.load(source + token * stride + i, mask=inside), mask=inside)

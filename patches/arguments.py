@@ -8,16 +8,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine import sizing_dsv4
 from sglang_lsa.engine.sizing import Needs, selector_needs
 from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.dsv4 import dsv4_shape
 from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.patches import compatibility
+from sglang_lsa.patches.architectures import c4_layers, c128_layers, native_index
 from sglang_lsa.patches.releases import RELEASES
 
 FP8 = 1
@@ -66,6 +70,10 @@ def server_needs(
     graphs = server_args.cuda_graph_config.decode
     on_gpu = server_args.device == "cuda"
     largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
+    if (index := native_index(model)) is not None:
+        context = model.context_len + extra_context
+        sizes = {"rows": requests + 1, "context_tokens": context, "c128_layers": len(c128_layers(model))}
+        return sizing_dsv4.dsv4_needs(server_args.lsa_config, index, **sizes)
     return selector_needs(
         server_args.lsa_config,
         kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
@@ -84,8 +92,42 @@ def server_needs(
 
 def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:
     """What a page of KV weighs on one rank; arguments as for :func:`server_needs`."""
+    if native_index(model) is not None:
+        return dsv4_shape(len(c4_layers(model)))
     shape = model.get_num_kv_heads(tp_size), model.head_dim, model.v_head_dim, itemsize
     return mha_shape(PAGE_SIZE, layers, *shape, decoded=shown_itemsize(model, itemsize) if itemsize == FP8 else 0)
+
+
+def budgeted_tokens(model: Any, stock_tokens: int) -> int:
+    """Tokens of pages in the bytes that SGLang would give to ``stock_tokens`` tokens of such KV."""
+    if native_index(model) is None:
+        return stock_tokens
+    return sizing_dsv4.budgeted_tokens(stock_tokens, len(c4_layers(model)), len(c128_layers(model)))
+
+
+def stock_tokens(server_args: Any, model: Any, page: PageShape, budget_bytes: int) -> int:
+    """Tokens for which SGLang would have KV in so many bytes, in whole pages.
+
+    Args:
+        page: from :func:`kv_page`.
+    """
+    limit = server_args.max_total_tokens
+    if native_index(model) is None:
+        pages = min(budget_bytes // page.page_bytes, (limit if limit is not None else budget_bytes) // page.page_tokens)
+        return pages * page.page_tokens
+    from sglang.srt.model_executor.pool_configurator import DSV4PoolConfigurator
+
+    whole = SimpleNamespace(start_layer=0, end_layer=len(model.compress_ratios))
+    asked = SimpleNamespace(
+        kv_cache_dtype_str=server_args.kv_cache_dtype,
+        model_config=model,
+        layer_info=whole,
+        ps=SimpleNamespace(pp_size=1, attn_dp_size=1),
+        server_args=server_args,
+        spec_algorithm=SimpleNamespace(is_none=lambda: True, is_eagle=lambda: False),
+    )
+    found = DSV4PoolConfigurator(asked).calculate_pool_sizes(budget_bytes, page.page_tokens).full_max_total_num_tokens
+    return min(found, limit // page.page_tokens * page.page_tokens) if limit is not None else found
 
 
 def shown_itemsize(model: Any, itemsize: int) -> int:

@@ -14,6 +14,13 @@ from typing import Any
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.memory.mirror import GB, require_host_memory
+from sglang_lsa.patches.architectures import (
+    DEEPSEEK_V4,
+    deepseek_v4_problems,
+    is_deepseek_v4,
+    named_architecture,
+    with_own_index,
+)
 from sglang_lsa.patches.models import model_problems
 
 logger = logging.getLogger(__name__)
@@ -28,6 +35,7 @@ MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 
 BF16 = ("bfloat16", "bf16")
+NO_GPU = "--device cuda: torch sees no NVIDIA GPU here"
 KV_DTYPES = ("auto", *BF16, "fp8_e4m3", "fp8_e5m2")
 
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
@@ -94,6 +102,8 @@ def apply_defaults(arguments: MutableMapping[str, Any], config: LSAConfig) -> No
             "chunked_prefill_size": CPU_CHUNK,
         }
         arguments["sleep_on_idle"] = True  # an idle scheduler would otherwise spin on one of the few cores
+    elif named_architecture(arguments) == DEEPSEEK_V4:
+        del defaults["page_size"]  # SGLang knows pages, attention backend and graphs of this one
     else:
         if arguments.get("kv_cache_dtype") == "fp8_e5m2" and arguments.get("attention_backend") == "fa3":
             # SGLang would take Triton's kernels without a word, and LSA then refuse these.
@@ -117,12 +127,18 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
     Raises:
         Unsupported: naming everything that cannot, with the value seen and what to do.
     """
+    model = server_args.get_model_config()
+    other = is_deepseek_v4(model)
     problems = [
         f"--{name.replace('_', '-')} {seen}: not supported with LSA yet: {fix}"
         for name, fine, fix in REFUSED_FLAGS
-        if (seen := getattr(server_args, name, fine)) != fine
+        if (seen := getattr(server_args, name, fine)) != fine and not (other and name == "page_size")
     ]
-    problems += worker_problems(server_args) + device_problems(server_args, config)
+    problems += worker_problems(server_args)
+    if not other:
+        problems += device_problems(server_args, config)
+    elif server_args.device == "cuda" and not _cuda():
+        problems.append(f"{NO_GPU}: {DEEPSEEK_V4} needs one")
     if config.host_memory_gb is not None:
         try:
             require_host_memory(
@@ -130,12 +146,16 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             )
         except ValueError as error:
             problems.append(str(error))
-    model = server_args.get_model_config()
-    problems += kv_problems(server_args, model) + model_problems(model, config)
+    if other:
+        problems += deepseek_v4_problems(server_args, model, config)
+    else:
+        problems += kv_problems(server_args, model) + model_problems(model, config)
     if config.record is not None:
         problems += folder_problems(config.record)
     if problems:
         raise Unsupported(problems)
+    if other:
+        config = with_own_index(config)
     object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
     return server_args
 
@@ -192,7 +212,7 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
     if device not in BACKENDS:
         return [f"--device {device}: not supported with LSA yet: use {' or '.join(BACKENDS)}"]
     if device == "cuda" and not _cuda():
-        return ["--device cuda: torch sees no NVIDIA GPU here: use --device cpu"]
+        return [f"{NO_GPU}: use --device cpu"]
     seen = {name: value for name in BACKEND_FLAGS if (value := getattr(server_args, name, None)) is not None}
     problems = [
         f"--{flag(name)} {value}: not supported with LSA on this device ({device}): "
@@ -241,6 +261,9 @@ def flash_attention_problem(arguments: Mapping[str, Any]) -> str | None:
 def announce_attention(server_args: Any) -> None:
     """Say which kernels attend, and why not those that SGLang would have chosen."""
     prefill, decode = server_args.get_attention_backends()
+    if is_deepseek_v4(server_args.get_model_config()):
+        logger.info("LSA: attention by %s, over tables of resident pages", decode)
+        return
     stock = server_args._get_default_attn_backend(server_args.use_mla_backend(), server_args.get_model_config())
     logger.info(
         "LSA: attention by %s (prefill) and %s (decode)%s",

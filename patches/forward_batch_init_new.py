@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.kernels.page_table import physical_slots
 from sglang_lsa.patches.hook import Hook
 
 
 def translate_out_cache_loc(result, cls, batch, model_runner, **options):
-    if result.out_cache_loc is not None:
-        result.out_cache_loc = physical_slots(result.out_cache_loc, model_runner.lsa.pager.v2p, PAGE_SIZE)
+    pager = model_runner.lsa.pager
+    if result.out_cache_loc is not None and not pager.layout.page_tables:
+        result.out_cache_loc = physical_slots(result.out_cache_loc, pager.v2p, pager.page)
     return result
 
 

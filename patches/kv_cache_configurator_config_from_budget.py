@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sglang_lsa.engine.sizing import plan_memory
-from sglang_lsa.patches.arguments import extra_context, kv_page, server_needs
+from sglang_lsa.memory.layout.dsv4 import RATIO
+from sglang_lsa.patches.architectures import is_deepseek_v4
+from sglang_lsa.patches.arguments import budgeted_tokens, extra_context, kv_page, server_needs
 from sglang_lsa.patches.hook import Hook
 
 
@@ -20,13 +22,18 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
     plan = plan_memory(
         self.server_args.lsa_config,
         page=kv_page(self.model_config, **shape),
-        budgeted_tokens=pool_config.max_total_num_tokens,
+        budgeted_tokens=budgeted_tokens(self.model_config, pool_config.max_total_num_tokens),
         context_tokens=self.model_config.context_len,
         device=self.device,
         needs=server_needs(self.server_args, self.model_config, extra_context=extra, **shape),
     )
     object.__setattr__(self.server_args, "lsa_plan", plan)  # this class has slots; resolved arguments are read-only
     pool_config.max_total_num_tokens = plan.virtual_tokens
+    if is_deepseek_v4(self.model_config):
+        # The sliding window and the compression states stay what SGLang made them.
+        pool_config.full_max_total_num_tokens = plan.virtual_tokens
+        pool_config.c128_max_total_num_tokens = plan.virtual_tokens // 128
+        pool_config.c4_max_total_num_tokens = plan.physical_tokens // RATIO
     return pool_config
 
 
@@ -42,6 +49,8 @@ HOOK = Hook(
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._derive_pool_sizes",
         "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig",
+        "sglang.srt.model_executor.pool_configurator.DSV4PoolConfigurator",
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_dsv4_kv_pool",
         "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
         "sglang.srt.runtime_context.get_parallel",
         "sglang.srt.runtime_context.ParallelContext.attn_tp_size",

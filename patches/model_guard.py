@@ -15,8 +15,10 @@ import torch
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import ModelConfig, is_minimax_sparse
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4SingleKVPool, DeepSeekV4TokenToKVPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_lsa.memory.layout.dsv4 import INDEX_ROW, KV_ROW
 from sglang_lsa.memory.layout.mha_fp8 import Scales
 from sglang_lsa.patches.layouts import FP8_DTYPES, LAYOUTS
 
@@ -45,7 +47,8 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
 
 
 def softmax_scale(model: torch.nn.Module) -> float:
-    """By what all layers multiply the products of queries and keys; :func:`problems` sees that it is one number."""
+    """By what all layers multiply the products of queries and keys; :func:`problems` sees that it is one number where
+    keys are looked at."""
     return float(attention_layers(model)[0].scaling)
 
 
@@ -92,11 +95,35 @@ def problems(
     """
     if type(pool) not in LAYOUTS:
         return [f"{name}: SGLang keeps its KV in a {type(pool).__name__}: {NOT_YET}: serve it without --lsa flags"]
+    if isinstance(pool, DeepSeekV4TokenToKVPool):
+        return _deepseek_v4_problems(name, pool)
     layers = attention_layers(model)
     found = _layout_problems(pool) + _dtype_problems(pool, model_dtype) + _order_problems(name, layers, pool)
     found += _scale_problems(name, layers, pool, kv_dtype_asked, attention)
     found += _kind_problems(name, layers, window, record)
     return found + _shape_problems(name, layers, pool, q_heads)
+
+
+def _deepseek_v4_problems(name: str, pool: DeepSeekV4TokenToKVPool) -> list[str]:
+    """Its attention is known; what the pool keeps may be asked for by environment variables."""
+    if pool.unified_kv_pool is not None:
+        return [f"{name} keeps all KV of a layer in one buffer: {NOT_YET}: unset SGLANG_HACK_FLASHMLA_BACKEND"]
+    if type(pool.c4_kv_pool) is not DeepSeekV4SingleKVPool:
+        return [f"{name} keeps its entries in a {type(pool.c4_kv_pool).__name__}: {NOT_YET}: remove --enable-hisparse"]
+    kv, index = pool.c4_kv_pool.kv_buffer, pool.c4_indexer_kv_pool.index_k_with_scale_buffer
+    pages = [len(buffer) for buffer in (*kv, *index)]
+    if len(kv) != len(index) or len(set(pages)) != 1:
+        return [
+            f"{name} has {len(kv)} buffers of entries and {len(index)} of index keys, of {min(pages)} to {max(pages)} "
+            "pages: LSA needs one of each for a layer, equally long; please report it"
+        ]
+    widths = sorted({buffer.shape[1] for buffer in kv}), sorted({buffer.shape[1] for buffer in index})
+    if widths != ([KV_ROW], [INDEX_ROW]):
+        return [
+            f"{name} has rows of {widths[0]} and {widths[1]} bytes a page, LSA reads {KV_ROW} and {INDEX_ROW}: "
+            f"{NOT_YET}: use FP8 for KV and index keys"
+        ]
+    return []
 
 
 def _layout_problems(pool: MHATokenToKVPool) -> list[str]:

@@ -6,7 +6,9 @@ from sglang_lsa.patches.hook import Hook
 
 
 def create_runtime(result, self):
+    from sglang_lsa.engine import sizing_dsv4
     from sglang_lsa.engine.runtime import LSARuntime
+    from sglang_lsa.patches.architectures import c128_layers, native_index
     from sglang_lsa.patches.compatibility import announce_attention
     from sglang_lsa.patches.model_guard import softmax_scale
     from sglang_lsa.serve.metrics import Metrics
@@ -14,9 +16,13 @@ def create_runtime(result, self):
     args = self.server_args
     if args.device == "cuda":
         announce_attention(args)
+    pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
+    beside = None
+    if index is not None:
+        beside = sizing_dsv4.beside_bytes(len(c128_layers(self.model_config)), pager.ledger.virtual_pages)
     self.lsa = LSARuntime(
         args.lsa_config,
-        self.token_to_kv_pool_allocator.pager,
+        pager,
         self.req_to_token_pool.req_to_token,
         q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
         softmax_scale=softmax_scale(self.model),
@@ -24,6 +30,8 @@ def create_runtime(result, self):
         vocabulary=self.model_config.vocab_size,
         hidden_size=self.model_config.hidden_size,
         metrics=Metrics({"model_name": args.served_model_name}) if args.enable_metrics else None,
+        index=index,
+        beside=beside,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import LSAConfig, looks_at_index, offered
 from sglang_lsa.engine.observe import observed_layers
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
@@ -68,6 +68,9 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
         problems.append(f"{name} takes more than text: not supported with LSA yet: use a text model")
     if not model.is_generation:
         problems.append(f"{name} does not generate text: serve it without LSA")
+    if looks_at_index(config.policy):
+        others = ", ".join(offered(config.indexer))
+        problems.append(f"--lsa-policy {config.policy}: {name} has no index of its own: use one of {others}")
     try:
         if config.indexer:
             MemoryIndexer.load(config.indexer).config.require_model(shape_of(text))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.prefill_adder_add_one_req import limit_chunk, prefills_of
 from sglang_lsa.patches.requests import key_of
 
 
 def add_chunked_req(original, self, req):
-    how = self.tree_cache.lsa.admission.admitted[key_of(req)]
+    lsa = self.tree_cache.lsa
+    how, page = lsa.admission.admitted[key_of(req)], lsa.pager.page
     limit_chunk(self, how)
-    room = min(self.rem_chunk_tokens, int(self.rem_total_tokens)) // PAGE_SIZE * PAGE_SIZE
+    room = min(self.rem_chunk_tokens, int(self.rem_total_tokens)) // page * page
     if room > 0:
         self.rem_chunk_tokens = min(self.rem_chunk_tokens, room)
     prefills_of(self).append(how.how)

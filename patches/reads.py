@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sglang_lsa.patches import batch, requests
+from sglang_lsa.patches import architectures, batch, requests
 from sglang_lsa.patches.compatibility import REFUSED_FLAGS
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "sglang.srt.configs.model_config.ModelConfig": (
         "attention_arch",
         "attention_chunk_size",
+        "compress_ratios",
         "context_len",
         "dtype",
         "head_dim",
         "hf_config",
         "hf_text_config",
         "hidden_size",
+        "index_head_dim",
         "is_generation",
         "is_hybrid_swa",
         "is_multimodal",
@@ -27,10 +29,12 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "num_attention_heads",
         "num_attention_layers",
         "num_hidden_layers",
+        "qk_rope_head_dim",
         "quantization",
         "sliding_window_size",
         "v_head_dim",
         "vocab_size",
+        "window_size",
     ),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput": ("input_token_logprobs",),
     "sglang.srt.managers.schedule_batch.Req": (
@@ -107,6 +111,21 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "logits_output",
         "next_token_ids",
     ),
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4TokenToKVPool": (
+        "c4_indexer_kv_pool",
+        "c4_kv_pool",
+        "c4_size",
+        "compression_ratios",
+        "unified_kv_pool",
+    ),
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4SingleKVPool": ("kv_buffer",),
+    "sglang.srt.mem_cache.deepseek_v4_memory_pool.DeepSeekV4IndexerPool": ("index_k_with_scale_buffer",),
+    "sglang.srt.model_executor.pool_configurator.MemoryPoolConfig": (
+        "c128_max_total_num_tokens",
+        "c4_max_total_num_tokens",
+        "full_max_total_num_tokens",
+        "max_total_num_tokens",
+    ),
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
         "device",
         "kv_cache_dtype",
@@ -130,7 +149,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner": ("model_runner",),
     # A flag that is no longer called so would be served instead of refused.
     "sglang.srt.server_args.ServerArgs": (
-        *(name for name, _, _ in REFUSED_FLAGS),
+        *(name for name, _, _ in (*REFUSED_FLAGS, *architectures.REFUSED_FLAGS)),
         "allow_auto_truncate",
         "attention_backend",
         "chunked_prefill_size",

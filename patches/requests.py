@@ -100,8 +100,9 @@ def promise(admission: Admission, req: Any, admitted: Admitted) -> None:
 
 
 def slots_up_from(node: Any) -> Iterator[torch.Tensor]:
-    """Slots of each node of SGLang's radix tree, from ``node`` up to the last one below the root."""
-    while node is not None and node.parent is not None:
+    """Slots of each node of SGLang's radix tree, from ``node`` up to the last one below the root. None of a node that
+    SGLang names by a number (``UnifiedRadixCache``): pages of its matches are noted with them."""
+    while getattr(node, "parent", None) is not None:
         yield node.value
         node = node.parent
 

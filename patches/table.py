@@ -8,6 +8,7 @@ from sglang_lsa.patches import (
     anthropic_serving_handle_messages,
     base_kv_cache_method_process_weights_after_loading,
     decode_cuda_graph_runner_can_run_graph,
+    deep_seek_v4_token_to_kv_pool_make_indexer_pool,
     embedding_req_input_normalize_batch_and_arguments,
     forward_batch_init_new,
     generate_req_input_normalize_batch_and_arguments,
@@ -60,6 +61,7 @@ INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_
 SERVING: tuple[Hook, ...] = (
     kv_cache_configurator_config_from_budget.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
+    deep_seek_v4_token_to_kv_pool_make_indexer_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,
     base_kv_cache_method_process_weights_after_loading.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.config import RequestOptions
+from sglang_lsa.patches.architectures import is_deepseek_v4, page_tokens
 from sglang_lsa.patches.hook import Hook
 
 
@@ -11,7 +12,8 @@ def validate_custom_params(result, self, obj, input_ids):
     params = getattr(obj, "sampling_params", None)
     if config is not None and isinstance(params, dict):
         # As it was at start: whether a request is refused depends only on what cannot change (indexer, record).
-        RequestOptions.parse(params.get("custom_params"), config)
+        model = self.model_config
+        RequestOptions.parse(params.get("custom_params"), config, page_tokens(model), is_deepseek_v4(model))
 
 
 HOOK = Hook(

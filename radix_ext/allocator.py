@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator, alloc_extend_naive
@@ -95,6 +98,18 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         if self._freed_in_group:
             pages, self._freed_in_group = np.concatenate(self._freed_in_group), []
             self._release(pages)
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Pages freed inside are still there inside: whoever held one can let go of it first."""
+        if not self.is_not_in_free_group:  # a group that ends later does the same
+            yield
+            return
+        self.free_group_begin()
+        try:
+            yield
+        finally:
+            self.free_group_end()
 
     def _free(self, pages: np.ndarray):
         if self.is_not_in_free_group:

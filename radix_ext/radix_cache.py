@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchPrefixParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_lsa.memory.pages import align_up
 from sglang_lsa.patches.requests import key_of, request_gone, slots_up_from
+from sglang_lsa.radix_ext.swa_allocator import LsaSwaAllocator
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
 
 
-def build_tree_cache(params, runtime: LSARuntime) -> LSARadixCache | LSAChunkCache:
-    """The radix tree, or with ``--disable-radix-cache`` what SGLang uses in its place."""
+def build_tree_cache(params, runtime: LSARuntime) -> BasePrefixCache:
+    """The radix tree of the model's kind, or with ``--disable-radix-cache`` what SGLang uses in its place."""
+    if isinstance(params.token_to_kv_pool_allocator, LsaSwaAllocator):
+        from sglang_lsa.radix_ext.unified_cache import LSASwaChunkCache, LSAUnifiedRadixCache
+
+        return (LSASwaChunkCache if params.disable else LSAUnifiedRadixCache)(params, runtime)
     return (LSAChunkCache if params.disable else LSARadixCache)(params, runtime)
 
 

@@ -76,7 +76,13 @@ def _flash_attention(model_runner):
     return LSAFlashAttentionBackend(model_runner)
 
 
-_ATTENTION = {"torch_native": _torch_native, "flashinfer": _flashinfer, "fa3": _flash_attention}
+def _dsv4(model_runner):
+    from sglang_lsa.attend.dsv4 import LsaDeepseekV4Backend
+
+    return LsaDeepseekV4Backend(model_runner)
+
+
+_ATTENTION = {"torch_native": _torch_native, "flashinfer": _flashinfer, "fa3": _flash_attention, "dsv4": _dsv4}
 """Makes the backends that LSA extends; users name them as they do without LSA."""
 
 

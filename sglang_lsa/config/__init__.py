@@ -2,7 +2,7 @@
 
 from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument, markdown_table
 from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
-from sglang_lsa.config.policies import FULL, POLICIES, Offer, offered
+from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, offered
 from sglang_lsa.config.values import (
     MOST_LOOKED_UP,
     PAGE_SIZE,
@@ -32,6 +32,7 @@ __all__ = [
     "coerce",
     "config_from_args",
     "config_from_argument",
+    "looks_at_index",
     "markdown_table",
     "offered",
 ]

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.policies import FULL, offered
+from sglang_lsa.config.policies import FULL, looks_at_index, offered
 from sglang_lsa.config.values import (
     MOST_LOOKED_UP,
     PAGE_SIZE,
@@ -69,8 +69,13 @@ class RequestOptions:
         return not self.sets and full
 
     @classmethod
-    def parse(cls, custom_params: Any, config: LSAConfig, page: int = PAGE_SIZE) -> RequestOptions:
+    def parse(
+        cls, custom_params: Any, config: LSAConfig, page: int = PAGE_SIZE, index: bool | None = None
+    ) -> RequestOptions:
         """Read ``custom_params`` of a request.
+
+        Args:
+            index: whether the model has an index of its own; None if only the server's policy can tell.
 
         Raises:
             ValueError: unknown key, wrong type or impossible value; becomes HTTP 400.
@@ -98,7 +103,11 @@ class RequestOptions:
             raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
         require_fraction("custom_params.lsa.budget", budget)
         policy = asked.get("policy", config.policy)
-        require_choice("custom_params.lsa.policy", policy, offered(config.indexer))
+        require_choice(
+            "custom_params.lsa.policy",
+            policy,
+            offered(config.indexer, looks_at_index(config.policy) if index is None else index),
+        )
         prefill = asked.get("prefill", config.prefill)
         require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
         sets = _parse_sets(asked.get("sets", ""), page)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.policies import POLICIES, offered
+from sglang_lsa.config.policies import POLICIES, looks_at_index, offered
 
 PREFILLS = ("exact", "resident")
 PAGE_SIZE = 64
@@ -38,7 +38,9 @@ class LSAConfig:
     policy: str | None = _option(
         None,
         "How pages are chosen: a trained memory indexer, Quest's bounds on keys (training-free), the most recent "
-        "pages, random pages, or all of them. Default: indexer when --lsa-indexer is given, else quest.",
+        "pages, random pages, or all of them. DeepSeek-V4, which has an index of its own: a trained retriever, or what "
+        "the index itself asks for (native, training-free), in place of the first two. Default: "
+        "indexer or retriever when --lsa-indexer is given, else quest or native.",
         choices=POLICIES,
     )
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
@@ -103,7 +105,10 @@ class LSAConfig:
         "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device.",
     )
     indexer: str | None = _option(
-        None, "Folder of a trained memory indexer, or the name of a shipped one.", metavar="PATH"
+        None,
+        "Folder of a trained memory indexer, or the name of a shipped one; for DeepSeek-V4 the file of a FlashMemory "
+        "checkpoint.",
+        metavar="PATH",
     )
     record: str | None = _option(
         None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
@@ -154,9 +159,10 @@ class LSAConfig:
                 f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
                 "both size the device pool: give one of them"
             )
-        if self.policy not in (others := offered(self.indexer)):
+        if self.policy not in offered(self.indexer, None):
             raise ValueError(
-                f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use {others[0]}"
+                f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use "
+                f"{offered(None, looks_at_index(self.policy))[0]}"
             )
 
     @classmethod

@@ -33,7 +33,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sglang_lsa.config import PAGE_SIZE, add_cli_args, config_from_args
+from sglang_lsa.config import add_cli_args, config_from_args
 from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding, has_trouble
 from sglang_lsa.doctor.hooks import hook_findings
 from sglang_lsa.doctor.kernels import kernel_findings
@@ -187,7 +187,7 @@ def plan_findings(server: Server) -> list[Finding]:
     if sized or plan.virtual_tokens >= server.budgeted_tokens:
         return [Finding(SECTION, name, OK, seen)]
     why = f"the device has room for {server.budgeted_tokens} tokens: with a larger mirror the pool would be larger"
-    mirror = round_up_gb((server.budgeted_tokens + PAGE_SIZE) * plan.token_bytes)
+    mirror = round_up_gb(server.budgeted_tokens * plan.token_bytes + server.page_bytes)
     fix = f"--lsa-host-memory-gb {mirror}, if the host has it"
     return [Finding(SECTION, name, NOTE, seen, why, fix)]
 
@@ -205,7 +205,7 @@ def context_finding(server: Server, context: Fit, asked: bool) -> Finding | None
     if context.lsa > 0:
         return None
     if context.limit == HOST:
-        needed = round_up_gb((context.pages + 1) * PAGE_SIZE * plan.token_bytes)
+        needed = round_up_gb((context.pages + 1) * server.page_bytes)
         why = f"the host mirror holds {plan.virtual_tokens} tokens, and a context must be there whole"
         return Finding(SECTION, name, status, "none fits", why, f"--lsa-host-memory-gb {needed} or more")
     why = f"they read all of their pages, and the device pool holds {plan.physical_tokens} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.engine.sizing import MemoryPlan, largest_set, longest_dense, max_resident_pages, set_bounds
 from sglang_lsa.memory.pages import pages_spanned
@@ -41,6 +41,7 @@ def fit(
     chunk_tokens: int | None,
     max_requests: int,
     on_gpu: bool,
+    stock_tokens: int | None = None,
 ) -> Fit:
     """Count contexts as admission does: a resident set and one page to grow into for each that decodes, and for the
     last one what its prompt needs while it is prefilled. Prefixes that contexts share are not counted on.
@@ -50,24 +51,22 @@ def fit(
         chunk_tokens: SGLang's chunk of prefill; None when prompts are not cut into chunks.
         max_requests: that run at the same time with LSA.
         on_gpu: LSA's buffers are taken from the device pool.
+        stock_tokens: that the same bytes hold without LSA, where that is not the bytes of pages.
     """
-    physical, virtual, pages = (
-        plan.physical_tokens // PAGE_SIZE,
-        plan.virtual_tokens // PAGE_SIZE,
-        pages_spanned(tokens, PAGE_SIZE),
-    )
+    page = plan.page.page_tokens
+    physical, virtual, pages = plan.physical_tokens // page, plan.virtual_tokens // page, pages_spanned(tokens, page)
     bytes_ = plan.physical_tokens * plan.token_bytes + (sum(plan.overhead.values()) if on_gpu else 0)
-    stock = bytes_ // plan.token_bytes // tokens
-    min_context = min(config.min_context, longest_dense(physical, PAGE_SIZE))
+    stock = (bytes_ // plan.token_bytes if stock_tokens is None else stock_tokens) // tokens
+    min_context = min(config.min_context, longest_dense(physical, page))
     dense = config.policy == "full" or config.budget >= 1 or tokens < min_context
     if dense:
         resident = demand = pages
     else:
-        largest = largest_set(physical, max_resident_pages(context_tokens, physical, PAGE_SIZE))
+        largest = largest_set(physical, max_resident_pages(context_tokens, physical, page))
         resident = budget_pages(pages, *set_bounds(pages, config.budget, config.min_pages, largest))
-        chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens), PAGE_SIZE), physical // 2)
+        chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens), page), physical // 2)
         demand = min(pages, max(chunk + 1, resident))
-        if chunk_tokens is None and pages > chunk:  # computed in one pass, in place
+        if plan.page.whole_prompts or (chunk_tokens is None and pages > chunk):  # computed in place
             demand = pages
     last = physical - 1 - demand
     limits = {

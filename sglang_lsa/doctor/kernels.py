@@ -68,6 +68,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
 
     from sglang_lsa.kernels import (
         attention_mass,
+        compact_table,
         merge_states,
         page_keys,
         page_move,
@@ -75,6 +76,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         page_table,
         record,
         retriever_score,
+        retriever_score_paged,
     )
 
     def random(device: str, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -178,6 +180,25 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         seen = retriever_score._retriever_score_triton(queries.to(device), weights.to(device), packed.to(device))
         return seen, expected, LIMIT
 
+    def paged(device: str) -> Outputs:
+        queries, weights = random("cpu", 2, 4, 128) / 8, random("cpu", 2, 4, seed=1) / 4
+        rows, pages = retriever_score_paged.pack_pages(random("cpu", 4, 64, 128, seed=2)), ids("cpu", [3, 1, 2])
+        expected, _ = retriever_score_paged.retriever_score_paged_reference(queries, weights, rows, pages)
+        moved = (tensor.to(device) for tensor in (queries, weights, rows, pages))
+        return retriever_score_paged._retriever_score_paged_triton(*moved)[0], expected, LIMIT
+
+    def compact(device: str) -> Outputs:
+        def named(where: str, run: Callable[..., None]) -> torch.Tensor:
+            rows = torch.tensor([[0, 0, 0, 0], [2, 3, 3, 1]], dtype=torch.int32, device=where)
+            slots = torch.arange(2 * 2048, device=where, dtype=torch.int32).view(2, 2048)
+            found, entries = torch.full((1, 6), -1, dtype=torch.int32, device=where), ids(where, [0], torch.int32)
+            v2p = torch.arange(32, device=where, dtype=torch.int32).flip(0).contiguous()
+            run(rows, slots, v2p, ids(where, [1]), ids(where, [1030]), 256, 4, found, entries)
+            return torch.cat((found[0], entries))
+
+        expected = named("cpu", compact_table.compact_table_reference)
+        return named(device, compact_table._compact_table_triton), expected, 0.0
+
     return {
         "page_move": move,
         "page_keys": keys,
@@ -190,4 +211,6 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         "merge_states": merged,
         "attention_mass": mass,
         "retriever_score": retriever,
+        "retriever_score_paged": paged,
+        "compact_table": compact,
     }

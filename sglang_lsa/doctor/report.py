@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding, has_trouble
 from sglang_lsa.doctor.machine import GB, Gpu, Host
 
@@ -75,12 +74,14 @@ def findings_table(section: str, findings: list[Finding]) -> Table:
 def memory_rows(server: Server) -> list[tuple[str, int, str]]:
     """What takes the device's memory, in bytes, and where each number is from."""
     memory, plan, weights = server.memory, server.plan, server.weights
-    pages = plan.physical_tokens // PAGE_SIZE
+    pages = plan.physical_tokens // plan.page.page_tokens
     takes = [
         ("weights", weights.bytes, f"{weights.how}: {weights.source}"),
         (f"KV pool, {pages} pages", server.pool_bytes, "planned"),
         *((f"LSA: {name.replace('_', ' ')}", size, "planned") for name, size in plan.overhead.items()),
     ]
+    if server.window_bytes:
+        takes.append(("sliding window, compression states", server.window_bytes, "as SGLang sizes them"))
     if server.device != "cuda":
         return takes
     left = memory.free_bytes - int(memory.free_bytes * server.static_share)
@@ -96,7 +97,7 @@ def memory_rows(server: Server) -> list[tuple[str, int, str]]:
 def memory_table(server: Server) -> Table:
     title = (
         f"memory plan: {server.name}, {server.dtype} KV of {server.plan.token_bytes:,} bytes a token, "
-        f"{server.page_bytes:,} a page of {PAGE_SIZE}"
+        f"{server.page_bytes:,} a page of {server.plan.page.page_tokens}"
     )
     table = Table(title=title, title_justify="left", expand=True)
     table.add_column("what")
@@ -106,7 +107,7 @@ def memory_table(server: Server) -> Table:
         table.add_row(name, size_text(size), source)
     table.add_section()
     table.add_row("host memory, free", size_text(server.host.free_bytes), server.host.how)
-    mirror = f"host mirror, {server.plan.virtual_tokens // PAGE_SIZE} pages"
+    mirror = f"host mirror, {server.plan.virtual_tokens // server.plan.page.page_tokens} pages"
     table.add_row(mirror, size_text(server.mirror_bytes), "planned")
     return table
 
@@ -145,7 +146,7 @@ def plan_json(server: Server) -> dict[str, Any]:
         "model": server.name,
         "device": server.device,
         "dtype": server.dtype,
-        "page_tokens": PAGE_SIZE,
+        "page_tokens": plan.page.page_tokens,
         "page_bytes": server.page_bytes,
         "token_bytes": plan.token_bytes,
         "context_tokens": server.context_tokens,
@@ -155,10 +156,10 @@ def plan_json(server: Server) -> dict[str, Any]:
         "device_memory": dataclasses.asdict(server.memory),
         "host_memory": dataclasses.asdict(server.host),
         "weights": dataclasses.asdict(server.weights),
-        "physical_pages": plan.physical_tokens // PAGE_SIZE,
+        "physical_pages": plan.physical_tokens // plan.page.page_tokens,
         "kv_bytes": server.pool_bytes,
         "overhead_bytes": dict(plan.overhead),
-        "virtual_pages": plan.virtual_tokens // PAGE_SIZE,
+        "virtual_pages": plan.virtual_tokens // plan.page.page_tokens,
         "mirror_bytes": server.mirror_bytes,
         "budgeted_bytes": server.budgeted_bytes,
         "unused_bytes": server.unused_bytes,

@@ -61,6 +61,7 @@ class Server:
         host: free memory of the host, which the mirror is made of.
         static_share: SGLang's ``--mem-fraction-static``, given or chosen by SGLang.
         budgeted_bytes: of the device, for KV and for LSA's buffers.
+        budgeted_tokens: that pages in these bytes hold; ``stock_tokens`` is what SGLang would take there without LSA.
         chunk_tokens: of prefill; None when prompts are not cut.
         max_requests: that run at the same time.
         dtype: of KV.
@@ -81,6 +82,7 @@ class Server:
     chunk_tokens: int | None
     max_requests: int
     dtype: str
+    stock_tokens: int = 0
 
     @property
     def page_bytes(self) -> int:
@@ -89,12 +91,12 @@ class Server:
     @property
     def pool_bytes(self) -> int:
         """Of the device pool, its padding page included."""
-        return self.plan.physical_tokens * self.plan.token_bytes + self.page_bytes
+        return (self.plan.physical_tokens // self.plan.page.page_tokens + 1) * self.page_bytes
 
     @property
     def mirror_bytes(self) -> int:
         """Of the host mirror, its padding page included."""
-        return self.plan.virtual_tokens * self.plan.token_bytes + self.page_bytes
+        return (self.plan.virtual_tokens // self.plan.page.page_tokens + 1) * self.page_bytes
 
     @property
     def overhead_bytes(self) -> int:
@@ -104,7 +106,14 @@ class Server:
     @property
     def unused_bytes(self) -> int:
         """Of the budget, what neither KV nor LSA's buffers take."""
-        return max(0, self.budgeted_bytes - self.pool_bytes - self.overhead_bytes)
+        return max(0, self.budgeted_bytes - self.pool_bytes - self.overhead_bytes - self.window_bytes)
+
+    @property
+    def window_bytes(self) -> int:
+        """What a model with a window of its own keeps of each request's last tokens, as SGLang sizes it; else 0."""
+        if not self.plan.page.whole_prompts:
+            return 0
+        return max(0, self.budgeted_bytes - self.budgeted_tokens // self.plan.page.page_tokens * self.page_bytes)
 
     def fit(self, tokens: int) -> Fit:
         """How many contexts of so many tokens run at the same time."""
@@ -116,6 +125,7 @@ class Server:
             chunk_tokens=self.chunk_tokens,
             max_requests=self.max_requests,
             on_gpu=self.device == "cuda",
+            stock_tokens=self.stock_tokens if self.plan.page.whole_prompts else None,
         )
 
 
@@ -167,9 +177,8 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
             f"{memory.free_bytes / GB:.2f} GB free, of which --mem-fraction-static {server_args.mem_fraction_static} "
             "may be used: raise that, or take a larger GPU or a smaller model"
         )
-    limit = server_args.max_total_tokens
-    pages = min(budgeted // page.page_bytes, (limit if limit is not None else budgeted) // page.page_tokens)
-    tokens = pages * page.page_tokens
+    stock = arguments.stock_tokens(server_args, model, page, budgeted)
+    tokens = arguments.budgeted_tokens(model, stock)
     with _as_if(assumed):
         plan = plan_memory(
             config,
@@ -191,6 +200,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
         static_share=server_args.mem_fraction_static,
         budgeted_bytes=budgeted,
         budgeted_tokens=tokens,
+        stock_tokens=stock,
         plan=plan,
         context_tokens=model.context_len,
         table_tokens=model.context_len + extra,

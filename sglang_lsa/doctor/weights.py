@@ -48,7 +48,7 @@ def weights_of(model_path: str, hf_config: Any, itemsize: int, dummy: bool = Fal
             if files := sorted(path.glob(pattern)):
                 total = sum(file.stat().st_size for file in files)
                 return Weights(total, MEASURED, f"size of {len(files)} {pattern[1:]} file{'s' * (len(files) > 1)}")
-    return Weights(_parameters(hf_config) * itemsize, COMPUTED, "shape of the model: no weights are here")
+    return Weights(_parameters(hf_config, model_path) * itemsize, COMPUTED, "shape of the model: no weights are here")
 
 
 def safetensors_bytes(file: pathlib.Path, itemsize: int | None) -> int:
@@ -95,12 +95,17 @@ def _local(model_path: str) -> pathlib.Path | None:
         return None
 
 
-def _parameters(hf_config: Any) -> int:
+def _parameters(hf_config: Any, model_path: str) -> int:
     """Numbers in the weights of a model of this shape, tied ones counted once; takes no memory for them."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
+        theirs = getattr(transformers, CONFIG_MAPPING_NAMES.get(hf_config.model_type, ""), None)
+        if type(hf_config).__module__.startswith("sglang.") and theirs is not None:  # with fields of another model, too
+            hf_config = theirs(**theirs.get_config_dict(model_path, local_files_only=True)[0])
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)
     except Exception as error:

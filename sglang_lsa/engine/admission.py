@@ -59,6 +59,7 @@ class Admission:
     ):
         self.pager, self.rules, self.vocabulary = pager, rules, vocabulary
         self.pages = pager.ledger.physical_pages
+        self.whole_prompts = pager.layout.whole_prompts
         self.chunk_tokens = chunk_tokens
         self.admitted: dict[str, Admitted] = {}
         """By request, from admission until its KV is released."""
@@ -88,13 +89,14 @@ class Admission:
 
     def _read_options(self, custom_params: Mapping[str, Any] | None) -> tuple[RequestOptions, str | None]:
         try:
-            return RequestOptions.parse(custom_params, self.config, self.pager.page), None
+            index = not self.pager.layout.shows_keys
+            return RequestOptions.parse(custom_params, self.config, self.pager.page, index), None
         except ValueError as error:
             return RequestOptions.parse(None, self.config), str(error)
 
     def longest(self, options: RequestOptions) -> int | None:
         """Tokens that a prompt may have at most because it must be whole on the device; None if it need not be."""
-        whole = self.chunk_tokens is None or options.dense
+        whole = self.chunk_tokens is None or options.dense or self.whole_prompts
         return (self.pages - 1) * self.pager.page - 1 if whole else None
 
     def judge(self, arrival: Arrival) -> Verdict:
@@ -112,7 +114,7 @@ class Admission:
         cache_key = arrival.rid if options.record else None
         tokens, room = len(arrival.ids), (self.pages - 1) * self.pager.page
         # A request may be retracted at any time, and what it generated is then prefilled like a prompt.
-        longest_answer = room - tokens if options.dense else None
+        longest_answer = room - tokens if options.dense or self.whole_prompts else None
         refusal = self._refusal(np.asarray(arrival.ids, dtype=np.int64), room, options)
         return Verdict(options, refusal, longest_answer if refusal is None else None, cache_key)
 
@@ -126,6 +128,12 @@ class Admission:
                 f"The prompt has {tokens} tokens ({pages} pages of KV) and asks to read all of them in "
                 f"decode; the device pool takes fewer than {room}. Ask for a budget below 1 and a policy other than "
                 "full, shorten the prompt, or start the server with a larger --lsa-device-tokens."
+            )
+        if self.whole_prompts and tokens >= room:
+            return (
+                f"The prompt has {tokens} tokens ({pages} pages of KV); prompts of this model are whole on the device "
+                f"while they are computed, and the device pool takes fewer than {room}. Shorten the prompt, or start "
+                "the server with a larger --lsa-device-tokens."
             )
         if self.chunk_tokens is None and tokens >= room:
             return (
@@ -161,6 +169,8 @@ class Admission:
                 return None
             return Admitted(how, prefix, demand, chunk_pages and chunk_pages * self.pager.page)
 
+        if self.whole_prompts:
+            return admit(IN_PLACE, self._new_pages(prefix, pages), True)
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
             # What the prompt reads of its prefix, and then its first set: neither is larger.

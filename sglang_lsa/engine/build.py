@@ -6,9 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
-from sglang_lsa.config import POLICIES, LSAConfig
+from sglang_lsa.config import FULL, POLICIES, LSAConfig
 from sglang_lsa.engine.lookahead import Lookahead
+from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex, scorer_layers
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers
+from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies import Parts, Policy, bounds_needed, needed, positions
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
@@ -35,17 +37,35 @@ def applicable(config: LSAConfig, pager: Pager) -> LSAConfig:
     return dataclasses.replace(config, min_context=longest)
 
 
-def observer(config: LSAConfig, layout: KVLayout, rows: int, q_heads: int) -> QueryObserver:
-    """Of the recent queries of ``rows`` requests."""
+def observer(
+    config: LSAConfig, layout: KVLayout, rows: int, q_heads: int, index: NativeIndex | None = None
+) -> QueryObserver | IndexObserver:
+    """Of the recent queries of ``rows`` requests, or of what the model's own index sees of their last tokens."""
+    if index is not None:
+        return index_observer(config, index, rows, layout)
     layers = observed_layers(config, len(layout.by_layer))
     of_queries = layout.head_dim, layout.compute_dtype, layout.device
     return QueryObserver(rows, positions(config), layers, q_heads, *of_queries)
 
 
-def page_keys(config: LSAConfig, pager: Pager) -> PageKeys:
-    """Bounds of the keys of every virtual page, in the layers whose queries are observed, if anything looks at them."""
+def index_observer(config: LSAConfig, index: NativeIndex, rows: int, layout: KVLayout) -> IndexObserver:
+    """Of ``rows`` requests, in the layers that choose pages."""
+    layers = scorer_layers(config, index)
+    return IndexRings(rows, config.query_tokens, layers, index, bool(config.indexer), True, layout.device)
+
+
+def page_keys(config: LSAConfig, pager: Pager, index: NativeIndex | None = None) -> PageKeys | IndexKeys:
+    """Bounds of the keys of every virtual page, in the layers whose queries are observed, if anything looks at them; or
+    their index keys, in the layers that choose pages."""
+    if index is not None:
+        return index_keys(config, pager, index)
     layers = observed_layers(config, len(pager.layout.by_layer)) if bounds_needed(config) else ()
     return PageKeys(pager.ledger.virtual_pages, pager.layout, layers)
+
+
+def index_keys(config: LSAConfig, pager: Pager, index: NativeIndex) -> IndexKeys:
+    """Of every virtual page, in the layers that choose pages."""
+    return KeptIndexKeys(pager.ledger.virtual_pages, pager.layout.index_buffers, scorer_layers(config, index))
 
 
 def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
@@ -55,11 +75,25 @@ def resident_table(pager: Pager, rows: int, max_context: int) -> ResidentTable:
 
 
 def policies(
-    config: LSAConfig, pager: Pager, observer: QueryObserver, page_keys: PageKeys, softmax_scale: float
+    config: LSAConfig,
+    pager: Pager,
+    observer: QueryObserver | IndexObserver,
+    page_keys: PageKeys | IndexKeys,
+    softmax_scale: float,
+    index: NativeIndex | None = None,
 ) -> dict[str, Policy]:
-    """Those that requests may ask for, by name; ``full`` needs none."""
-    parts = Parts(config, pager.layout, pager.ledger.virtual_pages, observer, page_keys, softmax_scale)
-    return {policy.name: policy.build(parts) for policy in needed(config)}
+    """Those that requests may ask for, by name; ``full`` needs none.
+
+    Raises:
+        ValueError: the server's own is none of them, or one cannot be made.
+    """
+    parts = Parts(config, pager.layout, pager.ledger.virtual_pages, observer, page_keys, softmax_scale, index)
+    found = {policy.name: policy.build(parts) for policy in needed(config, index is not None)}
+    if config.policy not in (*found, FULL):
+        raise ValueError(
+            f"--lsa-policy {config.policy} does not fit this model: use one of {', '.join((*found, FULL))}"
+        )
+    return found
 
 
 def trained(policies: Mapping[str, Policy]) -> Policy | None:
@@ -68,11 +102,22 @@ def trained(policies: Mapping[str, Policy]) -> Policy | None:
 
 
 def recorder(
-    config: LSAConfig, layout: KVLayout, page_keys: PageKeys, q_heads: int, softmax_scale: float, hidden_size: int
+    config: LSAConfig,
+    layout: KVLayout,
+    page_keys: PageKeys | IndexKeys,
+    q_heads: int,
+    softmax_scale: float,
+    hidden_size: int,
 ) -> Recorder | None:
-    """What writes training data, if the server was told to."""
+    """What writes training data, if the server was told to.
+
+    Raises:
+        ValueError: attention of this model is not recorded.
+    """
     if not config.record:
         return None
+    if not isinstance(page_keys, PageKeys):
+        raise ValueError(f"--lsa-record {config.record}: a {type(layout).__name__} shows no keys: leave it out")
     layers = observed_layers(config, len(layout.by_layer))
     return Recorder(
         config.record, layers, config.query_tokens, layout, q_heads, softmax_scale, page_keys.table, hidden_size
@@ -88,13 +133,17 @@ def lookahead(
     return Lookahead(config, pager, table, policies, lead, lag, thresholds, scores)
 
 
-def staging(config: LSAConfig, pager: Pager) -> Staging:
-    """Buffers for pages that prompts read from the host mirror."""
+def staging(config: LSAConfig, pager: Pager) -> Staging | None:
+    """Buffers for pages that prompts read from the host mirror; None where prompts are whole on the device."""
+    if pager.layout.whole_prompts:
+        return None
     mirror = pager.mirror
     return Staging(pager.layout, mirror.pages, config.staging_pages, lambda: pager.compute(), mirror.locked_together)
 
 
-def staging_bytes(staging: Staging, layout: KVLayout, chunk_tokens: int | None, q_heads: int) -> int:
+def staging_bytes(staging: Staging | None, layout: KVLayout, chunk_tokens: int | None, q_heads: int) -> int:
     """Device bytes that prompts need to read the host mirror; no context enters."""
+    if staging is None:
+        return 0
     sums = sums_bytes(chunk_tokens or 0, q_heads, layout.head_dim)
     return staging.nbytes + decoded_bytes(staging.pages, layout.shape) + sums

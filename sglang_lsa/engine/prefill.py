@@ -45,7 +45,7 @@ class Prefill:
         pager: Pager,
         lookahead: Lookahead,
         admission: Admission,
-        staging: Staging,
+        staging: Staging | None,
         requests: dict[str, Request],
         req_to_token: torch.Tensor,
     ):
@@ -94,6 +94,7 @@ class Prefill:
         staged = None
         if any(len(reading.streamed) for reading in readings):
             (reading,) = readings  # admission computes it alone
+            assert self.staging is not None, "no prompt is streamed where all are whole on the device"
             staged = self.staging.read(reading.streamed)
             self.streamed_passes += 1
         in_parts = looks or not all(reading.whole for reading in readings)

@@ -20,6 +20,7 @@ from sglang_lsa.engine import build
 from sglang_lsa.engine.admission import Admission
 from sglang_lsa.engine.counts import Decoding, Metrics
 from sglang_lsa.engine.integrity import check
+from sglang_lsa.engine.native_index import NativeIndex
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.shared_pages import SharedPages
@@ -56,6 +57,8 @@ class LSARuntime:
         hidden_size: of the model, for recordings.
         metrics: Prometheus metrics to keep up to date.
         scores: through which ranks that share the heads agree on scores, as ``pager`` has it for what is finished.
+        index: the model's own, where the layout shows no keys.
+        beside: device bytes of what SGLang keeps of all virtual pages, by name.
     """
 
     def __init__(
@@ -70,24 +73,27 @@ class LSARuntime:
         hidden_size: int = 0,
         metrics: Metrics | None = None,
         scores: Scores | None = None,
+        index: NativeIndex | None = None,
+        beside: Mapping[str, int] | None = None,
     ):
         self.pager, self.req_to_token = pager, req_to_token
         pager.page_index.checked = config.debug
         rows, self.max_context = req_to_token.shape
         self.on_gpu = pager.device.type == "cuda"
-        self.observer = build.observer(config, pager.layout, rows, q_heads)
-        self.page_keys = build.page_keys(config, pager)
+        self.index, self.beside = index, dict(beside or {})
+        self.observer: Any = build.observer(config, pager.layout, rows, q_heads, index)
+        self.page_keys = build.page_keys(config, pager, index)
         self.table = build.resident_table(pager, rows, self.max_context)
         self.step = IDLE
         """The forward pass that is being queued."""
         self.everything = torch.zeros((rows, PAGES), dtype=torch.int32, device=pager.device)
         """A resident table in which every request is dense, for prefill."""
-        self.graph_tokens = 0
+        self.graph_tokens = self.graph_pages = 0  # what CUDA graphs can read: slots in all, or pages of each request
         self.graphless_steps = 0
         """Decode steps that ran without a graph because they did not fit."""
         self.recorder = build.recorder(config, pager.layout, self.page_keys, q_heads, softmax_scale, hidden_size)
         self.metrics = metrics
-        self.policies = build.policies(config, pager, self.observer, self.page_keys, softmax_scale)
+        self.policies = build.policies(config, pager, self.observer, self.page_keys, softmax_scale, index)
         self.indexer = build.trained(self.policies)
         """The policy that was trained for the model's weights."""
         in_force = build.applicable(config, pager)
@@ -128,12 +134,9 @@ class LSARuntime:
         return self.lookahead.rules.config
 
     def reconfigure(self, values: Mapping[str, Value]) -> None:
-        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``.
-
-        Raises:
-            ValueError: the configuration would be impossible; nothing was changed.
-        """
-        before, after = self.config, changed(self.config, values)
+        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``. Raises ValueError
+        when it would be impossible."""
+        before, after = self.config, changed(self.config, values, self.index is not None)
         self.lookahead.rules.config = after
         self.config_changes += 1
         self.config_changed_at = time.time()
@@ -196,8 +199,8 @@ class LSARuntime:
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
-        if self.graph_tokens and step.kind == DECODE:
-            step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
+        if (self.graph_tokens or self.graph_pages) and step.kind == DECODE:
+            step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens, self.graph_pages))
             self.graphless_steps += not step.fits_graph
         if self.recorder is not None:
             self.recorder.begin_pass(step, self.pager.ledger.v2p)
@@ -273,8 +276,8 @@ class LSARuntime:
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
-        physical = self.pager.ledger.physical_pages * self.pager.page
-        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical, self.pager.page)
+        pages, page = self.pager.ledger.physical_pages, self.pager.page
+        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, pages * page, page)
         return self.graph_tokens
 
     # -- requests that are gone, and none at all -------------------------------------------------------------------
@@ -324,12 +327,8 @@ class LSARuntime:
         self.pager.release()
 
     def check(self) -> None:
-        """See whether any page was lost.
-
-        Raises:
-            RuntimeError: one was (LedgerError), or a request that is gone still holds one, or a request does not read
-                what it holds and what the resident table says.
-        """
+        """Raises RuntimeError when a page was lost (LedgerError), or a request that is gone still holds one, or a
+        request does not read what it holds and what the resident table says."""
         with self.on_stream():
             check(self.pager, self.table, self.requests, self.req_to_token)
 

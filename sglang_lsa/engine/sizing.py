@@ -42,8 +42,10 @@ class Needs:
         page_key_bytes: of the bounds of keys of one page.
         row_bytes: selector's bytes for one request.
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
-        policy_bytes: what policies keep of one page themselves, by name.
+        policy_bytes: what policies keep of one page themselves, by name, and what SGLang keeps of every virtual page.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
+        virtual_share: most of the device's budget for what is kept of every virtual page, where the size of the mirror
+            is left open.
     """
 
     rows: int
@@ -55,6 +57,14 @@ class Needs:
     staging_bytes: int = 0
     policy_bytes: Mapping[str, int] = field(default_factory=dict)
     map_bytes: int = 4
+    virtual_share: float = 1.0
+
+    def most_virtual(self, budgeted_bytes: int) -> float:
+        """Virtual pages whose own bytes on the device are within that share."""
+        if self.virtual_share >= 1:
+            return math.inf
+        each = self.page_key_bytes + self.map_bytes + sum(self.policy_bytes.values())
+        return int(budgeted_bytes * self.virtual_share) // max(1, each)
 
     def overhead(self, config: LSAConfig, physical_tokens: int, virtual_tokens: int) -> dict[str, int]:
         """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
@@ -177,6 +187,9 @@ def plan_memory(
     else:
         host_bytes = int(available_host_memory() * HOST_SHARE[device])
     virtual = (host_bytes // page_bytes - 1) * page_tokens
+    if config.host_memory_gb is None and needs is not None and device == "cuda":
+        most = needs.most_virtual(budgeted_tokens // page_tokens * page_bytes)
+        virtual = virtual if virtual <= most * page_tokens else int(most) * page_tokens
     if config.device_tokens is not None:
         physical = config.device_tokens
     elif config.device_memory_gb is not None:

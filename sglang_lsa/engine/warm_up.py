@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from sglang_lsa.engine.native_index import IndexKeys, IndexObserver
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Asked, Request
@@ -21,23 +22,41 @@ from sglang_lsa.memory.staging import Staging
 def compile_kernels(
     pager: Pager,
     table: ResidentTable,
-    observer: QueryObserver,
-    page_keys: PageKeys,
+    observer: QueryObserver | IndexObserver,
+    page_keys: PageKeys | IndexKeys,
     policies: Mapping[str, Policy],
-    staging: Staging,
+    staging: Staging | None,
     req_to_token: torch.Tensor,
 ) -> None:
-    """Run every kernel once, on padding pages and rows, so that no request waits for the compiler."""
-    padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=pager.device)
+    """Run every kernel once, on padding pages and rows, so that no request waits for the compiler.
+
+    Kernels of attention over tables of physical pages are the backend's own.
+    """
+    padding = np.zeros(1, dtype=np.int64)
     page_keys.complete(padding, padding)
-    queries = observer.buffer[0, :, 0].clone()
-    for layer in observer.slot_of_layer:
-        observer.observe(layer, queries[:1], rows, rows)
     for name, policy in policies.items():
         policy.complete(padding, padding)
         request = Request("", 0, Asked(name, 1.0), tokens=observer.positions)
         for pages in (1, MANY_PAGES + 1):
             policy.score(request, np.zeros(pages, dtype=np.int64))
+    if isinstance(observer, QueryObserver) and staging is not None:
+        _attention(pager, table, observer, staging, req_to_token)
+    pager.transfer.store(padding, padding, lambda: None)
+    pager.transfer.wait()
+    for layer_by_layer in (False, True):
+        pager.transfer.recall(padding, padding, lambda: None, layer_by_layer)
+    pager.transfer.wait()
+    pager.transfer.recalled_pages, pager.transfer.recall_seconds = 0, 0.0
+
+
+def _attention(
+    pager: Pager, table: ResidentTable, observer: QueryObserver, staging: Staging, req_to_token: torch.Tensor
+) -> None:
+    """Kernels that observe queries, say which slots are read, and merge what streamed blocks give."""
+    padding, rows = np.zeros(1, dtype=np.int64), torch.zeros(1, dtype=torch.int64, device=pager.device)
+    queries = observer.buffer[0, :, 0].clone()
+    for layer in observer.slot_of_layer:
+        observer.observe(layer, queries[:1], rows, rows)
     physical_slots(rows, pager.v2p, pager.page)
     for batch in sorted({lanes_for(requests) for requests in range(1, table.rows)}):
         many, indices = (torch.zeros(batch, dtype=kind, device=rows.device) for kind in (torch.int64, torch.int32))
@@ -48,13 +67,7 @@ def compile_kernels(
     for lengths in (rows, rows.int()):
         pages, read = (torch.zeros(shape, dtype=torch.int32, device=rows.device) for shape in ((1, 1), (1,)))
         decode_pages(table.table, req_to_token, pager.v2p, rows, lengths, pager.page, pages, read)
-    pager.transfer.store(padding, padding, lambda: None)
-    pager.transfer.wait()
-    for layer_by_layer in (False, True):
-        pager.transfer.recall(padding, padding, lambda: None, layer_by_layer)
-    pager.transfer.wait()
     for keys, _ in staging.read(padding).layer(0):
         states = torch.zeros((1, *queries.shape[1:]), device=keys.device)
         merge_states(states, states[..., 0].contiguous(), queries[:1], states[..., 0].contiguous())
     staging.staged_pages = 0
-    pager.transfer.recalled_pages, pager.transfer.recall_seconds = 0, 0.0

@@ -1,13 +1,14 @@
 """FlashMemory's retriever as it was published, for DeepSeek-V4: its checkpoint, and the queries that it makes.
 
-Only the query side is learned; keys are those of the model's own indexer, see ``kernels.retriever_score``. The serving
-hook for DeepSeek-V4 comes later: this is the scorer.
+Only the query side is learned; keys are those of the model's own indexer, see ``kernels.retriever_score``. A server
+scores pages with it by ``engine.policies.retriever``.
 
 Source: arXiv 2606.09079 and the names and shapes of the released checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import pickle
@@ -48,6 +49,18 @@ class Retriever:
     def heads(self) -> int:
         return len(self.votes)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        return self.down, self.up, self.norm, self.votes
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Retriever:
+        """This one in another place and type."""
+        return Retriever(*(part.to(device, dtype) for part in self._parts))
+
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and weights.
 
@@ -58,7 +71,7 @@ class Retriever:
         Returns:
             ``[batch, heads, 128]`` and ``[batch, heads]``.
         """
-        down, up, norm, votes = (part.to(hidden.dtype) for part in (self.down, self.up, self.norm, self.votes))
+        down, up, norm, votes = (part.to(hidden.dtype) for part in self._parts)
         queries = rms_norm(hidden @ down.T, norm.shape, norm, eps=1e-6) @ up.T
         queries = hadamard(rotate(queries.unflatten(-1, (self.heads, DIM)), positions))
         return queries, hidden @ votes.T * (DIM * self.heads) ** -0.5
@@ -91,8 +104,23 @@ def load_retrievers(path: str | pathlib.Path) -> dict[int, Retriever]:
     Raises:
         ValueError: the file cannot be read without running code from it, or names or shapes are others.
     """
+    layers = _parts_of(path)
+    return {layer: _retriever(path, layer, layers[layer]) for layer in sorted(layers)}
+
+
+@functools.cache
+def numbers_of(path: str | pathlib.Path) -> tuple[int, ...]:
+    """Numbers of the layers of a checkpoint, as :func:`load_retrievers` has them, ascending; reads no values.
+
+    Raises:
+        ValueError: the file cannot be read without running code from it, or has none of the names.
+    """
+    return tuple(sorted(_parts_of(path, mmap=True)))
+
+
+def _parts_of(path: str | pathlib.Path, mmap: bool = False) -> dict[int, dict[str, torch.Tensor]]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}): give a FlashMemory checkpoint") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -107,7 +135,7 @@ def load_retrievers(path: str | pathlib.Path) -> dict[int, Retriever]:
             layers.setdefault(int(found[1] or 0), {})[found[2]] = value
     if not layers:
         raise ValueError(f"{path} has no {NAMES[0]}: give a FlashMemory checkpoint (seen: {list(state)[:3]})")
-    return {layer: _retriever(path, layer, layers[layer]) for layer in sorted(layers)}
+    return layers
 
 
 def _retriever(path: str | pathlib.Path, layer: int, parts: dict[str, torch.Tensor]) -> Retriever:

@@ -31,7 +31,8 @@ class PageIndex:
         self.reads = 0
         """Answers that nobody knew on the host, so that the device was waited for."""
         self._known = WeakTensorKeyDictionary()
-        self._row: tuple[torch.Tensor, np.ndarray] | None = None
+        self._open: list[tuple[torch.Tensor, np.ndarray]] = []
+        """Tensors of which views are known, too."""
 
     # -- what is known -------------------------------------------------------------------------------------------
 
@@ -47,17 +48,25 @@ class PageIndex:
 
     @contextmanager
     def row(self, slots: torch.Tensor, pages: np.ndarray | None) -> Iterator[None]:
-        """Inside, views of this row of SGLang's table are known too.
+        """Inside, views of this row of SGLang's table, or of a copy of it, are known too.
 
         Args:
             slots: the row, from its first token on.
             pages: of its tokens, as many as are known; None for nothing.
         """
-        self._row = None if pages is None else (slots, pages)
+        depth = len(self._open)
+        if pages is not None:
+            self._open.append((slots, pages))
         try:
             yield
         finally:
-            self._row = None
+            del self._open[depth:]
+
+    def views(self, slots: torch.Tensor, pages: np.ndarray) -> None:
+        """Until the :meth:`row` that was opened last is closed, views of ``slots``, which has these whole pages, are
+        known too. Does nothing outside of one."""
+        if self._open:
+            self._open.append((slots, pages))
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -65,7 +74,7 @@ class PageIndex:
         """Pages of consecutive tokens of one request, each once and in their order, int64 ``[n]``.
 
         Args:
-            slots: a noted tensor, a view of the row that is open, or any other, which is read and counted.
+            slots: a noted tensor, a view of what is open, or any other, which is read and counted.
         """
         known = self._known.get(slots)
         if known is None:
@@ -73,8 +82,10 @@ class PageIndex:
         return self._answer(known, lambda: self._read(slots))
 
     def matched(self, slots: torch.Tensor, path: Iterable[torch.Tensor]) -> np.ndarray:
-        """Pages of what a match in the radix tree returned: ``slots``, which are those along ``path``."""
-        known = self.path(path)
+        """Pages of what a match in the radix tree returned: ``slots``, noted or those along ``path``."""
+        known = self._known.get(slots)
+        if known is None:
+            known = self.path(path)
         if known is not None and len(known) * self.page != len(slots):
             known = None
         return self._answer(known, lambda: self._read(slots[:: self.page]))
@@ -98,16 +109,17 @@ class PageIndex:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _in_row(self, slots: torch.Tensor) -> np.ndarray | None:
-        if self._row is None:
+        if not self._open or slots.stride() != (1,):
             return None
-        row, pages = self._row
-        first = slots.storage_offset() - row.storage_offset()
-        last = first + len(slots)
-        same = slots.untyped_storage().data_ptr() == row.untyped_storage().data_ptr() and slots.stride() == (1,)
-        covered = -(-last // self.page) if slots.numel() else 0
-        if not same or not 0 <= first <= last <= len(row) or covered > len(pages):
-            return None
-        return pages[first // self.page : covered]
+        address = slots.untyped_storage().data_ptr()
+        for row, pages in reversed(self._open):
+            first = slots.storage_offset() - row.storage_offset()
+            last = first + len(slots)
+            covered = -(-last // self.page) if slots.numel() else 0
+            same = address == row.untyped_storage().data_ptr()
+            if same and 0 <= first <= last <= len(row) and covered <= len(pages):
+                return pages[first // self.page : covered]
+        return None
 
     def _answer(self, known: np.ndarray | None, read: Callable[[], np.ndarray]) -> np.ndarray:
         if known is None:

@@ -151,6 +151,11 @@ class Pager:
         """The same tokens of ``holder`` now live in other virtual pages, see :meth:`Ledger.substitute`."""
         self.reservations.spend(holder, -self.ledger.substitute(holder, old, new))
 
+    def inherit(self, old: np.ndarray, new: np.ndarray) -> None:
+        """The same tokens now live in ``new`` for the radix tree; nobody holds ``old``, which are about to go."""
+        for before, after in zip(old.tolist(), new.tolist(), strict=True):
+            self.ledger.heat.move(before, after)
+
     def arrived(self, pages: np.ndarray) -> bool:
         """Whether the content of all of these pages is on the device."""
         return self.ledger.arrived(pages)

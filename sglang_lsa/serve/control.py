@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from sglang_lsa.config import LSAConfig, coerce
+from sglang_lsa.config import LSAConfig, coerce, looks_at_index, offered
 
 Value = int | float | str | None
 
@@ -54,16 +54,24 @@ def check_changes(asked: Any) -> dict[str, Value]:
     return {name: _checked(name, value) for name, value in asked.items()}
 
 
-def changed(config: LSAConfig, values: Mapping[str, Value]) -> LSAConfig:
+def changed(config: LSAConfig, values: Mapping[str, Value], index: bool | None = None) -> LSAConfig:
     """``config`` with ``values``, all of them.
 
     Args:
         values: from :func:`check_changes`.
+        index: whether the model has an index of its own; None if only the policy can tell.
 
     Raises:
-        ValueError: the configuration would be impossible.
+        ValueError: the configuration would be impossible, or the policy does not fit the model.
     """
-    return dataclasses.replace(config, **check_changes(dict(values)))  # type: ignore[arg-type]
+    index = looks_at_index(config.policy) if index is None else index
+    names, checked = offered(config.indexer, index), check_changes(dict(values))
+    if "policy" in checked and checked["policy"] is None:
+        checked["policy"] = names[0]
+    after = dataclasses.replace(config, **checked)  # type: ignore[arg-type]
+    if after.policy not in names:
+        raise ValueError(f"policy is {after.policy!a:.80}: use one that this model has: {', '.join(names)}")
+    return after
 
 
 def is_foreign(origin: str | None, fetch_site: str | None, host: str | None) -> bool:

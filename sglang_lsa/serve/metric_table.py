@@ -230,7 +230,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "Prefill passes that read pages from the host",
         lambda now: now.runtime.prefill.streamed_passes,
     ),
-    Counter("lsa_streamed_pages", "pages", "Pages that they read so", lambda now: now.runtime.staging.staged_pages),
+    Counter(
+        "lsa_streamed_pages",
+        "pages",
+        "Pages that they read so",
+        lambda now: now.runtime.staging.staged_pages if now.runtime.staging is not None else 0,
+    ),
     Counter(
         "lsa_resident_prompts",
         "prompts",

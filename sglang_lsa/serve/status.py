@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.serve.metrics import measure
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def status(runtime: LSARuntime) -> dict[str, Any]:
-    """Plain JSON values; bytes are bytes, pages are pages of 64 tokens."""
+    """Plain JSON values; bytes are bytes, pages have ``page_size`` tokens."""
     values, pager, ledger = measure(runtime), runtime.pager, runtime.pager.ledger
     return {
         "policy": runtime.config.policy,
@@ -24,7 +23,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "window": runtime.config.window,
         **config_in_force(runtime),
         "rows": runtime.table.rows,
-        "page_size": PAGE_SIZE,
+        "page_size": pager.page,
         "page_bytes": pager.page_bytes,
         "virtual": {"pages": values["lsa_virtual_pages"], "allocated": values["lsa_virtual_pages_allocated"]},
         "physical": {
@@ -120,4 +119,5 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "graph_indices": runtime.graph_tokens * 4,
         "staging": runtime.staging_bytes,
     }
-    return overhead | {name: policy.nbytes for name, policy in runtime.policies.items() if policy.nbytes}
+    overhead |= {name: policy.nbytes for name, policy in runtime.policies.items() if policy.nbytes}
+    return overhead | runtime.beside

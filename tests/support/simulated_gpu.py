@@ -56,6 +56,13 @@ class Pass:
     layers: int = 0
 
 
+@dataclass
+class Call:
+    """Something else that is queued behind passes."""
+
+    run: Callable[[], None]
+
+
 class Event:
     """As ``torch.cuda.Event``: done when the compute stream has come to where it was recorded."""
 
@@ -86,7 +93,7 @@ class SimulatedGPU:
     """What :meth:`progress` asks."""
     late_stores: bool = True
     """Copies to the mirror take time, too; else they are done when they are asked for."""
-    compute: list[Pass | Event] = field(default_factory=list)
+    compute: list[Pass | Call | Event] = field(default_factory=list)
     computed: int = 0
     stores: list[Store] = field(default_factory=list)
     stored: int = 0
@@ -164,6 +171,10 @@ class SimulatedGPU:
         if prefill:
             self._layered = []
 
+    def call(self, run: Callable[[], None]) -> None:
+        """Queue something behind the passes that are queued now."""
+        self.compute.append(Call(run))
+
     # -- time ----------------------------------------------------------------------------------------------------
 
     @property
@@ -217,6 +228,8 @@ class SimulatedGPU:
             item.layers += 1
             if item.layers < LAYERS:
                 return
+        elif isinstance(item, Call):
+            item.run()
         self.computed += 1
 
     def _store(self) -> None:

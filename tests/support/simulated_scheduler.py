@@ -189,9 +189,7 @@ class Scheduler:
             if not req.req_pool_idx:
                 req.req_pool_idx = self.free_rows.pop(0)
                 self._write_row(req)
-            req.pages = req.pages + self.allocator.allocate(pages_spanned(entry.end, self.page) - len(req.pages))
-            req.kv_committed_len = entry.end
-            self._write_row(req)
+            self._grow(req, entry.end)
         batch = SimpleNamespace(
             reqs=[entry.req for entry in entries],
             prefix_lens=[entry.start for entry in entries],
@@ -210,6 +208,13 @@ class Scheduler:
             self.counts[self.runtime.admission.admitted[key_of(entry.req)].how] += 1
         self.runtime.after_forward(number)
         self.results.append((entries, len(self.gpu.compute)))
+
+    def _grow(self, req: Req, tokens: int) -> None:
+        """The next pass computes the request up to so many tokens."""
+        if opened := self.allocator.allocate(pages_spanned(tokens, self.page) - len(req.pages)):
+            req.pages = req.pages + opened
+            self._write_row(req)
+        req.kv_committed_len = tokens
 
     def _queue_prefill(self, entries: list[Entry]) -> None:
         queued = ForwardPass(self.memory)
@@ -235,10 +240,7 @@ class Scheduler:
 
     def _decode(self, reqs: list[Req]) -> None:
         for req in reqs:
-            req.kv_committed_len += 1
-            if opened := self.allocator.allocate(pages_spanned(req.kv_committed_len, self.page) - len(req.pages)):
-                req.pages = req.pages + opened
-                self._write_row(req)
+            self._grow(req, req.kv_committed_len + 1)
         batch = SimpleNamespace(
             reqs=reqs,
             seq_lens_cpu=torch.tensor([req.kv_committed_len for req in reqs]),
@@ -271,7 +273,7 @@ class Scheduler:
             req = item.req if isinstance(item, Entry) else item
             if req.gone or (isinstance(item, Entry) and item.end < len(req.full_untruncated_fill_ids)):
                 continue
-            req.output_ids.append(1)
+            req.output_ids.append(self._token(req))
             most = req.sampling_params.max_new_tokens
             ended = len(req.output_ids) >= most or (most < 300 and self.chance.random() < 0.01)
             if ended or req.aborted:
@@ -279,6 +281,10 @@ class Scheduler:
                 self.counts["finished"] += 1
             elif isinstance(item, Entry):
                 self._cache_unfinished(req, item.end)
+
+    def _token(self, req: Req) -> int:
+        """What it generated."""
+        return 1
 
     def _cache_unfinished(self, req: Req, tokens: int) -> None:
         """As ``LSARadixCache.cache_unfinished_req``."""

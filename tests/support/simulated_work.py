@@ -6,7 +6,7 @@ KV is the number of a (text, position), so that a pass sees what it reads instea
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -15,11 +15,15 @@ import torch
 from simulated_cache import Node, keys_of
 from simulated_gpu import LAYERS
 
+from sglang_lsa.kernels.retriever_score_paged import VALUES
+from sglang_lsa.memory.layout.base import Piece
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 LONGEST_ANSWER = 1024
 """Tokens that a request generates at most."""
+Watch = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+"""Is told a layer and the row, position and content of every token that it computes."""
 UNWRITTEN = -1.0
 """In the place of tokens that a page does not have yet."""
 KV = torch.float64
@@ -95,19 +99,44 @@ class Entry:
     end: int
 
 
+@dataclass
+class Part:
+    """One piece of a layer.
+
+    Attributes:
+        device, mirror: ``[pages, page, ...]``.
+        encode: what a token's content looks like in it.
+    """
+
+    device: np.ndarray
+    mirror: np.ndarray
+    encode: Callable[[np.ndarray], np.ndarray]
+
+
 class Memory:
     """The device pool and the mirror of a pager, as numpy sees them.
 
     Attributes:
-        pools: by layer, keys and values ``[slots]``.
-        mirror: ``[pages, layers, 2, page]``.
+        parts: by layer. The second one has index keys where the model has an index of its own; all else is numbers.
+        watch: what sees each pass as it runs, if anything.
     """
 
     def __init__(self, pager: Pager):
         self.v2p, self.page = pager.ledger.v2p, pager.page
-        of_layer = pager.layout.by_layer
-        self.pools = [[piece.buffer.view(KV).view(-1).numpy() for piece in of_layer[layer]] for layer in range(LAYERS)]
-        self.mirror = pager.mirror.pages.view(KV).view(-1, LAYERS, 2, self.page).numpy()
+        self.watch: Watch | None = None
+        self.parts = [
+            [
+                self._part(piece, pager.mirror.pages, place == 1 and not pager.layout.shows_keys)
+                for place, piece in enumerate(pager.layout.by_layer[layer])
+            ]
+            for layer in range(LAYERS)
+        ]
+
+    def _part(self, piece: Piece, mirror: torch.Tensor, index: bool) -> Part:
+        rows = piece.buffer, mirror[:, piece.offset : piece.offset + piece.nbytes]
+        if index:
+            return Part(*(row[:, :VALUES].unflatten(1, (self.page, -1)).numpy() for row in rows), index_key)
+        return Part(*(row[:, : self.page * KV.itemsize].view(KV).numpy() for row in rows), lambda content: content)
 
 
 class Reads:
@@ -126,8 +155,8 @@ class Reads:
         content = np.concatenate([content for _, _, content in self._of])
         return np.concatenate([pages for _, pages, _ in self._of]), content, content != UNWRITTEN
 
-    def check(self, memory: np.ndarray, what: str) -> None:
-        """Read ``memory``, ``[pages, page]``, now.
+    def check(self, memory: np.ndarray, encode: Callable[[np.ndarray], np.ndarray], what: str) -> None:
+        """Read ``memory``, ``[pages, page, ...]``, now.
 
         Raises:
             AssertionError: a request reads something else than its own tokens.
@@ -136,12 +165,13 @@ class Reads:
             return
         pages, content, written = self._together
         found = memory[pages]
-        wrong = (found != content) & written
+        wrong = found != encode(content)
+        wrong = (wrong.any(axis=2) if wrong.ndim > 2 else wrong) & written
         if wrong.any():
             row, token = np.argwhere(wrong)[0]
             rids = [rid for rid, of, _ in self._of for _ in of]
             raise AssertionError(
-                f"{rids[row]} reads {found[row, token]:.0f} for {content[row, token]:.0f} in {what}; "
+                f"{rids[row]} reads {found[row, token]} for {content[row, token]:.0f} in {what}; "
                 f"its pass reads {wrong.sum()} of {written.sum()} tokens wrong"
             )
 
@@ -154,6 +184,8 @@ class ForwardPass:
         self._here, self._streamed = Reads(), Reads()
         self._slots: list[np.ndarray] = []
         self._content: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
 
     def read(self, rid: str, places: np.ndarray, content: np.ndarray) -> None:
         """These device pages."""
@@ -172,6 +204,8 @@ class ForwardPass:
         tokens = slice(start - first * page, end - first * page)
         self._slots.append(slots_of(places, page)[tokens])
         self._content.append(req.text[first : pages_spanned(end, page)].reshape(-1)[tokens])
+        self._rows.append(np.full(end - start, req.req_pool_idx))
+        self._positions.append(np.arange(start, end))
 
     @functools.cached_property
     def _written(self) -> tuple[np.ndarray, np.ndarray]:
@@ -183,11 +217,18 @@ class ForwardPass:
         Raises:
             AssertionError: a request reads something else than its own tokens.
         """
-        for which, pool in enumerate(self.memory.pools[layer]):
-            self._here.check(pool.reshape(-1, self.memory.page), f"layer {layer}")
-            self._streamed.check(self.memory.mirror[:, layer, which], f"layer {layer} of the mirror")
-            slots, content = self._written
-            pool[slots] = content
+        slots, content = self._written
+        for part in self.memory.parts[layer]:
+            self._here.check(part.device, part.encode, f"layer {layer}")
+            self._streamed.check(part.mirror, part.encode, f"layer {layer} of the mirror")
+            part.device[slots // self.memory.page, slots % self.memory.page] = part.encode(content)
+        if self.memory.watch is not None:
+            self.memory.watch(layer, np.concatenate(self._rows), np.concatenate(self._positions), content)
+
+
+def index_key(content: np.ndarray) -> np.ndarray:
+    """A token's part of a key of a model's own index: 32 numbers in fp8, ``[..., 32]`` for content ``[...]``."""
+    return ((content[..., None].astype(np.int64) + 7 * np.arange(32)) * 31 % 120).astype(np.uint8)
 
 
 def slots_of(pages: Sequence[int] | np.ndarray, page: int) -> np.ndarray:

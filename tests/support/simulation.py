@@ -1,7 +1,7 @@
 """The whole runtime under a simulated SGLang and a simulated GPU, both driven by a seed: every read is checked when it
 runs.
 
-    python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64]
+    python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64] [--own-index]
 
 What is real: the runtime with ledger, pager, lookahead, admission and prefill. What is a model: SGLang's loop with one
 result of delay (``simulated_scheduler``), its radix tree and allocator (``simulated_cache``), the passes of a model
@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from promises import owed
 from simulated_gpu import LAYERS, SimulatedGPU
+from simulated_index import INDEX, CheckedNative, Observed
+from simulated_index import layout as index_layout
 from simulated_scheduler import Scheduler
 from simulated_work import Req
 
@@ -33,6 +35,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.requests import judge
@@ -78,9 +81,18 @@ class Simulation:
 
     Args:
         page: tokens of a page.
+        own_index: the model shows no keys and has an index of its own, as DeepSeek-V4; its pages have 256 tokens.
     """
 
-    def __init__(self, seed: int, resident: float = 0.4, page: int = 64):
+    def __init__(
+        self,
+        seed: int,
+        resident: float = 0.4,
+        page: int = 64,
+        scheduler: type[Scheduler] = Scheduler,
+        layout: type[MhaLayout] | None = None,
+        own_index: bool = False,
+    ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
@@ -99,23 +111,39 @@ class Simulation:
             "cache_outputs": chance.random() < 0.2,
             "prompt_lookup": 0,
         }
-        keys, values = (
-            [torch.zeros(((physical + 1) * self.page, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
-            for _ in range(2)
-        )
-        self.pager = Pager(MhaLayout(keys, values, self.page), virtual)
+        self.own_index = own_index
+        self.native: CheckedNative | None = None
+        if own_index:
+            self.config["policy"] = "native"
+        self.pager = Pager(self._layout(physical, layout or MhaLayout), virtual)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
-        self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk)
+        index = INDEX if own_index else None
+        self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk, index=index)
         self.gpu = SimulatedGPU(self.pager, chance)
         self.overlap = chance.random() < 0.7
         lookahead = self.runtime.lookahead
         lookahead.clock.lag, lookahead.clock.lead = chance.choice([(2, 3), (2, 3), (0, 0)]) if self.overlap else (0, 0)
-        lookahead.scorer.policies = {**lookahead.scorer.policies, "quest": Scores(chance)}
-        self.scheduler = Scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
+        policies = dict(lookahead.scorer.policies)
+        if own_index:
+            policies["native"] = self.native = CheckedNative(policies["native"], self.gpu)
+        else:
+            policies["quest"] = Scores(chance)
+        lookahead.scorer.policies = policies
+        self.scheduler = scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
+        self.scheduler.memory.watch = Observed(self.runtime, self.gpu) if own_index else None
         self.arrivals = 40
         self.arrived = self.step_number = 0
         self.counts = self.scheduler.counts
+
+    def _layout(self, physical: int, kind: type[MhaLayout]) -> KVLayout:
+        if self.own_index:
+            return index_layout(physical)
+        keys, values = (
+            [torch.zeros(((physical + 1) * self.page, 1, 1), dtype=torch.float64) for _ in range(LAYERS)]
+            for _ in range(2)
+        )
+        return kind(keys, values, self.page)
 
     def __str__(self) -> str:
         sizes = f"{self.pager.ledger.physical_pages} device pages, {self.pager.ledger.virtual_pages} host pages"
@@ -150,6 +178,9 @@ class Simulation:
             shrunk=lookahead.counts.shrunk,
             failures=lookahead.counts.failures,
         )
+        if self.native is not None:
+            assert lookahead.counts.fallbacks == 0, "a policy failed"
+            self.counts["scored"] = self.native.looked
 
     def step(self) -> bool:
         """One round: what the world does, then what the scheduler does. Returns whether a batch ran."""
@@ -164,6 +195,7 @@ class Simulation:
         """What must hold between two rounds."""
         self.runtime.check()
         assert self.pager.unpromised_later >= 0, f"more is promised than can be had: {owed(self.pager)}"
+        assert self.native is None or not self.native.wrong, self.native.wrong[0]
 
     # -- what clients and administrators do ----------------------------------------------------------------------
 
@@ -183,7 +215,8 @@ class Simulation:
             self.counts["aborted in a prompt"] += 1
         if chance.random() < 0.02:
             name, values = chance.choice(CHANGES)
-            self.runtime.reconfigure({name: chance.choice(values)})
+            value = chance.choice(values)
+            self.runtime.reconfigure({name: "native" if value == "quest" and self.own_index else value})
             self.counts["reconfigured"] += 1
 
     def _arrive(self) -> None:
@@ -204,6 +237,8 @@ class Simulation:
             self.counts["rid again"] += 1
         params = SimpleNamespace(custom_params=self._options(), max_new_tokens=chance.choice([1, 5, 40, 150, 300]))
         req = Req(rid, self.arrived, self.page, prompt, params, chance.randrange(2), prompt.astype(np.int64).tolist())
+        if self.native is not None:
+            self.native.reqs.append(req)
         if (reason := judge(self.runtime.admission, req)) is not None:
             # SGLang computes one token of a request that it aborts.
             assert "budget" in reason or "tokens" in reason or "sets" in reason, reason
@@ -228,9 +263,11 @@ class Simulation:
         return {"lsa": options} if options else None
 
 
-def failure_of(seed: int, steps: int = 150, page: int = 64) -> tuple[str | None, collections.Counter[str]]:
+def failure_of(
+    seed: int, steps: int = 150, page: int = 64, own_index: bool = False
+) -> tuple[str | None, collections.Counter[str]]:
     """Run one seed: what went wrong (None: nothing), and what happened how often."""
-    simulation = Simulation(seed, page=page)
+    simulation = Simulation(seed, page=page, own_index=own_index)
     try:
         simulation.run(steps)
     except Exception:
@@ -250,10 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first one (0)")
     parser.add_argument("--steps", type=int, default=150, help="scheduler rounds in which requests arrive (150)")
     parser.add_argument("--page", type=int, default=64, help="tokens of a page (64)")
+    parser.add_argument("--own-index", action="store_true", help="a model with an index of its own; pages of 256")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     args = parser.parse_args(argv)
     began, total, failed = time.monotonic(), collections.Counter[str](), 0
-    work = [(seed, args.steps, args.page) for seed in range(args.first, args.first + args.seeds)]
+    page = 256 if args.own_index else args.page
+    work = [(seed, args.steps, page, args.own_index) for seed in range(args.first, args.first + args.seeds)]
     with multiprocessing.Pool(args.jobs, initializer=_quiet) as pool:
         for done, (failure, counts) in enumerate(pool.imap(_run, work), 1):
             total += counts
@@ -267,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _run(work: tuple[int, int, int]) -> tuple[str | None, collections.Counter[str]]:
+def _run(work: tuple[int, int, int, bool]) -> tuple[str | None, collections.Counter[str]]:
     return failure_of(*work)
 
 

@@ -128,7 +128,7 @@ def test_what_no_request_can_ask_for_is_refused_in_the_same_words(lsa: dict[str,
 
     server = Server()
     with pytest.raises(ValueError) as error:
-        RequestOptions.parse({"lsa": lsa}, server.config)
+        RequestOptions.parse({"lsa": lsa}, server.config, PAGE_SIZE, False)
     assert judge(server.admission, request(100, **lsa)) == str(error.value)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from sglang_lsa.config import (
-    POLICIES,
     PREFILLS,
     GivenSet,
     LSAConfig,
@@ -25,6 +24,7 @@ from sglang_lsa.config import (
     arrived_by_pickle,
     config_from_args,
     config_from_argument,
+    offered,
 )
 
 FIELDS = [field.name for field in dataclasses.fields(LSAConfig)]
@@ -117,7 +117,7 @@ def test_help_tells_the_defaults() -> None:
     text = " ".join(parser.format_help().split())
     assert "--lsa-budget" in text
     assert "Default: 0.135." in text
-    assert "{indexer,quest,recency,random,full}" in text
+    assert "{indexer,retriever,quest,native,recency,random,full}" in text
 
 
 def test_defaults() -> None:
@@ -198,7 +198,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": "0.5"}, "budget is '0.5': use a value of type float"),
     ({"budget": True}, "budget is True: use a value of type float"),
     ({"budget": None}, "budget is None: use a value of type float"),
-    ({"policy": "best"}, "policy is 'best': use one of indexer, quest, recency, random, full"),
+    ({"policy": "best"}, "policy is 'best': use one of indexer, retriever, quest, native, recency, random, full"),
     ({"policy": 3}, "policy is 3: use a value of type str"),
     ({"fallback_budget": 0.1}, "--lsa-fallback-budget 0.1 is below --lsa-budget 0.135: raise it"),
     ({"fallback_budget": 1.5}, r"fallback_budget 1.5 is out of range: use a number in \(0, 1\]"),
@@ -357,7 +357,7 @@ def test_bad_request_options_are_refused(asked: Any, words: str) -> None:
 
 def test_a_request_may_ask_for_the_indexer_where_there_is_one() -> None:
     config = LSAConfig(indexer="folder", policy="quest")
-    for policy in POLICIES:
+    for policy in offered("folder"):
         assert RequestOptions.parse({"lsa": {"policy": policy}}, config).policy == policy
 
 

@@ -57,7 +57,7 @@ BAD_BODIES = {
     "budget_huge": (b'{"budget": 1e999}', "budget is inf: use a finite number"),
     "threshold_huge": (b'{"threshold": 1e999}', "threshold is inf: use a finite number"),
     "threshold_long": (b'{"threshold": -1' + b"0" * 400 + b"}", "use a finite number"),
-    "policy_unknown": (b'{"policy": "oracle"}', "policy is 'oracle': use one of indexer, quest, recency, random, full"),
+    "policy_unknown": (b'{"policy": "oracle"}', "policy is 'oracle': use one of indexer, retriever, quest, native, "),
     "policy_number": (b'{"policy": 3}', "policy is 3: use a value of type str"),
     "policy_odd": (b'{"policy": "\\ud800"}', "policy is '\\ud800': use one of"),
     "prefill_unknown": (b'{"prefill": "lazy"}', "prefill is 'lazy': use one of exact, resident"),

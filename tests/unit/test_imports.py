@@ -14,6 +14,7 @@ LAYERS = ("kernels", "memory", "engine", "attend", "serve", "radix_ext", "patche
 BUT = {
     ("sglang_lsa.engine.runtime", "sglang_lsa.serve.control"),
     ("sglang_lsa.radix_ext.radix_cache", "sglang_lsa.patches.requests"),
+    ("sglang_lsa.radix_ext.unified_cache", "sglang_lsa.patches.requests"),
 }
 """but for what a change of the configuration is, and for what SGLang's requests look like, which one file knows."""
 

@@ -325,6 +325,13 @@ def test_models_that_sglang_serves_densely_are_not_refused(
     assert all("names a sliding window of 128 tokens: whether SGLang's model has it is seen when" in n for n in notes)
 
 
+def test_a_policy_for_models_with_an_index_is_refused_without_one(tmp_path: pathlib.Path) -> None:
+    model = config_of(tmp_path, "Olmo2ForCausalLM", "olmo2")
+    (problem,) = model_problems(model, LSAConfig(policy="native"))
+    assert "--lsa-policy native" in problem
+    assert "has no index of its own: use one of quest, recency, random, full" in problem
+
+
 WINDOW = "has sliding-window attention"
 STATE = "has state-space or linear-attention layers"
 

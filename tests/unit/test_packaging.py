@@ -163,6 +163,7 @@ def test_python_range_is_the_same_everywhere() -> None:
 
 MAY_IMPORT_SGLANG = {
     "sglang_lsa/plugin.py",
+    "sglang_lsa/attend/dsv4.py",
     "sglang_lsa/attend/torch_native.py",
     "sglang_lsa/attend/flash_attention.py",
     "sglang_lsa/attend/flashinfer.py",
@@ -170,6 +171,9 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/stock_server.py",
     "radix_ext/allocator.py",
     "radix_ext/radix_cache.py",
+    "radix_ext/swa_allocator.py",
+    "radix_ext/unified_cache.py",
+    "radix_ext/unified_tree.py",
 }
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "numpy", "sglang_lsa.kernels"}
 

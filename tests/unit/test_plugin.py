@@ -541,7 +541,7 @@ def hook_modules() -> list[Any]:
 
 
 def words_of(name: str) -> list[str]:
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)]
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z0-9]+", name)]
 
 
 @pytest.mark.parametrize("hook", ALL, ids=[hook.target.removeprefix("sglang.srt.") for hook in ALL])

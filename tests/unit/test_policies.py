@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.config import FULL, PAGE_SIZE, POLICIES, LSAConfig, RequestOptions, offered
+from sglang_lsa.config import FULL, PAGE_SIZE, POLICIES, LSAConfig, RequestOptions, looks_at_index, offered
 from sglang_lsa.engine import policies
-from sglang_lsa.engine.policies import REGISTRY, Indexer, Parts, Policy, Quest, Random, Recency, register
+from sglang_lsa.engine.policies import (
+    REGISTRY,
+    Indexer,
+    Parts,
+    Policy,
+    Quest,
+    Random,
+    Recency,
+    Retriever,
+    needed,
+    register,
+)
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
@@ -47,11 +58,15 @@ def test_every_name_that_can_be_asked_for_is_a_policy_or_full() -> None:
 
 
 def test_what_the_policies_say_of_themselves() -> None:
-    said = {name: (policy.queries, policy.page_keys, policy.calibrated) for name, policy in REGISTRY.items()}
-    nothing = (False, False, False)
+    said = {
+        name: (policy.queries, policy.page_keys, policy.index, policy.calibrated) for name, policy in REGISTRY.items()
+    }
+    nothing = (False, False, False, False)
     assert said == {
-        "indexer": (True, False, True),
-        "quest": (True, True, False),
+        "indexer": (True, False, False, True),
+        "retriever": (True, False, True, False),
+        "quest": (True, True, False, False),
+        "native": (True, False, True, False),
         "recency": nothing,
         "random": nothing,
     }
@@ -64,6 +79,33 @@ def test_what_the_policies_say_of_themselves() -> None:
 def test_what_a_server_offers_and_its_default(indexer: str | None, names: tuple[str, ...]) -> None:
     assert offered(indexer) == names
     assert LSAConfig(indexer=indexer).policy == names[0]
+
+
+@pytest.mark.parametrize(
+    ("indexer", "names"),
+    [(None, ("native", "recency", "random", FULL)), ("file", ("retriever", "native", "recency", "random", FULL))],
+)
+def test_what_is_offered_where_the_model_has_an_index(indexer: str | None, names: tuple[str, ...]) -> None:
+    assert offered(indexer, index=True) == names
+    assert [policy.name for policy in needed(LSAConfig(indexer=indexer), index=True)] == list(names[:-1])
+    assert set(offered(indexer, None)) == {*names, *offered(indexer)}, "either, as long as the model is not known"
+
+
+def test_policies_say_which_models_they_fit() -> None:
+    assert {name: looks_at_index(name) for name in POLICIES} == {
+        "indexer": False,
+        "retriever": True,
+        "quest": False,
+        "native": True,
+        "recency": None,
+        "random": None,
+        FULL: None,
+    }
+
+
+def test_a_policy_for_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="--lsa-policy native does not fit this model: use one of quest, recency"):
+        make_runtime(policy="native")
 
 
 class KeySums(Policy):
@@ -157,7 +199,7 @@ def test_where_nothing_looks_at_keys_none_are_kept(monkeypatch: pytest.MonkeyPat
 
 def test_trained_is_what_needs_a_checkpoint() -> None:
     assert make_runtime().indexer is None
-    assert [name for name, offer in POLICIES.items() if offer.trained] == [Indexer.name]
+    assert [name for name, offer in POLICIES.items() if offer.trained] == [Indexer.name, Retriever.name]
     assert isinstance(make_runtime().policies[Quest.name], Quest)
 
 

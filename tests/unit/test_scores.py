@@ -111,7 +111,9 @@ def test_a_policy_that_failed_has_nothing_to_agree_on(monkeypatch: pytest.Monkey
 def test_what_the_policies_ask_for() -> None:
     asked = {name: policy.across_ranks for name, policy in REGISTRY.items()}
     same = Reduction.SAME
-    assert asked == {"indexer": Reduction.SUM, "quest": Reduction.MAX, "recency": same, "random": same}
+    dense = {"indexer": Reduction.SUM, "quest": Reduction.MAX, "recency": same, "random": same}
+    own_index = {"native": same, "retriever": same}  # which every rank has whole
+    assert asked == dense | own_index
 
 
 def test_one_rank_has_what_it_scored() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from simulation import failure_of
 
 from sglang_lsa.engine.choose import choose
+from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.step import Step
@@ -17,11 +20,11 @@ from sglang_lsa.memory.ledger import Ledger
 SEEDS = range(200)
 
 
-def failures(seeds: range = SEEDS, enough: int = 1, page: int = 64) -> list[str]:
+def failures(seeds: range = SEEDS, enough: int = 1, page: int = 64, own_index: bool = False) -> list[str]:
     """What goes wrong with these seeds, up to so many, where a page has so many tokens."""
     found: list[str] = []
     for seed in seeds:
-        failure, _ = failure_of(seed, page=page)
+        failure, _ = failure_of(seed, page=page, own_index=own_index)
         found += [failure] if failure is not None else []
         if len(found) == enough:
             break
@@ -37,6 +40,40 @@ def test_nothing_is_read_wrong_lost_or_left(part: int) -> None:
 def test_pages_of_other_sizes(page: int, seeds: range) -> None:
     """Nothing but the layout knows how many tokens a page has."""
     assert failures(seeds, page=page) == []
+
+
+def test_a_model_with_an_index_of_its_own() -> None:
+    """Pages are chosen by its keys of all pages and by what was asked last; a request scores by its own, whatever was
+    recalled, shared or given up meanwhile, and whenever the device comes to it."""
+    total = collections.Counter[str]()
+    for seed in range(24):
+        failure, counts = failure_of(seed, page=256, own_index=True)
+        assert failure is None, failure
+        total += counts
+    assert total["scored"] > 100 and total["recalled"] > 100 and total["evicted"] > 100
+    assert not total["streamed"] + total["resident"], "prompts are whole on the device"
+
+
+def test_it_finds_index_keys_of_another_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several pages that a pass completes, those of the first are kept for all."""
+    complete = KeptIndexKeys.complete
+
+    def first(self: KeptIndexKeys, virtual: np.ndarray, physical: np.ndarray) -> None:
+        complete(self, virtual, np.full_like(physical, physical[0]) if len(physical) else physical)
+
+    monkeypatch.setattr(KeptIndexKeys, "complete", first)
+    assert "have other keys" in failures(range(24), page=256, own_index=True)[0]
+
+
+def test_it_finds_queries_of_tokens_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass is shown to the observer with the positions of the pass before."""
+    begin = IndexRings.begin
+
+    def late(self: IndexRings, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        begin(self, rows, (positions - 1).clamp(min=0))
+
+    monkeypatch.setattr(IndexRings, "begin", late)
+    assert "other queries" in failures(range(24), page=256, own_index=True)[0]
 
 
 def test_it_finds_a_resident_prefix_that_is_committed_before_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

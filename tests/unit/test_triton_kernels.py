@@ -14,6 +14,12 @@ import pytest
 import torch
 
 from sglang_lsa.kernels.attention_mass import _attention_mass_triton, attention_mass_reference
+from sglang_lsa.kernels.compact_table import (
+    _compact_table_triton,
+    _to_physical_triton,
+    compact_table_reference,
+    to_physical_reference,
+)
 from sglang_lsa.kernels.merge_states import _merge_states_triton, merge_states_reference
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
 from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton, moves
@@ -525,6 +531,43 @@ def test_decode_pages(page: int, rows: Sequence[Row], padding: int, dtype: torch
     assert [int((row >= 0).sum()) for row in pages] == [*(-(-length // page) for length in batch.lengths), 0]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "padding"), [(torch.int32, 0), (torch.int64, 3)], ids=["int32", "int64 and padding rows"]
+)
+@pytest.mark.parametrize("beyond", [0, 300], ids=["narrow", "wide"])
+@pytest.mark.parametrize(("page", "rows"), [row for row in BATCHES if row.values[0] % 4 == 0])
+def test_compact_table(page: int, rows: Sequence[Row], beyond: int, padding: int, dtype: torch.dtype) -> None:
+    batch = Batch(page, rows, dtype, padding)
+    width = max(-(-length // page) for length in batch.lengths) + beyond
+
+    def run(function) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = torch.full((len(batch.rows), width), -1, dtype=torch.int32, device=DEVICE)
+        entries = torch.full((len(batch.rows),), -1, dtype=torch.int32, device=DEVICE)
+        tables = batch.table, batch.req_to_token, batch.v2p, batch.rows, batch.seq_lens
+        function(*tables, page, 4, pages, entries)
+        return pages, entries
+
+    (pages, entries), (expected, expected_entries) = run(_compact_table_triton), run(compact_table_reference)
+    assert_same(pages, expected)
+    assert_same(entries, expected_entries)
+    assert entries.tolist() == [length // 4 for length in batch.lengths]
+    real = len(rows)
+    assert [int((row > 0).sum()) for row in pages[:real]] == [-(-length // page) for length in batch.lengths[:real]]
+    assert bool((pages[real:] == 0).all()), "padding rows read the padding page"
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 1025)], ids=str)
+def test_to_physical(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    pages = torch.randint(-2, 22, shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    v2p = torch.tensor([0, *range(19, 0, -1)], dtype=torch.int32, device=DEVICE)
+    expected = pages.clone()
+    to_physical_reference(expected, v2p)
+    assert_same(expected, torch.where((pages > 0) & (pages < 20), 20 - pages, 0))
+    _to_physical_triton(pages, v2p)
+    assert_same(pages, expected)
+
+
 def test_decode_indices_of_an_empty_batch() -> None:
     batch = Batch(4, [(0, 0, 5)], torch.int64, 0)
     batch.rows, batch.seq_lens = batch.rows[:0], batch.seq_lens[:0]
@@ -600,6 +643,23 @@ def test_record_converts_to_the_type_of_the_ring() -> None:
     record_reference(source, rows, positions, expected, 0)
     _record_triton(source, rows, positions, ring, 0)
     assert_same(ring, expected)
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_record_the_last_tokens_of_each_request(length: int) -> None:
+    """Prompts longer, as long and shorter than the ring, beside one that decodes, and padding that shares row 0."""
+    tokens = {2: 8, 1: 3, 4: 1, 5: 20, 0: 2}
+    rows = ids([row for row, count in tokens.items() for _ in range(count)])
+    positions = ids([100 * row + index for row, count in tokens.items() for index in range(count)])
+    source = random(len(rows), 80)
+    ring = torch.full((6, length, 2, 80), NAN, device=DEVICE)
+    expected = ring.clone()
+    for index, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        expected[row, position % length, 1] = source[index]
+    for run in (_record_triton, record_reference):
+        seen = ring.clone()
+        run(source, rows, positions, seen, 1, True)
+        assert_same(seen, expected)
 
 
 @pytest.mark.parametrize(

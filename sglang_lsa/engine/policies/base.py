@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.layout.base import KVLayout
@@ -22,17 +23,19 @@ class Parts:
 
     Attributes:
         virtual_pages: that there can be.
-        observer: of recent queries.
-        page_keys: bounds of the keys of complete pages; of no layer where no policy looks at them.
+        observer: of recent queries; of the model's own index where it has one.
+        page_keys: bounds of the keys of complete pages; of no layer where no policy looks at them. Or index keys.
         softmax_scale: of the model.
+        index: the model's own; None for one that attends to all that it is given.
     """
 
     config: LSAConfig
     layout: KVLayout
     virtual_pages: int
-    observer: QueryObserver
-    page_keys: PageKeys
+    observer: QueryObserver | IndexObserver
+    page_keys: PageKeys | IndexKeys
     softmax_scale: float
+    index: NativeIndex | None = None
 
 
 class Policy(ABC):
@@ -40,9 +43,10 @@ class Policy(ABC):
 
     Attributes:
         name: by which it is asked for.
-        queries: it looks at the recent queries of a request. What looks at none is a baseline, and stays one: no other
-            hint is followed for it.
+        queries: it looks at what a request's recent tokens ask, of attention or of the model's own index. What does not
+            is a baseline, and stays one: no other hint is followed for it.
         page_keys: it looks at the bounds of the keys of pages.
+        index: it looks at the model's own index, and not at attention.
         calibrated: its scores are shares of attention, so that they can be added up, and have a threshold.
         across_ranks: how scores of ranks with some of the heads each become those of the model.
         threshold: of a calibrated one: score from which on a page is worth keeping, unless configured.
@@ -51,6 +55,7 @@ class Policy(ABC):
     name: ClassVar[str]
     queries: ClassVar[bool] = False
     page_keys: ClassVar[bool] = False
+    index: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     across_ranks: ClassVar[Reduction] = Reduction.SAME
     threshold: float = 0.0

@@ -44,6 +44,7 @@ class Indexer(Policy):
     @classmethod
     def build(cls, parts: Parts) -> Indexer:
         indexer = MemoryIndexer.load(str(parts.config.indexer)).to(parts.layout.device)
+        assert isinstance(parts.observer, QueryObserver)
         return cls(indexer, parts.observer, parts.layout, parts.virtual_pages)
 
     @classmethod

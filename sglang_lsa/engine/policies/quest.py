@@ -26,6 +26,7 @@ class Quest(Policy):
 
     @classmethod
     def build(cls, parts: Parts) -> Quest:
+        assert isinstance(parts.observer, QueryObserver) and isinstance(parts.page_keys, PageKeys)
         return cls(parts.observer, parts.page_keys, parts.softmax_scale)
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:

@@ -40,11 +40,13 @@ class PageShape:
         layers: bytes of the pieces of each layer that has pages.
         decoded: bytes that each byte takes in what attention reads of streamed pages; 0 where it reads them as they
             lie.
+        whole_prompts: see :class:`KVLayout`.
     """
 
     page_tokens: int
     layers: tuple[tuple[int, ...], ...]
     decoded: int = 0
+    whole_prompts: bool = False
 
     @property
     def page_bytes(self) -> int:
@@ -71,9 +73,19 @@ class KVLayout(ABC):
     """In what keys are shown and queries are kept."""
     decoded = 0
     """See :class:`PageShape`."""
+    shows_keys = True
+    """Who looks at keys finds them, and queries are those of attention; else the model has an index of its own."""
+    whole_prompts = False
+    """All pages of a prompt are on the device while it is prefilled: none is streamed, none left out."""
+    page_tables = False
+    """Attention reads tables of physical pages. Slots stay virtual in all that SGLang computes, and who writes into a
+    page translates."""
     key_buffers: Mapping[int, torch.Tensor] = MappingProxyType({})
     """By layer, all keys as they lie, floats ``[slots, kv_heads, head_dim]``, for kernels that pick pages or tokens
     themselves; nothing where keys do not lie so, see :meth:`keys`."""
+    index_buffers: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """By layer, keys of the model's own index as they lie, uint8 ``[physical_pages + 1, bytes]``; nothing where it has
+    none."""
 
     def __init__(self, page_tokens: int, buffers: Iterable[tuple[int, torch.Tensor]]):
         self.page_tokens = page_tokens
@@ -113,7 +125,7 @@ class KVLayout(ABC):
     @property
     def shape(self) -> PageShape:
         layers = tuple(tuple(piece.nbytes for piece in pieces) for pieces in self.by_layer.values())
-        return PageShape(self.page_tokens, layers, self.decoded)
+        return PageShape(self.page_tokens, layers, self.decoded, self.whole_prompts)
 
     @abstractmethod
     def keys(self, layer: int, physical: torch.Tensor) -> torch.Tensor | None:

@@ -27,7 +27,8 @@ def snapshot_text(runtime: LSARuntime, tree: Any) -> str:
     fails must not take the scheduler with it.
     """
     try:
-        return json.dumps({**snapshot(runtime), "tree": _picture.take(tree, runtime.pager.ledger)})
+        drawn = _picture.take(tree, runtime.pager.ledger, runtime.pager.page)
+        return json.dumps({**snapshot(runtime), "tree": drawn})
     except Exception as error:
         logger.exception("LSA: the snapshot for the live view failed; the page shows the error")
         return json.dumps({"error": f"the scheduler could not describe itself: {error!r}"})

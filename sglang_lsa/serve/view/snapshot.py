@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sglang_lsa.config import FULL, PAGE_SIZE
+from sglang_lsa.config import FULL
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.serve.metrics import measure
@@ -43,7 +43,7 @@ def snapshot(runtime: LSARuntime) -> dict[str, Any]:
         "policy": runtime.config.policy,
         "budget": runtime.config.budget,
         "window": runtime.config.window,
-        "page_tokens": PAGE_SIZE,
+        "page_tokens": runtime.pager.page,
         "page_bytes": runtime.pager.page_bytes,
         "virtual_pages": ledger.virtual_pages,
         "virtual_allocated": ledger.allocated_pages,

@@ -30,15 +30,16 @@ class TreePicture:
     def __init__(self) -> None:
         self._pages: dict[int, np.ndarray] = {}
 
-    def take(self, tree: Any, ledger: Ledger) -> dict[str, Any]:
+    def take(self, tree: Any, ledger: Ledger, page: int = PAGE_SIZE) -> dict[str, Any]:
         """Nodes as rows of :data:`FIELDS`, parents before their children; how many are left out.
 
         Args:
             tree: SGLang's cache; one without a tree has no nodes.
+            page: tokens of a page.
         """
         root = getattr(tree, "root_node", None)
         visited, unseen = _walk(root) if root is not None else ([], 0)
-        self._learn(visited)
+        self._learn(visited, page)
         known = [node for node in visited if node.id in self._pages]
         kept = _kept(known, self._figures(known, ledger)[:, 0], root)
         rows = self._figures(kept, ledger)
@@ -56,13 +57,13 @@ class TreePicture:
         ]
         return {"nodes": nodes, "more": len(visited) - len(kept) + unseen}
 
-    def _learn(self, nodes: list[Any]) -> None:
+    def _learn(self, nodes: list[Any], page: int) -> None:
         """Pages of nodes that are new or were split since; one wait for all of them."""
-        sizes = {node.id: len(node.value) // PAGE_SIZE for node in nodes}
+        sizes = {node.id: len(node.value) // page for node in nodes}
         self._pages = {number: pages for number, pages in self._pages.items() if len(pages) == sizes.get(number)}
         new = [node for node in nodes if node.id not in self._pages and sizes[node.id]][:MOST_LEARNED]
         if new:
-            pages = pages_of(torch.cat([node.value[::PAGE_SIZE] for node in new]), PAGE_SIZE)
+            pages = pages_of(torch.cat([node.value[::page] for node in new]), page)
             parts = np.split(pages, np.cumsum([sizes[node.id] for node in new])[:-1])
             self._pages.update({node.id: part for node, part in zip(new, parts, strict=True)})
 
