@@ -292,6 +292,11 @@ def test_what_is_served(flags: str, started: dict[str, Any]) -> None:
         ("tp", "--tp-size 2: not supported with LSA yet: use --tp-size 1"),
         ("mixed", "--enable-mixed-chunk True: not supported with LSA yet: remove"),
         ("resident", "--lsa-prefill resident: not supported with LSA and DeepseekV4ForCausalLM yet: use exact"),
+        (
+            "quest",
+            "--lsa-policy quest: DeepseekV4ForCausalLM shows no queries and keys of attention: use one of nat",
+        ),
+        ("indices", "--enable-return-indexer-topk True: not supported with LSA and DeepseekV4ForCausalLM yet: remove"),
         ("no index there", "--lsa-observe-layers names layer 2, which has no index: use some of 1, 3, 5"),
         ("recorded", "--lsa-record /nowhere/at/all: not supported with LSA and DeepseekV4ForCausalLM yet"),
     ],
