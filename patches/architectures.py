@@ -24,7 +24,11 @@ HEAD_DIM, ROPE_DIM, INDEX_DIM, WINDOW = 512, 64, 128, 128
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     # beside those that are refused for every model; (attribute, value that is fine, what to do)
     ("attention_backend", "dsv4", "leave the flag out"),
-    ("prefill_attention_backend", None, "leave the flag out"),
+    (
+        "prefill_attention_backend",
+        None,
+        "leave the flag out; if nobody gave it, LSA did, for a model that was not here yet: start the server again",
+    ),
     ("decode_attention_backend", None, "leave the flag out"),
     ("kv_cache_dtype", "fp8_e4m3", "leave the flag out"),
     ("enable_dp_attention", False, "remove the flag"),

@@ -28,6 +28,7 @@ FLAGS: dict[str, Sequence[str]] = {
     "full": (*LSA, "--lsa-policy=full"),
     "other page": (*LSA, "--page-size=64"),
     "other attention": (*LSA, "--decode-attention-backend=fa3"),
+    "not here yet": (*LSA, "--prefill-attention-backend=fa3"),
     "bfloat16": (*LSA, "--kv-cache-dtype=bfloat16"),
     "hisparse": (*LSA, "--enable-hisparse"),
     "hicache": (*LSA, "--enable-hierarchical-cache"),

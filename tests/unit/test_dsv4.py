@@ -286,6 +286,10 @@ def test_what_is_served(flags: str, started: dict[str, Any]) -> None:
             "other attention",
             "--decode-attention-backend fa3: not supported with LSA and DeepseekV4ForCausalLM yet",
         ),
+        (
+            "not here yet",
+            "--prefill-attention-backend fa3: not supported with LSA and DeepseekV4ForCausalLM yet: leave the flag out",
+        ),
         ("bfloat16", "--kv-cache-dtype bfloat16: not supported with LSA and DeepseekV4ForCausalLM yet: leave"),
         ("hisparse", "--enable-hisparse True: not supported with LSA yet: remove --enable-hisparse"),
         ("hicache", "--enable-hierarchical-cache True: not supported with LSA yet: remove"),
