@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_lsa.config import FULL, PAGE_SIZE, LSAConfig
+from sglang_lsa.config import FULL, PAGE_SIZE, LSAConfig, offered
 from sglang_lsa.engine.native_index import NativeIndex, scorer_layers
 from sglang_lsa.engine.policies import needed
 from sglang_lsa.memory.layout import dsv4
@@ -24,12 +24,17 @@ HEAD_DIM, ROPE_DIM, INDEX_DIM, WINDOW = 512, 64, 128, 128
 REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     # beside those that are refused for every model; (attribute, value that is fine, what to do)
     ("attention_backend", "dsv4", "leave the flag out"),
-    ("prefill_attention_backend", None, "leave the flag out"),
+    (
+        "prefill_attention_backend",
+        None,
+        "leave the flag out; if nobody gave it, LSA did, for a model that was not here yet: start the server again",
+    ),
     ("decode_attention_backend", None, "leave the flag out"),
     ("kv_cache_dtype", "fp8_e4m3", "leave the flag out"),
     ("enable_dp_attention", False, "remove the flag"),
     ("disable_hybrid_swa_memory", False, "remove the flag"),
     ("enable_deepseek_v4_fp4_indexer", False, "remove the flag: index keys are read in FP8"),
+    ("enable_return_indexer_topk", False, "remove the flag: the index numbers entries among resident pages only"),
 )
 
 
@@ -83,6 +88,12 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
         if backend not in fine:
             found.append(f"--cuda-graph-backend-{phase} {backend}: {NOT_YET}: use {fine[-1]}")
     found += _shape_problems(model)
+    fitting = offered(config.indexer, True)
+    if config.policy not in fitting and not config.policy_is_default:
+        found.append(
+            f"--lsa-policy {config.policy}: {DEEPSEEK_V4} shows no queries and keys of attention: use one of "
+            f"{', '.join(fitting)}, or leave the flag out"
+        )
     if config.record is not None:
         found.append(f"--lsa-record {config.record}: {NOT_YET}: its index needs no such training")
     if config.prefill != "exact":
@@ -96,7 +107,7 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
 
 
 def with_own_index(config: LSAConfig) -> LSAConfig:
-    """The configuration for a model that has an index of its own: its first policy, where that of dense models is."""
+    """The configuration for a model that has an index of its own: its first policy, where none was asked for."""
     names = [policy.name for policy in needed(config, index=True)]
     return config if config.policy in (*names, FULL) else dataclasses.replace(config, policy=names[0])
 

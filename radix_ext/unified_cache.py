@@ -116,6 +116,7 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
         own = shared.known(name, req.req_pool_idx)
         if own is None:
             own = self.page_index.pages(row[:tokens])
+        shared.after_passes()  # SGLang names other pages in the row of a request that may be decoding
         with self.token_to_kv_pool_allocator.full_attn_allocator.holding_back():
             with self._known(req, own):
                 super().cache_unfinished_req(req, chunked=chunked, **options)

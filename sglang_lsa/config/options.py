@@ -109,7 +109,7 @@ class RequestOptions:
             offered(config.indexer, looks_at_index(config.policy) if index is None else index),
         )
         prefill = asked.get("prefill", config.prefill)
-        require_choice("custom_params.lsa.prefill", prefill, PREFILLS)
+        require_choice("custom_params.lsa.prefill", prefill, PREFILLS[:1] if index else PREFILLS)
         sets = _parse_sets(asked.get("sets", ""), page)
         if sets and (not enabled or policy == FULL):
             raise ValueError("custom_params.lsa names sets and switches pruning off: leave one of the two out")

@@ -125,6 +125,7 @@ class LSAConfig:
     def __post_init__(self) -> None:
         if self.observe_layers is not None:
             object.__setattr__(self, "observe_layers", tuple(int(layer) for layer in self.observe_layers))
+        object.__setattr__(self, "_policy_is_default", self.policy is None)
         if self.policy is None:
             object.__setattr__(self, "policy", offered(self.indexer)[0])
         require_choice("policy", self.policy, tuple(POLICIES))
@@ -164,6 +165,11 @@ class LSAConfig:
                 f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use "
                 f"{offered(None, looks_at_index(self.policy))[0]}"
             )
+
+    @property
+    def policy_is_default(self) -> bool:
+        """Nobody asked for the policy: a model of another kind may have another default."""
+        return bool(self.__dict__["_policy_is_default"])
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:

@@ -150,7 +150,7 @@ class LSARuntime:
         if self.indexer is not None:
             logger.warning(
                 "LSA: the model's weights changed, but the indexer %s was trained for those before: pages that it "
-                "chooses may be the wrong ones. Train it again (sglang-lsa train), or use the policy quest",
+                "chooses may be the wrong ones. Train it again (sglang-lsa train), or use one without training",
                 self.config.indexer,
             )
         self._update_metrics()

@@ -44,6 +44,15 @@ class SharedPages:
         request = self.requests.get(key)
         return request.pages if request is not None and request.row == row else None
 
+    def after_passes(self) -> None:
+        """What is queued on the current stream from now on comes after the forward passes that are queued (GPU).
+
+        SGLang lets its scheduler write into ``req_to_token`` as soon as a CUDA graph is launched, since attention has
+        read it before; a graph that makes its page table itself reads it later.
+        """
+        if self.pager.device.type == "cuda":
+            torch.cuda.current_stream(self.pager.device).wait_stream(self.pager.compute())
+
     def replaced(self, key: str, row: int, tokens: int, own: np.ndarray | None, shared: np.ndarray) -> None:
         """The tree has the first pages of this request already: from now on it uses the tree's.
 

@@ -43,6 +43,7 @@ class Needs:
         row_bytes: selector's bytes for one request.
         staging_bytes: what prompts need to read the host mirror: two buffers, and a chunk's sums; no context enters.
         policy_bytes: what policies keep of one page themselves, by name, and what SGLang keeps of every virtual page.
+        fixed_bytes: what policies take whatever is served, by name.
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
         virtual_share: most of the device's budget for what is kept of every virtual page, where the size of the mirror
             is left open.
@@ -58,6 +59,7 @@ class Needs:
     policy_bytes: Mapping[str, int] = field(default_factory=dict)
     map_bytes: int = 4
     virtual_share: float = 1.0
+    fixed_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def most_virtual(self, budgeted_bytes: int) -> float:
         """Virtual pages whose own bytes on the device are within that share."""
@@ -78,7 +80,7 @@ class Needs:
             "graph_indices": graph * 4,
             "staging": self.staging_bytes,
         }
-        return overhead | {name: pages * size for name, size in self.policy_bytes.items()}
+        return overhead | {name: pages * size for name, size in self.policy_bytes.items()} | dict(self.fixed_bytes)
 
 
 def selector_needs(

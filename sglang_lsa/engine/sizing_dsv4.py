@@ -51,6 +51,7 @@ def dsv4_needs(config: LSAConfig, index: NativeIndex, *, rows: int, context_toke
         rows: requests that run at the same time, and one for padding.
         context_tokens: longest context that SGLang's table has room for.
     """
+    fixed = {policy.name: size for policy in needed(config, index=True) if (size := policy.fixed_bytes(config, index))}
     own = {policy.name: size for policy in needed(config, index=True) if (size := policy.page_bytes(config))}
     return Needs(
         rows,
@@ -61,4 +62,5 @@ def dsv4_needs(config: LSAConfig, index: NativeIndex, *, rows: int, context_toke
         row_bytes=native_index.row_bytes(config, index),
         policy_bytes={**own, **beside(c128_layers)},
         virtual_share=VIRTUAL_SHARE,
+        fixed_bytes=fixed,
     )

@@ -118,6 +118,16 @@ def numbers_of(path: str | pathlib.Path) -> tuple[int, ...]:
     return tuple(sorted(_parts_of(path, mmap=True)))
 
 
+@functools.cache
+def numbers_in(path: str | pathlib.Path) -> int:
+    """How many numbers the layers of a checkpoint have together; reads none of them.
+
+    Raises:
+        ValueError: as :func:`numbers_of`.
+    """
+    return sum(part.numel() for parts in _parts_of(path, mmap=True).values() for part in parts.values())
+
+
 def _parts_of(path: str | pathlib.Path, mmap: bool = False) -> dict[int, dict[str, torch.Tensor]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -71,6 +71,8 @@ def changed(config: LSAConfig, values: Mapping[str, Value], index: bool | None =
     after = dataclasses.replace(config, **checked)  # type: ignore[arg-type]
     if after.policy not in names:
         raise ValueError(f"policy is {after.policy!a:.80}: use one that this model has: {', '.join(names)}")
+    if index and after.prefill != config.prefill:
+        raise ValueError(f"prefill is {after.prefill!a:.80}: prompts of this model are whole: use {config.prefill}")
     return after
 
 

@@ -23,9 +23,12 @@ LSA = ("--lsa-host-memory-gb=0.02", "--lsa-device-tokens=16384")
 FLAGS: dict[str, Sequence[str]] = {
     "tiny": LSA,
     "policy": (*LSA, "--lsa-policy=random"),
+    "quest": (*LSA, "--lsa-policy=quest"),
+    "indices": (*LSA, "--enable-return-indexer-topk"),
     "full": (*LSA, "--lsa-policy=full"),
     "other page": (*LSA, "--page-size=64"),
     "other attention": (*LSA, "--decode-attention-backend=fa3"),
+    "not here yet": (*LSA, "--prefill-attention-backend=fa3"),
     "bfloat16": (*LSA, "--kv-cache-dtype=bfloat16"),
     "hisparse": (*LSA, "--enable-hisparse"),
     "hicache": (*LSA, "--enable-hierarchical-cache"),

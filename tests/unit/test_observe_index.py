@@ -14,6 +14,7 @@ from sglang_lsa.engine.native_index import NativeIndex, scorer_layers
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies.native import shares
 from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.sizing_dsv4 import dsv4_needs
 from sglang_lsa.indexer.flashmemory import NAMES, load_retrievers
 from sglang_lsa.kernels.retriever_score_paged import ENTRIES, entry_logits, pack_pages, unpack_pages
 from sglang_lsa.memory.layout.dsv4 import INDEX_ROW, KV_ROW, Dsv4Layout
@@ -277,6 +278,17 @@ def test_a_checkpoint_of_another_width_is_refused(tmp_path: pathlib.Path) -> Non
     parts = build.observer(config, pager.layout, 5, 1, INDEX), build.page_keys(config, pager, INDEX)
     with pytest.raises(ValueError, match="reads hidden states of 8 numbers, the model has 16"):
         build.policies(config, pager, *parts, 1.0, INDEX)
+
+
+def test_what_a_checkpoint_takes_is_planned(tmp_path: pathlib.Path) -> None:
+    config = LSAConfig(indexer=checkpoint(tmp_path / "c.pt", (0, 2)), policy="retriever")
+    pager = Pager(layout(), 20)
+    parts = build.observer(config, pager.layout, 5, 1, INDEX), build.page_keys(config, pager, INDEX)
+    made = build.policies(config, pager, *parts, 1.0, INDEX)["retriever"]
+    needs = dsv4_needs(config, INDEX, rows=5, context_tokens=4096, c128_layers=2)
+    planned = [needs.overhead(config, 10 * 256, virtual * 256)["retriever"] for virtual in (20, 40)]
+    assert planned == [made.nbytes] * 2 and made.nbytes > 0
+    assert "retriever" not in dsv4_needs(LSAConfig(), INDEX, rows=5, context_tokens=4096, c128_layers=2).fixed_bytes
 
 
 def test_a_vote_that_stands_out_counts_more_whatever_its_scale() -> None:

@@ -27,6 +27,7 @@ from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import selector_needs
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.serve.control import changed
 from sglang_lsa.serve.status import overhead_bytes
 
 
@@ -106,6 +107,22 @@ def test_policies_say_which_models_they_fit() -> None:
 def test_a_policy_for_another_kind_of_model_is_refused() -> None:
     with pytest.raises(ValueError, match="--lsa-policy native does not fit this model: use one of quest, recency"):
         make_runtime(policy="native")
+
+
+def test_a_prompt_over_a_resident_prefix_is_not_offered_where_prompts_are_whole() -> None:
+    asked, config = {"lsa": {"prefill": "resident"}}, LSAConfig(policy="native")
+    assert RequestOptions.parse(asked, LSAConfig(), index=False).prefill == "resident"
+    with pytest.raises(ValueError, match="prefill is 'resident': use one of exact"):
+        RequestOptions.parse(asked, config, 256, index=True)
+    with pytest.raises(ValueError, match="prefill is 'resident': prompts of this model are whole: use exact"):
+        changed(config, {"prefill": "resident"}, index=True)
+    assert changed(config, {"prefill": "exact", "budget": 0.5}, index=True).budget == 0.5
+    assert changed(LSAConfig(), {"prefill": "resident"}, index=False).prefill == "resident"
+
+
+def test_whether_somebody_asked_for_the_policy() -> None:
+    assert LSAConfig().policy_is_default and LSAConfig(indexer="folder").policy_is_default
+    assert not LSAConfig(policy="quest").policy_is_default
 
 
 class KeySums(Policy):

@@ -275,6 +275,30 @@ def test_a_request_that_is_retracted_leaves_the_tree_as_it_was() -> None:
     assert len(server.match(text(0, 140)).device_indices) == 96
 
 
+def test_a_row_changes_after_the_pass_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode graph that makes its page table itself reads rows when SGLang takes them for read."""
+    order: list[str] = []
+    server = Server()
+    shared, write = server.runtime.shared, server.tree.req_to_token_pool.write
+
+    def noted(*arguments: Any) -> None:
+        order.append("write")
+        write(*arguments)
+
+    server.tree.req_to_token_pool.write = noted
+    monkeypatch.setattr(shared, "after_passes", lambda: order.append("wait"))
+    server.end(server.come("first", text(0, 100)))
+    assert order == ["wait", "write"]
+    monkeypatch.undo()
+    stream = SimpleNamespace(wait_stream=order.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    shared.after_passes()
+    assert len(order) == 2, "on a CPU a pass is done when it is queued"
+    monkeypatch.setattr(shared, "pager", SimpleNamespace(device=torch.device("cuda"), compute=lambda: "forward"))
+    shared.after_passes()
+    assert order[2:] == ["forward"]
+
+
 def test_only_prompts_stay() -> None:
     server = Server()
     first = server.come("first", text(0, 100))

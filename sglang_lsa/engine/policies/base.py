@@ -75,6 +75,11 @@ class Policy(ABC):
         """Device bytes that it keeps of a page itself."""
         return 0
 
+    @classmethod
+    def fixed_bytes(cls, config: LSAConfig, index: NativeIndex) -> int:
+        """Device bytes that it takes however many pages there are, beside a model with an index of its own."""
+        return 0
+
     @property
     def nbytes(self) -> int:
         """Device bytes that it keeps itself."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.native_index import NativeIndex
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies.base import Parts, Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.flashmemory import Retriever as Layer
-from sglang_lsa.indexer.flashmemory import load_retrievers
+from sglang_lsa.indexer.flashmemory import load_retrievers, numbers_in
 from sglang_lsa.kernels.retriever_score_paged import retriever_score_paged
 from sglang_lsa.memory.transfer import ids_on
 
@@ -45,6 +47,10 @@ class Retriever(Policy):
             )
         device = parts.layout.device
         return cls([layer.to(device, index.dtype) for layer in layers], observer, keys)
+
+    @classmethod
+    def fixed_bytes(cls, config: LSAConfig, index: NativeIndex) -> int:
+        return numbers_in(str(config.indexer)) * index.dtype.itemsize
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
         at = self.observer.recent(request.first_observed, request.tokens)
