@@ -98,7 +98,7 @@ class Forge:
 
         Args:
             most: that are wanted.
-            spare: pages that are left free for each of them, and once more.
+            spare: pages that are left free for each of them, and once more; of windows, one for each.
         """
         for number in range(most):
             wanted = arm.pages + spare * (number + 2)
