@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sglang_lsa.bench import dsv4_plugin
 from sglang_lsa.bench.client import run_together
-from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, Dsv4Arm, Dsv4System, Plan, plan
+from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, MOST, Dsv4Arm, Dsv4System, Plan, plan
 from sglang_lsa.bench.dsv4_report import DSV4, table
 from sglang_lsa.bench.dsv4_shapes import DSV4_SHAPES, ENVIRONMENT, Dsv4Shape
 from sglang_lsa.bench.plateau import Plateau, plateau
@@ -214,7 +214,7 @@ class Measurement:
         self.server.post("/flush_cache?timeout=60", {}, parse=False)
 
     def forge(self) -> dict[str, Any]:
-        """Fill the KV with prefixes.
+        """Fill the KV with prefixes, and read one of them.
 
         Raises:
             RuntimeError: there is room for none.
@@ -231,6 +231,8 @@ class Measurement:
         self.forged, self.pools = found["forged"], found["pools"]
         if not self.forged:
             raise RuntimeError(f"the server has no room for one prefix of {self.arm.context:,} tokens")
+        prompt = self.arm.prompt(MOST, self.forged, self.asked.shape.vocabulary)
+        asyncio.run(run_together(self.server.url, [prompt], 72))  # compiles what is compiled for long contexts
         return found
 
     def ask(self, what: dict[str, Any]) -> Any:

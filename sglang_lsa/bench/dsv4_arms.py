@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from sglang_lsa.server_process import LSA
 
 QUESTION = 64
 """Tokens of a prompt behind its prefix: more than SGLang and LSA want to compute anew, less than a page."""
-HOST_SPARE_GB = 12
+HOST_SPARE_GB = 20
 """Host memory that is left for servers and prompts."""
 WINDOW_PAGES, WINDOW_SPARE = 3, 64
 """Pages of the window that a running request has at most, and that a batch of prompts has beside."""
@@ -81,10 +83,32 @@ class Dsv4Arm:
         """Random token ids, int32 ``[context]``; the same in every process."""
         return np.random.default_rng((4, number)).integers(10, vocabulary, self.context, dtype=np.int32)
 
-    def prompt(self, number: int, distinct: int, vocabulary: int) -> list[int]:
+    def prompt(self, number: int, distinct: int, vocabulary: int) -> Prompt:
         """Of a request: requests take turns with the ``distinct`` prefixes, each with a question of its own."""
-        question = np.random.default_rng((5, number)).integers(10, vocabulary, QUESTION, dtype=np.int32)
-        return np.concatenate((self.prefix(number % distinct, vocabulary), question)).tolist()
+        return Prompt(self, number, number % distinct, vocabulary)
+
+
+@dataclass(frozen=True)
+class Prompt(Sequence[int]):
+    """Token ids, drawn when they are needed: all of them together would take gigabytes."""
+
+    arm: Dsv4Arm
+    number: int
+    prefix: int
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return self.arm.context + QUESTION
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids())
+
+    def ids(self) -> list[int]:
+        question = np.random.default_rng((5, self.number)).integers(10, self.vocabulary, QUESTION, dtype=np.int32)
+        return np.concatenate((self.arm.prefix(self.prefix, self.vocabulary), question)).tolist()
 
 
 DSV4_ARMS = {
