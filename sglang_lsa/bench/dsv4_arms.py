@@ -25,8 +25,8 @@ MOST = 128
 """Requests that are measured together at most."""
 C128_STATE_BYTES = 524_288
 """Compression state that a request has in a layer with an entry for 128 tokens."""
-FILLED = 0.9
-"""Part of LSA's device pages that planned resident sets take; a set that comes is there beside the one that goes."""
+FILLED = 0.75
+"""Part of LSA's device pages that planned resident sets take; new pages of a set are there beside those that go."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from sglang_lsa.engine.sizing_dsv4 import C128_ROW, ENTRY, INDEX_ENTRY, MAP_BYTES
 from sglang_lsa.memory.layout.dsv4 import INDEX_ROW, KV_ROW, PAGE_TOKENS
 
-C4_RING = 8
+C4_RING = 16
 """Compression states that a layer with an entry for 4 tokens keeps of a page of the window."""
 ENVIRONMENT: Mapping[str, str] = {"SGLANG_OPT_FP8_WO_A_GEMM": "0"}
 """Of all servers: SGLang's default takes weights that only a checkpoint in FP8 has."""
