@@ -61,7 +61,7 @@ def add_parser(commands: Commands) -> None:
         "bench", help="measure LSA, against stock SGLang on this machine's GPU or against itself"
     )
     kinds = command.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    for add in (add_serving, add_prefill, add_resident, add_selectors, add_overhead):
+    for add in (add_serving, add_prefill, add_dsv4, add_resident, add_selectors, add_overhead):
         add(kinds)
 
 
@@ -117,6 +117,52 @@ def run_prefill(args: argparse.Namespace) -> int:
 
     names = ("pools", "prompts", "workloads", "systems", "repeats", "kv_dtype", "resume", "server_args")
     run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
+    return 0
+
+
+def add_dsv4(kinds: Commands) -> None:
+    text = (
+        "DeepSeek-V4 with drawn weights: requests and tokens a second over prefixes of 256K, 512K and 1M tokens, which "
+        "are put into radix tree and pools without computing them, of stock SGLang (stock, and stock-tuned with a "
+        "window pool as small as these requests allow) and of LSA, with the same bytes of KV"
+    )
+    command = add_command(kinds, "dsv4", text)
+    add_several(command, "--models", ("rank", "tiny"), "one rank of 8 of Flash, or 6 layers of it", ("rank",))
+    add_several(command, "--arms", ("256k", "512k", "1m", "1x1m"), "contexts; 1x1m is one request alone")
+    add_several(command, "--systems", ("stock", "stock-tuned", "lsa"), "servers")
+    text = "of the weights; how many bytes are left for KV depends on it"
+    command.add_argument("--weights", choices=("bfloat16", "fp8"), default="bfloat16", help=text)
+    text = "GB (10^9 bytes) on the device for KV of every kind, of all systems; default: 45"
+    command.add_argument("--kv-gb", type=float, default=45.0, metavar="GB", help=text)
+    text = "that each request generates; default: 768"
+    command.add_argument("--tokens", type=int, default=768, metavar="N", help=text)
+    text = "requests over each prefix; default: 1. Host memory bounds distinct prefixes of LSA"
+    command.add_argument("--share", type=int, default=1, metavar="N", help=text)
+    command.add_argument("--budget", type=float, default=0.1, help="of LSA; default: 0.1")
+    text = "per cent of a resident set that every window replaces, of LSA; default: 0 10 30"
+    command.add_argument("--churns", nargs="+", type=int, default=[0, 10, 30], metavar="PERCENT", help=text)
+    text = "measure only what has no row in the output folder: same card and settings, at whatever commit"
+    command.add_argument("--resume", action="store_true", help=text)
+    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for all servers")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    command.set_defaults(run=run_dsv4)
+
+
+@failing("bench", RuntimeError, ValueError)  # no GPU, too little memory, a server or a request that failed
+def run_dsv4(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.dsv4 import run
+    from sglang_lsa.provenance import command_line
+
+    if min(args.tokens, args.share) < 1 or not 0 < args.budget <= 1 or not all(0 <= c <= 100 for c in args.churns):
+        raise ValueError(
+            f"--tokens {args.tokens}, --share {args.share}, --budget {args.budget:g}, --churns {args.churns}: use 1 "
+            "token or more, 1 request or more, a budget in (0, 1], and per cents from 0 to 100"
+        )
+    names = ("models", "arms", "systems", "weights", "kv_gb", "tokens", "share", "budget", "churns", "resume")
+    asked = {name: getattr(args, name) for name in (*names, "server_args")}
+    run(args.output, Console(width=200), command=command_line(), **asked)
     return 0
 
 

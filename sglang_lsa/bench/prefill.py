@@ -87,7 +87,7 @@ def run(
                 if not left.prompts and not left.questions:
                     continue
                 measured = measure(left, shape, system, repeats, server_args, output, console)
-                for row in failures.go_on(system, group.name, measured):
+                for row in failures.go_on(system.name, group.name, measured):
                     rows.append(row | facts)
                     PREFILL.keep(output, [rows[-1]])
     console.print(table(PREFILL.read(output)))

@@ -64,7 +64,7 @@ def run(
                     one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done
                 ]
                 measured = measure(group, system, left, server_args, output, console) if left else ()
-                for row in failures.go_on(system, group.model, measured):
+                for row in failures.go_on(system.name, group.model, measured):
                     rows.append(row | facts)
                     SERVING.keep(output, [rows[-1]])
     console.print(table(SERVING.read(output)))

@@ -145,13 +145,13 @@ class Failures:
         self.show = show
         self.found: list[str] = []
 
-    def go_on(self, system: System, what: str, rows: Iterable[Row]) -> Iterator[Row]:
-        """``rows`` as they are measured; fewer when a server or a request failed."""
+    def go_on(self, system: str, what: str, rows: Iterable[Row]) -> Iterator[Row]:
+        """``rows`` of a system as they are measured; fewer when a server or a request failed."""
         try:
             yield from rows
         except (RuntimeError, OSError) as error:  # those of urllib are OSErrors
-            self.found.append(f"{system.name} {what}: {error}")
-            self.show(f"{system.name} {what} failed, the others go on")
+            self.found.append(f"{system} {what}: {error}")
+            self.show(f"{system} {what} failed, the others go on")
 
     def finish(self) -> None:
         """

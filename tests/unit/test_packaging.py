@@ -162,6 +162,8 @@ def test_python_range_is_the_same_everywhere() -> None:
 # --- layers --------------------------------------------------------------------------------------------------------
 
 MAY_IMPORT_SGLANG = {
+    "sglang_lsa/bench/dsv4_forge.py",
+    "sglang_lsa/bench/dsv4_plugin.py",
     "sglang_lsa/plugin.py",
     "sglang_lsa/attend/dsv4.py",
     "sglang_lsa/attend/torch_native.py",
