@@ -142,7 +142,7 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "wrong_type": ({"budget": "0.2"}, 400, "budget is '0.2': use a value of type float"),
     "out_of_range": ({"budget": 1.5}, 400, "budget 1.5 is out of range: use a number in (0, 1]"),
     "infinite": (b'{"threshold": 1e999}', 400, "threshold is inf: use a finite number"),
-    "unknown_policy": ({"policy": "oracle"}, 400, "policy is 'oracle': use one of indexer, quest"),
+    "unknown_policy": ({"policy": "oracle"}, 400, "policy is 'oracle': use one of indexer, retriever, quest"),
     "indexer_without_one": ({"policy": "indexer"}, 400, "needs a trained checkpoint: add --lsa-indexer PATH, or use"),
     "all_or_nothing": ({"budget": 0.2, "min_coverage": 2}, 400, "--lsa-min-coverage 2.0 is out of range"),
     "contradiction": ({"fallback_budget": 0.01}, 400, "--lsa-fallback-budget 0.01 is below --lsa-budget 0.135"),

@@ -203,7 +203,9 @@ def test_nothing_grows(tab: Any) -> None:
         count = "document.querySelectorAll('*').length + performance.getEntries().length"
         before = tab.evaluate(count)
         wait_for_updates(tab, 1500)
-        assert tab.evaluate(count) <= before + 1
+        # A busy machine adds an entry or two of its own; what stays of every update, or of every request that is gone,
+        # would be hundreds.
+        assert tab.evaluate(count) <= before + 12
         assert tab.evaluate("shown.size") == tab.locator(".request").count() == 20
         assert tab.evaluate("Math.max(...[...shown.values()].map(row => row.rows.length))") <= 60
         assert tab.evaluate("Math.max(...Object.values(lines).map(line => line.values.length))") == 120
