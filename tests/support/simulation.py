@@ -50,6 +50,8 @@ CHANGES: tuple[tuple[str, list[Any]], ...] = (
     ("threshold", [None, 0.5]),
 )
 """What an administrator changes while the server runs."""
+INSTEAD = {"quest": "native", "resident": "exact"}
+"""What a model with an index of its own is asked for."""
 IDLE_STEPS = 200
 """Steps in which nothing runs although requests wait, before that counts as stuck."""
 
@@ -97,7 +99,7 @@ class Simulation:
         chance = self.chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
         self.chunk: int = chance.choice([2, 4, 8]) * self.page
-        self.resident = resident
+        self.resident = 0.0 if own_index else resident
         self.config = {
             "budget": chance.choice([0.1, 0.2, 0.5]),
             "min_pages": chance.choice([1, 4]),
@@ -216,7 +218,7 @@ class Simulation:
         if chance.random() < 0.02:
             name, values = chance.choice(CHANGES)
             value = chance.choice(values)
-            self.runtime.reconfigure({name: "native" if value == "quest" and self.own_index else value})
+            self.runtime.reconfigure({name: INSTEAD.get(value, value) if self.own_index else value})
             self.counts["reconfigured"] += 1
 
     def _arrive(self) -> None:
