@@ -8,18 +8,16 @@ takes the window alone. So what a request holds is moved after the insertion, to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.chunk_cache import SWAChunkCache
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_lsa.memory.pages import align_up
-from sglang_lsa.patches.requests import key_of, request_gone, slots_up_from
+from sglang_lsa.patches.requests import key_of, slots_up_from
+from sglang_lsa.radix_ext.exact_tokens import ExactTokens, NothingShared
 from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 from sglang_lsa.radix_ext.unified_tree import COMPONENTS, TREE_CORE
 
@@ -27,39 +25,18 @@ if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
 
 
-class LSASwaChunkCache(SWAChunkCache):
-    """No prefix sharing: every request's pages go when it does."""
+class LSASwaChunkCache(NothingShared, SWAChunkCache):
+    """SGLang's cache without a tree, for models with a sliding window."""
+
+
+class LSAUnifiedRadixCache(ExactTokens, UnifiedRadixCache):
+    """SGLang's radix tree of models with a sliding window."""
 
     def __init__(self, params, runtime: LSARuntime):
-        self.lsa = runtime
-        super().__init__(params)
-
-    def release_host_resources(self):
-        """SGLang is going down in good order."""
-        self.lsa.release()
-
-    def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle):
-        """Give everything back."""
-        row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        pages = self.lsa.shared.known(key_of(req), req.req_pool_idx)
-        request_gone(self.lsa, req)
-        start = req.cache_protected_len
-        with self.lsa.pager.page_index.row(row, pages):
-            self.token_to_kv_pool_allocator.free_segment(row[start:kv_len_to_handle], start_pos=start)
-
-
-class LSAUnifiedRadixCache(UnifiedRadixCache):
-    """Inserts prompts, and generated tokens only on request: their KV was computed under pruned attention."""
-
-    def __init__(self, params, runtime: LSARuntime):
-        self.lsa = runtime
-        self.page_index = runtime.pager.page_index
-        self._inserting: np.ndarray | None = None
-        """Pages of what is being inserted."""
         params.tree_components = (ComponentType.FULL, ComponentType.SWA)
         params.component_registry_override = COMPONENTS
         with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(TREE_CORE):
-            super().__init__(params)
+            super().__init__(params, runtime)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -69,20 +46,6 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
     def reset(self):
         super().reset()
         self.checkpoints.clear()
-
-    def release_host_resources(self):
-        """SGLang is going down in good order."""
-        super().release_host_resources()
-        self.lsa.release()
-
-    def swa_reprefill_tail_tokens(self):
-        """How many of a prompt's last tokens SGLang prefills even on a full hit: their queries vote for pages."""
-        return self.lsa.observer.positions
-
-    def evict(self, params):
-        result = super().evict(params)
-        self.lsa.host_evicted_pages += result.num_tokens_evicted // self.page_size
-        return result
 
     def match_prefix(self, params):
         """As SGLang's; the pages of the slots that it returns are noted with them."""
@@ -126,43 +89,14 @@ class LSAUnifiedRadixCache(UnifiedRadixCache):
             shared.replaced(name, req.req_pool_idx, tokens, own, trees)
         self._mark(req.last_node, None if chunked else tokens)
 
-    def cache_finished_req(self, req, is_insert=True, *, kv_len_to_handle, **options):
-        """Insert the prompt (and the output, with ``cache_outputs``) and give everything else back."""
-        is_insert = is_insert and self._may_insert(req)
-        pages = self.lsa.shared.known(key_of(req), req.req_pool_idx)
-        request_gone(self.lsa, req)
-        keep = kv_len_to_handle
-        with self._known(req, pages):
-            if is_insert and not self.lsa.config.cache_outputs:
-                # What a retracted request had generated was prefilled exactly when it came back, and is in the tree.
-                keep = min(keep, max(len(req.origin_input_ids), req.cache_protected_len))
-                # Pages after the one that holds the last of these tokens carry generated tokens alone.
-                first_generated = align_up(keep, self.page_size)
-                if first_generated < kv_len_to_handle:
-                    row = self.req_to_token_pool.req_to_token[req.req_pool_idx, first_generated:kv_len_to_handle]
-                    self.token_to_kv_pool_allocator.free_segment(row, start_pos=first_generated)
-            super().cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=keep, **options)
-        if is_insert:
-            self._mark(req.last_node, keep)
+    def _inserted(self, req, tokens: int) -> None:
+        self._mark(req.last_node, tokens)
 
     def _mark(self, last: int, tokens: int | None) -> None:
         """Choose checkpoints on the way to this node, of a prompt that has so many tokens (None: more to come)."""
         found_again = None if tokens is None else tokens - self.swa_reprefill_tail_tokens()
         self.checkpoints.mark(self.tree_core.node_by_id(last), found_again)
 
-    def _may_insert(self, req) -> bool:
-        return self.lsa.config.cache_outputs or self.lsa.shared.is_exact(key_of(req))
-
     def _path(self, node: int) -> Iterator:
         """Slots of each node, from the one of this number up."""
         return slots_up_from(self.tree_core.node_by_id(node))
-
-    @contextmanager
-    def _known(self, req, pages: np.ndarray | None) -> Iterator[None]:
-        """What SGLang inserts and frees inside are tokens of this request, whose pages are known (None: are not)."""
-        self._inserting = pages
-        try:
-            with self.page_index.row(self.req_to_token_pool.req_to_token[req.req_pool_idx], pages):
-                yield
-        finally:
-            self._inserting = None

@@ -1,7 +1,7 @@
 """A tiny DeepSeek-V4: every size that a kernel is made for is that of DeepSeek-V4-Flash, the others are small.
 
-Tried with SGLang 0.5.17 on one Hopper GPU, with drawn weights in bfloat16 (3 to 4 GB): ``LAUNCH`` and ``ENVIRONMENT``
-start it. On a CPU its configuration can be read by SGLang, but not be served.
+Tried with SGLang 0.5.17 on one Hopper GPU, with drawn weights in bfloat16 (3 to 4 GB): ``LAUNCH``, and
+``ENVIRONMENT`` of the benchmark, start it. On a CPU its configuration can be read by SGLang, but not be served.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from sglang_lsa.bench.dsv4_shapes import FLASH as COMMON
 
 PAGE_TOKENS = 256
 """SGLang takes no other page size for this architecture."""
@@ -23,57 +25,14 @@ CONTEXT = 262_144
 VOCABULARY = 32_768
 
 TINY: Mapping[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 4096,
+    **COMMON,
     "num_hidden_layers": len(COMPRESS_RATIOS),
-    "num_attention_heads": 64,
-    "num_key_value_heads": 1,
-    "head_dim": 512,
-    "qk_rope_head_dim": 64,
-    "q_lora_rank": 1024,
-    "o_groups": 8,
-    "o_lora_rank": 1024,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": 512,
-    "sliding_window": 128,
     "compress_ratios": list(COMPRESS_RATIOS),
-    "compress_rope_theta": 160_000,
-    "rope_theta": 10_000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 65_536,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
     "max_position_embeddings": 1_048_576,
     "n_routed_experts": 32,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
     "moe_intermediate_size": 512,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sqrtsoftplus",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.5,
     "num_hash_layers": 1,
-    "swiglu_limit": 10.0,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
     "vocab_size": VOCABULARY,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "attention_bias": False,
-    "initializer_range": 0.02,
-    "use_cache": True,
 }
 
 FLASH_RATIOS = (0, 0, *(4 if layer % 2 == 0 else 128 for layer in range(41)))
@@ -89,7 +48,6 @@ FLASH: Mapping[str, Any] = {
 }
 """Sizes of DeepSeek-V4-Flash, for plans; nobody loads it here."""
 
-ENVIRONMENT: Mapping[str, str] = {"SGLANG_OPT_FP8_WO_A_GEMM": "0"}
 LAUNCH: Sequence[str] = (
     "--load-format=dummy",
     "--skip-tokenizer-init",

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from dsv4_model import C4_LAYERS, ENVIRONMENT, LAUNCH, TINY, VOCABULARY
+from dsv4_model import C4_LAYERS, LAUNCH, TINY, VOCABULARY
 
+from sglang_lsa.bench.dsv4_shapes import ENVIRONMENT
 from sglang_lsa.server_process import ServerProcess
 
 HIDDEN = int(TINY["hidden_size"])

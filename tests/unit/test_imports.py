@@ -13,6 +13,7 @@ LAYERS = ("kernels", "memory", "engine", "attend", "serve", "radix_ext", "patche
 """Folders of a server; each imports those before it only,"""
 BUT = {
     ("sglang_lsa.engine.runtime", "sglang_lsa.serve.control"),
+    ("sglang_lsa.radix_ext.exact_tokens", "sglang_lsa.patches.requests"),
     ("sglang_lsa.radix_ext.radix_cache", "sglang_lsa.patches.requests"),
     ("sglang_lsa.radix_ext.unified_cache", "sglang_lsa.patches.requests"),
 }

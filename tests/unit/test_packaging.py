@@ -172,6 +172,7 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/launch_server.py",
     "sglang_lsa/stock_server.py",
     "radix_ext/allocator.py",
+    "radix_ext/exact_tokens.py",
     "radix_ext/radix_cache.py",
     "radix_ext/swa_allocator.py",
     "radix_ext/unified_cache.py",
