@@ -88,7 +88,7 @@ class LSARuntime:
         """The forward pass that is being queued."""
         self.everything = torch.zeros((rows, PAGES), dtype=torch.int32, device=pager.device)
         """A resident table in which every request is dense, for prefill."""
-        self.graph_tokens = self.graph_pages = 0  # what CUDA graphs can read: slots in all, or pages of each request
+        self.graph_tokens = 0
         self.graphless_steps = 0
         """Decode steps that ran without a graph because they did not fit."""
         self.recorder = build.recorder(config, pager.layout, self.page_keys, q_heads, softmax_scale, hidden_size)
@@ -134,12 +134,14 @@ class LSARuntime:
         return self.lookahead.rules.config
 
     def reconfigure(self, values: Mapping[str, Value]) -> None:
-        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``. Raises ValueError
-        when it would be impossible."""
+        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``.
+
+        Raises:
+            ValueError: the configuration would be impossible; nothing was changed.
+        """
         before, after = self.config, changed(self.config, values, self.index is not None)
         self.lookahead.rules.config = after
-        self.config_changes += 1
-        self.config_changed_at = time.time()
+        self.config_changes, self.config_changed_at = self.config_changes + 1, time.time()
         for name in values:
             logger.info("LSA: %s changed from %s to %s", name, getattr(before, name), getattr(after, name))
         self._update_metrics()
@@ -199,8 +201,8 @@ class LSARuntime:
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
-        if (self.graph_tokens or self.graph_pages) and step.kind == DECODE:
-            step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens, self.graph_pages))
+        if self.graph_tokens and step.kind == DECODE:
+            step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
         if self.recorder is not None:
             self.recorder.begin_pass(step, self.pager.ledger.v2p)
@@ -265,10 +267,6 @@ class LSARuntime:
 
     # -- attention -----------------------------------------------------------------------------------------------
 
-    def before_layer(self, layer: int) -> None:
-        """A prefill pass is about to read this layer."""
-        self.pager.transfer.before_layer(layer)
-
     def choose_resident(self) -> None:
         """Requests over a resident prefix have had a first look at it: choose what they read."""
         with self.on_stream():
@@ -276,8 +274,8 @@ class LSARuntime:
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
-        pages, page = self.pager.ledger.physical_pages, self.pager.page
-        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, pages * page, page)
+        physical = self.pager.ledger.physical_pages * self.pager.page
+        self.graph_tokens = graph_tokens(self.config, batch, self.max_context, physical, self.pager.page)
         return self.graph_tokens
 
     # -- requests that are gone, and none at all -------------------------------------------------------------------
@@ -327,8 +325,12 @@ class LSARuntime:
         self.pager.release()
 
     def check(self) -> None:
-        """Raises RuntimeError when a page was lost (LedgerError), or a request that is gone still holds one, or a
-        request does not read what it holds and what the resident table says."""
+        """See whether any page was lost.
+
+        Raises:
+            RuntimeError: one was (LedgerError), or a request that is gone still holds one, or a request does not read
+                what it holds and what the resident table says.
+        """
         with self.on_stream():
             check(self.pager, self.table, self.requests, self.req_to_token)
 

@@ -80,15 +80,8 @@ class Step(NamedTuple):
         rows = np.fromiter((request.row for request in requests), np.int64, len(requests))
         return cls(batch.kind, tuple(requests), batch.lengths, batch.prefixes, batch.middle, rows, **found)
 
-    def pages_read(self, table: ResidentTable) -> np.ndarray:
-        """Pages that each request of a decode step reads, its last one included, int64 ``[requests]``."""
-        return -(-table.lengths(self.rows, np.asarray(self.lengths, dtype=np.int64)) // table.page)
-
-    def fits(self, table: ResidentTable, graph_tokens: int, graph_pages: int = 0) -> bool:
-        """Whether buffers of so many slots hold what a decode step reads; padding reads one slot a row. Or, with
-        ``graph_pages``, whether tables of so many pages a request do."""
-        if graph_pages:
-            return int(self.pages_read(table).max(initial=0)) <= graph_pages
+    def fits(self, table: ResidentTable, graph_tokens: int) -> bool:
+        """Whether buffers of so many slots hold what a decode step reads; padding reads one slot a row."""
         read = sum(self.lengths) - int(table.shortening[self.rows].sum())
         return read + table.rows <= graph_tokens
 

@@ -25,13 +25,11 @@ from sglang_lsa.engine.policies import needed
 from sglang_lsa.engine.reading import IN_PLACE
 from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
 from sglang_lsa.engine.sizing_dsv4 import VIRTUAL_SHARE, beside, budgeted_tokens, dsv4_needs
-from sglang_lsa.engine.step import DECODE, EXTEND, Step
 from sglang_lsa.memory.layout import dsv4
 from sglang_lsa.memory.layout.dsv4 import Dsv4Layout, dsv4_shape
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.memory.pager import Pager
-from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.architectures import named_architecture
 
@@ -226,15 +224,6 @@ def test_a_prompt_that_has_no_room_now_waits_and_is_never_streamed() -> None:
     judge.pager.ledger.release(range(1, 21))
     found = judge.choose(Prompt("a", options, 8 * PAGE, np.arange(21, 28)), 1, [], 4 * PAGE)
     assert found is not None and found.how == IN_PLACE
-
-
-def test_graphs_hold_tables_of_so_many_pages() -> None:
-    table = ResidentTable(4, 8, PAGE)
-    table.remap(1, np.array([3, 4]), 6)
-    step = Step(DECODE, lengths=(7 * PAGE + 1, 3 * PAGE), rows=np.array([1, 2]))
-    assert step.pages_read(table).tolist() == [4, 3], "two resident, and pages 6 and 7"
-    assert step.fits(table, 0, graph_pages=4) and not step.fits(table, 0, graph_pages=3)
-    assert Step(EXTEND).pages_read(table).tolist() == []
 
 
 # --- the engine over such a layout -----------------------------------------------------------------------------------
