@@ -37,7 +37,7 @@ class Now(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, and one line of the table in the README.
+    """One metric, and one line of the table in ``docs/metrics.md``.
 
     Attributes:
         name: without prefix, and without the ``_total`` of a counter.
@@ -310,4 +310,4 @@ METRICS: tuple[Gauge | Counter, ...] = (
         lambda now: now.runtime.weight_updates,
     ),
 )
-"""In the order of the README."""
+"""In the order of ``docs/metrics.md``."""
