@@ -90,3 +90,11 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     for path in (ROOT / "docs").glob("*.md"):
         assert path.name == "README.md" or f"]({path.name})" in index, path.name
+
+
+def test_files_of_the_page_for_contributors_exist() -> None:
+    named = re.findall(r"`([\w/.]+\.(?:py|md|toml|json))`", (ROOT / "docs" / "contributing.md").read_text())
+    places = (ROOT, ROOT / "sglang_lsa", ROOT / "sglang_lsa/engine", ROOT / "sglang_lsa/memory/layout")
+    named = [name for name in named if "NEW" not in name]
+    assert len(named) > 30
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
