@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +17,8 @@ class Fetch:
         self.device_seconds = 0.0
         self.failed = False
         """They are not the policy's, which failed."""
+        self.instead: Callable[[], np.ndarray] | None = None
+        """Of several ranks: the last of the scores says whether the policy failed on any, and this what counts then."""
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
@@ -49,4 +51,9 @@ class Fetch:
             self._ended.synchronize()
             self.device_seconds = self._began.elapsed_time(self._ended) / 1000
             self._began = self._ended = None
-        return self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+        scores = self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+        if self.instead is not None:
+            instead, self.instead = self.instead, None
+            self.failed = bool(scores[-1] > 0)
+            self.scores = scores = instead() if self.failed else scores[:-1]
+        return scores

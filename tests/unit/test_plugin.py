@@ -757,7 +757,7 @@ class Runtime:
     def after_forward(self, number: int) -> None:
         self.calls.append(f"after {number}")
 
-    def forward_failed(self) -> None:
+    def forward_failed(self, error: BaseException) -> None:
         self.calls.append("failed")
 
     def run_on(self, stream: str) -> None:
