@@ -123,9 +123,7 @@ class JoinedRanks(Ranks):
         self.checks += 1
         if len({int(other) for other in seen}) > 1:
             told = _listed(self.every(describe(), "say what their records are"))
-            raise RanksDisagree(
-                f"LSA: ranks have different records after {self.checks} checks; the server ends\n{told}"
-            )
+            raise RanksDisagree(f"LSA: ranks have different records (check {self.checks}); the server ends\n{told}")
 
     def reduced(self, values: torch.Tensor, how: Any, what: str) -> torch.Tensor:
         """``values`` of all ranks in one, in place; on the host, or queued on the current stream."""
