@@ -188,10 +188,9 @@ def rank_problems(server_args: Any, model: Any, config: LSAConfig) -> list[str]:
     where = f"--tp-size {ranks}: "
     if is_deepseek_v4(model):
         return [f"{where}not supported with LSA and {DEEPSEEK_V4} yet: use --tp-size 1"]
-    problems = []
     if ranks > MOST_RANKS:
-        problems.append(f"{where}not supported with LSA yet: use 2 to {MOST_RANKS}")
-    text = model.hf_text_config
+        return [f"{where}not supported with LSA yet: use 2 to {MOST_RANKS}"]
+    text, problems = model.hf_text_config, []
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % ranks:

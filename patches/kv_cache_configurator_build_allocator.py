@@ -35,7 +35,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
     layout = layout_of(pool, PAGE_SIZE, self.model_dtype, kv_scales(self.model, self.device))
-    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens, ranks=ranks())
+    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens, ranks=ranks(self.ps.tp_size))
     page, size = layout.page_tokens, pager.ledger.virtual_pages * layout.page_tokens
     if layout.page_tables:  # slots of a sliding window beside those of pages
         window = sizes.swa_max_total_num_tokens

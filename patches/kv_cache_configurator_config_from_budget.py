@@ -28,7 +28,7 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
         "device": self.device,
         "needs": needs,
     }
-    plan = agreed_plan(self.server_args.lsa_config, ranks(), needs, sizes)
+    plan = agreed_plan(self.server_args.lsa_config, ranks(shape["tp_size"]), needs, sizes)
     object.__setattr__(self.server_args, "lsa_plan", plan)  # this class has slots; resolved arguments are read-only
     pool_config.max_total_num_tokens = plan.virtual_tokens
     if is_deepseek_v4(self.model_config):

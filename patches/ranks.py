@@ -15,16 +15,19 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def ranks() -> Ranks:
+def ranks(size: int) -> Ranks:
     """Of this process, once SGLang's groups exist. The first call is for all ranks to make together.
 
     SGLang's own host group is not used: what it exchanges there, and what we do, would meet if ranks ever differed.
+
+    Args:
+        size: how many there are, as SGLang says.
     """
+    if size == 1:
+        return Ranks()
     from sglang.srt.distributed.parallel_state import get_tp_group
 
     group = get_tp_group()
-    if group.world_size == 1:
-        return Ranks()
     host, failures = (
         dist.new_group(group.ranks, timeout=timedelta(seconds=seconds), backend="gloo")
         for seconds in (TIMEOUT, FAILURE_TIMEOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -74,6 +75,8 @@ def main(rank: int, size: int, folder: pathlib.Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     while not all((folder / f"{other}.json").exists() for other in range(size)):
         time.sleep(0.05)
+    sys.stdout.flush()
+    os._exit(0)  # gloo aborts where another process has ended first
 
 
 if __name__ == "__main__":

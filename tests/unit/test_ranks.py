@@ -5,21 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.sizing import MemoryPlan, Needs, plan_memory
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.kernels.page_score import to_8_bits
+from sglang_lsa.memory.layout.base import PageShape
+from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.ledger import Ledger, LedgerError
 from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.unheld import forget_unheld
+from sglang_lsa.patches import compatibility
+from sglang_lsa.patches import kv_cache_configurator_config_from_budget as config_from_budget
 
 SIZE = 2
 
@@ -104,6 +111,85 @@ def test_what_nobody_holds_is_forgotten() -> None:
     assert ledger.on_device(range(1, 9)).tolist() == [True, False, False, True, True, False, False, False]
     assert ledger._free == sorted(ledger._free, reverse=True)
     ledger.check()
+
+
+# one size for all
+
+
+PAGE = mha_shape(PAGE_SIZE, 2, 2, 8, 8, 2)
+NEEDS = Needs(rows=3, graph_batch=0, context_tokens=4096, page=PAGE_SIZE, page_key_bytes=16, row_bytes=16)
+
+
+def plan_of(physical: int, virtual: int, page: PageShape = PAGE) -> MemoryPlan:
+    return MemoryPlan(physical, virtual, page, NEEDS.overhead(LSAConfig(), physical, virtual))
+
+
+class Told(Ranks):
+    """Rank 0 of two, and what the other one brings."""
+
+    def __init__(self, other: tuple[str | None, MemoryPlan | None, str]):
+        super().__init__(2, 0, 2)
+        self.other = other
+
+    def every(self, value: Any, what: str) -> list[Any]:
+        return [value, self.other]
+
+
+def agreed(monkeypatch: pytest.MonkeyPatch, own: MemoryPlan, other: Any) -> MemoryPlan:
+    monkeypatch.setattr(config_from_budget, "plan_memory", lambda config, **sizes: own)
+    return config_from_budget.agreed_plan(LSAConfig(), Told(other), NEEDS, {})
+
+
+def test_sizes_are_what_all_ranks_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = agreed(monkeypatch, plan_of(640, 6400), (None, plan_of(1280, 2560), repr(LSAConfig())))
+    assert made == plan_of(640, 2560)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (("the mirror is too small", None, repr(LSAConfig())), "rank 1: the mirror is too small"),
+        ((None, plan_of(640, 6400), repr(LSAConfig(budget=0.5))), "ranks have different options: rank 0 has LSAConfig"),
+        (
+            (None, plan_of(640, 6400, mha_shape(PAGE_SIZE, 3, 2, 8, 8, 2)), repr(LSAConfig())),
+            "ranks have pages of different shapes",
+        ),
+    ],
+)
+def test_ranks_that_cannot_serve_together_are_refused(other: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=words):
+        agreed(monkeypatch, plan_of(640, 6400), other)
+
+
+def test_the_host_is_shared_by_its_ranks() -> None:
+    sizes = {"page": PAGE, "budgeted_tokens": 1 << 30, "context_tokens": 640, "device": "cpu"}
+    config = LSAConfig(host_memory_gb=0.125, device_tokens=640)
+    one, two = (plan_memory(config, **sizes, local_ranks=ranks) for ranks in (1, 2))
+    assert (two.virtual_tokens // PAGE_SIZE + 1) * 2 == one.virtual_tokens // PAGE_SIZE + 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "q_heads", "kv_heads", "record", "words"),
+    [
+        (1, 9, 3, True, ""),
+        (2, 14, 2, False, ""),
+        (4, 8, 2, False, ""),
+        (2, 9, 3, False, "--tp-size 2: model has 9 attention heads, .* by 2 ranks: use --tp-size 1, 3"),
+        (6, 12, 4, False, "has 4 KV heads, which can neither be shared by 6 ranks nor"),
+        (16, 32, 8, False, "--tp-size 16: not supported with LSA yet: use 2 to 8"),
+        (2, 8, 8, True, "--lsa-record with --tp-size 2"),
+    ],
+)
+def test_heads_that_ranks_cannot_share(
+    ranks: int, q_heads: int, kv_heads: int, record: bool, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = SimpleNamespace(num_attention_heads=q_heads, num_key_value_heads=kv_heads)
+    hf_config = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    model = SimpleNamespace(model_path="model", hf_text_config=text, hf_config=hf_config)
+    config = LSAConfig(record="/tmp/records" if record else None)
+    found = compatibility.rank_problems(SimpleNamespace(tp_size=ranks), model, config)
+    assert bool(found) == bool(words) and re.search(words, "\n".join(found))
+    assert ("takes 2 times the memory" in caplog.text) == (kv_heads < ranks and not words)
 
 
 # an indexer whose heads are shared out
