@@ -257,8 +257,7 @@ class LSARuntime:
             self._update_metrics()
 
     def forward_failed(self, error: BaseException) -> None:
-        """A pass was given up, before or while it was queued, and its requests are about to be failed; RanksDisagree
-        where other ranks go on with it."""
+        """A pass was given up, and its requests are about to be failed. RanksDisagree if other ranks go on with it."""
         require_together(self.pager.ranks, error, self.prefill.layer)
         self.step = Step(staged=self.step.staged)  # copies that were queued may still read its ids
         self.failed_batches += 1
@@ -279,7 +278,7 @@ class LSARuntime:
 
     def reserve_graph_tokens(self, batch: int) -> int:
         """Slots that CUDA graphs for up to ``batch`` requests need room for."""
-        pages, page = self.pager.ledger.physical_pages, self.pager.page
+        page, pages = self.pager.page, self.pager.ledger.physical_pages
         self.graph_tokens = graph_tokens(self.config, batch, self.max_context, pages * page, page)
         return self.graph_tokens
 
