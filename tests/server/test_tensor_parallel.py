@@ -24,7 +24,6 @@ SMALL += ["--lsa-window", "16", "--lsa-staging-pages", "4", "--lsa-debug", "--en
 LATE = "tensor_parallel"
 """Copies and passes end late, and those of rank 1 later still; see there what else goes wrong."""
 PROMPTS = (90, 700, 1300)
-REQUESTS = {"plain": 150, "late": 350}
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +33,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: pathlib.Path) -> Iterator[ServerProcess]:
-    """A model with heads as Qwen2.5-0.5B has them, 7 and 1 on each rank."""
-    flags = ["--model-path", model(folder / "qwen", "qwen2.5"), *SMALL]
+    """A model with 4 query heads and 2 KV heads."""
+    flags = ["--model-path", model(folder / "llama", "llama"), *SMALL]
     with ServerProcess(LSA, flags, folder / "plain.log", environment()) as server:
         yield server.wait_until_ready()
 
 
 @pytest.fixture(scope="module")
 def late(folder: pathlib.Path) -> Iterator[ServerProcess]:
-    """A model with 4 query heads and 2 KV heads."""
+    """The same."""
     flags = ["--model-path", model(folder / "llama", "llama"), *SMALL]
     with ServerProcess(LATE, flags, folder / "late.log", environment()) as server:
         yield server.wait_until_ready()
@@ -63,32 +62,53 @@ def all_pages_are_what_stock_says(server: ServerProcess, expected: list[Answered
 
 
 def test_with_all_pages_they_say_what_stock_says(plain: ServerProcess, folder: pathlib.Path) -> None:
-    all_pages_are_what_stock_says(plain, stock_answers(folder, str(folder / "qwen")))
+    all_pages_are_what_stock_says(plain, stock_answers(folder, str(folder / "llama")))
 
 
 @pytest.mark.slow
-def test_with_all_pages_and_late_copies_they_say_what_stock_says(late: ServerProcess, folder: pathlib.Path) -> None:
-    all_pages_are_what_stock_says(late, stock_answers(folder, str(folder / "llama")))
+def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
+    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
+    path = model(folder / "qwen", "qwen2.5")
+    expected = stock_answers(folder, path)
+    with ServerProcess(LSA, ["--model-path", path, *SMALL], folder / "qwen.log", environment()) as server:
+        all_pages_are_what_stock_says(server.wait_until_ready(), expected)
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", ["plain", "late"])
+def test_dense_requests_are_retracted_together(name: str, request: pytest.FixtureRequest) -> None:
+    """Three fit the pool as prompts and outgrow it as answers."""
+    server: ServerProcess = request.getfixturevalue(name)
+    flush(server)
+    with ThreadPoolExecutor(3) as pool:
+        prompts = [random_prompt(560, seed) for seed in range(3)]
+        together = list(pool.map(lambda prompt: ask(server, prompt, 300, enabled=False), prompts))
+    assert "Retract requests" in server.log.read_text(errors="replace")
+    assert [len(answered.tokens) for answered in together] == [300] * 3
+    assert ask(server, prompts[0], 300, enabled=False).tokens == together[0].tokens
+    assert_idle(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"), [("plain", 120), ("late", 150), pytest.param("late", 500, marks=pytest.mark.slow)]
+)
 def test_under_pressure_their_records_stay_the_same(
-    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, requests: int, plain: ServerProcess, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients that ask, abort, hang up and change the configuration. A sample of the answers is had again."""
+    """Clients that ask, abort, hang up and change the configuration. A sample of the answers is had again, where
+    copies are not late: there a request that is told what to read does so at once."""
     server: ServerProcess = request.getfixturevalue(name)
     monkeypatch.setattr(soak, "VOCABULARY", (3, VOCABULARY))
     checks = server.get("/lsa/status")["ranks"]["checks"]
     asked = soak.Soak(server, seed=5)
-    outcomes = asked.run(REQUESTS[name])
+    outcomes = asked.run(requests)
     status = wait_until_idle(server)
+    asked.server = plain
     seen = asked.check(outcomes[::6])
     print(json.dumps(seen | {part: status[part] for part in ("ranks", "pressure", "failures", "recalls", "evictions")}))
     assert status["ranks"]["checks"] > checks + 500
     assert status["failures"] == {"refreshes": 0, "batches": 0, "integrity": 0}
     assert status["recalls"]["pages"] > 100
-    assert seen["answered"] > REQUESTS[name] / 12
-    assert name == "plain" or "Retract requests" in server.log.read_text(errors="replace")
+    assert seen["answered"] > requests / 12
     assert_idle(server)
     flush(server)
 
