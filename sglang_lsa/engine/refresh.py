@@ -249,7 +249,8 @@ class Refresher:
             stage(request, new)
         except LedgerError:
             raise
-        except Exception:
+        except Exception as error:
+            self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
             self.counts.failures += 1
             request.story.failures += 1
             logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)

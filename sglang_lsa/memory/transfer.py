@@ -23,6 +23,10 @@ class Transfer(Protocol):
     recall_seconds: float
     recalled_pages: int
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are copies whose ``finished`` was not called."""
+
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         """Copy device pages to the mirror, after everything that is queued for the device now."""
 
@@ -66,6 +70,10 @@ class HostTransfer:
         self.mirror, self.moves = mirror, moves_of(layout.pieces, mirror)
         self.recall_seconds = 0.0
         self.recalled_pages = 0
+
+    @property
+    def busy(self) -> bool:
+        return False
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
@@ -135,6 +143,10 @@ class StreamTransfer:
         self._gates: list[dict[int, torch.cuda.Event]] = []
         self.recall_seconds = 0.0
         self.recalled_pages = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.storing or self.recalling)
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         self.stores.wait_stream(self.compute())

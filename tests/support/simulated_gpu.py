@@ -132,6 +132,10 @@ class SimulatedGPU:
     ) -> None:
         self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer, len(self._pieces)))
 
+    @property
+    def busy(self) -> bool:
+        return self._told != (len(self.stores), len(self.recalls))
+
     def ended(self) -> tuple[int, int]:
         return self.stored, self.recalled
 

@@ -243,7 +243,7 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
     held(runtime, "a", *range(1, 41))
     runtime.step = Step(rows=np.array([1]))
     runtime.pager.ledger.forward_started()
-    runtime.forward_failed()
+    runtime.forward_failed(MemoryError())
     assert (runtime.failed_batches, len(runtime.step.rows)) == (1, 0)
     runtime.pager.forget("a")
     runtime.pager.ledger.release(np.arange(1, 41))
@@ -253,7 +253,7 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
 
 def test_a_pass_that_was_given_up_before_it_started() -> None:
     runtime = make_runtime()
-    runtime.forward_failed()
+    runtime.forward_failed(MemoryError())
     assert (runtime.failed_batches, runtime.pager.ledger.passes) == (1, 0)
 
 
