@@ -43,7 +43,7 @@ def agreed_plan(config, ranks, needs, sizes):
     """What all ranks have room for.
 
     Raises:
-        ValueError: one of them has not enough, or was told something else than the others; all of them raise it.
+        ValueError: one of them has not enough, or pages of another shape than the others; all of them raise it.
     """
     try:
         own, problem = plan_memory(config, **sizes, local_ranks=ranks.local), None
@@ -53,13 +53,11 @@ def agreed_plan(config, ranks, needs, sizes):
         own, problem = None, str(error)
     if ranks.size == 1:
         return own
-    seen = ranks.every((problem, own, repr(config)), "agree on sizes")
-    for rank, (problem, _, told) in enumerate(seen):
+    seen = ranks.every((problem, own), "agree on sizes")
+    for rank, (problem, _) in enumerate(seen):
         if problem is not None:
             raise ValueError(f"rank {rank}: {problem}")
-        if told != seen[0][2]:
-            raise ValueError(f"ranks have different options: rank 0 has {seen[0][2]}, rank {rank} has {told}")
-    plans = [plan for _, plan, _ in seen]
+    plans = [plan for _, plan in seen]
     if any(plan.page != plans[0].page for plan in plans):
         raise ValueError(f"ranks have pages of different shapes: {[plan.page for plan in plans]}")
     plan = smallest(config, plans, needs)

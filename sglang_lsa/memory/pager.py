@@ -69,7 +69,10 @@ class Pager:
         self.warmed_pages = 0
         """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
-        """Of these, pages that were not there when their window began."""
+        """Of these, pages that were not known to be there when their window began; the device waited for them."""
+        self._recalls = 0
+        self._recall_of = np.zeros(layout.physical_pages + 1, dtype=np.int64)
+        """By device page: the last recall that brought its content; the first one has number 1."""
         self._passes: list[tuple[int, Any]] = []
         self._passes_noticed = 0
         self._idle_events: list[Any] = []
@@ -158,6 +161,8 @@ class Pager:
         virtual, physical = plan.recall
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
+            self._recalls += 1
+            self._recall_of[physical] = self._recalls
             self.ledger.copy_started(physical, arriving=True)
             self.transfer.recall(
                 physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
@@ -196,8 +201,12 @@ class Pager:
 
         ``layer_by_layer``: that is one forward pass, which calls ``Prefill.before_layer`` before each layer.
         """
-        if not self.arrived(pages):
-            (self.transfer.gate_layers if layer_by_layer else self.transfer.before_next_kernel)()
+        if self.arrived(pages):
+            return
+        if layer_by_layer:
+            self.transfer.gate_layers()
+        else:
+            self.transfer.before_next_kernel(int(self._recall_of[self.ledger.v2p[pages]].max()))
 
     def prefetch(self, pages: np.ndarray) -> None:
         """Bring in those of ``pages``, given hottest first, that are worth more than what they displace.
@@ -210,7 +219,7 @@ class Pager:
             self.warmed_pages += len(wanted)
 
     def count_late(self, pages: np.ndarray) -> None:
-        """A window began before these pages were there."""
+        """A window begins, and the device waits for those of these pages that are not known to be there."""
         self.late_pages += int(self.ledger.arriving(pages).sum())
 
     def store(self, pages: np.ndarray) -> None:

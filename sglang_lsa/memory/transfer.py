@@ -47,8 +47,8 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Wait for every copy, and call its ``finished``."""
 
-    def before_next_kernel(self) -> None:
-        """What is queued for the device from now on sees every recall issued so far."""
+    def before_next_kernel(self, recalls: int) -> None:
+        """What is queued for the device from now on sees so many recalls, of the oldest and counted since the start."""
 
     def gate_layers(self) -> None:
         """The same for a forward pass that calls :meth:`before_layer` before each layer: it need not wait for all
@@ -97,7 +97,7 @@ class HostTransfer:
     def wait(self) -> None:
         pass
 
-    def before_next_kernel(self) -> None:
+    def before_next_kernel(self, recalls: int) -> None:
         pass
 
     def gate_layers(self) -> None:
@@ -192,8 +192,9 @@ class StreamTransfer:
         self.recalls.synchronize()
         self.notice(*self.ended())
 
-    def before_next_kernel(self) -> None:
-        self.compute().wait_stream(self.recalls)
+    def before_next_kernel(self, recalls: int) -> None:
+        if recalls > self.recalled:  # copies of one stream end in their order
+            self.compute().wait_event(self.recalling[recalls - self.recalled - 1].ended)
 
     def gate_layers(self) -> None:
         self._gates = [copy.layers for copy in self.recalling if copy.layers]

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,13 @@ from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.ledger import Ledger, LedgerError
+from sglang_lsa.memory.mirror import HostMirror
+from sglang_lsa.memory.numa import nodes_of, spread
 from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.unheld import forget_unheld
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches import kv_cache_configurator_config_from_budget as config_from_budget
+from sglang_lsa.patches import model_runner_load_model as load_model
 
 SIZE = 2
 
@@ -127,7 +131,7 @@ def plan_of(physical: int, virtual: int, page: PageShape = PAGE) -> MemoryPlan:
 class Told(Ranks):
     """Rank 0 of two, and what the other one brings."""
 
-    def __init__(self, other: tuple[str | None, MemoryPlan | None, str]):
+    def __init__(self, other: Any):
         super().__init__(2, 0, 2)
         self.other = other
 
@@ -141,24 +145,31 @@ def agreed(monkeypatch: pytest.MonkeyPatch, own: MemoryPlan, other: Any) -> Memo
 
 
 def test_sizes_are_what_all_ranks_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = agreed(monkeypatch, plan_of(640, 6400), (None, plan_of(1280, 2560), repr(LSAConfig())))
+    made = agreed(monkeypatch, plan_of(640, 6400), (None, plan_of(1280, 2560)))
     assert made == plan_of(640, 2560)
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (("the mirror is too small", None, repr(LSAConfig())), "rank 1: the mirror is too small"),
-        ((None, plan_of(640, 6400), repr(LSAConfig(budget=0.5))), "ranks have different options: rank 0 has LSAConfig"),
-        (
-            (None, plan_of(640, 6400, mha_shape(PAGE_SIZE, 3, 2, 8, 8, 2)), repr(LSAConfig())),
-            "ranks have pages of different shapes",
-        ),
+        (("the mirror is too small", None), "rank 1: the mirror is too small"),
+        ((None, plan_of(640, 6400, mha_shape(PAGE_SIZE, 3, 2, 8, 8, 2))), "ranks have pages of different shapes"),
     ],
 )
 def test_ranks_that_cannot_serve_together_are_refused(other: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=words):
         agreed(monkeypatch, plan_of(640, 6400), other)
+
+
+def test_ranks_with_different_options_are_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SimpleNamespace(ps=SimpleNamespace(tp_size=2), server_args=SimpleNamespace(lsa_config=LSAConfig()))
+    for other in (LSAConfig(), LSAConfig(budget=0.5)):
+        monkeypatch.setattr(load_model, "ranks", lambda size, other=other: Told(repr(other)))
+        refused = pytest.raises(ValueError, match=r"rank 0 has LSAConfig.*, rank 1 has .*budget=0.5.*the same flags")
+        with refused if other.budget == 0.5 else nullcontext():
+            load_model.compare_options(runner)
+    runner.ps.tp_size = 1
+    load_model.compare_options(runner)  # has nobody to ask
 
 
 def test_the_host_is_shared_by_its_ranks() -> None:
@@ -236,3 +247,37 @@ def test_an_indexer_serves_any_number_of_ranks(ranks: int, heads: Any, kv_heads:
 def test_one_rank_has_the_indexer_itself(tmp_path: pathlib.Path) -> None:
     whole = indexer(ModelShape(64, 4, 8, 4, 8), ((1, 0), (3, 4)))
     assert whole.of_rank(0, 1) is whole
+
+
+# where the mirror lies
+
+
+MAPS = """\
+7f0000000000 default anon=3 dirty=3 N0=3 kernelpagesize_kB=4
+7f1000000000 bind:1 anon=768 dirty=768 N0=256 N1=512 kernelpagesize_kB=2048
+7f2000000000 default file=/lib/x.so mapped=2 N1=2 kernelpagesize_kB=4
+7f3000000000 default
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "nodes", "words"),
+    [
+        (0x7F0000000000, {0: 3 << 12}, "node 0"),
+        (0x7F1000000040, {0: 256 << 21, 1: 512 << 21}, "nodes 0 (33%) and 1 (67%)"),
+        (0x7F3000000000, {}, ""),
+        (0x100, {}, ""),
+    ],
+)
+def test_nodes_on_which_memory_lies(address: int, nodes: dict[int, int], words: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "numa_maps").write_text(MAPS)
+    assert nodes_of(address, tmp_path / "numa_maps") == nodes
+    assert spread(address, tmp_path / "numa_maps") == words
+
+
+def test_nodes_of_a_mirror() -> None:
+    """As the system tells it; where it does not, nothing is said."""
+    mirror = HostMirror(64, 1 << 20)
+    mirror.pages.zero_()
+    nodes = nodes_of(mirror.pages.data_ptr())
+    assert sum(nodes.values()) >= mirror.nbytes if nodes else spread(mirror.pages.data_ptr()) == ""
