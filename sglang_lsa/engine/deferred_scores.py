@@ -16,8 +16,11 @@ POLL = 1e-4
 """Seconds between two looks at scores that other ranks have a part in."""
 
 
-def wait_for(event: Any, timeout: float = TIMEOUT) -> None:
+def wait_for(event: Any, who: str = "this rank", timeout: float = TIMEOUT) -> None:
     """Wait for what is queued on the device, but no longer than ranks wait for each other.
+
+    Args:
+        who: waits, in words.
 
     Raises:
         RanksDisagree: it has not come.
@@ -26,7 +29,7 @@ def wait_for(event: Any, timeout: float = TIMEOUT) -> None:
     while not event.query():
         if time.monotonic() - began > timeout:
             raise RanksDisagree(
-                f"LSA: this rank waited {timeout:.0f} s for the other ranks to score pages on the device, and not all "
+                f"LSA: {who} waited {timeout:.0f} s for the other ranks to score pages on the device, and not all "
                 "came: they have ended, stand still, or decided otherwise"
             )
         time.sleep(POLL)
@@ -42,6 +45,8 @@ class Fetch:
         """They are not the policy's, which failed."""
         self.instead: Callable[[], np.ndarray] | None = None
         """Of several ranks: the last of the scores says whether the policy failed on any, and this what counts then."""
+        self.who = "this rank"
+        """Which of them waits."""
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
@@ -72,7 +77,7 @@ class Fetch:
         """The scores, float ``[n]``; waits for them if they are not here yet."""
         if self._began is not None and self._ended is not None:
             if self.instead is not None:
-                wait_for(self._ended)
+                wait_for(self._ended, self.who)
             self._ended.synchronize()
             self.device_seconds = self._began.elapsed_time(self._ended) / 1000
             self._began = self._ended = None

@@ -84,7 +84,7 @@ class Scorer:
             self._count_failure(request)
             return self.stands_in.score(request, pages)
 
-        fetch.instead = instead
+        fetch.instead, fetch.who = instead, self.scores.who
         return fetch
 
     def _count_failure(self, request: Request, exception: bool = False) -> None:

@@ -97,16 +97,18 @@ def selector_needs(
     head_dim: int,
     itemsize: int,
     map_bytes: int = 4,
+    ranks: int = 1,
 ) -> Needs:
     """What the observers, page keys and staging take, for pages and a model of this shape.
 
     Args:
         kv_heads, head_dim, itemsize: of the keys that Quest looks at, and of queries.
+        ranks: that share the model; everything here is of one of them.
     """
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize if bounds_needed(config) else 0
     row_bytes = positions(config) * observed * q_heads * head_dim * itemsize
-    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config))}
+    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config, ranks))}
     staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
     staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)

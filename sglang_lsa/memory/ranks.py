@@ -171,7 +171,7 @@ class _AllHeads(Scores):
     shared = True
 
     def __init__(self, ranks: JoinedRanks):
-        self.ranks = ranks
+        self.ranks, self.who = ranks, f"rank {ranks.rank} of {ranks.size}"
 
     def reduce(self, scores: Any, how: Reduction) -> Any:
         op = dist.ReduceOp.SUM if how is Reduction.SUM else dist.ReduceOp.MAX

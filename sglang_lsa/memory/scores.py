@@ -31,6 +31,8 @@ class Scores:
     shared = False
     """Whether there are several ranks: scores then come as float32 ``[n + 1]`` on the policies' device, and the last
     one says whether the policy failed."""
+    who = "this rank"
+    """Who waits for them, in words."""
 
     def reduce(self, scores: np.ndarray | torch.Tensor, how: Reduction) -> np.ndarray | torch.Tensor:
         """Scores of all heads, ``[n]``, when those of this rank's are ``scores``."""

@@ -1,7 +1,8 @@
-"""LSA's server of two ranks on one CPU; things go wrong on rank 1 alone: ``python -m tensor_parallel [flags]``.
+"""LSA's server of two ranks; things go wrong on rank 1 alone: ``python -m tensor_parallel [flags]``.
 
-Both ranks copy as a GPU does: what is queued ends some steps later, at times that each rank draws for itself, and on
-rank 1 late. A prompt whose id begins with ``oom`` finds no memory on rank 1.
+On a CPU both ranks copy as a GPU does: what is queued ends some steps later, at times that each rank draws for itself,
+and on rank 1 late. On GPUs the copies of rank 1 take longer. A prompt whose id begins with ``oom`` finds no memory on
+rank 1.
 """
 
 from __future__ import annotations
@@ -10,36 +11,76 @@ import os
 import pathlib
 import random
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from families import TINY, Size, write_model
+from families import SMALL, TINY, Size, write_model
 
 from sglang_lsa import launch_server
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.memory.pager import Pager
-from sglang_lsa.memory.transfer import Finished, HostTransfer
+from sglang_lsa.memory.transfer import Finished, HostTransfer, StreamTransfer
 
 SUPPORT = pathlib.Path(__file__).resolve().parent
-ENVIRONMENT = {"SGLANG_NCCL_SO_PATH": "/nonexistent", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-"""SGLang starts PyNccl if it finds its library, and gives each rank a NUMA node of its own."""
-FLAGS = ["--tp-size", "2", "--disable-custom-all-reduce", "--dtype", "float32"]
-FLAGS += ["--skip-tokenizer-init", "--skip-server-warmup", "--chunked-prefill-size", "512"]
-QWEN = Size(layers=2, q_heads=14, kv_heads=2, head_dim=16, sharpness=2.0)
-"""Heads as of Qwen2.5-0.5B."""
-SHAPES = {"llama": TINY, "qwen2.5": QWEN}
 UNTIL = {0: 2, 1: 12}
 """By rank: a copy is known to be done after so many looks at most."""
+CYCLES = 20_000_000
+"""Of a GPU's clock, by which a copy of rank 1 begins later: about 10 ms."""
+FLAGS = ["--tp-size", "2", "--skip-tokenizer-init", "--skip-server-warmup", "--chunked-prefill-size", "512"]
 
 
-def model(folder: pathlib.Path, family: str) -> str:
-    return write_model(folder, family, SHAPES[family], torch.float32)
+@dataclass(frozen=True)
+class Place:
+    """Where two ranks run.
+
+    Attributes:
+        flags: of any server.
+        sizes: of models, by family; the heads of the second are those of Qwen2.5-0.5B.
+        exact: the same tokens have the same probabilities, whatever company they are computed in.
+        stock: flags of stock SGLang beside them.
+        seconds: that a server takes to start, at most.
+    """
+
+    flags: tuple[str, ...]
+    environment: dict[str, str]
+    sizes: dict[str, Size]
+    dtype: torch.dtype
+    exact: bool
+    stock: tuple[str, ...] = ()
+    seconds: float = 300
+
+    def model(self, folder: pathlib.Path, family: str) -> str:
+        """A random one, written into this folder; its path."""
+        return write_model(folder, family, self.sizes[family], self.dtype)
+
+    def variables(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+        return {**self.environment, "PYTHONPATH": path}
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
-    return {**ENVIRONMENT, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+CPU = Place(
+    flags=(*FLAGS, "--disable-custom-all-reduce", "--dtype", "float32"),
+    # SGLang starts PyNccl if it finds its library, and gives each rank a NUMA node of its own.
+    environment={
+        "SGLANG_NCCL_SO_PATH": "/nonexistent",
+        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+        "OMP_NUM_THREADS": "1",
+    },
+    sizes={"llama": TINY, "qwen2.5": Size(layers=2, q_heads=14, kv_heads=2, head_dim=16, sharpness=2.0)},
+    dtype=torch.float32,
+    exact=True,
+)
+GPUS = Place(
+    flags=(*FLAGS, "--dtype", "bfloat16", "--max-running-requests", "16", "--mem-fraction-static", "0.3"),
+    environment={},
+    sizes={"llama": SMALL, "qwen2.5": Size(layers=4, q_heads=14, kv_heads=2, head_dim=64, sharpness=1.2)},
+    dtype=torch.bfloat16,
+    exact=False,
+    stock=("--page-size", "64", "--attention-backend", "flashinfer", "--cuda-graph-backend-prefill", "disabled"),
+    seconds=600,
+)
 
 
 class LateTransfer(HostTransfer):
@@ -101,12 +142,28 @@ class LateEvent:
         self.done = True
 
 
+def slow_down(transfer: StreamTransfer) -> None:
+    """Let every copy begin later (GPU)."""
+    copy = transfer._copy
+
+    def later(stream: torch.cuda.Stream, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(CYCLES)
+        return copy(stream, *arguments, **options)
+
+    transfer._copy = later  # type: ignore[method-assign]
+
+
 def install_faults() -> None:
     init, begin = Pager.__init__, Prefill._begin_pass
 
     def late(self: Pager, *arguments: Any, **options: Any) -> None:
         init(self, *arguments, **options)
         rank = self.ranks.rank
+        if isinstance(self.transfer, StreamTransfer):
+            if rank == 1:
+                slow_down(self.transfer)
+            return
         assert isinstance(self.transfer, HostTransfer)
         self.transfer, self.asynchronous = LateTransfer(self.transfer, rank), True
         self.compute, self.new_event = lambda: None, lambda: LateEvent(rank)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.deferred_scores import wait_for
 from sglang_lsa.engine.sizing import MemoryPlan, Needs, plan_memory
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
@@ -26,7 +27,7 @@ from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.ledger import Ledger, LedgerError
 from sglang_lsa.memory.mirror import HostMirror
 from sglang_lsa.memory.numa import nodes_of, spread
-from sglang_lsa.memory.ranks import Ranks
+from sglang_lsa.memory.ranks import Ranks, RanksDisagree
 from sglang_lsa.memory.unheld import forget_unheld
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches import kv_cache_configurator_config_from_budget as config_from_budget
@@ -87,6 +88,13 @@ def test_other_records_end_the_server_and_both_are_told(met: list[dict[str, Any]
 
 def test_a_rank_that_fails_alone_says_so_and_does_not_hang(met: list[dict[str, Any]]) -> None:
     assert met[1]["alone"].startswith("LSA: rank 1 of 2 failed where others went on (lost its way)")
+
+
+def test_waiting_for_scores_ends_and_says_who_waited() -> None:
+    never = SimpleNamespace(query=lambda: False)
+    with pytest.raises(RanksDisagree, match="LSA: rank 1 of 2 waited 0 s for the other ranks to score pages"):
+        wait_for(never, "rank 1 of 2", timeout=0.01)
+    wait_for(SimpleNamespace(query=lambda: True), "nobody", timeout=0.0)
 
 
 def test_one_rank_agrees_with_itself() -> None:
@@ -231,7 +239,7 @@ def test_an_indexer_serves_any_number_of_ranks(ranks: int, heads: Any, kv_heads:
     keys = torch.randn(pages + 1, PAGE_SIZE, 2, kv_heads, 8, generator=chance)
     whole, ids = indexer(shape, heads), torch.arange(1, pages + 1)
     expected = whole.score(queries, to_8_bits(whole.page_keys(keys)), ids)
-    total, served = torch.zeros(pages), 0
+    total, served, most = torch.zeros(pages), 0, 0
     for rank in range(ranks):
         part = whole.of_rank(rank, ranks)
         own_q = queries.chunk(ranks, dim=2)[rank]
@@ -239,8 +247,11 @@ def test_an_indexer_serves_any_number_of_ranks(ranks: int, heads: Any, kv_heads:
         own_k = repeated.chunk(ranks, dim=3)[rank]
         total += part.score_part(own_q, to_8_bits(part.page_keys(own_k)), ids)
         served += len(part.q_at)
+        assert len(part.k_at) * 4 * 8 <= whole.config.rank_page_bytes(ranks), "what was planned for"
+        most = max(most, len(part.k_at) * 4 * 8)
     torch.testing.assert_close(whole.finish(total), expected, rtol=1e-5, atol=1e-6)
     assert served == len(heads)
+    assert most == whole.config.rank_page_bytes(ranks)
     assert dataclasses.asdict(whole.config)["heads"] == heads and len(whole.q_at) == len(heads), "as it was"
 
 

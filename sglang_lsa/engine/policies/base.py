@@ -74,8 +74,8 @@ class Policy(ABC):
         return config.query_tokens
 
     @classmethod
-    def page_bytes(cls, config: LSAConfig) -> int:
-        """Device bytes that it keeps of a page itself."""
+    def page_bytes(cls, config: LSAConfig, ranks: int = 1) -> int:
+        """Device bytes that it keeps of a page itself, on one of so many ranks."""
         return 0
 
     @classmethod

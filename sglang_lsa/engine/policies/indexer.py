@@ -53,8 +53,8 @@ class Indexer(Policy):
         return read_checkpoint_config(str(config.indexer)).positions
 
     @classmethod
-    def page_bytes(cls, config: LSAConfig) -> int:
-        return read_checkpoint_config(str(config.indexer)).page_bytes
+    def page_bytes(cls, config: LSAConfig, ranks: int = 1) -> int:
+        return read_checkpoint_config(str(config.indexer)).rank_page_bytes(ranks)
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         if len(virtual) and self.table.shape[1]:
