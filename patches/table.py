@@ -60,8 +60,8 @@ INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_
 """What lets a configuration in; changes nothing for a server that has none."""
 
 SERVING: tuple[Hook, ...] = (
-    model_runner_load_model.HOOK,
     kv_cache_configurator_config_from_budget.HOOK,
+    model_runner_load_model.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
     deep_seek_v4_token_to_kv_pool_make_indexer_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,

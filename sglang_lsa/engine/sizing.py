@@ -108,7 +108,7 @@ def selector_needs(
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize if bounds_needed(config) else 0
     row_bytes = positions(config) * observed * q_heads * head_dim * itemsize
-    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config, ranks))}
+    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.rank_page_bytes(config, ranks))}
     staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
     staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)

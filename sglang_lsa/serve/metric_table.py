@@ -154,6 +154,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "1 when the model's weights changed after its indexer was trained, else 0",
         lambda now: float(now.runtime.weight_updates > 0 and now.runtime.indexer is not None),
     ),
+    Gauge(
+        "lsa_ranks",
+        "ranks",
+        "Ranks that share the model (`--tp-size`); pages and bytes are those of each",
+        lambda now: now.pager.ranks.size,
+    ),
     Counter("lsa_recalled_pages", "pages", "Pages copied from host to device", lambda now: now.ledger.recalls),
     Counter(
         "lsa_recalled_bytes",
@@ -205,12 +211,6 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "sets",
         "Predictions that failed; the most recent pages stayed",
         lambda now: now.counts.fallbacks,
-    ),
-    Gauge(
-        "lsa_ranks",
-        "ranks",
-        "Ranks that share the model (`--tp-size`); pages and bytes are those of each",
-        lambda now: now.pager.ranks.size,
     ),
     Counter(
         "lsa_rank_checks",

@@ -164,6 +164,7 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     values = measure(runtime)
     assert list(values) == [*GAUGES, *COUNTERS] == [metric.name for metric in METRICS]
     shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes, "lsa_coverage": 1.0}
+    shown["lsa_ranks"] = 1
     shown |= {"lsa_virtual_pages": 64, "lsa_host_mirror_bytes": runtime.pager.mirror.nbytes, "lsa_budget": 0.135}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)

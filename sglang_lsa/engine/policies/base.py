@@ -74,9 +74,14 @@ class Policy(ABC):
         return config.query_tokens
 
     @classmethod
-    def page_bytes(cls, config: LSAConfig, ranks: int = 1) -> int:
-        """Device bytes that it keeps of a page itself, on one of so many ranks."""
+    def page_bytes(cls, config: LSAConfig) -> int:
+        """Device bytes that it keeps of a page itself."""
         return 0
+
+    @classmethod
+    def rank_page_bytes(cls, config: LSAConfig, ranks: int) -> int:
+        """The same on that of so many ranks which has the most; all of it, if it does not say."""
+        return cls.page_bytes(config)
 
     @classmethod
     def fixed_bytes(cls, config: LSAConfig, index: NativeIndex) -> int:

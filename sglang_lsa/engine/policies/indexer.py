@@ -53,7 +53,11 @@ class Indexer(Policy):
         return read_checkpoint_config(str(config.indexer)).positions
 
     @classmethod
-    def page_bytes(cls, config: LSAConfig, ranks: int = 1) -> int:
+    def page_bytes(cls, config: LSAConfig) -> int:
+        return read_checkpoint_config(str(config.indexer)).page_bytes
+
+    @classmethod
+    def rank_page_bytes(cls, config: LSAConfig, ranks: int) -> int:
         return read_checkpoint_config(str(config.indexer)).rank_page_bytes(ranks)
 
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
