@@ -99,7 +99,7 @@ install() {
   say "Installing SGLang, PyTorch and sglang-lsa into $venv (about 9 GB)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train]'
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train,router]'
   fi
   fingerprint >"$stamp.new"
   mv "$stamp.new" "$stamp"
@@ -110,7 +110,7 @@ install_with_uv() {
   # The wheels of PyTorch and CUDA are large: allow a slow line more than uv's 30 s of silence.
   # Compiled once here: otherwise every process of every server might compile thousands of files as it starts.
   UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --compile-bytecode \
-    --python "$venv/bin/python" -e '.[dev,train]'
+    --python "$venv/bin/python" -e '.[dev,train,router]'
 }
 
 trap 'exit 130' INT
