@@ -44,15 +44,6 @@ def test_with_all_pages_they_say_what_stock_says(plain: ServerProcess, folder: p
     ranks.all_pages_are_what_stock_says(plain, ranks.stock_answers(CPU, path, folder / "stock.log"))
 
 
-@pytest.mark.slow
-def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
-    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
-    path = CPU.model(folder / "qwen", "qwen2.5")
-    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log")
-    with ranks.small(CPU, LSA, path, folder / "qwen.log") as server:
-        ranks.all_pages_are_what_stock_says(server, expected)
-
-
 @pytest.mark.parametrize("name", ["plain", "late"])
 def test_dense_requests_are_retracted_together(name: str, request: pytest.FixtureRequest) -> None:
     ranks.dense_requests_are_retracted_together(request.getfixturevalue(name), CPU)
@@ -78,3 +69,12 @@ def test_under_pressure_without_late_copies(plain: ServerProcess, monkeypatch: p
 @pytest.mark.parametrize("when", ["oomfirst", "oomlast"], ids=["before its pages had places", "afterwards"])
 def test_memory_that_runs_out_on_one_rank(late: ServerProcess, when: str) -> None:
     ranks.memory_runs_out_on_one_rank(late, when, CPU)
+
+
+@pytest.mark.slow
+def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
+    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
+    path = CPU.model(folder / "qwen", "qwen2.5")
+    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log")
+    with ranks.small(CPU, LSA, path, folder / "qwen.log") as server:
+        ranks.all_pages_are_what_stock_says(server, expected)
