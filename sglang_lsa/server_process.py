@@ -30,16 +30,25 @@ class ServerProcess:
         module: :data:`LSA` or :data:`STOCK`.
         arguments: flags of that server, without host and port.
         log: file that takes everything the server prints.
+        calibrate: whether one that is not told how to choose pages may calibrate. What is measured or tested must not
+            depend on what a cache folder holds, nor wait for that.
         environment: variables added to this process's own.
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], log: pathlib.Path, environment: dict[str, str] | None = None
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: pathlib.Path,
+        environment: dict[str, str] | None = None,
+        calibrate: bool = False,
     ):
         self.module, self.log = module, log
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        if module != STOCK and not calibrate and (module == LSA or any(a.startswith("--lsa-") for a in arguments)):
+            command += ["--lsa-calibrate", "never"]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
