@@ -112,7 +112,7 @@ def _calibrate(
         indexer, lift = untrained.make_indexer(shape, found, seen), found.lift
     except untrained.NothingFound as error:
         logger.info("LSA: %s", error)
-        lift = max((float(untrained.lifts(part).max()) for part in seen if untrained.usable(part)), default=0.0)
+        lift = error.lift
     result = Calibration(indexer is not None, len(prompts), round(time.monotonic() - began, 1), round(lift, 2))
     logger.info("LSA: calibrated in %.1f s: %s", result.seconds, indexer and indexer.config.heads)
     try:

@@ -15,19 +15,28 @@ from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
 
-HEADS, SUB_KEYS, POSITIONS = 16, 32, 64
-"""Of a calibrated indexer: as many as those that are trained have."""
+HEADS, SUB_KEYS, POSITIONS = 8, 32, 64
+"""Of a calibrated indexer. Without training more heads dilute the best ones: see docs/evaluation.md."""
 SINK, RECENT = 1, 4
 """First and last pages that stay whatever their score, and teach nothing."""
-LEAST_LIFT = 3.0
+LEAST_LIFT = 1.5
 """How much more than its share of pages evidence must get from the best heads, for them to count as looking at it."""
-TARGET = 0.9
-"""Share of the attention to pages that the threshold keeps."""
+TARGET = 0.99
+"""Share of the attention to pages that the threshold keeps: it is to leave out what is worth nothing, also in contexts
+longer than the prompts, over whose pages shares are spread thinner."""
 FAINT = 1e-9
 
 
 class NothingFound(ValueError):
-    """No heads of the model look at evidence."""
+    """No heads of the model look at evidence.
+
+    Attributes:
+        lift: of the best of them, see :func:`lifts`; 0 where no prompt could tell.
+    """
+
+    def __init__(self, message: str, lift: float = 0.0):
+        super().__init__(message)
+        self.lift = lift
 
 
 def free(pages: int) -> slice:
@@ -98,7 +107,8 @@ def find_heads(seen: Sequence[Seen], count: int = HEADS) -> Heads:
     if not len(best.values):
         raise NothingFound(
             f"the best of {worth.numel()} heads tells of evidence {float(lift.max()):.1f} times as much as chance: "
-            f"{LEAST_LIFT:.0f} or more would be a head that looks for it"
+            f"{LEAST_LIFT} or more would be a head that looks for it",
+            float(lift.max()),
         )
     order = best.indices.argsort()
     places, values = best.indices[order].tolist(), best.values[order]
