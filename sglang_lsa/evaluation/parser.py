@@ -150,6 +150,7 @@ def add_calibration(kinds: Commands) -> None:
     command.add_argument("--budgets", nargs="+", type=float, default=[0.1], metavar="SHARE", help="default: 0.1")
     lengths = "tokens of the prompts that calibrate; default: those of a server on this device"
     command.add_argument("--calibrate-lengths", nargs="+", type=int, metavar="N", help=lengths)
+    command.add_argument("--calibrate-families", nargs="+", choices=families[1:], help="default: those of a server")
     command.add_argument("--calibrate-each", type=int, metavar="N", help="of each family and length")
     command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: cpu")
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
@@ -169,6 +170,8 @@ def run_calibration(args: argparse.Namespace) -> int:
     chosen = ON_CPU if args.device == "cpu" else ON_GPU
     if args.calibrate_lengths:
         chosen = dataclasses.replace(chosen, lengths=tuple(args.calibrate_lengths))
+    if args.calibrate_families:
+        chosen = dataclasses.replace(chosen, families=tuple(args.calibrate_families))
     if args.calibrate_each:
         chosen = dataclasses.replace(chosen, each=args.calibrate_each)
     names = ("indexer", "families", "lengths", "samples", "budgets", "device")
