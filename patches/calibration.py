@@ -52,6 +52,9 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         runner: SGLang's ModelRunner, its model loaded.
     """
     without = dataclasses.replace(config, policy="quest", calibrate="never")
+    if runner.ps.tp_size > 1:
+        logger.warning("LSA: heads on %d ranks are not calibrated yet: Quest chooses pages", runner.ps.tp_size)
+        return without
     try:
         shape, chosen = model_shape(runner), prompts_for(runner.device, runner.model_config.context_len)
         folder = calibrations.folder_of(calibrations.key_of(shape, runner.model.named_parameters(), repr(chosen)))
@@ -63,6 +66,9 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
     except Exception as error:
         logger.exception("LSA: calibration failed (%s); pages are chosen by Quest's bounds", error)
         return without
+    finally:
+        if runner.device == "cuda":
+            torch.cuda.empty_cache()  # what is free now becomes the KV pool
     if not known.found:
         logger.warning(
             "LSA: no heads of this model look at evidence (%.1f times as much as chance at best); pages are chosen by "

@@ -220,7 +220,9 @@ def test_a_failing_calibration_serves_with_quest(caplog: pytest.LogCaptureFixtur
     pytest.importorskip("sglang")
     from sglang_lsa.patches.calibration import calibrated
 
-    runner = types.SimpleNamespace(model=torch.nn.Linear(2, 2), model_config=None, device="cpu")
+    runner = types.SimpleNamespace(
+        model=torch.nn.Linear(2, 2), model_config=None, device="cpu", ps=types.SimpleNamespace(tp_size=1)
+    )
     after = calibrated(LSAConfig(), runner)
     assert (after.policy, after.indexer, after.calibrate) == ("quest", None, "never")
     assert "calibration failed" in caplog.text
