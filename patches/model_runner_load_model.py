@@ -23,6 +23,9 @@ HOOK = Hook(
     test="tests/server/test_calibration.py::test_first_start_calibrates_and_the_second_remembers",
     relies_on=(
         "sglang.srt.model_executor.model_runner.ModelRunner.initialize",
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+        "sglang.srt.model_executor.forward_batch_info.ForwardMode",
+        "sglang.srt.model_executor.forward_context.ForwardContext",
         "sglang.srt.model_executor.forward_context.forward_context",
         "sglang.srt.model_executor.forward_context.get_attn_backend",
         "sglang.srt.layers.radix_attention.RadixAttention.forward",

@@ -45,13 +45,6 @@ class LSAConfig:
         "--lsa-calibrate); else quest or native.",
         choices=POLICIES,
     )
-    calibrate: str = _option(
-        "cached",
-        "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
-        "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
-        "on. cached: once for a model, then what is in the cache folder; always: at every start; never: Quest.",
-        choices=CALIBRATE,
-    )
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
     min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
     window: int = _option(64, "Decode steps during which a resident set stays fixed.")
@@ -118,6 +111,13 @@ class LSAConfig:
         "Folder of a trained memory indexer, or the name of a shipped one; for DeepSeek-V4 the file of a FlashMemory "
         "checkpoint.",
         metavar="PATH",
+    )
+    calibrate: str = _option(
+        "cached",
+        "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
+        "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
+        "on. cached: once for a model, then what is in the cache folder; always: at every start; never: Quest.",
+        choices=CALIBRATE,
     )
     record: str | None = _option(
         None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
