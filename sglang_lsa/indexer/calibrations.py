@@ -71,7 +71,7 @@ def read(folder: pathlib.Path) -> Calibration | None:
     """
     try:
         values = json.loads((folder / FACTS).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read ({error})") from None

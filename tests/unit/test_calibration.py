@@ -232,3 +232,92 @@ def test_a_failing_calibration_serves_with_quest(caplog: pytest.LogCaptureFixtur
 def test_the_written_form_is_plain_json(tmp_path: pathlib.Path) -> None:
     calibrations.write(tmp_path / "key", Calibration(True, 4, 1.5, 20.0), made())
     assert json.loads((tmp_path / "key" / calibrations.FACTS).read_text())["found"] is True
+
+
+def test_random_weights_have_no_heads_that_look() -> None:
+    """Queries and keys by lot, through the real attention and scores: as many prompts as a CPU reads."""
+    parts = []
+    for number in range(4):
+        generator = torch.Generator().manual_seed(number)
+        watch = Watch(24 * PAGE, 20, (5, 11), positions=untrained.POSITIONS, sub_keys=untrained.SUB_KEYS)
+        for layer in range(3):
+            q = torch.randn((24 * PAGE, 4, 16), generator=generator)
+            k = torch.randn((24 * PAGE, 2, 16), generator=generator)
+            watch.attend(layer, q, k, k, 0.25)
+        parts.append(watch.seen())
+    with pytest.raises(untrained.NothingFound) as nothing:
+        untrained.find_heads(parts)
+    assert 0.5 < nothing.value.lift < untrained.LEAST_LIFT
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts a server as far as calibration sees it, in a cache folder of its own: passes of the model, which need a
+    real server (tests/server/test_calibration.py), are replaced by what they show, and counted."""
+    pytest.importorskip("sglang")
+    from sglang_lsa.patches import calibration
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shows, passes = {"good": {(0, 2): 0.8, (2, 1): 0.4}}, []
+
+    def watched(runner: object, prompts: object) -> list[Seen]:
+        passes.append(1)
+        return [seen(number, shows["good"]) for number in range(4)]
+
+    monkeypatch.setattr(calibration, "watch_prompts", watched)
+    monkeypatch.setattr(calibration, "model_shape", lambda runner: SHAPE)
+    monkeypatch.setattr(calibration, "calibration_prompts", lambda tokenizer, chosen: [])
+    monkeypatch.setattr(calibration, "_tokenizer", lambda server_args: None)
+    runner = types.SimpleNamespace(
+        model=torch.nn.Linear(2, 2),
+        model_config=types.SimpleNamespace(context_len=8192),
+        device="cpu",
+        ps=types.SimpleNamespace(tp_size=1),
+        server_args=None,
+    )
+
+    def one(**values: object) -> LSAConfig:
+        return calibration.calibrated(LSAConfig(**values), runner)  # type: ignore[arg-type]
+
+    return types.SimpleNamespace(one=one, passes=passes, shows=shows, runner=runner, cache=tmp_path)
+
+
+def test_a_second_start_takes_what_the_first_found_unless_told_not_to(start) -> None:
+    first = start.one()
+    assert first.policy == "indexer" and str(first.indexer).startswith(str(start.cache / "sglang-lsa" / "calibrations"))
+    assert start.one() == first and len(start.passes) == 1
+    assert start.one(calibrate="always").indexer == first.indexer and len(start.passes) == 2
+
+
+def test_other_weights_are_calibrated_for_themselves(start) -> None:
+    first = start.one()
+    start.runner.model.weight.data.add_(1)
+    assert start.one().indexer != first.indexer and len(start.passes) == 2
+
+
+def test_a_cache_of_another_version_is_made_again_and_said(start, caplog: pytest.LogCaptureFixture) -> None:
+    facts = pathlib.Path(str(start.one().indexer)) / calibrations.FACTS
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "format": 0}))
+    assert start.one().policy == "indexer" and len(start.passes) == 2
+    assert "is of another version (format 0" in caplog.text
+    assert json.loads(facts.read_text())["format"] == calibrations.FORMAT
+
+
+def test_a_model_that_looks_at_nothing_is_served_with_quest_and_not_asked_again(
+    start, caplog: pytest.LogCaptureFixture
+) -> None:
+    start.shows["good"] = {}
+    for _ in range(2):
+        after = start.one()
+        assert (after.policy, after.indexer, after.calibrates) == ("quest", None, False)
+    assert len(start.passes) == 1 and "no heads of this model look at evidence" in caplog.text
+
+
+def test_where_the_cache_cannot_be_written_a_server_keeps_its_calibration(
+    start, caplog: pytest.LogCaptureFixture
+) -> None:
+    (start.cache / "sglang-lsa").write_text("a file where a folder should be")
+    after = start.one()
+    assert after.policy == "indexer" and MemoryIndexer.load(str(after.indexer)).config.heads == ((0, 2), (2, 1))
+    assert not str(after.indexer).startswith(str(start.cache))
+    assert "is not kept for the next start" in caplog.text
