@@ -1,4 +1,5 @@
-"""Ranks that were told different things are found out before any of them loads weights."""
+"""Around loading a model: ranks that were told different things are found out before it, and calibration comes after it,
+where nobody said how pages are chosen."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.ranks import ranks
 
 
-def compare_options(self, *args, **kwargs):
+def load_model(original, self, *args, **kwargs):
+    compare_options(self)
+    loaded = original(self, *args, **kwargs)
+    calibrate(self)
+    return loaded
+
+
+def compare_options(self):
     if self.ps.tp_size > 1:
         require_equal_options(ranks(self.ps.tp_size), self.server_args.lsa_config)
 
@@ -25,13 +33,32 @@ def require_equal_options(joined, config):
             )
 
 
+def calibrate(self):
+    from sglang_lsa.patches.calibration import calibrated
+
+    config = self.server_args.lsa_config
+    if config.calibrates and not self.is_draft_worker:
+        object.__setattr__(self.server_args, "lsa_config", calibrated(config, self))  # resolved arguments are read-only
+
+
 HOOK = Hook(
     target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-    kind="before",
-    function=compare_options,
+    kind="around",
+    function=load_model,
     parameters=("self",),
-    why="Ranks that prune differently wait for each other's collectives for ever; weights take minutes to load first.",
-    until="SGLang compares what its ranks were told.",
+    why="Ranks that prune differently wait for each other's collectives for ever; weights take minutes to load first. "
+    "Which heads look at evidence decides what is observed and what pages cost beside KV, so it is needed before pools.",
+    until="SGLang compares what its ranks were told, and calls plugins when its model is loaded.",
     test="tests/unit/test_ranks.py::test_ranks_with_different_options_are_refused_before_weights_are_loaded",
-    relies_on=("sglang.srt.distributed.parallel_state.get_tp_group",),
+    relies_on=(
+        "sglang.srt.distributed.parallel_state.get_tp_group",
+        "sglang.srt.model_executor.model_runner.ModelRunner.initialize",
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+        "sglang.srt.model_executor.forward_batch_info.ForwardMode",
+        "sglang.srt.model_executor.forward_context.ForwardContext",
+        "sglang.srt.model_executor.forward_context.forward_context",
+        "sglang.srt.model_executor.forward_context.get_attn_backend",
+        "sglang.srt.layers.radix_attention.RadixAttention.forward",
+        "sglang.srt.utils.hf_transformers.tokenizer.get_tokenizer",
+    ),
 )
