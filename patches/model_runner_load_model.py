@@ -1,8 +1,9 @@
-"""Around loading a model: ranks that were told different things are found out before it, and calibration comes after it,
-where nobody said how pages are chosen."""
+"""Around loading a model: ranks that were told different things are found out before it; calibration comes after it,
+where it is wanted."""
 
 from __future__ import annotations
 
+from sglang_lsa.patches.architectures import is_deepseek_v4
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.ranks import ranks
 
@@ -37,7 +38,7 @@ def calibrate(self):
     from sglang_lsa.patches.calibration import calibrated
 
     config = self.server_args.lsa_config
-    if config.calibrates and not self.is_draft_worker:
+    if config.calibrates and not self.is_draft_worker and not is_deepseek_v4(self.model_config):
         object.__setattr__(self.server_args, "lsa_config", calibrated(config, self))  # resolved arguments are read-only
 
 
@@ -47,7 +48,7 @@ HOOK = Hook(
     function=load_model,
     parameters=("self",),
     why="Ranks that prune differently wait for each other's collectives for ever; weights take minutes to load first. "
-    "Which heads look at evidence decides what is observed and what pages cost beside KV, so it is needed before pools.",
+    "Which heads look at evidence decides what is observed and what pages cost beside KV: it is needed before pools.",
     until="SGLang compares what its ranks were told, and calls plugins when its model is loaded.",
     test="tests/unit/test_ranks.py::test_ranks_with_different_options_are_refused_before_weights_are_loaded",
     relies_on=(
