@@ -47,7 +47,8 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
-        if module != STOCK and not calibrate and (module == LSA or any(a.startswith("--lsa-") for a in arguments)):
+        ours = module == LSA or any(argument.startswith("--lsa-") for argument in arguments)
+        if module != STOCK and ours and not calibrate and "--lsa-calibrate" not in arguments:
             command += ["--lsa-calibrate", "never"]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
