@@ -302,7 +302,6 @@ def test_bad_engine_arguments_are_refused(given: Any, words: str) -> None:
 # --- per request -----------------------------------------------------------------------------------------------------
 
 SERVER = LSAConfig(budget=0.25, calibrate="never")
-SERVER = LSAConfig(budget=0.25)
 
 
 @pytest.mark.parametrize(
