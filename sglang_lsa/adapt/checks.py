@@ -64,8 +64,8 @@ def require_model(model: str, settings: Settings) -> ModelShape:
         AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever transformers and SGLang raise of a folder that is no model
         raise ValueError(
-            f"--model {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}): give a whole Hugging Face
-            model"
+            f"--model {folder} cannot be read ({type(error).__name__}: {str(error)[:200]}): give a whole Hugging "
+            "Face model"
         ) from None
     if is_deepseek_v4(config):
         raise ValueError(f"--model {folder} has an index of its own: serve it as it is, with --lsa-policy native")
@@ -127,6 +127,6 @@ def require_disk(output: pathlib.Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ValueError(
-            f"--output {output} has {free / 1e9:.2f} GB free, and recordings take up to {needed / 1e9:.2f} GB: free
-            some, " "use another folder, or a smaller --each or --lengths"
+            f"--output {output} has {free / 1e9:.2f} GB free, and recordings take up to {needed / 1e9:.2f} GB: free "
+            "some, use another folder, or a smaller --each or --lengths"
         )

@@ -55,8 +55,8 @@ class State:
             if known.about.get(name) != about[name]:
                 what = "of other weights" if name == "weights" else f"begun with {name} {known.about.get(name)!r}"
                 raise ValueError(
-                    f"--output {folder} was {what}, and this is {about[name]!r}: give the same again to go on, or use
-                    a " "new folder"
+                    f"--output {folder} was {what}, and this is {about[name]!r}: give the same again to go on, or "
+                    "use a new folder"
                 )
         return known
 

@@ -70,11 +70,10 @@ def progress_in(log: pathlib.Path, begins: int = 0) -> tuple[str, float]:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(begins, size - TAIL))
         text = file.read().decode(errors="replace")
-    found = None
-    for found in BAR.finditer(text):
-        pass
-    if found is None:
+    bars = list(BAR.finditer(text))
+    if not bars:
         return "", 0.0
+    found = bars[-1]
     return (found.group(1) or "").strip(), min(1.0, int(found.group(2)) / max(1, int(found.group(3))))
 
 

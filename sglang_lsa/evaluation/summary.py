@@ -155,13 +155,14 @@ def _described(
 
 
 def _divergence(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """``kl``, ``kl_ci_low``, ``kl_ci_high``: one number a sample, which is the mean of its turns; tasks weigh the
-    same.""" known = [row for row in rows if row.get("kl") is not None] if not known:
+    """``kl``, ``kl_ci_low``, ``kl_ci_high``: one number a sample, the mean of its turns; tasks weigh the same."""
+    known = [row for row in rows if row.get("kl") is not None]
+    if not known:
         return dict.fromkeys(("kl", "kl_ci_low", "kl_ci_high"))
-    groups = [
-        [float(np.mean([row["kl"] for row in own])) for _, own in sorted(_group(task, lambda row:
-        row["sample"]).items())] for _, task in sorted(_group(known, _cell).items())
-    ]
+    groups = []
+    for _, task in sorted(_group(known, _cell).items()):
+        samples = sorted(_group(task, lambda row: row["sample"]).items())
+        groups.append([float(np.mean([row["kl"] for row in own])) for _, own in samples])
     rng = np.random.default_rng(zlib.crc32("-".join(map(str, _cell(known[0]))).encode()))
     names = ("kl", "kl_ci_low", "kl_ci_high")
     return dict(zip(names, (round(value, 7) for value in mean_and_interval(groups, rng, RESAMPLES)), strict=True))
@@ -234,8 +235,8 @@ def write_markdown(path: pathlib.Path, found: Sequence[dict[str, Any]]) -> None:
         + "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
         "questions, and the device memory of the KV, selector keys, queries and tables, of what all KV takes. A star: "
         f"full attention itself is below {LEAST_FULL:.0f} there, so the task does not count in averages. "
-        "*Evidence*: the share of its pages that was resident, of tasks without a right answer. *KL*: of the
-        next-token " "distribution from full attention's, in nats a token, along full attention's answer, with its 95
-        % interval; all " "tokens but the likeliest are one class, so it is a lower bound. Full attention's own is
-        what rounding makes.\n"
+        "*Evidence*: the share of its pages that was resident, of tasks without a right answer. *KL*: of the "
+        "next-token distribution from full attention's, in nats a token, along full attention's answer, with its 95 % "
+        "interval; all tokens but the likeliest are one class, so it is a lower bound. Full attention's own is what "
+        "rounding makes.\n"
     )
