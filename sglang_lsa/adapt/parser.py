@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+from typing import Any
 
 from sglang_lsa.adapt.settings import Settings
 from sglang_lsa.commands import Commands, add_command, failing
@@ -24,15 +25,16 @@ def add_parser(commands: Commands) -> None:
         "--texts", type=pathlib.Path, metavar="DIR", help="text files to record over; default: Python's"
     )
     for field in dataclasses.fields(Settings):
-        several = isinstance(field.default, tuple)
-        kind = type(field.default[0] if several else field.default)
+        default: Any = field.default
+        several = isinstance(default, tuple)
+        kind = type(default[0] if several else default)
         command.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,
             nargs="+" if several else None,
-            default=list(field.default) if several else field.default,
+            default=list(default) if several else default,
             metavar=field.metadata["metavar"],
-            help=f"{field.metadata['help']}; default: {shown(field.default)}",
+            help=f"{field.metadata['help']}; default: {shown(default)}",
         )
     command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for every server")
     command.add_argument("--keep-recordings", action="store_true", help="they are deleted at the end otherwise")
@@ -52,7 +54,7 @@ def run_adapt(args: argparse.Namespace) -> int:
 
     from sglang_lsa.adapt.command import adapt
 
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     adapt(
         args.model or str(embedded_model_path()),
