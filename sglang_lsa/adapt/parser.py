@@ -54,8 +54,9 @@ def run_adapt(args: argparse.Namespace) -> int:
 
     from sglang_lsa.adapt.command import adapt
 
-    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = Settings(**values)
     adapt(
         args.model or str(embedded_model_path()),
         args.output,
