@@ -183,10 +183,20 @@ def wait(until: Any, seconds: float = 60) -> None:
 
 def row(arm: str, **changed: Any) -> dict[str, Any]:
     values = {
-        "suite": "ruler", "task": "vt", "length": 4096, "arm": arm, "accuracy": 50.0,
-        "delta": 0.0 if arm == "full" else -5.0, "delta_ci_low": -9.0, "delta_ci_high": 1.0, "footprint": 0.12, "counted": True, "kl": 0.01, "kl_ci_low": 0.005,
+        "suite": "ruler",
+        "task": "vt",
+        "length": 4096,
+        "arm": arm,
+        "accuracy": 50.0,
+        "delta": 0.0 if arm == "full" else -5.0,
+        "delta_ci_low": -9.0,
+        "delta_ci_high": 1.0,
+        "footprint": 0.12,
+        "counted": True,
+        "kl": 0.01,
+        "kl_ci_low": 0.005,
         "kl_ci_high": 0.02,
-    }  # fmt: skip
+    }
     return values | changed
 
 
