@@ -42,15 +42,8 @@ class ServerProcess:
         self.held = {"--port": held_port(), "--nccl-port": held_port()}
         self.port = int(self.held["--port"].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-<<<<<<< HEAD
         ports = [word for flag, held in self.held.items() for word in (flag, str(held.getsockname()[1]))]
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", *ports, *arguments]
-=======
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
-        ours = module == LSA or any(argument.startswith("--lsa-") for argument in arguments)
-        if module != STOCK and ours and not calibrate and "--lsa-calibrate" not in arguments:
-            command += ["--lsa-calibrate", "never"]
->>>>>>> calib
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command,

