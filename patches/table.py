@@ -66,7 +66,6 @@ SERVING: tuple[Hook, ...] = (
     deep_seek_v4_token_to_kv_pool_make_indexer_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,
     base_kv_cache_method_process_weights_after_loading.HOOK,
-    model_runner_load_model.HOOK,
     model_runner_init_post_memory_pool_components.HOOK,
     forward_batch_init_new.HOOK,
     decode_cuda_graph_runner_can_run_graph.HOOK,

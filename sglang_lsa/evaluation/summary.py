@@ -230,13 +230,16 @@ def _shown(row: dict[str, Any]) -> str:
 
 def write_markdown(path: pathlib.Path, found: Sequence[dict[str, Any]]) -> None:
     """The tables, and how to read them."""
-    path.write_text(
-        markdown(found)
-        + "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
+    told = (
+        "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
         "questions, and the device memory of the KV, selector keys, queries and tables, of what all KV takes. A star: "
         f"full attention itself is below {LEAST_FULL:.0f} there, so the task does not count in averages. "
-        "*Evidence*: the share of its pages that was resident, of tasks without a right answer. *KL*: of the "
-        "next-token distribution from full attention's, in nats a token, along full attention's answer, with its 95 % "
-        "interval; all tokens but the likeliest are one class, so it is a lower bound. Full attention's own is what "
-        "rounding makes.\n"
+        "*Evidence*: the share of its pages that was resident, of tasks without a right answer."
     )
+    if any(row.get("kl") is not None for row in found):
+        told += (
+            " *KL*: of the next-token distribution from full attention's, in nats a token, along full attention's "
+            "answer, with its 95 % interval; all tokens but the likeliest are one class, so it is a lower bound. Full "
+            "attention's own is what rounding makes."
+        )
+    path.write_text(markdown(found) + told + "\n")

@@ -145,7 +145,10 @@ def qa_tasks(folder: pathlib.Path) -> dict[str, Task]:
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"--qa {path} cannot be read ({error}): fetch the file again") from error
+            raise ValueError(
+                f"--qa {path}: cannot be read ({type(error).__name__}: {error}): fetch the file again, or take it out "
+                "of the folder"
+            ) from error
         tasks[name] = task_of(name, whole, read, f"--qa {path}")
     if not tasks:
         raise ValueError(f"--qa {folder}: has neither squad.json nor hotpotqa.json: put one there, or leave --qa out")
