@@ -39,7 +39,8 @@ def divergences(reference: Sequence[str], told: Sequence[str]) -> tuple[np.ndarr
     Raises:
         ValueError: a model's logits were no numbers.
     """
-    values, rests = [], []
+    values: list[float] = []
+    rests: list[float] = []
     for one, other in zip(reference, told, strict=True):
         (ids, p), (same, q) = unpacked(one), unpacked(other)
         assert (ids == same).all(), "distributions over other tokens"
