@@ -255,6 +255,12 @@ SETS = {
 }
 
 
+def first_token_of_less(sets: str) -> int:
+    """Which token of the answer is the first one that cannot look at everything."""
+    parts = (part.split(":") for part in sets.split(";"))
+    return next(int(begins) for begins, tail_start, _ in parts if int(tail_start)) - LONG
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("which", ["ordered", "lsa"])
 def test_a_named_set_is_a_mask(
@@ -272,7 +278,8 @@ def test_a_named_set_is_a_mask(
     print()
     found = noise.check(f"{which}, {name}", expected, seen, "ordered" if which == "ordered" else "repeated")
     assert finished_request(server, rid)["sets"] == SETS[name]
-    shown = Difference.between(everything, expected)
+    begins = first_token_of_less(SETS[name])
+    shown = Difference.between(everything.since(begins), expected.since(begins))
     print(f"what the set leaves out: {shown}")
     assert shown.mean > 10 * noise.tolerance("ordered"), "this model does not show what it reads"
     assert found.mean < shown.mean / 2
@@ -334,6 +341,8 @@ def test_the_same_slots_take_fewer_bytes(folder: pathlib.Path, stock: ServerProc
     assert status["page_bytes"] == PAGE_BYTES
     paged = ("c4_kv_pool", "c4_indexer_kv_pool")
     for name, size in pools[0].items():
+        if name == "layer_mapping":
+            continue  # the entries of both kinds once more, by layer
         expected = size * (DEVICE_PAGES + 1) / (VIRTUAL_PAGES + 1) if name in paged else size
         assert pools[1][name] == pytest.approx(expected, rel=0.02), name
     kept = sum(status["physical"]["overhead_bytes"].values())

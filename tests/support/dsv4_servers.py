@@ -79,6 +79,10 @@ class Said:
     def finite(self) -> bool:
         return all(np.isfinite(list(best.values())).all() for best in self.chances)
 
+    def since(self, token: int) -> Said:
+        """Without the tokens before this one, counted from 0."""
+        return Said(self.tokens[token:], self.chances[token:], self.cached)
+
 
 def ask(server: ServerProcess, prompt: list[int], tokens: int, rid: str | None = None, **lsa: Any) -> Said:
     """Exactly so many tokens. A server without LSA ignores what LSA is asked."""
