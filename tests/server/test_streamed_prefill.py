@@ -23,7 +23,7 @@ LENGTH = 7900
 def prefilled(
     server: ServerProcess, prompt: str, tokens: int = 1, first: int = 0, **lsa
 ) -> tuple[np.ndarray, list[int]]:
-    """Logarithmic probability of the tokens of a prompt from ``first`` on and of its answer, and the answer's tokens."""
+    """Logarithmic probabilities of a prompt from token ``first`` on and of its answer, and the tokens of the answer."""
     parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     if lsa:
         parameters["custom_params"] = {"lsa": lsa}
