@@ -107,7 +107,7 @@ def test_full_attention_and_all_pages_are_0_from_full_attention(whole: ServerPro
     ("arguments", "words"),
     [
         (["--url", "http://127.0.0.1:9"], "is the server running?"),
-        (["--arms", "lsa"], "use one of quest, recency, random, full"),
+        (["--arms", "lsa", "--suites", "ruler", "--tasks", "niah_single_1"], "use one of quest, recency, random, full"),
         (["--tasks", "niah"], "--tasks niah: no suite asked for has it: use some of niah_single_1"),
         (["--texts", "/nowhere"], "--texts /nowhere: has no .txt, .md or .rst files"),
         (["--qa", "/nowhere"], "--qa /nowhere: has neither squad.json nor hotpotqa.json"),
