@@ -24,7 +24,7 @@ SERVER += "--json-model-override-args '{\"num_hidden_layers\": 6}'"
 
 def begin(output: pathlib.Path, model: str, log: pathlib.Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "sglang_lsa.cli", "adapt", "--model", model, "--output", str(output)]
-    command += ["--lengths", "600", "--each", "1", "--families", "facts", "--steps", "4"]
+    command += ["--lengths", "600", "--each", "2", "--families", "facts", "--steps", "4"]
     command += ["--tasks", "niah_single_1", "--eval-lengths", "1280", "--samples", "1", "--budget", "0.5"]
     with log.open("ab") as out:
         return subprocess.Popen([*command, f"--server-args={SERVER}", *more], stdout=out, stderr=subprocess.STDOUT)
@@ -71,7 +71,7 @@ def test_it_goes_on_wherever_it_was_killed(model_path: str, tmp_path: pathlib.Pa
     again = begin(output, model_path, log, "--keep-recordings")
     kill_when(again, lambda: "train" in json.loads((output / "adapt.json").read_text())["done"], log)
     manifest = Manifest.open(recordings)
-    assert len(manifest.entries) == 2
+    assert len(manifest.entries) == 3
     for path, written in kept.items():
         if path.stem in known:
             assert path.stat().st_mtime_ns == written, "what is there is not made again"
@@ -84,7 +84,7 @@ def test_it_goes_on_wherever_it_was_killed(model_path: str, tmp_path: pathlib.Pa
     rows = json.loads((output / "evaluation" / "quality.json").read_text())["rows"]
     assert {row["arm"] for row in rows} >= {"full", "lsa", "recency", "random"}
     assert all(row["kl"] is not None for row in rows)
-    settings = Settings(lengths=(600,), each=1, families=("facts",))
+    settings = Settings(lengths=(600,), each=2, families=("facts",))
     whole = sum(path.stat().st_size for path in recordings.glob("**/*.safetensors"))
     assert whole < recorded_bytes(ModelShape(576, 6, 9, 3, 64), settings) < 6 * whole
 
