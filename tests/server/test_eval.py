@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[dict]:
-    """A sample of two tasks each, of which one is five requests about one context."""
+    """Two samples of two tasks, of which one is five requests about one context."""
     arguments = ["eval", "--url", server.url, "--suites", "ruler", "scbench", "--tasks", "niah_single_1", "kv_shared"]
-    arguments += ["--lengths", "2048", "--samples", "1", "--arms", "quest", "window", "recency", "evidence", "--apart"]
+    arguments += ["--lengths", "2048", "--samples", "2", "--arms", "quest", "window", "recency", "evidence", "--apart"]
     arguments += [
         "--budgets",
         "0.25",
@@ -36,7 +36,7 @@ def test_every_arm_answers_and_nothing_is_asked_twice(whole: ServerProcess, tmp_
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     arms = {"full", "quest", "window", "recency", "evidence", "quest_apart", "plain"}
     judged = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(answers) == len(judged) == 6 * len(arms) and {row["arm"] for row in judged} == arms
+    assert len(answers) == len(judged) == 12 * len(arms) and {row["arm"] for row in judged} == arms
     found = {(row["task"], row["arm"]): row for row in rows}
     columns = {
         "suite",
@@ -59,7 +59,7 @@ def test_every_arm_answers_and_nothing_is_asked_twice(whole: ServerProcess, tmp_
     for arm in ("quest", "window", "recency", "evidence"):
         assert needle[arm]["resident"] == pytest.approx(0.25, abs=0.05)  # 8 of 32 or 33 pages
         assert needle[arm]["resident"] < needle[arm]["footprint"] < needle[arm]["resident"] + 0.05
-    assert found["kv_shared", "full"]["n"] == 5
+    assert found["kv_shared", "full"]["n"] == 10
     for row in judged:
         if row["arm"].endswith("_apart"):
             assert not row["cached_tokens"]
