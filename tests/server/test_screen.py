@@ -188,7 +188,7 @@ class Stream:
         return str(self.reasons[-1]["type"])
 
 
-@pytest.mark.parametrize(("how", "tokens"), [("abort", 100), ("hang_up", 250)], ids=["abort", "hang_up"])
+@pytest.mark.parametrize(("how", "tokens"), [("abort", 150), ("hang_up", 250)], ids=["abort", "hang_up"])
 def test_an_abort_ends_one_request(small: ServerProcess, how: str, tokens: int) -> None:
     """Stock ends every request whose name begins with the given one; of a connection that is gone it knows after two
     seconds."""
