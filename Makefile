@@ -26,7 +26,7 @@ demo: setup ## run the demonstration
 test: setup lint ## linters, type checker, and the tests that prove the promises (about a quarter of an hour on 2 cores)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: setup lint ## all tests, the long ones included (35 minutes on 2 cores)
+test-all: setup lint ## all tests, the long ones included (up to an hour on 2 cores)
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## ruff (lint and format) and mypy

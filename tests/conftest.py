@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 import pytest
 
-SHARED = ("keyed", "stock", "lsa", "small")
+SHARED = ("keyed", "stock", "whole", "lsa", "small")
 """Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
 
 
-LONGEST = ("lsa", "small", "stock")
-"""Groups that begin first."""
+LONGEST = ("small", "whole", "lsa", "test_tensor_parallel", "test_adapt", "test_simulation", "test_unified_cache")
+"""Groups that begin first, so that no process ends with a long one after the other had its last."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -23,15 +23,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest go first: what needs the two servers that most tests need, then other servers, then everything else.
-    A server that two need goes after the first of them."""
+    """Those with servers go first, which take longest, then everything else. A server that two need goes after the
+    first of them."""
     groups = [*LONGEST, *dict.fromkeys(group(item) for item in items)]
     items.sort(key=lambda item: (not item.get_closest_marker("server"), groups.index(group(item)), *order(item)))
 
 
 def group(item: pytest.Item) -> str:
     shared = shared_servers(item)
-    return ("stock" if "stock" in shared else shared[-1]) if shared else item.path.stem
+    return shared[-1] if shared else item.path.stem
 
 
 def order(item: pytest.Item) -> tuple[int, int]:

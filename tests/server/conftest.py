@@ -15,6 +15,8 @@ from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 
 DEVICE_TOKENS = 9600
 SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics", "--enable-cache-report"]
+SIX_LAYERS = ["--dtype", "float32", "--json-model-override-args", '{"num_hidden_layers": 6}']
+"""What shows where pages are and what is read needs no more of the model, and is rounded the same in any company."""
 
 
 @pytest.fixture(scope="session")
@@ -27,25 +29,30 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("logs")
 
 
+def flags_of(model_path: str, host_memory_gb: float) -> list[str]:
+    """A device pool of 150 pages, and a host mirror."""
+    flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
+    flags += ["--lsa-host-memory-gb", str(host_memory_gb), "--lsa-min-context", "1024"]
+    return [*flags, "--lsa-debug", "--enable-custom-logit-processor"]
+
+
 @pytest.fixture(scope="session")
 def flags_of_lsa(model_path: str) -> list[str]:
     """What the server ``lsa`` is started with."""
-    flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
-    return [
-        *flags,
-        "--lsa-host-memory-gb",
-        "1.1",
-        "--lsa-min-context",
-        "1024",
-        "--lsa-debug",
-        "--enable-custom-logit-processor",
-    ]
+    return [*flags_of(model_path, 0.44), *SIX_LAYERS]
 
 
 @pytest.fixture(scope="session")
 def lsa(flags_of_lsa: list[str], logs: pathlib.Path) -> Iterator[ServerProcess]:
     """LSA with a device pool of 150 pages and a host mirror of five times that; checks its ledger after every batch."""
     with ServerProcess(LSA, flags_of_lsa, logs / "lsa.log") as server:
+        yield server.wait_until_ready()
+
+
+@pytest.fixture(scope="session")
+def whole(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
+    """The same pools with the whole model in bfloat16, for those who ask whether an answer is right."""
+    with ServerProcess(LSA, flags_of(model_path, 1.1), logs / "whole.log") as server:
         yield server.wait_until_ready()
 
 
@@ -62,7 +69,7 @@ def small(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def keyed(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
     """LSA behind an API key (``secret``) and an administrator's (``topsecret``)."""
-    flags = ["--model-path", model_path, *SERVED, "--api-key", "secret", "--admin-api-key", "topsecret"]
+    flags = ["--model-path", model_path, *SERVED, *SIX_LAYERS, "--api-key", "secret", "--admin-api-key", "topsecret"]
     flags += ["--lsa-device-tokens", "4096", "--lsa-host-memory-gb", "0.5", "--lsa-min-context", "1024"]
     with ServerProcess(LSA, flags, logs / "keyed.log") as server:
         yield server.wait_until_ready()
@@ -70,8 +77,10 @@ def keyed(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def stock(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
-    """SGLang as released, without any LSA flag, on the same model."""
-    flags = ["--model-path", model_path, *SERVED, "--max-total-tokens", "24000", "--chunked-prefill-size", "2048"]
+    """SGLang as released, without any LSA flag, on the model of ``small``; its pool holds every prompt, and its chunks,
+    too: for each chunk SGLang's attention for CPUs does the work of the whole prompt."""
+    flags = ["--model-path", model_path, "--served-model-name", "smollm2", *FLAGS]
+    flags += ["--max-total-tokens", "24000", "--chunked-prefill-size", "8192"]
     with ServerProcess(STOCK, flags, logs / "stock.log") as server:
         yield server.wait_until_ready()
 
@@ -81,7 +90,7 @@ def nothing_is_left(request: pytest.FixtureRequest, last_of: list[str]) -> Itera
     """After every test the idle LSA servers hold no page for anybody, and never had to ask the device which ones.
     Servers that no later test needs end."""
     yield
-    for name in {"lsa", "small"}.intersection(request.fixturenames):
+    for name in {"lsa", "small", "whole"}.intersection(request.fixturenames):
         server = request.getfixturevalue(name)
         assert_idle(server)
         assert server.get("/lsa/status")["page_reads"] == 0

@@ -22,6 +22,10 @@ FLAGS = [
     "0.5",
     "--lsa-min-context",
     "512",
+    "--dtype",
+    "float32",
+    "--json-model-override-args",
+    '{"num_hidden_layers": 6}',
 ]
 
 

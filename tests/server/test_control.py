@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from prompts import needle, prose
+from prompts import prose
 from serving import finished_request, generate, running_requests, wait_until_idle
 
 from sglang_lsa.serve.control import CHANGEABLE, MAX_BYTES
@@ -79,23 +79,21 @@ def test_a_change_is_answered_with_what_is_in_force(server: ServerProcess) -> No
 
 
 def test_answers_follow_the_policy(server: ServerProcess) -> None:
-    """The number is in the middle: full attention finds it, the last pages do not hold it."""
-    sample = needle(2800, 0.4, 1003)
-    question = {"model": "smollm2", "messages": sample.messages(), "temperature": 0, "max_tokens": 28}
-    found = {}
-    for policy in ("full", "recency", "quest"):
+    """A request that asks for nothing is answered as one that asks for the policy in force."""
+    prompt, policies = prose(1500, 44), ("full", "recency", "quest")
+    asked = {policy: generate(server, prompt, 28, policy=policy)["text"] for policy in policies}
+    assert asked["full"] != asked["recency"], "this prompt does not tell them apart"
+    for policy in policies:
         assert ask(server, {"policy": policy})[0] == 200
-        answer = server.post("/v1/chat/completions", question | {"rid": f"changed-to-{policy}"})
-        found[policy] = sample.answer in answer["choices"][0]["message"]["content"]
+        assert generate(server, prompt, 28, f"changed-to-{policy}")["text"] == asked[policy]
         seen = finished_request(server, f"changed-to-{policy}")
         assert seen["policy"] == policy
         assert (seen["resident_pages"] == seen["context_pages"]) == (policy == "full")
-    assert found == {"full": True, "recency": False, "quest": True}
 
 
 def test_a_running_request_keeps_its_budget_and_follows_the_threshold(server: ServerProcess) -> None:
     """And one that came later has the new budget. A threshold of 2 leaves out whatever the budget has room for."""
-    tokens = 150
+    tokens = 200
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, server, prose(1600, 31), tokens, "before")
         while not any(request["window"] >= 0 for request in running_requests(server)):

@@ -31,8 +31,8 @@ def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[di
     return json.loads((output / "quality.json").read_text())["rows"]
 
 
-def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
-    rows = evaluate(lsa, tmp_path)
+def test_every_arm_answers_and_nothing_is_asked_twice(whole: ServerProcess, tmp_path: pathlib.Path) -> None:
+    rows = evaluate(whole, tmp_path)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     arms = {"full", "quest", "window", "recency", "evidence", "quest_apart", "plain"}
     judged = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -76,19 +76,19 @@ def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_pa
         assert [page for page, _, _ in window["scores"]] == window["missing"]
         assert all(score < window["lowest"] and rank > 0 for _, score, rank in window["scores"])
 
-    before = lsa.get("/lsa/status")["radix"]
-    assert evaluate(lsa, tmp_path) == rows
-    assert lsa.get("/lsa/status")["radix"] == before, "a second run has everything"
+    before = whole.get("/lsa/status")["radix"]
+    assert evaluate(whole, tmp_path) == rows
+    assert whole.get("/lsa/status")["radix"] == before, "a second run has everything"
     lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_text("".join(lines[:-1]) + lines[-1][:50])
-    again = evaluate(lsa, tmp_path)
-    assert lsa.get("/lsa/status")["radix"]["prompt_tokens"] > before["prompt_tokens"]
+    again = evaluate(whole, tmp_path)
+    assert whole.get("/lsa/status")["radix"]["prompt_tokens"] > before["prompt_tokens"]
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
 
 
-def test_full_attention_and_all_pages_are_0_from_full_attention(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
+def test_full_attention_and_all_pages_are_0_from_full_attention(whole: ServerProcess, tmp_path: pathlib.Path) -> None:
     """Exactly: alone on the server, every pass of a question has the same shapes. Few pages are far from it."""
-    arguments = ["eval", "--url", lsa.url, "--suites", "ruler", "--tasks", "niah_single_2", "--lengths", "2048"]
+    arguments = ["eval", "--url", whole.url, "--suites", "ruler", "--tasks", "niah_single_2", "--lengths", "2048"]
     arguments += ["--samples", "1", "--arms", "quest", "recency", "--budgets", "1.0", "0.25", "--together", "1"]
     arguments += ["--kl", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -98,16 +98,16 @@ def test_full_attention_and_all_pages_are_0_from_full_attention(lsa: ServerProce
         assert rows[label]["kl"] == 0.0
     assert 0.0 < rows["quest 25.0%"]["kl"] < rows["recency 25.0%"]["kl"]
     assert "; KL 0.0000 (0.0000 to 0.0000)" in (tmp_path / "quality.md").read_text()
-    before = lsa.get("/lsa/status")["radix"]
+    before = whole.get("/lsa/status")["radix"]
     assert main(arguments) == 0
-    assert lsa.get("/lsa/status")["radix"] == before, "what was compared is not compared again"
+    assert whole.get("/lsa/status")["radix"] == before, "what was compared is not compared again"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--url", "http://127.0.0.1:9"], "is the server running?"),
-        (["--arms", "lsa"], "use one of quest, recency, random, full"),
+        (["--arms", "lsa", "--suites", "ruler", "--tasks", "niah_single_1"], "use one of quest, recency, random, full"),
         (["--tasks", "niah"], "--tasks niah: no suite asked for has it: use some of niah_single_1"),
         (["--texts", "/nowhere"], "--texts /nowhere: has no .txt, .md or .rst files"),
         (["--qa", "/nowhere"], "--qa /nowhere: has neither squad.json nor hotpotqa.json"),
@@ -123,8 +123,8 @@ def test_full_attention_and_all_pages_are_0_from_full_attention(lsa: ServerProce
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
 def test_wrong_use_is_refused(
-    arguments: list[str], words: str, lsa: ServerProcess, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, whole: ServerProcess, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start = ["eval", "--url", lsa.url, "--lengths", "2048", "--samples", "1", "--output", str(tmp_path)]
+    start = ["eval", "--url", whole.url, "--lengths", "2048", "--samples", "1", "--output", str(tmp_path)]
     assert main([*start, *arguments]) == 1
     assert words in capsys.readouterr().err

@@ -25,18 +25,18 @@ def numbers(text: str) -> list[int]:
     return [int(number.replace(",", "")) for number in re.findall(r"(?<![\d.])\d[\d,]*(?![\d.])", text)]
 
 
-def test_compare_budgets(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
+def test_compare_budgets(whole: ServerProcess, tmp_path: pathlib.Path) -> None:
     sample = needle(1600, 0.5, 12)
     text, question = sample.prompt.rsplit("\n", 1)
     document = tmp_path / "document.txt"
     document.write_text(text)
-    printed = run_example("compare_budgets", lsa, "--document", document, "--question", question)
-    entries = get_requests(lsa.url)["finished"][-5:]
+    printed = run_example("compare_budgets", whole, "--document", document, "--question", question)
+    entries = get_requests(whole.url)["finished"][-5:]
     full, *others = printed.splitlines()
     assert sample.answer in full
     assert len(others) == 4
     for entry, line in zip(entries, (full, *others), strict=True):
-        assert str(savings(get_status(lsa.url), [entry])) in line
+        assert str(savings(get_status(whole.url), [entry])) in line
     assert " (100." in full and not any(" (100." in line for line in others)
 
 

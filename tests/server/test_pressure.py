@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prompts import needle, prose
 from serving import (
-    BFLOAT16_STEPS,
     assert_idle,
     complete,
     differs_at_a_tie,
@@ -37,11 +36,11 @@ def test_dense_requests_are_retracted_and_finish(lsa: ServerProcess) -> None:
     assert [len(answer) for answer in together] == [260] * 3
     for prompt, answer in zip(prompts, together, strict=True):
         alone = complete(lsa, prompt, 40, {"lsa": {"enabled": False}})
-        differs_at_a_tie(alone, answer[:40], BFLOAT16_STEPS)
+        differs_at_a_tie(alone, answer[:40])
 
 
 def test_mixed_requests_leave_nothing_behind(lsa: ServerProcess) -> None:
-    """200 requests: short, long, shared, pruned, dense, streamed and cut off, aborted, refused."""
+    """120 requests: short, long, shared, pruned, dense, streamed and cut off, aborted, refused."""
     flush(lsa)
     rng = random.Random(0)
     shared = prose(1500, 77)
@@ -64,9 +63,9 @@ def test_mixed_requests_leave_nothing_behind(lsa: ServerProcess) -> None:
         return f"{answer['meta_info']['completion_tokens']} tokens" if answer["text"] is not None else "nothing"
 
     kinds = ["plain", "dense", "small", "random", "disconnect", "abort", "bad"]
-    rng_kinds = rng.choices(kinds, weights=[8, 3, 3, 3, 2, 2, 1], k=200)
+    rng_kinds = rng.choices(kinds, weights=[8, 3, 3, 3, 2, 2, 1], k=120)
     with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(one, range(200)))
+        outcomes = list(pool.map(one, range(120)))
     for i, (kind, outcome) in enumerate(zip(rng_kinds, outcomes, strict=True)):
         expected = {"disconnect": "cut", "abort": "aborted", "bad": "refused 400"}.get(kind, f"{4 + i % 12} tokens")
         assert outcome == expected, f"request {i} ({kind})"
@@ -85,7 +84,6 @@ def test_a_long_prompt_can_be_aborted_between_chunks(lsa: ServerProcess) -> None
 
 def test_flush_while_busy_is_refused_and_harmless(lsa: ServerProcess) -> None:
     prompt = prose(1200, 5)
-    generate(lsa, prompt, tokens=1)  # from now on its prefix is cached, which may round a bfloat16 sum differently
     alone = generate(lsa, prompt, tokens=60)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, lsa, prompt, 60)

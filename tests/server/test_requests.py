@@ -113,7 +113,7 @@ def test_status_and_server_info(lsa: ServerProcess) -> None:
     assert not [name for name, value in status.items() if isinstance(value, list)], "counters only"
     assert status["physical"]["pages"] == 150
     assert status["virtual"]["pages"] > 2 * status["physical"]["pages"]
-    assert status["host"]["mirror_bytes"] <= 1.1 * 2**30
+    assert status["host"]["mirror_bytes"] <= 0.44 * 2**30
     json.dumps(status)
 
 

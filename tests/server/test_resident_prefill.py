@@ -31,16 +31,16 @@ def test_a_question_about_a_long_memory(small: ServerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_a_needle_is_found_either_way(lsa: ServerProcess) -> None:
+def test_a_needle_is_found_either_way(whole: ServerProcess) -> None:
     """With the whole model: the question is read over a resident set that its own queries chose."""
     for depth in (0.3, 0.7):
-        sample = needle(4500, depth, 31 + int(10 * depth))
+        sample = needle(3000, depth, 31 + int(10 * depth))
         text, question = sample.prompt.rsplit("\n", 1)
-        generate(lsa, text, 1)
+        generate(whole, text, 1)
         for mode in ("exact", "resident"):
             rid = f"{mode}-{depth}"
-            assert sample.answer in generate(lsa, f"{text}\n{question}\nAnswer:", 30, rid, prefill=mode)["text"], rid
-        assert finished_request(lsa, rid)["prefill"] == "resident"
+            assert sample.answer in generate(whole, f"{text}\n{question}\nAnswer:", 30, rid, prefill=mode)["text"], rid
+        assert finished_request(whole, rid)["prefill"] == "resident"
 
 
 def test_heat_brings_the_pages_of_a_memory_back_before_they_are_asked_for(small: ServerProcess) -> None:

@@ -28,7 +28,7 @@ def test_the_shipped_indexer_beats_quest_at_7_percent(model_path: str, tmp_path:
         indexer="smollm2-135m-instruct",
         families=["needle"],
         lengths=[3600],
-        samples=8,
+        samples=6,
         texts=texts,
         budgets=[0.07],
         policies=["indexer", "quest"],
@@ -37,7 +37,7 @@ def test_the_shipped_indexer_beats_quest_at_7_percent(model_path: str, tmp_path:
     )
     found = {row["policy"]: row["found"] for row in result["summary"] if row["family"] == "needle"}
     print(found)
-    assert found["full"] >= 3 / 8 * 100, "the model must be able to do the task"
-    assert found["indexer"] >= found["full"] - 1 / 8 * 100
-    assert found["indexer"] >= found["quest"] + 2 / 8 * 100
+    assert found["full"] >= 2 / 6 * 100, "the model must be able to do the task"
+    assert found["indexer"] >= found["full"] - 1 / 6 * 100
+    assert found["indexer"] >= found["quest"] + 2 / 6 * 100
     assert json.loads((tmp_path / "selectors.json").read_text()) == [result]

@@ -11,7 +11,7 @@ from soak import Soak
 from sglang_lsa.server_process import ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-REQUESTS = 80
+REQUESTS = 64
 
 
 def test_answers_under_pressure_equal_those_of_an_idle_server(small: ServerProcess) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import rank_bodies as ranks
+from families import Reference
 from tensor_parallel import CPU
 
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-MANY = int(os.environ.get("RANK_REQUESTS", 80))
+LONG = "RANK_REQUESTS" in os.environ
+MANY = int(os.environ.get("RANK_REQUESTS", 60))
 """Mixed requests; 500 take four minutes on two cores."""
 
 
@@ -64,7 +66,7 @@ def test_under_pressure_their_records_stay_the_same(
 
 
 def test_under_pressure_without_late_copies(plain: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.records_stay_the_same_under_pressure(plain, CPU, MANY, monkeypatch, None)
+    ranks.records_stay_the_same_under_pressure(plain, CPU, MANY // 2, monkeypatch, None)
 
 
 @pytest.mark.parametrize("when", ["oomfirst", "oomlast"], ids=["before its pages had places", "afterwards"])
@@ -73,8 +75,11 @@ def test_memory_that_runs_out_on_one_rank(late: ServerProcess, when: str) -> Non
 
 
 def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
-    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
+    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank. They say what transformers says, and in a
+    long run, which has time for one server more, what stock SGLang's two ranks say."""
     path = CPU.model(folder / "qwen", "qwen2.5")
-    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log")
+    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log") if LONG else None
     with ranks.small(CPU, LSA, path, folder / "qwen.log") as server:
-        ranks.all_pages_are_what_stock_says(server, expected)
+        ranks.all_pages_are_what_transformers_says(server, Reference(path))
+        if expected is not None:
+            ranks.all_pages_are_what_stock_says(server, expected)

@@ -249,7 +249,7 @@ def test_a_real_server(lsa: ServerProcess, tab: Any) -> None:
     wait_for_updates(tab, 1)
     with ThreadPoolExecutor(2) as pool:
         texts = [needle(1800, 0.5, 3).prompt + f" Question {number}." for number in range(2)]
-        running = [pool.submit(generate, lsa, text, 150, rid) for text, rid in zip(texts, ("seen", EVIL), strict=True)]
+        running = [pool.submit(generate, lsa, text, 200, rid) for text, rid in zip(texts, ("seen", EVIL), strict=True)]
         until(tab, "[...document.querySelectorAll('dl')].filter(list => list.innerText.includes('quest')).length === 2")
         assert set(tab.locator(".request .name").all_inner_texts()) == {
             "seen",

@@ -9,20 +9,24 @@ import numpy as np
 import pytest
 from serving import finished_request
 
-from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-INDEXER = "smollm2-135m-instruct"
+LAYERS = 6
 
 
 def test_a_cached_prompt_chooses_the_same_pages(model_path: str, tmp_path: pathlib.Path) -> None:
     """64 positions of the indexer vote: more than --lsa-query-tokens, and more than come after full pages here."""
-    voters = read_checkpoint_config(INDEXER).positions
+    indexer = IndexerConfig(ModelShape(576, LAYERS, 9, 3, 64), ((1, 0), (3, 4)))
+    MemoryIndexer(indexer).save(tmp_path / "indexer")
+    voters = indexer.positions
     tokens = 32 * 64 + 40
     assert 32 < tokens % 64 < voters
     ids = np.random.default_rng(0).integers(1000, 40_000, tokens).tolist()
-    flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-indexer", INDEXER, "--lsa-min-context", "1024"]
+    flags = ["--model-path", model_path, "--skip-server-warmup", "--lsa-indexer", str(tmp_path / "indexer")]
+    flags += ["--lsa-min-context", "1024", "--json-model-override-args", f'{{"num_hidden_layers": {LAYERS}}}']
     # In bfloat16 a cached prefix changes the last bits, and pages whose scores are nearly equal change places.
     flags += ["--dtype", "float32"]
     flags += ["--lsa-device-tokens", "9600", "--lsa-host-memory-gb", "1", "--chunked-prefill-size", "4096"]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import soak
-from families import VOCABULARY, Answered, ask, random_prompt
+from families import VOCABULARY, Answered, Reference, ask, random_prompt
 from serving import assert_idle, finished_request, flush, is_busy, wait_until_idle
 from tensor_parallel import Place
 
@@ -23,6 +23,10 @@ SMALL_POOL += ["--lsa-window", "16", "--lsa-staging-pages", "4", "--lsa-debug", 
 FAULTS = "tensor_parallel"
 """LSA's server, with what goes wrong on rank 1."""
 PROMPTS = (90, 700, 1300)
+ANSWER = 48
+"""Tokens after each of them."""
+OUTGROWN = 180
+"""Tokens of an answer with which three prompts of 560 need 36 pages."""
 
 
 @contextmanager
@@ -46,13 +50,22 @@ def stock_answers(place: Place, path: str, log: pathlib.Path) -> list[Answered]:
     """What stock SGLang's two ranks say to :data:`PROMPTS`."""
     module = STOCK if place.exact else "sglang.launch_server"
     with serving(place, module, path, log, *place.stock, "--max-total-tokens", "8192") as server:
-        return [ask(server, random_prompt(tokens, tokens), 48) for tokens in PROMPTS]
+        return [ask(server, random_prompt(tokens, tokens), ANSWER) for tokens in PROMPTS]
+
+
+def all_pages_are_what_transformers_says(server: ServerProcess, reference: Reference) -> None:
+    """With a budget of 1, the likeliest token after each. Float32."""
+    for tokens in PROMPTS:
+        prompt = random_prompt(tokens, tokens)
+        said = ask(server, prompt, ANSWER, budget=1.0).tokens
+        assert said == reference.read([*prompt, *said])[-1 - ANSWER : -1].argmax(-1).tolist()
+    assert_idle(server)
 
 
 def all_pages_are_what_stock_says(server: ServerProcess, expected: list[Answered]) -> None:
     """With a budget of 1, token for token."""
     for tokens, stock in zip(PROMPTS, expected, strict=True):
-        assert ask(server, random_prompt(tokens, tokens), 48, budget=1.0).tokens == stock.tokens
+        assert ask(server, random_prompt(tokens, tokens), ANSWER, budget=1.0).tokens == stock.tokens
     assert_idle(server)
 
 
@@ -61,11 +74,11 @@ def dense_requests_are_retracted_together(server: ServerProcess, place: Place) -
     flush(server)
     with ThreadPoolExecutor(3) as pool:
         prompts = [random_prompt(560, seed) for seed in range(3)]
-        together = list(pool.map(lambda prompt: ask(server, prompt, 300, enabled=False), prompts))
+        together = list(pool.map(lambda prompt: ask(server, prompt, OUTGROWN, enabled=False), prompts))
     assert "Retract requests" in server.log.read_text(errors="replace")
-    assert [len(answered.tokens) for answered in together] == [300] * 3
+    assert [len(answered.tokens) for answered in together] == [OUTGROWN] * 3
     if place.exact:
-        assert ask(server, prompts[0], 300, enabled=False).tokens == together[0].tokens
+        assert ask(server, prompts[0], OUTGROWN, enabled=False).tokens == together[0].tokens
     assert_idle(server)
 
 

@@ -46,7 +46,7 @@ def test_a_model_with_an_index_of_its_own() -> None:
     """Pages are chosen by its keys of all pages and by what was asked last; a request scores by its own, whatever was
     recalled, shared or given up meanwhile, and whenever the device comes to it."""
     total = collections.Counter[str]()
-    for seed in range(24):
+    for seed in range(10):
         failure, counts = failure_of(seed, page=256, own_index=True)
         assert failure is None, failure
         total += counts
