@@ -17,7 +17,7 @@ INDEXER = "smollm2-135m-instruct"
 
 
 def test_a_cached_prompt_chooses_the_same_pages(model_path: str, tmp_path: pathlib.Path) -> None:
-    """64 positions of the indexer vote: more than --lsa-query-tokens, and more than come after full pages here."""
+    """64 positions of the indexer vote: more than otherwise do, and more than come after full pages here."""
     voters = read_checkpoint_config(INDEXER).positions
     tokens = 32 * 64 + 40
     assert 32 < tokens % 64 < voters

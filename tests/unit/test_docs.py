@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
@@ -32,11 +33,17 @@ def test_configuration_is_up_to_date() -> None:
 
 
 def test_every_option_is_there() -> None:
-    server, request = PAGE.split("## Of a request")
+    start, later = PAGE.split("## While it runs")
+    keys, request = later.split("## Of a request")
+    request, rest = request.split("## What is fixed")
+    fixed, gone = rest.split("## Flags of earlier versions")
     for field in dataclasses.fields(LSAConfig):
-        assert f"| `--lsa-{field.name.replace('_', '-')}`" in server and f"| `{field.name}` |" in server
+        kind, row = field.metadata["kind"], f"| `{field.name}` |"
+        assert [row in part for part in (start, keys, fixed)] == [kind == FLAG, kind == KEY, kind == CONSTANT]
+        assert (f"| `{flag_of(field.name)}`" in start) == (kind == FLAG)
     for field in dataclasses.fields(RequestOptions):
         assert f"| `{field.name}` |" in request
+    assert all(f"| `{flag_of(name)}` | {advice} |" in gone for name, advice in REMOVED.items())
 
 
 def test_features_are_listed() -> None:

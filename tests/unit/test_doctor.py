@@ -221,7 +221,7 @@ def test_the_advice_for_a_longer_context_is_enough() -> None:
     ("flags", "words"),
     [
         ("--lsa-budget 7", "budget 7.0 is out of range: use a number in (0, 1]"),
-        ("--lsa-window 16 --lsa-prefetch-steps 32", "--lsa-prefetch-steps 32 is not less than --lsa-window 16"),
+        ("--lsa-prefetch-steps 32", "--lsa-prefetch-steps is gone: pages are sent for 16 steps ahead"),
         ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read"),
         ("--gpu-memory-gb 0", "--gpu-memory-gb 0.0 is no size: use a number of GB above 0"),
         ("--gpu-memory-gb nan", "--gpu-memory-gb nan is no size"),
