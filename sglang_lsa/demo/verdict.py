@@ -19,11 +19,11 @@ from sglang_lsa.texts.document import Question
 
 
 def lost_answers(questions: Sequence[Question], references: Sequence[Answer], phases: Sequence[Phase]) -> list[str]:
-    """Answers of the quest phases that are wrong although full attention's are right, one line each."""
+    """Answers of policies that choose by content that are wrong although full attention's are right, one line each."""
     return [
         f"{phase.name}: {question.text} Full attention: {reference.text!r}, LSA: {answer.text!r}"
         for phase in phases
-        if phase.name.startswith("quest")
+        if phase.name != "recency"
         for question, reference, answer in zip(questions, references, phase.answers, strict=True)
         if reference.right and not answer.right
     ]
