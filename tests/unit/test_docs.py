@@ -86,6 +86,30 @@ def test_nothing_is_said_twice() -> None:
     assert not repeated(pages)
 
 
+def in_a_row(pages: dict[str, str], words: int = 12) -> dict[str, list[str]]:
+    """Runs of so many words that stand in two sentences, whatever is around them; tables and code repeat words."""
+    found = collections.defaultdict(set)
+    for name, text in pages.items():
+        prose = re.sub(r"^```.*?^```|^\|[^\n]*$", "", text, flags=re.MULTILINE | re.DOTALL)
+        for number, passage in enumerate(passages(prose)):
+            told = re.findall(r"[\w.%-]+", passage.lower())
+            for start in range(len(told) - words + 1):
+                found[" ".join(told[start : start + words])].add((name, number))
+    return {run: sorted(name for name, _ in places) for run, places in found.items() if len(places) > 1}
+
+
+def test_no_twelve_words_in_a_row_stand_twice() -> None:
+    pages = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES if path.name not in GENERATED}
+    assert not in_a_row(pages)
+
+
+def test_words_in_a_row_are_seen() -> None:
+    said = "while a window goes on its set of pages is what every step reads"
+    assert not in_a_row({"a": f"First, {said}.", "b": f"| {said} |\n\n```\n{said}\n```"})
+    assert set(map(tuple, in_a_row({"a": f"First, {said}.", "b": f"So {said}, too."}).values())) == {("a", "b")}
+    assert in_a_row({"a": f"{said}. And {said} again."})
+
+
 def test_what_is_said_twice_is_seen() -> None:
     said = "Decode reads the [resident set](a.md) of a request, " * 5
     assert not repeated({"a": f"# One\n\n{said}\n\nelse", "b": f"* {said}"})
