@@ -21,13 +21,15 @@ import hashlib
 import json
 import pathlib
 import re
+import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import quality_tables
+import result_runs
 from PIL import Image, PngImagePlugin
 
 from sglang_lsa.bench.prefill_report import PREFILL
@@ -45,8 +47,6 @@ ROW = re.compile(r"([\w-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n).*?(\n\n<!-- to here -->)", re.DOTALL)
 STAMP = "Data"
 """Key of a picture's text that has the digest of what it shows."""
-RUN_KEYS = ("command", "commit", "commits", "date")
-MACHINE_KEYS = ("hardware", "gpu", "machine")
 
 
 class Stale(Exception):
@@ -105,54 +105,6 @@ def rounded(value: float, like: str) -> str:
     if abs(value - float(like.replace(",", ""))) <= 0.5 * 10**-decimals + 1e-9:
         return like
     return f"{value:,.{decimals}f}"
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
-
-
-def runs() -> list[dict[str, Any]]:
-    """Every run once: its file, command, commit and machine, and how many rows it made."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        if path.name != "runs.json":
-            for about, count in _runs_of(json.loads(path.read_text())):
-                run = {"file": path.name, **about}
-                known = found.setdefault(json.dumps(run, sort_keys=True), {**run, "rows": 0})
-                known["rows"] += count
-    return [{"id": number, **run} for number, run in enumerate(found.values(), 1)]
-
-
-def _runs_of(content: Any) -> Iterator[tuple[dict[str, Any], int]]:
-    if isinstance(content, dict) and "runs" in content:
-        of_run = [row["run"] for row in content["rows"]]
-        yield from ((_about(run), of_run.count(run["id"])) for run in content["runs"])
-    elif isinstance(content, dict):
-        yield _about(content), len(content.get("rows", content.get("phases", [0])))
-    else:
-        yield from ((_about(row), len(row["rows"]) if isinstance(row.get("rows"), list) else 1) for row in content)
-
-
-def _about(row: dict[str, Any]) -> dict[str, Any]:
-    machine = next((row[key] for key in MACHINE_KEYS if isinstance(row.get(key), str)), None)
-    if machine is None and "cores" in row:
-        machine = f"{row['cores']} CPU cores"
-    return {"machine": machine, **{key: row[key] for key in RUN_KEYS if row.get(key)}}
-
-
-def runs_table() -> str:
-    """Of every file, its machines and commits."""
-    lines = ["| file | machine | commits | runs | rows |", "| --- | --- | --- | --- | --- |"]
-    by_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in runs():
-        by_file.setdefault((run["file"], run["machine"] or "not kept"), []).append(run)
-    for (file, machine), members in by_file.items():
-        commits = ", ".join(dict.fromkeys(_commit(run) for run in members))
-        lines.append(f"| {file} | {machine} | {commits} | {len(members)} | {sum(run['rows'] for run in members)} |")
-    return "\n".join(lines)
-
-
-def _commit(run: dict[str, Any]) -> str:
-    return str(run.get("commit") or ", ".join(run.get("commits", {}).values()) or "not kept")
 
 
 # --- numbers of pages ------------------------------------------------------------------------------------------------
@@ -217,7 +169,7 @@ def pages() -> dict[pathlib.Path, str]:
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = texts.get(path, path.read_text())
         texts[path] = TABLE.sub(lambda found: found[1] + tables()[found[2]] + found[3], text)
-    texts[RESULTS / "runs.json"] = "[\n" + ",\n".join(json.dumps(run) for run in runs()) + "\n]\n"
+    texts[RESULTS / "runs.json"] = "[\n" + ",\n".join(json.dumps(run) for run in result_runs.of(RESULTS)) + "\n]\n"
     return texts
 
 
@@ -234,14 +186,27 @@ def _replaced(block: str, olds: list[str], news: list[str]) -> str:
     return NUMBER.sub(one, block)
 
 
+def ablation(hardware: str, without: Sequence[str] = ()) -> str:
+    """Of ``docs/results/ablation.py``, of one machine. ``without``: settings that are not shown."""
+    rows = [row for row in rows_of("ablation.json") if row["hardware"] == hardware]
+    table = runpy.run_path(str(RESULTS / "ablation.py"))["table"]
+    return table([row for row in rows if not set(without) & set(row["changed"])]).strip()
+
+
 def tables() -> dict[str, str]:
     """Those that stand between marks in a page, by name."""
-    of_ruler = rows_of("quality.json")
+    quality = rows_of("quality.json")
     return {
-        "runs": runs_table(),
+        "runs": result_runs.table(result_runs.of(RESULTS)),
         "ruler_60": quality_tables.ruler_60(rows_of("quality-60.json")),
-        "ruler": quality_tables.ruler(of_ruler),
-        "differences": quality_tables.differences(of_ruler),
+        "ruler": quality_tables.ruler(quality),
+        "differences": quality_tables.differences(quality),
+        "ablation_gpu": ablation("H100"),
+        "ablation_cpu": ablation("2 CPU cores", without=("seed", "steps", "loss")),
+        "kv": quality_tables.kv(quality),
+        "memory": quality_tables.memory(quality),
+        "mrcr": quality_tables.mrcr(quality),
+        "passage": quality_tables.passage(quality),
     }
 
 

@@ -49,9 +49,108 @@ def differences(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def mrcr(rows: Sequence[Row]) -> str:
+    """Texts to be repeated, at 4K."""
+    places = [{"suite": "mrcr", "task": task, "length": 4096} for task in ("1needle", "2needle")]
+    lines = table("`mrcr` at 4K: 3 to 4 windows", "one text", "one of two")
+    lines.append(of_arm(rows, places, "full", "full", 1.0))
+    lines.append(of_arm(rows, places, "**indexer, `dense_steps` 16**", "lsa_denselook", 0.12, "bold interval memory"))
+    lines.append(of_arm(rows, places, "the same without prompt lookup", "lsa_dense", 0.12, "memory"))
+    lines.append(of_arm(rows, places, "the same with reading ahead instead", "lsa_denseahead", 0.12, "interval memory"))
+    lines.append(of_arm(rows, places, "indexer", INDEXER, 0.12, "memory"))
+    return "\n".join([*lines, without_indexer(rows, places)])
+
+
+def passage(rows: Sequence[Row]) -> str:
+    """A passage to be repeated, by length."""
+    places = [{"suite": "longgen", "task": "passage", "length": length} for length in (4096, 8192, 16384)]
+    lines = table("`passage`: 600 to 650 tokens, 9 to 11 windows", "4K", "8K", "16K")
+    lines.append(of_arm(rows, places, "full", "full", 1.0))
+    told = "bold interval memory"
+    lines.append(of_arm(rows, places, "**indexer**", INDEXER, 0.12, told, 1))
+    lines.append(of_arm(rows, places, "**indexer, `dense_steps` 16**", "lsa_denselook", 0.12, told, 1))
+    lines.append(of_arm(rows, places, "indexer, budget 25 %", INDEXER, 0.25, "interval"))
+    lines.append(of_arm(rows, places, "without prompt lookup", ALONE, 0.12))
+    lines.append(of_arm(rows, places, "with reading ahead instead", "lsa_ahead", 0.12))
+    return "\n".join([*lines, without_indexer(rows, places)])
+
+
+def kv(rows: Sequence[Row]) -> str:
+    """Five questions about one context, by length."""
+    arms = {"full": "full", "evidence": "evidence", "indexer": INDEXER, "without sharing": "lsa_apart"}
+    arms |= {"Quest": "quest", "random": "random", "window": "window", "recency": "recency"}
+    lines = table("length", *arms)
+    for length in (4096, 8192):
+        place = {"suite": "scbench", "task": "kv", "length": length}
+        found = {name: measured(rows, **at(arm), **place) for name, arm in arms.items()}
+        cells = [f"{row['accuracy']:.0f}" + (about(row) if name == "indexer" else "") for name, row in found.items()]
+        lines.append(line(NAMES[length], *cells))
+    return "\n".join(lines)
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Questions about what an agent has kept, by length."""
+    arms = {"full": "full", "indexer": INDEXER, "Quest": "quest"}
+    arms |= {"window": "window", "recency": "recency", "random": "random"}
+    lines = table("", *arms)
+    for length in (4096, 8192, 16384):
+        place = {"suite": "agentic", "task": "memory", "length": length}
+        found = [measured(rows, **at(arm), **place) for arm in arms.values()]
+        told = (INDEXER, "quest") if length > 4096 else ()  # one user's answers have no interval
+        cells = [f"{row['accuracy']:.1f}" + (about(row) if row["arm"] in told else "") for row in found]
+        lines.append(line(f"{NAMES[length]}, {found[0]['n']} questions", *cells))
+    return "\n".join(lines)
+
+
+def at(arm: str) -> Row:
+    return {"arm": arm, "budget": 1.0 if arm == "full" else 0.12}
+
+
+def about(row: Row) -> str:
+    return f" ({row['delta_ci_low']:+.0f} to {row['delta_ci_high']:+.0f})"
+
+
+def of_arm(
+    rows: Sequence[Row],
+    places: Sequence[Row],
+    label: str,
+    arm: str,
+    budget: float,
+    told: str = "",
+    decimals: int = 0,
+) -> str:
+    """A line of accuracies. ``told``: ``bold``, and in brackets ``interval`` and ``memory``, of so many decimals."""
+    cells = []
+    for place in places:
+        row = measured(rows, arm=arm, budget=budget, **place)
+        cell = f"**{row['accuracy']:.1f}**" if "bold" in told else f"{row['accuracy']:.1f}"
+        brackets = [f"{row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}"] if "interval" in told else []
+        brackets += [f"{row['footprint'] * 100:.{decimals}f} %"] if "memory" in told else []
+        cells.append(f"{cell} ({', '.join(brackets)})" if brackets else cell)
+    return line(label, *cells)
+
+
+def without_indexer(rows: Sequence[Row], places: Sequence[Row]) -> str:
+    arms = ("quest", "window", "random")
+    found = ([measured(rows, arm=arm, budget=0.12, **place)["accuracy"] for arm in arms] for place in places)
+    return line("Quest; window; random", *("; ".join(f"{value:.1f}" for value in values) for values in found))
+
+
+def measured(rows: Sequence[Row], **where: Any) -> Row:
+    """The one row of :data:`MODEL` with these values."""
+    found = selected(rows, **where)
+    if found is None:
+        raise ValueError(f"no row is of {where}: measure it, or take it out of the table")
+    return found
+
+
 def average(rows: Sequence[Row], length: int, arm: str, budget: float) -> Row | None:
     """Over RULER's tasks; None where it was not measured."""
-    where = {"model": MODEL, "suite": "ruler", "task": "average", "length": length, "arm": arm, "budget": budget}
+    return selected(rows, suite="ruler", task="average", length=length, arm=arm, budget=budget)
+
+
+def selected(rows: Sequence[Row], **where: Any) -> Row | None:
+    where = {"model": MODEL, **where}
     found = [row for row in rows if all(row[key] == value for key, value in where.items())]
     if len(found) > 1:
         raise ValueError(f"{len(found)} rows are of {where}: leave one")

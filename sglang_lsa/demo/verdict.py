@@ -15,6 +15,7 @@ import sglang_lsa
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.demo.client import MODEL, Answer
 from sglang_lsa.demo.measure import Phase, Speed
+from sglang_lsa.provenance import commit, hardware
 from sglang_lsa.texts.document import Question
 
 
@@ -55,6 +56,9 @@ def results_json(
 ) -> dict[str, Any]:
     """Everything measured, as plain JSON values: bytes, pages, seconds. ``by_stock``: whose reference is stock's."""
     return {
+        "command": "make demo",
+        "commit": commit(),
+        "hardware": hardware(),
         "sglang_lsa": sglang_lsa.__version__,
         "sglang": sglang_lsa.SGLANG_VERSION,
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
