@@ -12,6 +12,7 @@ import pathlib
 import sys
 
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
 from sglang_lsa.config.values import LEAST
 from sglang_lsa.serve.metrics import markdown_table
 from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
@@ -51,14 +52,32 @@ REQUEST = {
 
 HEAD = """# Configuration
 
-Every option is a flag of the server, a key of the file that `--lsa-config FILE.json` names, and a key of
-`sgl.Engine(lsa_config={...})`, which also takes the path of such a file; flags win over the file. The options in the
-second table can be given for one request. What is wrong is refused: at start before a model is loaded, in a request
-with HTTP 400; the answer says what was wrong, what was seen and what is allowed. Any `--lsa-*` flag switches LSA on in
-`python -m sglang.launch_server`; `python -m sglang_lsa.launch_server` has it on. No environment variable matters.
+What is decided when a server starts is a flag, a key of the file that `--lsa-config FILE.json` names, and a key of
+`sgl.Engine(lsa_config={...})`, which also takes the path of such a file; flags win over the file. What can be changed
+later has its own table, and so has what one request can ask for. What is wrong is refused: at start before a model is
+loaded, in a request with HTTP 400; the answer says what was wrong, what was seen and what is allowed. Any `--lsa-*`
+flag switches LSA on in `python -m sglang.launch_server`; `python -m sglang_lsa.launch_server` has it on. No environment
+variable matters.
 
-## Of a server
+## When a server starts
 """
+
+KEYS_HEAD = """## While it runs
+
+Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server, and `budget`,
+`policy` and `prefill` of the table above as well ([operating](operating.md#changing-it-while-it-runs)).
+"""
+
+CONSTANTS_HEAD = """## What is fixed
+
+Part of the method, neither flag nor key.
+"""
+
+REMOVED_HEAD = """## Flags of earlier versions
+
+Refused, with these words.
+"""
+
 
 REQUEST_HEAD = """## Of a request
 
@@ -148,13 +167,38 @@ def screen_row(row: Row) -> str:
 
 def page() -> str:
     """The whole file."""
-    return "\n".join([NOTE, "", HEAD, *server_table(), "", REQUEST_HEAD, *request_table(), ""])
+    parts = [HEAD, *server_table(), "", KEYS_HEAD, *key_table(KEY), "", REQUEST_HEAD, *request_table(), ""]
+    parts += [CONSTANTS_HEAD, *key_table(CONSTANT), "", REMOVED_HEAD, *removed_table(), ""]
+    return "\n".join([NOTE, "", *parts])
+
+
+def fields_of(kind: str) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(LSAConfig) if field.metadata["kind"] == kind]
+
+
+def key_table(kind: str) -> list[str]:
+    values = kind == KEY  # of a constant there is only one
+    lines = ["| key | allowed | default | meaning |" if values else "| name | value | meaning |"]
+    lines.append("| --- | --- | --- | --- |" if values else "| --- | --- | --- |")
+    for field in fields_of(kind):
+        default, allows = (
+            "" if field.default is None else f"`{field.default}`",
+            f"{allowed(field)} | " if values else "",
+        )
+        lines.append(f"| `{field.name}` | {allows}{default} | {field.metadata['help']} |")
+    return lines
+
+
+def removed_table() -> list[str]:
+    rows = [f"| `{flag_of(name)}` | {advice} |" for name, advice in REMOVED.items()]
+    return ["| flag | what to do |", "| --- | --- |", *rows]
 
 
 def server_table() -> list[str]:
     lines = ["| flag | key | allowed | default | meaning |", "| --- | --- | --- | --- | --- |"]
-    for field in dataclasses.fields(LSAConfig):
-        flag, default = "--lsa-" + field.name.replace("_", "-"), "" if field.default is None else f"`{field.default}`"
+    lines.append("| `--lsa-config` | | a path | | Read options from a JSON file. |")
+    for field in fields_of(FLAG):
+        flag, default = flag_of(field.name), "" if field.default is None else f"`{field.default}`"
         if isinstance(field.default, bool):
             flag, default = f"{flag}`, `--no-{flag.removeprefix('--')}", f"`{str(field.default).lower()}`"
         lines.append(f"| `{flag}` | `{field.name}` | {allowed(field)} | {default} | {field.metadata['help']} |")

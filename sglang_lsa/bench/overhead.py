@@ -172,7 +172,7 @@ def measure_end() -> dict[str, Any]:
     """The end of a request of a million tokens: milliseconds of the scheduler."""
     seconds = []
     for _ in range(3):
-        scheduler = Scheduler(1, LONG, window=8, first_window=8)
+        scheduler = Scheduler(1, LONG, window=8)
         scheduler.prefill(LONG)
         for _ in range(8 * LONG_WINDOWS + 8):
             scheduler.decode()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-from sglang_lsa.config.values import LSAConfig, flag_of, read_json_object
+from sglang_lsa.config.kinds import FLAG, REMOVED, flag_of
+from sglang_lsa.config.values import LSAConfig, read_json_object
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """Add one ``--lsa-*`` flag per configuration field, and ``--lsa-config``."""
+    """Add one ``--lsa-*`` flag per option, and ``--lsa-config``; flags of earlier versions say what became of them."""
     group = parser.add_argument_group("Lookahead Sparse Attention (sglang-lsa)")
     group.add_argument("--lsa-config", metavar="FILE.json", help="Read LSA options from a JSON file; flags win.")
     for field in dataclasses.fields(LSAConfig):
+        if field.metadata["kind"] != FLAG:
+            continue
         options: dict[str, Any] = {"default": None, "help": field.metadata["help"]}
         if str(field.type) == "bool":
             options["action"] = argparse.BooleanOptionalAction
@@ -25,6 +29,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
             if field.default is not None:
                 options["help"] += f" Default: {field.default}."
         group.add_argument(flag_of(field.name), **options)
+    for name, advice in REMOVED.items():
+        group.add_argument(flag_of(name), dest=argparse.SUPPRESS, action=_Refuse, const=advice)
 
 
 def config_from_args(args: argparse.Namespace) -> LSAConfig | None:
@@ -49,6 +55,17 @@ def config_from_argument(value: LSAConfig | dict[str, Any] | str | pathlib.Path 
     if isinstance(value, str | pathlib.Path):
         return LSAConfig.from_file(value)
     raise ValueError(f"lsa_config is {value!r}: use an LSAConfig, a mapping or the path of a JSON file")
+
+
+class _Refuse(argparse.Action):
+    """A flag that is gone, and not in ``--help``: one line says what to do, before anything is loaded."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str):
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        super().__init__(option_strings, dest, nargs="?", const=const, **hidden)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is gone: {self.const}")
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_lsa.config.kinds import CONSTANT, FLAG, REMOVED, constant, flag_of, key, option
 from sglang_lsa.config.policies import POLICIES, looks_at_index, offered
 
 PREFILLS = ("exact", "resident")
@@ -24,19 +24,15 @@ RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
 
-def _option(default: Any, help: str, *, metavar: str | None = None, choices: Collection[str] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
-
-
 @dataclass(frozen=True)
 class LSAConfig:
-    """What LSA does on one server. Every field is the flag ``--lsa-<name>`` and a key of the ``--lsa-config`` file.
+    """What LSA does on one server. An option is the flag ``--lsa-<name>`` and a key of the ``--lsa-config`` file.
 
     Raises:
         ValueError: a value is impossible; the message says which, what was seen and what is allowed.
     """
 
-    policy: str | None = _option(
+    policy: str | None = option(
         None,
         "How pages are chosen: a trained memory indexer, Quest's bounds on keys (training-free), the most recent "
         "pages, random pages, or all of them. DeepSeek-V4, which has an index of its own: a trained retriever, or what "
@@ -45,91 +41,87 @@ class LSAConfig:
         "--lsa-calibrate); else quest or native.",
         choices=POLICIES,
     )
-    budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
-    min_pages: int = _option(8, "A resident set is never bounded below this many pages.")
-    window: int = _option(64, "Decode steps during which a resident set stays fixed.")
-    first_window: int | None = _option(
-        None,
-        "Decode steps of a request's first window; each one after it is twice as long, up to --lsa-window. What is "
-        "chosen right after a prompt knows only the question. Default: no window is shorter than the others.",
-    )
-    dense_steps: int = _option(
+    budget: float = option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
+    min_pages: int = constant(8, "A resident set is never bounded below this many pages.")
+    window: int = option(64, "Decode steps during which a resident set stays fixed.")
+    dense_steps: int = key(
         0,
         "Decode steps right after a prompt that read all of its pages, if they are on the device; the first set is "
         "then predicted from the beginning of the answer. For answers that copy or collect from a context. So long a "
         "request takes as much of the device pool as with full attention.",
     )
-    prompt_lookup: int = _option(
+    prompt_lookup: int = key(
         6,
         "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
         "there are in the next set: for answers that copy a passage. At most 64; 0 does not look.",
     )
-    prefetch_steps: int = _option(
+    prefetch_steps: int = constant(
         16,
-        "Decode steps before a window at which its pages are predicted and sent for (GPU); less than --lsa-window. "
-        "Of a shorter window (see --lsa-first-window) at most a quarter.",
+        "Decode steps before a window at which its pages are predicted and sent for (GPU): a quarter of a window "
+        "that is no longer than this.",
     )
-    sink_pages: int = _option(1, "First pages of a request that always stay.")
-    recent_pages: int = _option(4, "Last pages of a request that always stay (at most a quarter of the set).")
-    prompt_pages: int = _option(
+    sink_pages: int = constant(1, "First pages of a request that always stay.")
+    recent_pages: int = constant(4, "Last pages of a request that always stay (at most a quarter of the set).")
+    prompt_pages: int = constant(
         2,
         "Last pages of a request's prompt that always stay, however long its answer gets (at most a quarter of the "
         "set): a model that no longer sees what it was asked for loses its way.",
     )
-    fallback_budget: float | None = _option(
+    fallback_budget: float | None = key(
         None,
         "Upper bound, as a fraction like --lsa-budget, of a set that an indexer expects to cover too little; see "
-        "--lsa-min-coverage. Default: such sets are not widened.",
+        "min_coverage. Default: such sets are not widened.",
     )
-    min_coverage: float = _option(
+    min_coverage: float = key(
         0.5,
         "Share of attention that a set is to cover by the indexer's own estimate; sets below it are widened as far as "
-        "--lsa-fallback-budget allows.",
+        "fallback_budget allows.",
     )
-    threshold: float | None = _option(
+    threshold: float | None = key(
         None,
         "Pages scoring at or below this are left out even when the budget has room. Default: an indexer's own, else 0.",
     )
-    min_context: int = _option(4096, "Requests with fewer tokens than this read all their pages.")
-    query_tokens: int = _option(32, "Recent positions whose queries vote for pages; the best vote of any counts.")
-    observe_layers: tuple[int, ...] | None = _option(
+    min_context: int = option(4096, "Requests with fewer tokens than this read all their pages.")
+    query_tokens: int = constant(32, "Recent positions whose queries vote for pages; the best vote of any counts.")
+    observe_layers: tuple[int, ...] | None = option(
         None, "Decoder layers whose queries and keys are observed, comma separated. Default: four, evenly spread."
     )
-    prefill: str = _option(
+    prefill: str = option(
         "exact",
         "How a prompt reads the prefix that the radix tree has: all of it, or (resident) only the pages of it that are "
         "predicted to matter. What was computed over a resident prefix does not enter the tree, unless "
         "--lsa-cache-outputs lets it.",
         choices=PREFILLS,
     )
-    staging_pages: int = _option(
+    staging_pages: int = constant(
         256,
-        "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device.",
+        "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device: "
+        "half of a device pool of fewer than twice as many.",
     )
-    indexer: str | None = _option(
+    indexer: str | None = option(
         None,
         "Folder of a trained memory indexer, or the name of a shipped one; for DeepSeek-V4 the file of a FlashMemory "
         "checkpoint.",
         metavar="PATH",
     )
-    calibrate: str = _option(
+    calibrate: str = option(
         "never",
         "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
         "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
         "on. never: Quest; cached: once for a model, then what is in the cache folder; always: at every start.",
         choices=CALIBRATE,
     )
-    record: str | None = _option(
+    record: str | None = option(
         None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
     )
-    device_tokens: int | None = _option(None, "Tokens of KV in the device pool.")
-    device_memory_gb: float | None = _option(None, "Device KV pool in GB, instead of --lsa-device-tokens.")
-    host_memory_gb: float | None = _option(None, "Host mirror in GB; it decides how many tokens can be cached.")
-    cache_outputs: bool = _option(
+    device_tokens: int | None = option(None, "Tokens of KV in the device pool.")
+    device_memory_gb: float | None = option(None, "Device KV pool in GB, instead of --lsa-device-tokens.")
+    host_memory_gb: float | None = option(None, "Host mirror in GB; it decides how many tokens can be cached.")
+    cache_outputs: bool = option(
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
-    disable_view: bool = _option(False, "Do not serve the live view at /lsa.")
-    debug: bool = _option(False, "Check the page ledger after every batch (slow).")
+    disable_view: bool = option(False, "Do not serve the live view at /lsa.")
+    debug: bool = option(False, "Check the page ledger after every batch (slow).")
 
     def __post_init__(self) -> None:
         if self.observe_layers is not None:
@@ -142,29 +134,32 @@ class LSAConfig:
         require_choice("prefill", self.prefill, PREFILLS)
         require_fraction("budget", self.budget)
         if self.threshold is not None and math.isnan(self.threshold):
-            raise ValueError("--lsa-threshold nan is no number: use one")
+            raise ValueError("threshold nan is no number: use one")
         if not 0 <= self.min_coverage <= 1:
-            raise ValueError(f"--lsa-min-coverage {self.min_coverage} is out of range: use a share in [0, 1]")
+            raise ValueError(f"min_coverage {self.min_coverage} is out of range: use a share in [0, 1]")
         if self.fallback_budget is not None:
             require_fraction("fallback_budget", self.fallback_budget)
             if self.fallback_budget < self.budget:
                 raise ValueError(
-                    f"--lsa-fallback-budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
+                    f"fallback_budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
                 )
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{flag_of(name)} {value} is no size: use a finite number")
+                raise ValueError(f"{called(name)} {value} is no size: use a finite number")
             if value is not None and value < least:
-                raise ValueError(f"{flag_of(name)} {value} is too small: use {least} or more")
+                raise ValueError(f"{called(name)} {value} is too small: use {least} or more")
         if self.prompt_lookup > MOST_LOOKED_UP:
-            raise ValueError(f"--lsa-prompt-lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
+            raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.prefetch_steps >= self.window:
             if self.prefetch_steps != type(self).prefetch_steps:
                 raise ValueError(
-                    f"--lsa-prefetch-steps {self.prefetch_steps} is not less than --lsa-window {self.window}: lower it"
+                    f"prefetch_steps {self.prefetch_steps} is not less than --lsa-window {self.window}: lower it"
                 )
             object.__setattr__(self, "prefetch_steps", self.window // 4)  # the default follows short windows
+        if self.device_tokens is not None:
+            pool = self.device_tokens // PAGE_SIZE
+            object.__setattr__(self, "staging_pages", min(self.staging_pages, pool // 2))
         if self.device_tokens is not None and self.device_memory_gb is not None:
             raise ValueError(
                 f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
@@ -191,8 +186,10 @@ class LSAConfig:
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:
         """Build from a plain mapping (parsed JSON, keyword arguments). Unknown keys and wrong types are refused."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.metadata["kind"] != CONSTANT}
         unknown = sorted(set(values) - set(fields))
+        if unknown and (advice := REMOVED.get(unknown[0])) is not None:
+            raise ValueError(f"{source}: {unknown[0]} is gone: {advice}")
         if unknown:
             raise ValueError(f"{source}: unknown key {unknown[0]!r}: use one of {', '.join(fields)}")
         return cls(**{name: coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
@@ -244,7 +241,6 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
 LEAST: dict[str, float] = {
     "min_pages": 1,
     "window": 1,
-    "first_window": 1,
     "dense_steps": 0,
     "prompt_lookup": 0,
     "prefetch_steps": 0,
@@ -261,9 +257,10 @@ LEAST: dict[str, float] = {
 """The smallest value of a field that is a number."""
 
 
-def flag_of(name: str) -> str:
-    """Of the field ``name``."""
-    return "--lsa-" + name.replace("_", "-")
+def called(name: str) -> str:
+    """What messages call the field ``name``: its flag, if it has one."""
+    field = next(field for field in dataclasses.fields(LSAConfig) if field.name == name)
+    return flag_of(name) if field.metadata["kind"] == FLAG else name
 
 
 def coerce(name: str, declared: str, value: Any, source: str) -> Any:

@@ -15,7 +15,7 @@ from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 from sglang_lsa.texts.document import Question
 
-SPEED_TOKENS = 64
+SPEED_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Decode speed of one request whose prompt was cached, on a machine that did nothing else. Times in seconds."""
+    """Decode speed of one request, on a machine that did nothing else. Times in seconds."""
 
     name: str
     pages_read: int
@@ -59,15 +59,12 @@ def measure_phase(
     name: str,
     requests: Sequence[Request],
     *,
-    at_once: bool,
     done: Callable[[], None] = nothing,
 ) -> Phase:
-    """Ask ``requests`` at once or one after the other."""
-    ask = ask_at_once if at_once else ask_in_sequence
+    """Ask ``requests`` at once."""
     begun = time.perf_counter()
-    # Watching costs the scheduler time, and one request at a time shows nothing that its end does not.
-    with StatusWatch(lsa, 0.2 if at_once else None) as watch:
-        answers = ask(lsa.url, requests, done)
+    with StatusWatch(lsa, 0.2) as watch:
+        answers = ask_at_once(lsa.url, requests, done)
         seconds = time.perf_counter() - begun
     rids = [answer.rid for answer in answers]
     return Phase(
@@ -82,12 +79,15 @@ def measure_phase(
     )
 
 
-def measure_speed(server: ServerProcess, name: str, question: Question, lsa: dict[str, Any] | None = None) -> Speed:
-    """Time ``SPEED_TOKENS`` tokens; ``lsa`` as in :class:`Request`."""
+def measure_speed(
+    server: ServerProcess, name: str, question: Question, lsa: dict[str, Any] | None = None
+) -> tuple[Answer, Speed]:
+    """Time ``SPEED_TOKENS`` tokens of an answer; ``lsa`` as in :class:`Request`."""
     [answer] = ask_in_sequence(server.url, [Request(question, lsa, SPEED_TOKENS, ignore_eos=True)])
     pages = pages_spanned(answer.prompt_tokens + answer.completion_tokens, PAGE_SIZE)
     if lsa is not None:
         (entry,) = get_finished(server.url, [answer.rid])
         pages = entry["resident_pages"]
     seen = dataclasses.asdict(answer)
-    return Speed(name, pages, **{field: seen[field] for field in Speed.__dataclass_fields__ if field in seen})
+    times = {field: seen[field] for field in Speed.__dataclass_fields__ if field in seen}
+    return answer, Speed(name, pages, **times)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ NAMES = {
 }
 COLOURS = {NOT_RESIDENT: "#e9edf1", SINK: "#54606b", RECENT: "#8fa3b5", CHOSEN: "#1f77d0", NOT_WRITTEN: "#ffffff"}
 FACT_COLOUR = "#d62728"
+PICTURE = "picture"
+"""Name of the phase whose requests are drawn."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,35 @@ class Panel:
     sink_pages: int
     recent_pages: int
     fact_pages: Sequence[int]
+
+
+def draw_results(results: dict[str, Any], path: pathlib.Path) -> None:
+    """The picture of a ``demo.json``."""
+    title = f"Pages that decode reads at a budget of {results['config']['budget']:.1%}: {results['model']}"
+    draw(panels(results), title, path)
+
+
+def panels(results: dict[str, Any]) -> list[Panel]:
+    """One for each request of the last phase: the first question on each document, and then the first ones again."""
+    config, phase = results["config"], results["phases"][-1]
+    assert phase["name"] == PICTURE
+    firsts = list({question["word"]: question for question in reversed(results["questions"])}.values())[::-1]
+    drawn = []
+    for number, (answer, request) in enumerate(zip(phase["answers"], phase["requests"], strict=True)):
+        question, bound = firsts[number % len(firsts)], request["budget_pages"]
+        drawn.append(
+            Panel(
+                title=f"{question['word']}, {request['policy']}: reads {request['resident_pages']} of "
+                f"{request['context_pages']} pages; its answer is {'right' if answer['right'] else 'wrong'}",
+                history=request["history"],
+                context_tokens=request["context_tokens"],
+                # As in sglang_lsa.engine.selection.
+                sink_pages=min(config["sink_pages"], bound // 2),
+                recent_pages=max(1, min(config["recent_pages"], bound // 4)),
+                fact_pages=question["fact_pages"],
+            )
+        )
+    return drawn
 
 
 def residency_map(panel: Panel) -> np.ndarray:

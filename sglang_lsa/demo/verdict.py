@@ -15,15 +15,16 @@ import sglang_lsa
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.demo.client import MODEL, Answer
 from sglang_lsa.demo.measure import Phase, Speed
+from sglang_lsa.provenance import commit, hardware
 from sglang_lsa.texts.document import Question
 
 
 def lost_answers(questions: Sequence[Question], references: Sequence[Answer], phases: Sequence[Phase]) -> list[str]:
-    """Answers of the quest phases that are wrong although full attention's are right, one line each."""
+    """Answers of policies that choose by content that are wrong although full attention's are right, one line each."""
     return [
         f"{phase.name}: {question.text} Full attention: {reference.text!r}, LSA: {answer.text!r}"
         for phase in phases
-        if phase.name.startswith("quest")
+        if phase.name != "recency"
         for question, reference, answer in zip(questions, references, phase.answers, strict=True)
         if reference.right and not answer.right
     ]
@@ -55,6 +56,9 @@ def results_json(
 ) -> dict[str, Any]:
     """Everything measured, as plain JSON values: bytes, pages, seconds. ``by_stock``: whose reference is stock's."""
     return {
+        "command": "make demo",
+        "commit": commit(),
+        "hardware": hardware(),
         "sglang_lsa": sglang_lsa.__version__,
         "sglang": sglang_lsa.SGLANG_VERSION,
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},

@@ -48,7 +48,7 @@ class Lookahead:
     ):
         self.counts = Counts()
         self.rules = Rules(config, largest_set(pager.ledger.physical_pages, table.max_pages), thresholds or {})
-        self.clock = Clock(config.window, config.first_window or 0, lead, lag)
+        self.clock = Clock(config.window, lead, lag)
         self.scorer = Scorer(policies, pager.device, self.counts, scores)
         self.sets = ResidentSets(table, pager.ledger)
         self.refresher = Refresher(self.rules, self.clock, pager, self.sets, self.scorer, self.counts)

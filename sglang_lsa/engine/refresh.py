@@ -129,7 +129,7 @@ class Refresher:
         if found.collapsed and not request.story.collapsed:
             logger.warning(
                 "LSA: no page of %s scored above the threshold, so that it reads its first and last pages only; an "
-                "answer from elsewhere is lost: lower --lsa-threshold, or use another policy",
+                "answer from elsewhere is lost: lower the key threshold (POST /lsa/config), or use another policy",
                 request.rid,
             )
         request.story.collapsed += found.collapsed

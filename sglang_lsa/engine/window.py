@@ -16,8 +16,7 @@ class Clock:
     """Counts decode steps, of the server and of each request.
 
     Attributes:
-        window: decode steps of a whole window.
-        first_window: of the first one; windows double until they are whole. 0: all are whole.
+        window: decode steps of a window.
         lead: decode steps from the start of a refresh to the window that it is for.
         lag: forward passes after which scores are read.
         step: forward passes so far.
@@ -25,7 +24,6 @@ class Clock:
     """
 
     window: int
-    first_window: int = 0
     lead: int = 0
     lag: int = 0
     step: int = 0
@@ -60,28 +58,12 @@ class Clock:
 
     def next_window(self, request: Request) -> None:
         """The window that was to begin does."""
-        length, request.lead = self.window_of(request.window, request.asked.seed)
-        request.steps_left += length
+        # The first is shorter by a number of the request's own, so that not all of them refresh in the same step.
+        early = request.asked.seed % (self.window - self.lead) if request.window <= 0 else 0
+        request.steps_left += self.window - early
+        request.lead = self.lead
         if request.given is not None:
             self._await_given(request)
-
-    def window_of(self, number: int, seed: int) -> tuple[int, int]:
-        """Decode steps of a window, and how many before its end the set of the next one is predicted.
-
-        Windows double until they are as long as they may be. The first of those is shorter by a number of the request's
-        own, so that requests do not all refresh in the same step.
-
-        Args:
-            number: of the window; that of the first is 0.
-            seed: of the request.
-        """
-        whole, number = self.window, max(0, number)
-        first = self.first_window or whole
-        length, before = (first << min(n, 32) for n in (number, max(0, number - 1)))
-        if length < whole:
-            return length, min(self.lead, length // 4)
-        first_whole = number == 0 or before < whole
-        return whole - (seed % (whole - self.lead) if first_whole else 0), self.lead
 
     def _await_given(self, request: Request) -> None:
         assert request.given is not None

@@ -136,7 +136,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "budget_above_one": (["--lsa-budget", "2"], "budget 2.0 is out of range: use a number in (0, 1]"),
     "unknown_policy": (["--lsa-policy", "best"], "argument --lsa-policy: invalid choice: 'best'"),
     "unknown_prefill": (["--lsa-prefill", "half"], "argument --lsa-prefill: invalid choice: 'half'"),
-    "no_staging": (["--lsa-staging-pages", "0"], "--lsa-staging-pages 0 is too small: use 1 or more"),
+    "a_flag_that_is_gone": (["--lsa-staging-pages", "4"], "--lsa-staging-pages is gone: a prompt is read through"),
     "indexer_missing": (["--lsa-indexer", "/nowhere"], "--lsa-indexer /nowhere: has no config.json"),
     "unknown_flag": (["--lsa-bugdet", "0.1"], "--lsa-bugdet"),
     "no_config": (["--lsa-config", "/nowhere.json"], "cannot be read (No such file or directory): give an existing"),

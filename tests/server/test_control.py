@@ -142,8 +142,8 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "infinite": (b'{"threshold": 1e999}', 400, "threshold is inf: use a finite number"),
     "unknown_policy": ({"policy": "oracle"}, 400, "policy is 'oracle': use one of indexer, retriever, quest"),
     "indexer_without_one": ({"policy": "indexer"}, 400, "needs a trained checkpoint: add --lsa-indexer PATH, or use"),
-    "all_or_nothing": ({"budget": 0.2, "min_coverage": 2}, 400, "--lsa-min-coverage 2.0 is out of range"),
-    "contradiction": ({"fallback_budget": 0.01}, 400, "--lsa-fallback-budget 0.01 is below --lsa-budget 0.135"),
+    "all_or_nothing": ({"budget": 0.2, "min_coverage": 2}, 400, "min_coverage 2.0 is out of range"),
+    "contradiction": ({"fallback_budget": 0.01}, 400, "fallback_budget 0.01 is below --lsa-budget 0.135"),
     "too_large": (b'{"budget": 0.2}' + b" " * MAX_BYTES, 413, f"more than {MAX_BYTES} bytes"),
     "too_deep": (b"[" * MAX_BYTES, 400, "the body is not JSON"),
 }

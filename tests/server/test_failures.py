@@ -19,7 +19,7 @@ from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 pytestmark = pytest.mark.server
 SMALL = [*FLAGS, "--lsa-device-tokens", "2560", "--lsa-debug", "--lsa-host-memory-gb", "0.2"]
-SMALL += ["--lsa-min-context", "512", "--lsa-window", "16", "--lsa-staging-pages", "4"]
+SMALL += ["--lsa-min-context", "512", "--lsa-window", "16"]
 SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"
 
 

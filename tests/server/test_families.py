@@ -21,7 +21,7 @@ QUICK = ("qwen3",)
 """That with norms of queries and keys stands for all where time is short."""
 FLAGS = ["--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--chunked-prefill-size", "512"]
 FLAGS += ["--lsa-device-tokens", "2048", "--lsa-host-memory-gb", "0.1", "--lsa-min-context", "256", "--lsa-debug"]
-FLAGS += ["--lsa-window", "16", "--lsa-staging-pages", "4"]
+FLAGS += ["--lsa-window", "16"]
 WHOLE, STREAMED = 1300, 3000
 """Tokens of prompts that fit the device pool, and do not."""
 TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ LAYERS = 6
 
 
 def test_a_cached_prompt_chooses_the_same_pages(model_path: str, tmp_path: pathlib.Path) -> None:
-    """64 positions of the indexer vote: more than --lsa-query-tokens, and more than come after full pages here."""
+    """64 positions of the indexer vote: more than otherwise do, and more than come after full pages here."""
     indexer = IndexerConfig(ModelShape(576, LAYERS, 9, 3, 64), ((1, 0), (3, 4)))
     MemoryIndexer(indexer).save(tmp_path / "indexer")
     voters = indexer.positions

@@ -126,7 +126,7 @@ class Simulation:
             self.config["policy"] = "native"
         self.pager = Pager(self._layout(physical, layout or MhaLayout), virtual, ranks=ranks)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
-        config = LSAConfig.from_mapping(self.config)
+        config = LSAConfig(**self.config)
         index = INDEX if own_index else None
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk, index=index)
         self.gpu = SimulatedGPU(self.pager, own)

@@ -42,7 +42,7 @@ FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}', "--enable-pr
 KINDS = {"ask": 66, "abort": 7, "disconnect": 7, "flush": 3, "bad": 3, "many": 6, "again": 4, "config": 4}
 """What a client does, by how often."""
 PRIORITIES = (0, 0, 100)
-LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "staging_pages": 4}
+LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16}
 """32 pages on the device, 221 on the host; a chunk takes 8."""
 
 Tokens = list[tuple[int, float]]

@@ -39,7 +39,7 @@ class Server(harness.Server):
     ) -> None:
         super().__init__(physical, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
-        self.config = LSAConfig.from_mapping({**defaults, **options})
+        self.config = LSAConfig(**{**defaults, **options})
         table = ResidentTable(4, physical // 2 + 1, page)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})
         self.admission = Admission(self.pager, self.lookahead.rules, chunk)

@@ -26,8 +26,11 @@ from sglang_lsa.config import (
     config_from_argument,
     offered,
 )
+from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
 
 FIELDS = [field.name for field in dataclasses.fields(LSAConfig)]
+KIND = {field.name: field.metadata["kind"] for field in dataclasses.fields(LSAConfig)}
+NAMES = {kind: [name for name in FIELDS if KIND[name] == kind] for kind in (FLAG, KEY, CONSTANT)}
 
 
 def parse(*flags: str) -> LSAConfig | None:
@@ -50,7 +53,6 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "budget": (["0.25"], 0.25),
     "min_pages": (["3"], 3),
     "window": (["32"], 32),
-    "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
     "prompt_lookup": (["0"], 0),
     "prefetch_steps": (["3"], 3),
@@ -77,23 +79,69 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
 }
 
 
-def test_every_field_has_a_flag_and_a_description() -> None:
+def flags_in_help() -> set[str]:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    text = parser.format_help().split("Lookahead Sparse Attention")[-1]
+    return set(re.findall(r"^  (--lsa-[a-z-]+)", text, re.MULTILINE))
+
+
+def test_every_field_is_described() -> None:
     assert sorted(FLAGS) == sorted(FIELDS)
     assert all(len(field.metadata["help"]) > 20 for field in dataclasses.fields(LSAConfig))
 
 
-@pytest.mark.parametrize("name", FIELDS)
+def test_there_are_at_most_16_flags() -> None:
+    options = {flag_of(name) for name in NAMES[FLAG]} | {"--lsa-config"}
+    assert flags_in_help() == options
+    assert len(options) <= 16
+
+
+@pytest.mark.parametrize("values", [[], ["3"], ["-0.5"]], ids=["alone", "with a value", "with a negative value"])
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_flag_that_is_gone_says_what_to_do(name: str, values: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag_of(name), *values, "--lsa-budget", "0.2"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: {flag_of(name)} is gone: {REMOVED[name]}")
+
+
+@pytest.mark.parametrize("name", [name for name in REMOVED if KIND.get(name) != KEY])
+def test_a_key_that_is_gone_says_what_to_do(name: str, tmp_path: pathlib.Path) -> None:
+    for source in ({name: 3}, write(tmp_path, json.dumps({name: 3}))):
+        with pytest.raises(ValueError, match=re.escape(f": {name} is gone: {REMOVED[name]}")):
+            config_from_argument(source)
+
+
+def test_what_is_gone_is_what_is_no_flag() -> None:
+    """And what an advice says of a number is that number."""
+    assert set(NAMES[KEY]) | set(NAMES[CONSTANT]) <= set(REMOVED)
+    assert not set(NAMES[FLAG]) & set(REMOVED)
+    for name in ("min_pages", "prefetch_steps", "recent_pages", "prompt_pages", "query_tokens", "staging_pages"):
+        assert re.search(rf"\b{getattr(LSAConfig, name)}\b", REMOVED[name]), name
+    assert LSAConfig.sink_pages == 1 and "the first page" in REMOVED["sink_pages"]
+
+
+@pytest.mark.parametrize(("tokens", "pages"), [(None, 256), (1 << 20, 256), (32768, 256), (2048, 16), (256, 2)])
+def test_staging_is_no_larger_than_half_of_a_small_pool(tokens: int | None, pages: int) -> None:
+    assert LSAConfig(device_tokens=tokens).staging_pages == pages
+
+
+@pytest.mark.parametrize("name", NAMES[FLAG])
 def test_flag(name: str) -> None:
     words, value = FLAGS[name]
     config = parse("--lsa-" + name.replace("_", "-"), *words)
     assert config is not None
     assert getattr(config, name) == value
     assert type(getattr(config, name)) is type(value)
-    others = {other: getattr(config, other) for other in FIELDS if other not in (name, "policy")}
+    follow = ("policy", "staging_pages")  # the indexer, and the size of the device pool
+    others = {other: getattr(config, other) for other in FIELDS if other not in (name, *follow)}
     assert others == {other: getattr(LSAConfig(), other) for other in others}
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", NAMES[FLAG] + NAMES[KEY])
 def test_key_of_the_file(name: str, tmp_path: pathlib.Path) -> None:
     _, value = FLAGS[name]
     config = parse("--lsa-config", write(tmp_path, json.dumps({name: value})))
@@ -133,7 +181,7 @@ def test_defaults() -> None:
 def test_the_default_prefetch_follows_short_windows(window: int, steps: int) -> None:
     config = LSAConfig(window=window)
     assert config.prefetch_steps == steps < window
-    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
+    assert LSAConfig(**json.loads(config.to_json())) == config
     assert dataclasses.replace(config, budget=0.5).prefetch_steps == steps
 
 
@@ -178,8 +226,8 @@ def test_the_parser_refuses(flags: list[str], capsys: pytest.CaptureFixture[str]
 
 def test_json_round_trip() -> None:
     config = LSAConfig(policy="random", budget=0.25, observe_layers=(1, 2), device_tokens=4096, debug=True)
-    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
-    assert LSAConfig.from_mapping(json.loads(LSAConfig().to_json())) == LSAConfig()
+    assert LSAConfig(**json.loads(config.to_json())) == config
+    assert LSAConfig(**json.loads(LSAConfig().to_json())) == LSAConfig()
 
 
 def test_configuration_is_frozen() -> None:
@@ -201,29 +249,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": None}, "budget is None: use a value of type float"),
     ({"policy": "best"}, "policy is 'best': use one of indexer, retriever, quest, native, recency, random, full"),
     ({"policy": 3}, "policy is 3: use a value of type str"),
-    ({"fallback_budget": 0.1}, "--lsa-fallback-budget 0.1 is below --lsa-budget 0.135: raise it"),
+    ({"fallback_budget": 0.1}, "fallback_budget 0.1 is below --lsa-budget 0.135: raise it"),
     ({"fallback_budget": 1.5}, r"fallback_budget 1.5 is out of range: use a number in \(0, 1\]"),
-    ({"min_coverage": -0.1}, r"--lsa-min-coverage -0.1 is out of range: use a share in \[0, 1\]"),
-    ({"min_coverage": float("nan")}, r"--lsa-min-coverage nan is out of range"),
+    ({"min_coverage": -0.1}, r"min_coverage -0.1 is out of range: use a share in \[0, 1\]"),
+    ({"min_coverage": float("nan")}, r"min_coverage nan is out of range"),
     ({"policy": "indexer"}, "--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH, or use quest"),
     ({"window": 0}, "--lsa-window 0 is too small: use 1 or more"),
     ({"window": 1.5}, r"window is 1\.5: use a value of type int"),
     ({"window": True}, "window is True: use a value of type int"),
-    ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
-    ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
-    ({"prompt_lookup": 65}, "--lsa-prompt-lookup 65 is too large: use 64 or less"),
-    ({"prompt_lookup": -1}, "--lsa-prompt-lookup -1 is too small: use 0 or more"),
-    ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
-    ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
-    ({"prefetch_steps": 64}, "--lsa-prefetch-steps 64 is not less than --lsa-window 64: lower it"),
-    ({"prefetch_steps": 8, "window": 8}, "--lsa-prefetch-steps 8 is not less than --lsa-window 8: lower it"),
-    ({"min_pages": 0}, "--lsa-min-pages 0 is too small: use 1 or more"),
-    ({"sink_pages": -1}, "--lsa-sink-pages -1 is too small: use 0 or more"),
-    ({"recent_pages": -1}, "--lsa-recent-pages -1 is too small: use 0 or more"),
+    ({"dense_steps": -1}, "dense_steps -1 is too small: use 0 or more"),
+    ({"prompt_lookup": 65}, "prompt_lookup 65 is too large: use 64 or less"),
+    ({"prompt_lookup": -1}, "prompt_lookup -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),
-    ({"query_tokens": 0}, "--lsa-query-tokens 0 is too small: use 1 or more"),
     ({"prefill": "streamed"}, "prefill is 'streamed': use one of exact, resident"),
-    ({"staging_pages": 0}, "--lsa-staging-pages 0 is too small: use 1 or more"),
     ({"device_tokens": 255}, "--lsa-device-tokens 255 is too small: use 256 or more"),
     ({"device_memory_gb": -1}, r"--lsa-device-memory-gb -1\.0 is too small: use 0"),
     ({"host_memory_gb": -1}, r"--lsa-host-memory-gb -1\.0 is too small: use 0"),
@@ -235,7 +273,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"observe_layers": [1.5]}, r"observe_layers is \[1\.5\]: use a value of type tuple"),
     ({"debug": 1}, "debug is 1: use a value of type bool"),
     ({"indexer": ["a"]}, r"indexer is \['a'\]: use a value of type str"),
-    ({"budgets": 0.5}, "unknown key 'budgets': use one of policy, budget, min_pages"),
+    ({"budgets": 0.5}, "unknown key 'budgets': use one of policy, budget, window"),
 ]
 
 
@@ -243,6 +281,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_impossible_values_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LSAConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prefetch_steps": -1}, "prefetch_steps -1 is too small: use 0 or more"),
+        ({"prefetch_steps": 64}, "prefetch_steps 64 is not less than --lsa-window 64: lower it"),
+        ({"prefetch_steps": 8, "window": 8}, "prefetch_steps 8 is not less than --lsa-window 8: lower it"),
+        ({"min_pages": 0}, "min_pages 0 is too small: use 1 or more"),
+        ({"sink_pages": -1}, "sink_pages -1 is too small: use 0 or more"),
+        ({"recent_pages": -1}, "recent_pages -1 is too small: use 0 or more"),
+        ({"query_tokens": 0}, "query_tokens 0 is too small: use 1 or more"),
+        ({"staging_pages": 0}, "staging_pages 0 is too small: use 1 or more"),
+    ],
+    ids=str,
+)
+def test_impossible_constants_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        LSAConfig(**values)
 
 
 @pytest.mark.parametrize("name", ["threshold", "device_memory_gb", "host_memory_gb"])
@@ -496,7 +553,7 @@ assert arrived_by_pickle == [arguments["lsa_config"]]
 print(arrived_by_pickle[0].to_json())
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert LSAConfig.from_mapping(json.loads(run.stdout)) == config
+    assert LSAConfig(**json.loads(run.stdout)) == config
 
 
 def test_building_a_configuration_announces_nothing() -> None:

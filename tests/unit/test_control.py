@@ -97,10 +97,10 @@ def test_good_bodies() -> None:
 IMPOSSIBLE = {
     "budget_zero": ({"budget": 0.0}, "budget 0.0 is out of range: use a number in (0, 1]"),
     "budget_above_one": ({"budget": 1.1}, "budget 1.1 is out of range"),
-    "min_coverage": ({"min_coverage": -0.1}, "--lsa-min-coverage -0.1 is out of range: use a share in [0, 1]"),
+    "min_coverage": ({"min_coverage": -0.1}, "min_coverage -0.1 is out of range: use a share in [0, 1]"),
     "indexer_without_one": ({"policy": "indexer"}, "--lsa-policy indexer needs a trained checkpoint"),
-    "fallback_below_budget": ({"fallback_budget": 0.1}, "--lsa-fallback-budget 0.1 is below --lsa-budget 0.135"),
-    "one_of_two": ({"budget": 0.3, "min_coverage": 7.0}, "--lsa-min-coverage 7.0 is out of range"),
+    "fallback_below_budget": ({"fallback_budget": 0.1}, "fallback_budget 0.1 is below --lsa-budget 0.135"),
+    "one_of_two": ({"budget": 0.3, "min_coverage": 7.0}, "min_coverage 7.0 is out of range"),
     "smuggled": ({"debug": True}, "debug cannot change"),
 }
 
@@ -193,7 +193,7 @@ def make_runtime(**options: Any) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
     table = torch.zeros((9, 20 * PAGE_SIZE), dtype=torch.int32)
-    return LSARuntime(LSAConfig.from_mapping(options), pager, table, 2, 1.0, chunk_tokens=4 * PAGE_SIZE)
+    return LSARuntime(LSAConfig(**options), pager, table, 2, 1.0, chunk_tokens=4 * PAGE_SIZE)
 
 
 def configurations(root: Any) -> Iterator[tuple[str, LSAConfig]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from sglang_lsa.embedded_model import EmbeddedModelError, embedded_model_path
 from sglang_lsa.texts.document import (
     FACTS,
     FILLER,
+    INSTRUCTION,
     Document,
     Fact,
     Question,
@@ -37,6 +39,7 @@ from sglang_lsa.texts.document import (
     load_tokenizer,
     prompt_tokens,
 )
+from sglang_lsa.texts.haystack import SENTENCE, Haystack
 
 MODEL_CONTEXT = 8192
 
@@ -67,14 +70,16 @@ def documents(tokenizer: Any) -> list[Document]:
 
 def test_facts_differ() -> None:
     assert len({fact.word for fact in FACTS}) == len({fact.number for fact in FACTS}) == len(FACTS)
-    assert [fact.depth for fact in FACTS] == sorted(fact.depth for fact in FACTS), "the shared prefixes get shorter"
+    filler = [fact.depth for fact in FACTS if fact.speech is None]
+    assert filler == sorted(filler) and len(filler) == 2, "the shared prefix gets no shorter"
+    assert [fact.speech is None for fact in FACTS] == [True, True, False]
 
 
 @pytest.mark.parametrize("index", range(len(FACTS)), ids=[fact.word for fact in FACTS])
 def test_document_has_the_length_asked_for_and_one_fact(tokenizer: Any, documents: list[Document], index: int) -> None:
     document = documents[index]
-    a_round = count_tokens(tokenizer, " " + FILLER)
-    assert document.fact.document_tokens - a_round <= document.tokens <= document.fact.document_tokens
+    longest = 100 if document.fact.speech is not None else count_tokens(tokenizer, " " + FILLER)
+    assert document.fact.document_tokens - longest <= document.tokens <= document.fact.document_tokens
     assert document.text.count(document.fact.number) == 1
     assert not any(fact.number in document.text for fact in FACTS if fact != document.fact)
 
@@ -86,6 +91,17 @@ def test_fact_lies_where_its_depth_says(tokenizer: Any, documents: list[Document
     assert len(pages) in (1, 2) and pages[-1] - pages[0] == len(pages) - 1
     expected = documents[index].fact.depth * prompt_tokens(tokenizer, question) / PAGE_SIZE
     assert abs(pages[0] - expected) <= 2
+
+
+def test_running_text_is_sentences_of_a_speech(documents: list[Document]) -> None:
+    document = documents[-1]
+    assert document.fact.speech is not None and FILLER not in document.text
+    speeches = " ".join(Haystack().documents)
+    before, after = (part.strip() for part in document.text.removeprefix(INSTRUCTION).split(document.fact.sentence))
+    for part in (before, after):
+        whole = re.split(SENTENCE, part)
+        assert len(whole) > 20 and all(sentence in speeches for sentence in whole)
+    assert FILLER in documents[0].text
 
 
 def test_fact_pages_are_exact(tokenizer: Any, documents: list[Document]) -> None:
@@ -147,17 +163,17 @@ def test_an_answer_is_right_when_it_holds_the_number(text: str, right: bool) -> 
 )
 def test_only_what_full_attention_knew_can_be_lost(full: bool, quest: bool, recency: bool, lost: int) -> None:
     phases = [
-        phase_of("quest, at once", [answer_of("a", quest)]),
-        phase_of("recency, at once", [answer_of("b", recency)]),
+        phase_of("quest", [answer_of("a", quest)]),
+        phase_of("recency", [answer_of("b", recency)]),
     ]
     assert len(lost_answers([QUESTION], [answer_of("c", full)], phases)) == lost
 
 
 def test_the_verdict_needs_a_reference(capsys: pytest.CaptureFixture[str]) -> None:
     console, wrong, right = make_console(), [answer_of("a", False)], [answer_of("a", True)]
-    assert not print_verdict(console, wrong, [phase_of("quest, at once", wrong)], [])
-    assert print_verdict(console, right, [phase_of("quest, at once", right)], [])
-    assert not print_verdict(console, right, [phase_of("quest, at once", wrong)], ["[bold] one"])
+    assert not print_verdict(console, wrong, [phase_of("quest", wrong)], [])
+    assert print_verdict(console, right, [phase_of("quest", right)], [])
+    assert not print_verdict(console, right, [phase_of("quest", wrong)], ["[bold] one"])
     assert "[bold] one" in capsys.readouterr().out, "an answer is no markup"
 
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
@@ -32,11 +33,17 @@ def test_configuration_is_up_to_date() -> None:
 
 
 def test_every_option_is_there() -> None:
-    server, request = PAGE.split("## Of a request")
+    start, later = PAGE.split("## While it runs")
+    keys, request = later.split("## Of a request")
+    request, rest = request.split("## What is fixed")
+    fixed, gone = rest.split("## Flags of earlier versions")
     for field in dataclasses.fields(LSAConfig):
-        assert f"| `--lsa-{field.name.replace('_', '-')}`" in server and f"| `{field.name}` |" in server
+        kind, row = field.metadata["kind"], f"| `{field.name}` |"
+        assert [row in part for part in (start, keys, fixed)] == [kind == FLAG, kind == KEY, kind == CONSTANT]
+        assert (f"| `{flag_of(field.name)}`" in start) == (kind == FLAG)
     for field in dataclasses.fields(RequestOptions):
         assert f"| `{field.name}` |" in request
+    assert all(f"| `{flag_of(name)}` | {advice} |" in gone for name, advice in REMOVED.items())
 
 
 def test_features_are_listed() -> None:
@@ -77,6 +84,30 @@ def repeated(pages: dict[str, str], least: int = 120) -> dict[str, list[str]]:
 def test_nothing_is_said_twice() -> None:
     pages = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES if path.name not in GENERATED}
     assert not repeated(pages)
+
+
+def in_a_row(pages: dict[str, str], words: int = 12) -> dict[str, list[str]]:
+    """Runs of so many words that stand in two sentences, whatever is around them; tables and code repeat words."""
+    found = collections.defaultdict(set)
+    for name, text in pages.items():
+        prose = re.sub(r"^```.*?^```|^\|[^\n]*$", "", text, flags=re.MULTILINE | re.DOTALL)
+        for number, passage in enumerate(passages(prose)):
+            told = re.findall(r"[\w.%-]+", passage.lower())
+            for start in range(len(told) - words + 1):
+                found[" ".join(told[start : start + words])].add((name, number))
+    return {run: sorted(name for name, _ in places) for run, places in found.items() if len(places) > 1}
+
+
+def test_no_twelve_words_in_a_row_stand_twice() -> None:
+    pages = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES if path.name not in GENERATED}
+    assert not in_a_row(pages)
+
+
+def test_words_in_a_row_are_seen() -> None:
+    said = "while a window goes on its set of pages is what every step reads"
+    assert not in_a_row({"a": f"First, {said}.", "b": f"| {said} |\n\n```\n{said}\n```"})
+    assert set(map(tuple, in_a_row({"a": f"First, {said}.", "b": f"So {said}, too."}).values())) == {("a", "b")}
+    assert in_a_row({"a": f"{said}. And {said} again."})
 
 
 def test_what_is_said_twice_is_seen() -> None:

@@ -221,7 +221,7 @@ def test_the_advice_for_a_longer_context_is_enough() -> None:
     ("flags", "words"),
     [
         ("--lsa-budget 7", "budget 7.0 is out of range: use a number in (0, 1]"),
-        ("--lsa-window 16 --lsa-prefetch-steps 32", "--lsa-prefetch-steps 32 is not less than --lsa-window 16"),
+        ("--lsa-window 0", "--lsa-window 0 is too small: use 1 or more"),
         ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read"),
         ("--gpu-memory-gb 0", "--gpu-memory-gb 0.0 is no size: use a number of GB above 0"),
         ("--gpu-memory-gb nan", "--gpu-memory-gb nan is no size"),
@@ -236,6 +236,14 @@ def test_wrong_usage(flags: str, words: str, capsys: pytest.CaptureFixture[str])
     seen = capsys.readouterr()
     assert words in seen.err
     assert seen.out == ""
+
+
+def test_a_flag_that_is_gone_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--lsa-prefetch-steps", "32", "--json"])
+    assert ended.value.code == 2
+    seen = capsys.readouterr()
+    assert "--lsa-prefetch-steps is gone: pages are sent for 16 steps ahead" in seen.err and seen.out == ""
 
 
 @pytest.mark.parametrize("flags", ["--context-tokens many", "--gpu-memory-gb", "--lsa-window half"])

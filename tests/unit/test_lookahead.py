@@ -49,7 +49,7 @@ class Server(harness.Server):
         super().__init__(PHYSICAL, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
         defaults["prompt_pages"] = 0
-        self.config = LSAConfig.from_mapping({**defaults, "min_context": 4 * self.pager.page, **options})
+        self.config = LSAConfig(**{**defaults, "min_context": 4 * self.pager.page, **options})
         self.table = ResidentTable(16, 32, self.pager.page)
         self.wanted = Wanted()
         self.queued = Queued()
@@ -1082,20 +1082,18 @@ def test_the_first_windows_of_a_gpu_are_spread_over_what_leaves_time_to_prefetch
 
 
 @pytest.mark.parametrize(("lead", "seed", "window"), [(0, 0, 64), (16, 0, 64), (16, 5, 64), (3, 7, 50), (0, 0, 8)])
-def test_windows_after_a_prompt_double_until_they_are_whole(lead: int, seed: int, window: int) -> None:
-    server = Server(lead, first_window=8, window=window)
+def test_windows_after_the_first_are_whole(lead: int, seed: int, window: int) -> None:
+    server = Server(lead, window=window)
     request = server.prefill("a", 8 * PAGE_SIZE, seed=seed)
-    leads = {}
+    leads = set()
     for _ in range(240):
         server.decode(request)
         if request.resident.next is None:
-            leads.setdefault(request.window, request.lead)
+            leads.add(request.lead)
     lengths = [after.tokens - before.tokens for before, after in pairwise(list(request.story.windows)[:-1])]
-    short = [length for length in (8, 16, 32) if length < window]
-    assert lengths[: len(short)] == short
-    assert lengths[len(short)] == window - seed % (window - lead)
-    assert set(lengths[len(short) + 1 :]) <= {window}
-    assert all(found == (min(lead, short[n] // 4) if n < len(short) else lead) for n, found in leads.items())
+    assert lengths[0] == window - seed % (window - lead)
+    assert set(lengths[1:]) == {window}
+    assert leads == {lead}
 
 
 @pytest.mark.parametrize(("lead", "tail_start", "steps"), [(16, 5, 4), (16, 0, 0), (0, 5, 0)])

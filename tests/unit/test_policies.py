@@ -45,9 +45,7 @@ def as_before() -> Iterator[None]:
 def make_runtime(**options: object) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
-    return LSARuntime(
-        LSAConfig.from_mapping(options), pager, torch.zeros((9, 20 * PAGE_SIZE), dtype=torch.int32), 2, 1.0
-    )
+    return LSARuntime(LSAConfig(**options), pager, torch.zeros((9, 20 * PAGE_SIZE), dtype=torch.int32), 2, 1.0)
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Server(harness.Server):
     ) -> None:
         super().__init__(physical, VIRTUAL, page)
         defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
-        config = LSAConfig.from_mapping({**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
+        config = LSAConfig(**{**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
         table = torch.zeros((9, VIRTUAL * self.pager.page), dtype=torch.int32)
         self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, chunk)
         self.lookahead, self.prefill, self.admission = (

@@ -6,60 +6,23 @@ Its links are followed in ``test_links``.
 from __future__ import annotations
 
 import collections
-import functools
-import json
 import pathlib
 import re
-from typing import Any
 
 import pytest
+from figures import NUMBER, ROW, blocks, claims, looked_up, plain
 
 from sglang_lsa.config import LSAConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "docs" / "results"
-NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\d|[.,]\d)")
-ROW = re.compile(r"([\w-]+\.json) ([^:]+): (\w+) = (\S+)")
-"""File, ``key=value`` pairs that find one row, field, its value as the README prints it."""
-
-
-def plain(text: str) -> str:
-    """Markdown as it reads: links by their text, no emphasis, one space between words."""
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return " ".join(re.sub(r"\*+(?=\S)|(?<=\S)\*+", "", text).split())
-
-
-def blocks(text: str) -> list[str]:
-    """Paragraphs, items of lists and rows of tables, without code and headings, still in Markdown."""
-    text = re.sub(r"^```.*?^```|^\|[^\n]*\n\| ---[^\n]*$", "", text, flags=re.M | re.S)
-    text = re.sub(r"^(?=\* |\|)", "\n", text, flags=re.M)
-    return [part.strip() for part in text.split("\n\n") if part.strip() and not part.lstrip().startswith("#")]
-
-
 BLOCKS = blocks(README)
-CLAIMS = [
-    (cells[0], re.findall(r"`([^`]+)`", cells[1]))
-    for line in (ROOT / "docs" / "promises.md").read_text().splitlines()
-    if line.startswith("| ") and not line.startswith(("| ---", "| the README"))
-    for cells in [line.strip("| ").split(" | ")]
-]
+CLAIMS = [(claim.quote, claim.proofs) for claim in claims() if claim.page == ROOT / "README.md"]
 """What the README says, and the tests and rows behind it."""
 
 
 def blocks_of(quote: str) -> list[str]:
     return [block for block in BLOCKS if plain(quote) in plain(block)]
-
-
-@functools.cache
-def rows_of(file: str) -> list[dict[str, Any]]:
-    content = json.loads((RESULTS / file).read_text())
-    return content if isinstance(content, list) else content["rows"]
-
-
-def looked_up(file: str, where: str) -> list[dict[str, Any]]:
-    wanted = dict(pair.split("=", 1) for pair in where.split())
-    return [row for row in rows_of(file) if all(str(row.get(key)) == value for key, value in wanted.items())]
 
 
 def printed(value: float, as_text: str) -> bool:
@@ -98,7 +61,7 @@ def test_there_are_claims() -> None:
 
 
 @pytest.mark.parametrize(("quote", "proofs"), CLAIMS, ids=[quote[:60] for quote, _ in CLAIMS])
-def test_what_is_promised_is_there(quote: str, proofs: list[str]) -> None:
+def test_what_is_promised_is_there(quote: str, proofs: tuple[str, ...]) -> None:
     assert blocks_of(quote), "the README does not say that"
     assert proofs
     for proof in proofs:

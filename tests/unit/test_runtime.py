@@ -34,7 +34,7 @@ ROWS, CONTEXT = 9, 20 * PAGE_SIZE
 def make_runtime(chunk: int | None = None, **options: object) -> LSARuntime:
     keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
     req_to_token = torch.zeros((ROWS, CONTEXT), dtype=torch.int32)
-    config = LSAConfig.from_mapping(options)
+    config = LSAConfig(**options)
     pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
     return LSARuntime(config, pager, req_to_token, 2, 1.0, chunk_tokens=chunk)
 

@@ -144,4 +144,4 @@ SAMPLES = {
     "longgen-passage": "803e24a7ed338951",
 }
 RUNNING = "9a70af85b861eb5c"
-DOCUMENTS = "9af68d6631045ea3"
+DOCUMENTS = "a75842b43bba7cdf"
