@@ -20,6 +20,8 @@ RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 MOST_LOOKED_UP = 64
 """Tokens at the end of a text that a request may ask to have occurred before."""
+MOST_WIDENED = 4
+"""Times the pages of its budget that a set may have at most while its request repeats its prompt."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
@@ -63,6 +65,12 @@ class LSAConfig:
         6,
         "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
         "there are in the next set: for answers that copy a passage. At most 64; 0 does not look.",
+    )
+    widen: float = _option(
+        2.0,
+        "How many times the pages of its budget a set may have while the answer copies its prompt or lists what is in "
+        "it; half of those added follow the place that it reads at. As --lsa-prompt-lookup sees it; at most 4; 1 does "
+        "not widen.",
     )
     prefetch_steps: int = _option(
         16,
@@ -159,6 +167,8 @@ class LSAConfig:
                 raise ValueError(f"{flag_of(name)} {value} is too small: use {least} or more")
         if self.prompt_lookup > MOST_LOOKED_UP:
             raise ValueError(f"--lsa-prompt-lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
+        if self.widen > MOST_WIDENED:
+            raise ValueError(f"--lsa-widen {self.widen} is too large: use {MOST_WIDENED} or less")
         if self.prefetch_steps >= self.window:
             if self.prefetch_steps != type(self).prefetch_steps:
                 raise ValueError(
@@ -247,6 +257,7 @@ LEAST: dict[str, float] = {
     "first_window": 1,
     "dense_steps": 0,
     "prompt_lookup": 0,
+    "widen": 1,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

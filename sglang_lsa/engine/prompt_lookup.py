@@ -9,6 +9,10 @@ import numpy as np
 
 from sglang_lsa.config import MOST_LOOKED_UP
 
+LOOKS = 8
+"""Places of what was generated last that are looked up to see whether it repeats the prompt."""
+LEAST_REPEATED = 0.25
+"""Share of them that must occur in the prompt: single ones do by chance, and lists have words of their own between."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
 FEW, MOST = 6, 1024
@@ -16,17 +20,18 @@ FEW, MOST = 6, 1024
 must not cost time."""
 
 
-def continued_at(ids: np.ndarray, least: int) -> int | None:
+def continued_at(ids: np.ndarray, least: int, before: int | None = None) -> int | None:
     """Where the end of a text occurred before, and went on.
 
     Args:
         ids: ``[n]`` tokens of the text.
         least: tokens at its end that must occur as they are, in ``[1, LONGEST]``.
+        before: occurrences that end at this position or earlier count; None: all but the end itself.
 
     Returns:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
-    ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
+    ends = np.flatnonzero(ids[:-1][:before] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
     matched = 1
     while len(ends) and matched < LONGEST:
         if matched == FEW:
@@ -52,3 +57,23 @@ def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarra
     if at is None:
         return np.zeros(0, dtype=np.int64)
     return np.arange(at // page, (at + tokens - 1) // page + 1)
+
+
+def repeats_at(ids: np.ndarray, prompt: int, least: int, tokens: int) -> int | None:
+    """Where in its prompt a text reads that copies it, or lists what is in it; None for one that does neither.
+
+    The end alone does not tell: a list has words of its own between those that it copies.
+
+    Args:
+        ids: ``[n]`` tokens of the text.
+        prompt: how many of them are the prompt.
+        least: as in :func:`continued_at`; of generated tokens, too.
+        tokens: that were generated last and are looked at, at ``LOOKS`` places.
+
+    Returns:
+        Position after the occurrence of the last of these places that occurs, in ``[least, prompt]``.
+    """
+    ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, tokens // LOOKS))
+    found = [continued_at(ids[:end], least, prompt) for end in ends]
+    occur = [place for place in found if place is not None]
+    return occur[0] if occur and len(occur) >= LEAST_REPEATED * len(found) else None

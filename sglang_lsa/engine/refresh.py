@@ -10,7 +10,7 @@ import numpy as np
 from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.failures import kind_and_place
-from sglang_lsa.engine.prompt_lookup import pages_next
+from sglang_lsa.engine.prompt_lookup import pages_next, repeats_at
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.score import Scorer
@@ -115,9 +115,11 @@ class Refresher:
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = None if new.scores.failed else self.scorer.policies[request.asked.policy]
         prompt = pages_spanned(request.prompt_tokens, self.pager.page)
-        upcoming = self._upcoming(request, new) if policy is not None and policy.queries else ()
+        looks = policy is not None and policy.queries and request.asked.prompt_lookup
+        upcoming, reads_at = self._looked_up(request, new) if looks else ((), None)
         name = "" if policy is None else request.asked.policy
-        found = choose(self.rules, new.values, new.context, request.asked.budget, name, prompt, upcoming)
+        asked = request.asked
+        found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, upcoming, asked.widen, reads_at)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
         if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
@@ -134,13 +136,15 @@ class Refresher:
             )
         request.story.collapsed += found.collapsed
 
-    def _upcoming(self, request: Request, new: Refresh) -> np.ndarray:
-        """Complete pages that the request reads next if it goes on copying; what is known depends on steps only."""
-        if not request.asked.prompt_lookup:
-            return np.zeros(0, dtype=np.int64)
-        steps = self.clock.lead + self.clock.window
-        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps, self.pager.page)
-        return pages[pages < new.complete]
+    def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, int | None]:
+        """Complete pages that the request reads next if it goes on copying, and the page that it copies or lists from,
+        None if it does neither or must not have more pages for it; what is known depends on steps only."""
+        least, text, page = request.asked.prompt_lookup, request.text(new.computed), self.pager.page
+        pages = pages_next(text, least, self.clock.lead + self.clock.window, page)
+        place = None
+        if request.asked.widen > 1:
+            place = repeats_at(text, request.prompt_tokens, least, self.clock.window)
+        return pages[pages < new.complete], None if place is None else place // page
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "first_window": (["3"], 3),
     "dense_steps": (["16"], 16),
     "prompt_lookup": (["0"], 0),
+    "widen": (["1.5"], 1.5),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
@@ -212,6 +213,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"first_window": 0}, "--lsa-first-window 0 is too small: use 1 or more"),
     ({"dense_steps": -1}, "--lsa-dense-steps -1 is too small: use 0 or more"),
     ({"prompt_lookup": 65}, "--lsa-prompt-lookup 65 is too large: use 64 or less"),
+    ({"widen": 5.0}, "--lsa-widen 5.0 is too large: use 4 or less"),
+    ({"widen": 0.5}, "--lsa-widen 0.5 is too small: use 1 or more"),
     ({"prompt_lookup": -1}, "--lsa-prompt-lookup -1 is too small: use 0 or more"),
     ({"prefetch_steps": -1}, "--lsa-prefetch-steps -1 is too small: use 0 or more"),
     ({"prefetch_steps": 1.5}, r"prefetch_steps is 1\.5: use a value of type int"),
@@ -533,6 +536,15 @@ def test_more_tokens_than_are_looked_up() -> None:
     assert RequestOptions.parse({"lsa": {"prompt_lookup": 64}}, LSAConfig()).prompt_lookup == 64
     with pytest.raises(ValueError, match=r"prompt_lookup is 65: use a number of tokens, 64 or less"):
         RequestOptions.parse({"lsa": {"prompt_lookup": 65}}, LSAConfig())
+
+
+def test_how_much_wider_a_requests_sets_may_be() -> None:
+    assert RequestOptions.parse(None, LSAConfig(widen=3.0)).widen == 3.0
+    assert RequestOptions.parse({"lsa": {}}, LSAConfig(widen=3.0)).widen == 3.0
+    assert RequestOptions.parse({"lsa": {"widen": 1}}, LSAConfig(widen=3.0)).widen == 1.0
+    for value in (0, 4.5, True, "2", None, float("nan")):
+        with pytest.raises(ValueError, match=r"custom_params.lsa.widen is .*: use a number from 1 to 4"):
+            RequestOptions.parse({"lsa": {"widen": value}}, LSAConfig())
 
 
 # --- watched pages ---------------------------------------------------------------------------------------------------
