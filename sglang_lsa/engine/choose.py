@@ -95,9 +95,11 @@ def choose(
     first = np.asarray(upcoming, dtype=np.int64)
     if reads_at is not None:
         size = max(size, int(min(bound * widen, context, rules.largest_set)))
-        ahead = np.setdiff1d(np.arange(reads_at, min(len(scores), reads_at + (size - bound) // 2)), first)
+        ahead = np.setdiff1d(np.arange(reads_at, min(len(scores), reads_at + (size - bound + 1) // 2)), first)
         first = np.concatenate((first, ahead))
-    sizes["recent_pages"] = min(config.recent_pages, max(1, bound // 4))  # what is added is for what is not there yet
+    # What is added is not for those that stay: as many of them as a set within the budget has.
+    for name in ("recent_pages", "prompt_pages"):
+        sizes[name] = min(sizes[name], bound // 4)
     wanted = scores.copy()
     wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
     positions = select(wanted, context, budget=share, min_pages=size, threshold=rules.threshold(policy), **sizes)
