@@ -69,8 +69,8 @@ class LSAConfig:
     widen: float = _option(
         2.0,
         "How many times the pages of its budget a set may have while the answer copies its prompt or lists what is in "
-        "it; half of those added follow the place that it reads at. As --lsa-prompt-lookup sees it; at most 4; 1 does "
-        "not widen.",
+        "it: those that follow what it has listed last, or the best scored ones for a copy. --lsa-prompt-lookup tells "
+        "which; at most 4; 1 does not widen.",
     )
     prefetch_steps: int = _option(
         16,

@@ -67,7 +67,7 @@ def choose(
     prompt: int = 0,
     upcoming: Sequence[int] | np.ndarray = (),
     widen: float = 1.0,
-    reads_at: int | None = None,
+    follows: int | None = None,
 ) -> Chosen:
     """The best pages within the budget, and within what the device pool is meant for.
 
@@ -78,8 +78,8 @@ def choose(
         policy: whose scores these are.
         prompt: pages of its prompt.
         upcoming: pages that come before all that are there for their score, the first of them first.
-        widen: how many times the budget's pages the set may have, if ``reads_at`` is a page.
-        reads_at: page that the request copies or lists from; half of the added pages are those that follow it.
+        widen: how many times the budget's pages the set may have.
+        follows: page from which on the added ones are taken; None takes them by their scores.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -93,10 +93,11 @@ def choose(
         most = rules.set_pages(context, max(budget, config.fallback_budget))
         size = widened(scores, stay, bound, most, config.min_coverage)
     first = np.asarray(upcoming, dtype=np.int64)
-    if reads_at is not None:
+    if widen > 1:
         size = max(size, int(min(bound * widen, context, rules.largest_set)))
-        ahead = np.setdiff1d(np.arange(reads_at, min(len(scores), reads_at + (size - bound + 1) // 2)), first)
-        first = np.concatenate((first, ahead))
+        if follows is not None:
+            ahead = np.arange(follows, min(len(scores), follows + size - bound))
+            first = np.concatenate((first, np.setdiff1d(ahead, first)))
     # What is added is not for those that stay: as many of them as a set within the budget has.
     for name in ("recent_pages", "prompt_pages"):
         sizes[name] = min(sizes[name], bound // 4)

@@ -5,6 +5,8 @@ The idea of prompt lookup decoding, for pages instead of draft tokens. Pure; kno
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from sglang_lsa.config import MOST_LOOKED_UP
@@ -13,6 +15,8 @@ LOOKS = 8
 """Places of what was generated last that are looked up to see whether it repeats the prompt."""
 LEAST_REPEATED = 0.25
 """Share of them that must occur in the prompt: single ones do by chance, and lists have words of their own between."""
+COPIES = 2
+"""Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
 FEW, MOST = 6, 1024
@@ -59,8 +63,21 @@ def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarra
     return np.arange(at // page, (at + tokens - 1) // page + 1)
 
 
-def repeats_at(ids: np.ndarray, prompt: int, least: int, tokens: int) -> int | None:
-    """Where in its prompt a text reads that copies it, or lists what is in it; None for one that does neither.
+@dataclass(frozen=True)
+class Repeats:
+    """How a text repeats its prompt.
+
+    Attributes:
+        at: position in the prompt after what it has repeated last.
+        jumps: it goes on elsewhere than there, as a list does, or so few of its tokens are known that it may.
+    """
+
+    at: int
+    jumps: bool
+
+
+def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | None:
+    """Whether a text copies its prompt, or lists what is in it; None for one that does neither.
 
     The end alone does not tell: a list has words of its own between those that it copies.
 
@@ -69,11 +86,11 @@ def repeats_at(ids: np.ndarray, prompt: int, least: int, tokens: int) -> int | N
         prompt: how many of them are the prompt.
         least: as in :func:`continued_at`; of generated tokens, too.
         tokens: that were generated last and are looked at, at ``LOOKS`` places.
-
-    Returns:
-        Position after the occurrence of the last of these places that occurs, in ``[least, prompt]``.
     """
     ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, tokens // LOOKS))
-    found = [continued_at(ids[:end], least, prompt) for end in ends]
-    occur = [place for place in found if place is not None]
-    return occur[0] if occur and len(occur) >= LEAST_REPEATED * len(found) else None
+    found = [(end, continued_at(ids[:end], least, prompt)) for end in ends]
+    occur = [(end, place) for end, place in found if place is not None]
+    if not occur or len(occur) < LEAST_REPEATED * len(found):
+        return None
+    (last, at), (first, began) = occur[0], occur[-1]
+    return Repeats(at, not 0 < at - began <= COPIES * (last - first))

@@ -10,7 +10,7 @@ import numpy as np
 from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.failures import kind_and_place
-from sglang_lsa.engine.prompt_lookup import pages_next, repeats_at
+from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.score import Scorer
@@ -115,11 +115,14 @@ class Refresher:
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = None if new.scores.failed else self.scorer.policies[request.asked.policy]
         prompt = pages_spanned(request.prompt_tokens, self.pager.page)
-        looks = policy is not None and policy.queries and request.asked.prompt_lookup
-        upcoming, reads_at = self._looked_up(request, new) if looks else ((), None)
+        upcoming, repeated = np.zeros(0, dtype=np.int64), None
+        if policy is not None and policy.queries and request.asked.prompt_lookup:
+            upcoming, repeated = self._looked_up(request, new)
         name = "" if policy is None else request.asked.policy
-        asked = request.asked
-        found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, upcoming, asked.widen, reads_at)
+        widen = request.asked.widen if repeated else 1.0
+        follows = repeated.at // self.pager.page if repeated and repeated.jumps else None
+        budget = request.asked.budget
+        found = choose(self.rules, new.values, new.context, budget, name, prompt, upcoming, widen, follows)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
         if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
@@ -136,15 +139,15 @@ class Refresher:
             )
         request.story.collapsed += found.collapsed
 
-    def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, int | None]:
-        """Complete pages that the request reads next if it goes on copying, and the page that it copies or lists from,
-        None if it does neither or must not have more pages for it; what is known depends on steps only."""
-        least, text, page = request.asked.prompt_lookup, request.text(new.computed), self.pager.page
-        pages = pages_next(text, least, self.clock.lead + self.clock.window, page)
-        place = None
+    def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, Repeats | None]:
+        """Complete pages that the request reads next if it goes on copying, and how it repeats its prompt, where that
+        would widen its set; what is known depends on steps only."""
+        least, text = request.asked.prompt_lookup, request.text(new.computed)
+        pages = pages_next(text, least, self.clock.lead + self.clock.window, self.pager.page)
+        repeated = None
         if request.asked.widen > 1:
-            place = repeats_at(text, request.prompt_tokens, least, self.clock.window)
-        return pages[pages < new.complete], None if place is None else place // page
+            repeated = repeats(text, request.prompt_tokens, least, self.clock.window)
+        return pages[pages < new.complete], repeated
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
 

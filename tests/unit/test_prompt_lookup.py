@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.prompt_lookup import LONGEST, LOOKS, MOST, continued_at, pages_next, repeats_at
+from sglang_lsa.engine.prompt_lookup import LONGEST, LOOKS, MOST, Repeats, continued_at, pages_next, repeats
 
 A, B = list(range(100, 120)), list(range(200, 220))
 
@@ -95,8 +95,13 @@ def test_no_page_comes_next() -> None:
 PROMPT = list(range(1000, 1640))
 
 
+def how(answer: list[int], least: int = 6, tokens: int = 64) -> Repeats | None:
+    return repeats(np.array([*PROMPT, *answer], dtype=np.int64), len(PROMPT), least, tokens)
+
+
 def reads_at(answer: list[int], least: int = 6, tokens: int = 64) -> int | None:
-    return repeats_at(np.array([*PROMPT, *answer], dtype=np.int64), len(PROMPT), least, tokens)
+    found = how(answer, least, tokens)
+    return None if found is None else found.at
 
 
 def test_a_copy_reads_after_what_it_has_copied() -> None:
@@ -128,3 +133,14 @@ def test_an_occurrence_in_the_answer_does_not_hide_that_in_the_prompt() -> None:
 def test_windows_of_a_few_tokens_are_looked_at_everywhere() -> None:
     assert reads_at(PROMPT[100:140], tokens=LOOKS // 2) == 140
     assert reads_at([*PROMPT[100:140], 1], tokens=1) is None
+
+
+def test_a_list_jumps_and_a_copy_does_not() -> None:
+    copy = PROMPT[100:164]
+    assert how(copy) == Repeats(164, False)
+    skipping = [*PROMPT[100:120], *PROMPT[125:150], 7, *PROMPT[151:165]]
+    assert how(skipping) == Repeats(165, False)
+    far = [*PROMPT[100:120], 7, *PROMPT[300:320], 7, *PROMPT[500:520]]
+    back = [*PROMPT[500:520], 7, *PROMPT[300:320], 7, *PROMPT[100:120]]
+    assert how(far) == Repeats(520, True) and how(back) == Repeats(120, True)
+    assert how(PROMPT[100:107]) == Repeats(107, True), "it may"

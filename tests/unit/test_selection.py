@@ -362,23 +362,24 @@ def test_a_set_of_first_and_last_pages_has_no_lowest_score() -> None:
 
 
 @pytest.mark.parametrize(
-    ("widen", "reads_at", "largest", "positions", "wider"),
+    ("widen", "follows", "largest", "positions"),
     [
-        (2.0, None, 40, [0, 1, 16, 18, 19], False),
-        (1.0, 5, 40, [0, 1, 16, 18, 19], False),
-        (2.0, 5, 40, [0, 1, 3, 5, 6, 7, 14, 15, 16, 18, 19], True),
-        (2.0, 18, 40, [0, 1, 3, 7, 13, 14, 15, 16, 18, 19], True),
-        (2.0, 5, 7, [0, 1, 5, 16, 18, 19], True),
-        (4.0, 0, 40, list(range(20)), True),
+        (1.0, None, 40, [0, 1, 16, 18, 19]),
+        (1.0, 5, 40, [0, 1, 16, 18, 19]),
+        (2.0, None, 40, [0, 1, 3, 7, 13, 14, 15, 16, 18, 19]),
+        (2.0, 5, 40, [0, 1, 5, 6, 7, 8, 9, 10, 16, 18, 19]),
+        (2.0, 18, 40, [0, 1, 3, 7, 13, 14, 15, 16, 18, 19]),
+        (2.0, 5, 7, [0, 1, 5, 16, 18, 19]),
+        (4.0, 0, 40, list(range(20))),
     ],
-    ids=["repeats nothing", "must not", "half follows", "at the end", "largest set", "whole"],
+    ids=["repeats nothing", "must not", "copies", "lists", "lists at the end", "largest set", "whole"],
 )
 def test_sets_of_a_request_that_repeats_its_prompt(
-    widen: float, reads_at: int | None, largest: float, positions: list[int], wider: bool
+    widen: float, follows: int | None, largest: float, positions: list[int]
 ) -> None:
     """Of 21 pages six, the last partly filled: one first, one recent, one of the question, and scored ones."""
     rules = Rules(LSAConfig(min_pages=6, sink_pages=1, recent_pages=4, prompt_pages=2), largest)
     scores = np.zeros(20)
     scores[[1, 19, 16, 15, 14, 7, 3, 13]] = [9, 8.5, 8, 7, 6, 5, 4, 3]
-    found = choose(rules, scores, 21, 0.1, prompt=19, widen=widen, reads_at=reads_at)
-    assert (found.positions.tolist(), found.widened) == (positions, wider)
+    found = choose(rules, scores, 21, 0.1, prompt=19, widen=widen, follows=follows)
+    assert (found.positions.tolist(), found.widened) == (positions, widen > 1)

@@ -53,7 +53,7 @@ def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) 
         chosen(self, request, new)
 
     def wider(*asked: Any) -> Chosen:
-        found = choose(*asked[:-2], 4.0, asked[2] // 3) if later[0] else choose(*asked)
+        found = choose(*asked[:-2], 4.0, asked[2] // 3 if asked[2] % 2 else None) if later[0] else choose(*asked)
         widened[0] += found.widened
         return found
 
