@@ -5,6 +5,7 @@ The idea of prompt lookup decoding, for pages instead of draft tokens. Pure; kno
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,11 @@ from sglang_lsa.config import MOST_LOOKED_UP
 
 LOOKS = 8
 """Places of what was generated last that are looked up to see whether it repeats the prompt."""
-LEAST_REPEATED = 0.25
-"""Share of them that must occur in the prompt: single ones do by chance, and lists have words of their own between."""
+FEW_LOOKS = 4
+"""Of so many places one must occur in the prompt, of more two: single ones do by chance, and lists have words of their
+own between."""
+LONG_ENOUGH = 16
+"""Tokens by which occurrences of such a place are told apart."""
 COPIES = 2
 """Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
@@ -24,20 +28,24 @@ FEW, MOST = 6, 1024
 must not cost time."""
 
 
-def continued_at(ids: np.ndarray, least: int, before: int | None = None) -> int | None:
+def continued_at(ids: np.ndarray, least: int) -> int | None:
     """Where the end of a text occurred before, and went on.
 
     Args:
         ids: ``[n]`` tokens of the text.
         least: tokens at its end that must occur as they are, in ``[1, LONGEST]``.
-        before: occurrences that end at this position or earlier count; None: all but the end itself.
 
     Returns:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
-    ends = np.flatnonzero(ids[:-1][:before] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
+    ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
+    return _longest(ids, ends, least)
+
+
+def _longest(ids: np.ndarray, ends: np.ndarray, least: int, longest: int = LONGEST) -> int | None:
+    """The same, of occurrences of the last token at the positions ``ends``, ascending; told apart by ``longest``."""
     matched = 1
-    while len(ends) and matched < LONGEST:
+    while len(ends) and matched < longest:
         if matched == FEW:
             ends = ends[-MOST:]
         longer = ends[np.searchsorted(ends, matched) :]
@@ -87,10 +95,18 @@ def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | 
         least: as in :func:`continued_at`; of generated tokens, too.
         tokens: that were generated last and are looked at, at ``LOOKS`` places.
     """
-    ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, tokens // LOOKS))
-    found = [(end, continued_at(ids[:end], least, prompt)) for end in ends]
-    occur = [(end, place) for end, place in found if place is not None]
-    if not occur or len(occur) < LEAST_REPEATED * len(found):
+    ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, -(-tokens // LOOKS)))
+
+    def places(some: Iterable[int]) -> Iterator[tuple[int, int]]:
+        for end in some:
+            place = _longest(ids[:end], np.flatnonzero(ids[:prompt] == ids[end - 1]), least, max(least, LONG_ENOUGH))
+            if place is not None:
+                yield end, place
+
+    last = next(places(ends), None)
+    if last is None:
         return None
-    (last, at), (first, began) = occur[0], occur[-1]
-    return Repeats(at, not 0 < at - began <= COPIES * (last - first))
+    first = next(places(end for end in reversed(ends) if end < last[0]), last)  # most need not be looked up
+    if first is last and len(ends) > FEW_LOOKS:
+        return None
+    return Repeats(last[1], not 0 < last[1] - first[1] <= COPIES * (last[0] - first[0]))

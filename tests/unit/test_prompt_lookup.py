@@ -144,3 +144,19 @@ def test_a_list_jumps_and_a_copy_does_not() -> None:
     back = [*PROMPT[500:520], 7, *PROMPT[300:320], 7, *PROMPT[100:120]]
     assert how(far) == Repeats(520, True) and how(back) == Repeats(120, True)
     assert how(PROMPT[100:107]) == Repeats(107, True), "it may"
+
+
+def test_whatever_the_answer_the_places_are_those_of_one_look_after_the_other() -> None:
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(300):
+        prompt, answer = int(rng.integers(1, 40)), int(rng.integers(0, 40))
+        ids = rng.integers(0, 3, prompt + answer)
+        found = repeats(ids, prompt, 3, 16)
+        ends = range(len(ids), max(prompt + 3, len(ids) - 15) - 1, -2)
+        hits = [end for end in ends if any((ids[n - 3 : n] == ids[end - 3 : end]).all() for n in range(3, prompt + 1))]
+        assert (found is not None) == (len(hits) >= (1 if len(ends) <= 4 else 2))
+        if found is not None:
+            assert (ids[found.at - 3 : found.at] == ids[hits[0] - 3 : hits[0]]).all() and 3 <= found.at <= prompt
+            seen += 1
+    assert 50 < seen < 250
