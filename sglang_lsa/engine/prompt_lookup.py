@@ -19,7 +19,7 @@ FEW_LOOKS = 4
 own between."""
 LONG_ENOUGH = 16
 """Tokens by which occurrences of such a place are told apart."""
-COPIES = 2
+COPIES = 1.25
 """Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
@@ -109,4 +109,6 @@ def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | 
     first = next(places(end for end in reversed(ends) if end < last[0]), last)  # most need not be looked up
     if first is last and len(ends) > FEW_LOOKS:
         return None
-    return Repeats(last[1], not 0 < last[1] - first[1] <= COPIES * (last[0] - first[0]))
+    written, read = last[0] - first[0], last[1] - first[1]
+    copies = 0 < read <= COPIES * written and written >= (ends[0] - ends[-1]) / 2  # not two places of one entry
+    return Repeats(last[1], not copies)
