@@ -42,6 +42,11 @@ REQUEST = {
         "0 to 64 tokens",
         "Where so many tokens at the end of its text have occurred in it before, what follows there stays.",
     ),
+    "widen": (
+        "the server's",
+        "1 to 4",
+        "How many times the pages of its budget its sets may have while it repeats its prompt; 1 does not widen them.",
+    ),
     "watch": (
         "`[]`",
         "page numbers, at most 256; a list, or text as `0,3,5`",

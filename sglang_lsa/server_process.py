@@ -16,6 +16,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from sglang_lsa import child_process
+
 LSA = "sglang_lsa.launch_server"
 STOCK = "sglang_lsa.stock_server"
 
@@ -26,6 +28,8 @@ class ServerFailed(RuntimeError):
 
 class ServerProcess:
     """Starts ``python -m <module> <arguments>`` on a free port of this machine; a context manager.
+
+    The server ends with this process at the latest, even if that is killed (Linux).
 
     Args:
         module: :data:`LSA` or :data:`STOCK`.
@@ -45,8 +49,10 @@ class ServerProcess:
         ports = [word for flag, held in self.held.items() for word in (flag, str(held.getsockname()[1]))]
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", *ports, *arguments]
         with log.open("wb") as out:
-            self.process = subprocess.Popen(
+            # SGLang's own processes end with the one that began them.
+            self.process = child_process.begin(
                 command,
+                signal.SIGKILL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sglang_lsa.adapt import checks
+from sglang_lsa.adapt.lock import locked
 from sglang_lsa.adapt.result import write_result
 from sglang_lsa.adapt.settings import Settings
 from sglang_lsa.adapt.state import State
@@ -47,7 +48,7 @@ def adapt(
         server_args: more arguments for every server; others may be given when a run goes on.
 
     Raises:
-        ValueError: something asked for cannot be done; before any work.
+        ValueError: something asked for cannot be done, or another run is in the folder; before any work.
         RuntimeError: a step failed.
     """
     shape = checks.require_model(model, settings)
@@ -66,7 +67,23 @@ def adapt(
     work = output / WORK
     recorded = sum(path.stat().st_size for path in work.glob("recordings/**/*.safetensors"))
     checks.require_disk(output, max(0, needed - recorded))
-    state.save()
+    with locked(output):
+        state = State.open(output, about)  # as another run has left it meanwhile
+        state.save()
+        _run_steps(state, model, settings, console, texts, server_args)
+        if not keep_recordings:
+            shutil.rmtree(work / "recordings", ignore_errors=True)
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in state.done.items())
+    console.print(
+        f"{output} is done ({seconds}): serve with --lsa-indexer {output}; what it does is in README.md there"
+    )
+
+
+def _run_steps(
+    state: State, model: str, settings: Settings, console: Console, texts: pathlib.Path | None, server_args: str
+) -> None:
+    """All that are not done, in their order."""
+    output, work = state.folder, state.folder / WORK
     work.mkdir(exist_ok=True)
     recordings, indexer = work / "recordings", work / "indexer"
     flags = (f"--server-args={server_args}",)
@@ -112,12 +129,6 @@ def adapt(
                 state.finish(name, time.monotonic() - began)
             before += SHARES[name]
             progress.update(bar, completed=before, description=f"{name}: done")
-    if not keep_recordings:
-        shutil.rmtree(recordings, ignore_errors=True)
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in state.done.items())
-    console.print(
-        f"{output} is done ({seconds}): serve with --lsa-indexer {output}; what it does is in README.md there"
-    )
 
 
 Run = Callable[..., None]

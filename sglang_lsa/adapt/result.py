@@ -75,7 +75,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     kept = f"{row['footprint']:.1%}" if row["footprint"] is not None else ""
     far = ""
     if row["kl"] is not None:
-        far = f"{row['kl']:.4f} ({row['kl_ci_low']:.4f} to {row['kl_ci_high']:.4f})"
+        few = f", n {row['kl_n']}" if row["kl_n"] != row["n"] else ""
+        far = f"{row['kl']:.4f} ({row['kl_ci_low']:.4f} to {row['kl_ci_high']:.4f}{few})"
     interval = "" if full else f"{row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}"
     return [
         row["task"] + mark,

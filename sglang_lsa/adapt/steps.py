@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pathlib
 import re
@@ -11,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+
+from sglang_lsa import child_process
 
 TAIL = 4000
 """Bytes at the end of a log in which its last progress is looked for."""
@@ -28,7 +29,7 @@ def run_step(
 ) -> None:
     """Run ``sglang-lsa`` with these arguments to its end.
 
-    It ends, and stops its servers, when this process does, be it killed.
+    It ends, and stops its servers, when this process does, be it killed; if it is killed itself, its servers end.
 
     Args:
         log: takes what it prints.
@@ -42,14 +43,13 @@ def run_step(
         out.write(f"\n$ sglang-lsa {' '.join(map(str, arguments))}\n".encode())
         out.flush()
         begins = out.tell()
-        parent = os.getpid()
-        process = subprocess.Popen(
+        process = child_process.begin(
             command,
+            signal.SIGTERM,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: _end_with(parent),
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     try:
@@ -75,14 +75,6 @@ def progress_in(log: pathlib.Path, begins: int = 0) -> tuple[str, float]:
         return "", 0.0
     found = bars[-1]
     return (found.group(1) or "").strip(), min(1.0, int(found.group(2)) / max(1, int(found.group(3))))
-
-
-def _end_with(parent: int) -> None:
-    """In the new process: be told to end when the parent ends, however it does (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sglang_lsa.config.policies import FULL, looks_at_index, offered
 from sglang_lsa.config.values import (
     MOST_LOOKED_UP,
+    MOST_WIDENED,
     PAGE_SIZE,
     PREFILLS,
     LSAConfig,
@@ -49,6 +50,7 @@ class RequestOptions:
         record: how many of the prompt's last tokens are recorded as if they had been generated; 0 records nothing.
         dense_steps: decode steps that read everything before the first set is predicted.
         prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
+        widen: how many times the budget's pages its sets may have while it repeats its prompt; 1 does not widen.
         watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
     """
 
@@ -60,6 +62,7 @@ class RequestOptions:
     record: int = 0
     dense_steps: int = 0
     prompt_lookup: int = LSAConfig.prompt_lookup
+    widen: float = LSAConfig.widen
     watch: tuple[int, ...] = ()
 
     @property
@@ -88,6 +91,7 @@ class RequestOptions:
                 prefill=config.prefill,
                 dense_steps=config.dense_steps,
                 prompt_lookup=config.prompt_lookup,
+                widen=config.widen,
             )
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(asked, dict):
@@ -128,6 +132,9 @@ class RequestOptions:
             raise ValueError(
                 f"custom_params.lsa.prompt_lookup is {prompt_lookup}: use a number of tokens, {MOST_LOOKED_UP} or less"
             )
+        widen = asked.get("widen", config.widen)
+        if isinstance(widen, bool) or not isinstance(widen, int | float) or not 1 <= widen <= MOST_WIDENED:
+            raise ValueError(f"custom_params.lsa.widen is {widen!r}: use a number from 1 to {MOST_WIDENED}")
         watch = asked.get("watch", [])
         if isinstance(watch, str) and re.fullmatch(r"(\d{1,10}(,\d{1,10})*)?", watch, re.ASCII):
             watch = [int(page) for page in watch.split(",") if page]  # as SGLang's messages can carry it
@@ -138,7 +145,7 @@ class RequestOptions:
                 f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
             )
         counts = (record, dense_steps, prompt_lookup)
-        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, tuple(watch))
+        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, float(widen), tuple(watch))
 
 
 def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:

@@ -20,6 +20,8 @@ RECORDED_POSITIONS = 128
 """Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
 MOST_LOOKED_UP = 64
 """Tokens at the end of a text that a request may ask to have occurred before."""
+MOST_WIDENED = 4
+"""Times the pages of its budget that a set may have at most while its request repeats its prompt."""
 RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 
@@ -54,6 +56,12 @@ class LSAConfig:
         6,
         "Where at least so many tokens at the end of a text have occurred in it before, the pages with what follows "
         "there are in the next set: for answers that copy a passage. At most 64; 0 does not look.",
+    )
+    widen: float = key(
+        2.0,
+        "How many times the pages of its budget a set may have while the answer copies its prompt or lists what is in "
+        "it: those that follow what it has listed last, or the best scored ones for a copy. prompt_lookup tells "
+        "which; at most 4; 1 does not widen.",
     )
     prefetch_steps: int = constant(
         16,
@@ -151,6 +159,8 @@ class LSAConfig:
                 raise ValueError(f"{called(name)} {value} is too small: use {least} or more")
         if self.prompt_lookup > MOST_LOOKED_UP:
             raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
+        if self.widen > MOST_WIDENED:
+            raise ValueError(f"widen {self.widen} is too large: use {MOST_WIDENED} or less")
         if self.prefetch_steps >= self.window:
             if self.prefetch_steps != type(self).prefetch_steps:
                 raise ValueError(
@@ -243,6 +253,7 @@ LEAST: dict[str, float] = {
     "window": 1,
     "dense_steps": 0,
     "prompt_lookup": 0,
+    "widen": 1,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

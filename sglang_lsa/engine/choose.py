@@ -66,6 +66,8 @@ def choose(
     policy: str = "",
     prompt: int = 0,
     upcoming: Sequence[int] | np.ndarray = (),
+    widen: float = 1.0,
+    follows: int | None = None,
 ) -> Chosen:
     """The best pages within the budget, and within what the device pool is meant for.
 
@@ -76,6 +78,8 @@ def choose(
         policy: whose scores these are.
         prompt: pages of its prompt.
         upcoming: pages that come before all that are there for their score, the first of them first.
+        widen: how many times the budget's pages the set may have.
+        follows: page from which on the added ones are taken; None takes them by their scores.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -88,8 +92,17 @@ def choose(
     if policy in rules.thresholds and config.fallback_budget:
         most = rules.set_pages(context, max(budget, config.fallback_budget))
         size = widened(scores, stay, bound, most, config.min_coverage)
+    first = np.asarray(upcoming, dtype=np.int64)
+    if widen > 1:
+        size = max(size, int(min(bound * widen, context, rules.largest_set)))
+        if follows is not None:
+            ahead = np.arange(follows, min(len(scores), follows + size - bound))
+            first = np.concatenate((first, np.setdiff1d(ahead, first)))
+    # What is added is not for those that stay: as many of them as a set within the budget has.
+    for name in ("recent_pages", "prompt_pages"):
+        sizes[name] = min(sizes[name], bound // 4)
     wanted = scores.copy()
-    wanted[np.asarray(upcoming, dtype=np.int64)] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(upcoming))
+    wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
     positions = select(wanted, context, budget=share, min_pages=size, threshold=rules.threshold(policy), **sizes)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None

@@ -19,7 +19,8 @@ class Counts:
         fallbacks: predictions that failed; the most recent pages stayed.
         failures: refreshes that ended with an exception; the set before them stayed.
         shrunk: sets made smaller than their budget because the device pool was full.
-        widened: sets made larger than their budget because they were expected to cover too little.
+        widened: sets made larger than their budget: they were expected to cover too little, or their request repeats
+            its prompt.
         collapsed: sets of first and last pages only, though there was room for more.
         host_seconds: that this process spent on refreshes.
         device_seconds: that scoring took on the device.

@@ -5,10 +5,22 @@ The idea of prompt lookup decoding, for pages instead of draft tokens. Pure; kno
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 from sglang_lsa.config import MOST_LOOKED_UP
 
+LOOKS = 8
+"""Places of what was generated last that are looked up to see whether it repeats the prompt."""
+FEW_LOOKS = 4
+"""Of so many places one must occur in the prompt, of more two: single ones do by chance, and lists have words of their
+own between."""
+LONG_ENOUGH = 16
+"""Tokens by which occurrences of such a place are told apart."""
+COPIES = 1.25
+"""Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
 FEW, MOST = 6, 1024
@@ -27,8 +39,13 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
     ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
+    return _longest(ids, ends, least)
+
+
+def _longest(ids: np.ndarray, ends: np.ndarray, least: int, longest: int = LONGEST) -> int | None:
+    """The same, of occurrences of the last token at the positions ``ends``, ascending; told apart by ``longest``."""
     matched = 1
-    while len(ends) and matched < LONGEST:
+    while len(ends) and matched < longest:
         if matched == FEW:
             ends = ends[-MOST:]
         longer = ends[np.searchsorted(ends, matched) :]
@@ -52,3 +69,46 @@ def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarra
     if at is None:
         return np.zeros(0, dtype=np.int64)
     return np.arange(at // page, (at + tokens - 1) // page + 1)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How a text repeats its prompt.
+
+    Attributes:
+        at: position in the prompt after what it has repeated last.
+        jumps: it goes on elsewhere than there, as a list does, or so few of its tokens are known that it may.
+    """
+
+    at: int
+    jumps: bool
+
+
+def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | None:
+    """Whether a text copies its prompt, or lists what is in it; None for one that does neither.
+
+    The end alone does not tell: a list has words of its own between those that it copies.
+
+    Args:
+        ids: ``[n]`` tokens of the text.
+        prompt: how many of them are the prompt.
+        least: as in :func:`continued_at`; of generated tokens, too.
+        tokens: that were generated last and are looked at, at ``LOOKS`` places.
+    """
+    ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, -(-tokens // LOOKS)))
+
+    def places(some: Iterable[int]) -> Iterator[tuple[int, int]]:
+        for end in some:
+            place = _longest(ids[:end], np.flatnonzero(ids[:prompt] == ids[end - 1]), least, max(least, LONG_ENOUGH))
+            if place is not None:
+                yield end, place
+
+    last = next(places(ends), None)
+    if last is None:
+        return None
+    first = next(places(end for end in reversed(ends) if end < last[0]), last)  # most need not be looked up
+    if first is last and len(ends) > FEW_LOOKS:
+        return None
+    written, read = last[0] - first[0], last[1] - first[1]
+    copies = 0 < read <= COPIES * written and written >= (ends[0] - ends[-1]) / 2  # not two places of one entry
+    return Repeats(last[1], not copies)

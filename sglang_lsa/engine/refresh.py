@@ -10,7 +10,7 @@ import numpy as np
 from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.failures import kind_and_place
-from sglang_lsa.engine.prompt_lookup import pages_next
+from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.score import Scorer
@@ -115,9 +115,14 @@ class Refresher:
         new.values = np.where(np.isnan(scores), -np.inf, scores)
         policy = None if new.scores.failed else self.scorer.policies[request.asked.policy]
         prompt = pages_spanned(request.prompt_tokens, self.pager.page)
-        upcoming = self._upcoming(request, new) if policy is not None and policy.queries else ()
+        upcoming, repeated = np.zeros(0, dtype=np.int64), None
+        if policy is not None and policy.queries and request.asked.prompt_lookup:
+            upcoming, repeated = self._looked_up(request, new)
         name = "" if policy is None else request.asked.policy
-        found = choose(self.rules, new.values, new.context, request.asked.budget, name, prompt, upcoming)
+        widen = request.asked.widen if repeated else 1.0
+        follows = repeated.at // self.pager.page if repeated and repeated.jumps else None
+        budget = request.asked.budget
+        found = choose(self.rules, new.values, new.context, budget, name, prompt, upcoming, widen, follows)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
         if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
@@ -134,13 +139,15 @@ class Refresher:
             )
         request.story.collapsed += found.collapsed
 
-    def _upcoming(self, request: Request, new: Refresh) -> np.ndarray:
-        """Complete pages that the request reads next if it goes on copying; what is known depends on steps only."""
-        if not request.asked.prompt_lookup:
-            return np.zeros(0, dtype=np.int64)
-        steps = self.clock.lead + self.clock.window
-        pages = pages_next(request.text(new.computed), request.asked.prompt_lookup, steps, self.pager.page)
-        return pages[pages < new.complete]
+    def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, Repeats | None]:
+        """Complete pages that the request reads next if it goes on copying, and how it repeats its prompt, where that
+        would widen its set; what is known depends on steps only."""
+        least, text = request.asked.prompt_lookup, request.text(new.computed)
+        pages = pages_next(text, least, self.clock.lead + self.clock.window, self.pager.page)
+        repeated = None
+        if request.asked.widen > 1:
+            repeated = repeats(text, request.prompt_tokens, least, self.clock.window)
+        return pages[pages < new.complete], repeated
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
 

@@ -95,6 +95,7 @@ class Asked:
         dense_steps: decode steps after its prompt before its first set is predicted; until then it reads everything.
         prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay;
             0 does not look.
+        widen: how many times the budget's pages its sets may have while it repeats its prompt.
         watch: pages whose scores it asked for.
     """
 
@@ -105,6 +106,7 @@ class Asked:
     record: int = 0
     dense_steps: int = 0
     prompt_lookup: int = 0
+    widen: float = 1.0
     watch: tuple[int, ...] = ()
 
     @classmethod
@@ -118,6 +120,7 @@ class Asked:
             options.record,
             options.dense_steps,
             options.prompt_lookup,
+            options.widen,
             options.watch,
         )
 
@@ -156,7 +159,7 @@ class Story:
     coverage: float | None = None
     """Share of attention that its newest set is expected to cover; None where its policy cannot tell."""
     widened: int = 0
-    """How often its set was made larger than its budget because it was expected to cover too little."""
+    """How often its set was made larger than its budget: expected to cover too little, or it repeats its prompt."""
     collapsed: int = 0
     """How often only its first and last pages were worth keeping."""
     failures: int = 0

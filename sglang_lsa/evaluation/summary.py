@@ -28,7 +28,8 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     bootstrap over samples. Of tasks with several questions about one context also ``resident_union``, the share of it
     that their first sets have together. Of tasks without right answers, which tell how much of the evidence is kept,
     accuracy and what is derived from it are None. ``kl`` is the mean divergence of next-token distributions from full
-    attention's, see ``divergence``, over the samples of all tasks that it is of, with its interval; None where unknown.
+    attention's, see ``divergence``, with its interval, over the ``kl_n`` questions that it is known of under every arm
+    that has it at all; None where unknown.
 
     Only questions that every arm of their task answered count. Then, for every length, the average over the tasks that
     count: of each suite, and of suite ``all``; of arms that all of these tasks have.
@@ -36,6 +37,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         rows: of ``run.Evaluation``, of one run or several.
     """
+    rows = comparable(rows)
     scored = complete([row for row in rows if row["score"] is not None])
     cells = _group(scored, _cell)
     found = [_unscored(own) for own in _group([r for r in rows if r["score"] is None], _arm_of_cell).values()]
@@ -62,6 +64,18 @@ def complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for own in _group(members, lambda row: (row["sample"], row["turn"])).values():
             if labels <= {row["label"] for row in own}:
                 found += own
+    return found
+
+
+def comparable(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, without the divergence of questions of which an arm of their task lacks it, though it has it of
+    others: an answer of one token has none, and a run that compared nothing."""
+    found: list[dict[str, Any]] = []
+    for members in _group(rows, _cell).values():
+        labels = {row["label"] for row in members if row.get("kl") is not None and row["arm"] != EVIDENCE}
+        for own in _group(members, lambda row: (row["sample"], row["turn"])).values():
+            known = {row["label"] for row in own if row.get("kl") is not None}
+            found += own if labels <= known else [row | {"kl": None, "kl_outside": None} for row in own]
     return found
 
 
@@ -155,17 +169,19 @@ def _described(
 
 
 def _divergence(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """``kl``, ``kl_ci_low``, ``kl_ci_high``: one number a sample, the mean of its turns; tasks weigh the same."""
+    """``kl``, ``kl_ci_low``, ``kl_ci_high``, ``kl_n``: one number a sample, the mean of its turns. Tasks weigh the
+    same."""
     known = [row for row in rows if row.get("kl") is not None]
     if not known:
-        return dict.fromkeys(("kl", "kl_ci_low", "kl_ci_high"))
+        return dict.fromkeys(("kl", "kl_ci_low", "kl_ci_high")) | {"kl_n": 0}
     groups = []
     for _, task in sorted(_group(known, _cell).items()):
         samples = sorted(_group(task, lambda row: row["sample"]).items())
         groups.append([float(np.mean([row["kl"] for row in own])) for _, own in samples])
     rng = np.random.default_rng(zlib.crc32("-".join(map(str, _cell(known[0]))).encode()))
     names = ("kl", "kl_ci_low", "kl_ci_high")
-    return dict(zip(names, (round(value, 7) for value in mean_and_interval(groups, rng, RESAMPLES)), strict=True))
+    values = mean_and_interval(groups, rng, RESAMPLES)
+    return {**dict(zip(names, (round(value, 7) for value in values), strict=True)), "kl_n": len(known)}
 
 
 def _union(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -217,7 +233,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 def _shown(row: dict[str, Any]) -> str:
     far = ""
     if row.get("kl") is not None:
-        far = f"; KL {row['kl']:.4f} ({row['kl_ci_low']:.4f} to {row['kl_ci_high']:.4f})"
+        few = f", n {row['kl_n']}" if row["kl_n"] != row["n"] else ""
+        far = f"; KL {row['kl']:.4f} ({row['kl_ci_low']:.4f} to {row['kl_ci_high']:.4f}{few})"
     if row["accuracy"] is None:
         kept = row["evidence_kept"]
         return (f"evidence {kept:.0%} (n {row['n']})" if kept is not None else f"(n {row['n']})") + far
@@ -240,6 +257,7 @@ def write_markdown(path: pathlib.Path, found: Sequence[dict[str, Any]]) -> None:
         told += (
             " *KL*: of the next-token distribution from full attention's, in nats a token, along full attention's "
             "answer, with its 95 % interval; all tokens but the likeliest are one class, so it is a lower bound. Full "
-            "attention's own is what rounding makes."
+            "attention's own is what rounding makes. It is over the questions of which it is known under "
+            "every arm: *n*, where these are fewer."
         )
     path.write_text(markdown(found) + told + "\n")

@@ -15,7 +15,7 @@ from sglang_lsa.config import LSAConfig, coerce, looks_at_index, offered
 
 Value = int | float | str | None
 
-OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps", "prompt_lookup")
+OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps", "prompt_lookup", "widen")
 """A request that leaves these open takes them from the server when it arrives, and keeps them: by them it is refused or
 admitted, so changing them later would break what admission promised."""
 OF_A_SET = ("threshold", "fallback_budget", "min_coverage")

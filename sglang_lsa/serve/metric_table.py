@@ -221,7 +221,8 @@ METRICS: tuple[Gauge | Counter, ...] = (
     Counter(
         "lsa_widened_sets",
         "sets",
-        "Resident sets made larger than their budget because they were expected to cover too little",
+        "Resident sets made larger than their budget because they were expected to cover too little, or because their "
+        "request repeats its prompt",
         lambda now: now.counts.widened,
     ),
     Counter(

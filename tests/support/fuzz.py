@@ -51,7 +51,19 @@ ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Each with the name of its schema and a body that is answered."""
 SHARES = {"/generate": 40, "/v1/completions": 14, "/v1/chat/completions": 22, "/v1/responses": 10, "/v1/messages": 4}
-OPTIONS = ("budget", "policy", "enabled", "prefill", "sets", "record", "dense_steps", "prompt_lookup", "watch", "other")
+OPTIONS = (
+    "budget",
+    "policy",
+    "enabled",
+    "prefill",
+    "sets",
+    "record",
+    "dense_steps",
+    "prompt_lookup",
+    "widen",
+    "watch",
+    "other",
+)
 SETTINGS = (*CHANGEABLE, "window", "other")
 LENGTHS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens")
 

@@ -27,6 +27,7 @@ WRONG: tuple[Any, ...] = (
     {"watch": [3, -1]},
     {"dense_steps": -1},
     {"prompt_lookup": 10**9},
+    {"widen": 10**9},
     {"prefill": "lazy"},
     {"enabled": "no"},
     {"enabled": False, "sets": "999:9:1,2"},
@@ -41,6 +42,7 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"policy": "random"},
     {"policy": "quest", "dense_steps": 6},
     {"dense_steps": 0, "prompt_lookup": 4},
+    {"widen": 4},
 )
 """Changes under load. None of them makes a prompt of the soak impossible, nor what it reads approximate."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_lsa.adapt import checks
+from sglang_lsa.adapt.lock import LOCK, locked
 from sglang_lsa.adapt.parser import shown
 from sglang_lsa.adapt.result import compared, draw
 from sglang_lsa.adapt.settings import Settings
@@ -132,6 +133,36 @@ def test_a_folder_of_something_else_is_refused(tmp_path: pathlib.Path, capsys: p
     assert not (tmp_path / "work").exists(), "before any work"
 
 
+HOLDER = """
+import pathlib, sys, time
+from sglang_lsa.adapt.lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_are_not_in_one_folder(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second one is told who is there; one that was killed is no obstacle."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout is not None and first.stdout.readline() == b"here\n"
+            words = rf"is in use by process {first.pid} on .*, since .*: wait for it"
+            with pytest.raises(ValueError, match=words), locked(tmp_path):
+                raise AssertionError("two in one folder")
+            assert main(["adapt", "--output", str(tmp_path), "--lengths", "1024", "--eval-lengths", "1024"]) == 1
+            assert f"in use by process {first.pid}" in capsys.readouterr().err
+            assert [path.name for path in tmp_path.iterdir()] == [LOCK], "it has done nothing"
+        finally:
+            first.kill()
+    assert (tmp_path / LOCK).exists(), "what a killed one leaves"
+    with locked(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+        with pytest.raises(ValueError, match="in use by process"), locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -196,16 +227,25 @@ def row(arm: str, **changed: Any) -> dict[str, Any]:
         "kl": 0.01,
         "kl_ci_low": 0.005,
         "kl_ci_high": 0.02,
+        "kl_n": 9,
+        "n": 9,
     }
     return values | changed
 
 
 def test_the_card_has_answers_with_intervals_and_a_picture(tmp_path: pathlib.Path) -> None:
-    rows = [row("full"), row("lsa"), row("random", counted=False, kl=None), row("lsa", suite="all", task="average")]
+    rows = [
+        row("full"),
+        row("lsa"),
+        row("random", counted=False, kl=None),
+        row("recency", kl_n=7),
+        row("lsa", suite="all", task="average"),
+    ]
     text = compared(rows, Settings(), {"record": 100.0, "train": 50.0})
     assert "| vt | 4096 | full | 50.0 |  |  | 12.0% | 0.0100 (0.0050 to 0.0200) |" in text
     assert "| vt | 4096 | lsa | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% | 0.0100 (0.0050 to 0.0200) |" in text
     assert "| vt * | 4096 | random | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% |  |" in text
+    assert "| vt | 4096 | recency | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% | 0.0100 (0.0050 to 0.0200, n 7) |" in text
     assert "average" not in text and "record 100 s, train 50 s" in text and "](adapt.png)" in text
     recall = [
         {"document": "d", "family": "facts", "tokens": 4000, "selector": selector, "budget": budget, "recall": 0.5,

@@ -55,6 +55,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "window": (["32"], 32),
     "dense_steps": (["16"], 16),
     "prompt_lookup": (["0"], 0),
+    "widen": (["1.5"], 1.5),
     "prefetch_steps": (["3"], 3),
     "sink_pages": (["2"], 2),
     "recent_pages": (["0"], 0),
@@ -259,6 +260,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": True}, "window is True: use a value of type int"),
     ({"dense_steps": -1}, "dense_steps -1 is too small: use 0 or more"),
     ({"prompt_lookup": 65}, "prompt_lookup 65 is too large: use 64 or less"),
+    ({"widen": 5.0}, "widen 5.0 is too large: use 4 or less"),
+    ({"widen": 0.5}, "widen 0.5 is too small: use 1 or more"),
     ({"prompt_lookup": -1}, "prompt_lookup -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),
     ({"prefill": "streamed"}, "prefill is 'streamed': use one of exact, resident"),
@@ -590,6 +593,15 @@ def test_more_tokens_than_are_looked_up() -> None:
     assert RequestOptions.parse({"lsa": {"prompt_lookup": 64}}, LSAConfig()).prompt_lookup == 64
     with pytest.raises(ValueError, match=r"prompt_lookup is 65: use a number of tokens, 64 or less"):
         RequestOptions.parse({"lsa": {"prompt_lookup": 65}}, LSAConfig())
+
+
+def test_how_much_wider_a_requests_sets_may_be() -> None:
+    assert RequestOptions.parse(None, LSAConfig(widen=3.0)).widen == 3.0
+    assert RequestOptions.parse({"lsa": {}}, LSAConfig(widen=3.0)).widen == 3.0
+    assert RequestOptions.parse({"lsa": {"widen": 1}}, LSAConfig(widen=3.0)).widen == 1.0
+    for value in (0, 4.5, True, "2", None, float("nan")):
+        with pytest.raises(ValueError, match=r"custom_params.lsa.widen is .*: use a number from 1 to 4"):
+            RequestOptions.parse({"lsa": {"widen": value}}, LSAConfig())
 
 
 # --- watched pages ---------------------------------------------------------------------------------------------------

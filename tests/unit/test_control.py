@@ -47,7 +47,7 @@ BAD_BODIES = {
     "empty": (b"{}", "the body is {}: send an object"),
     "unknown_key": (
         b'{"buget": 0.2}',
-        "unknown key 'buget': use one or more of policy, budget, prefill, dense_steps, prompt_lookup",
+        "unknown key 'buget': use one or more of policy, budget, prefill, dense_steps, prompt_lookup, widen",
     ),
     "odd_key": (b'{"\\ud800": 0.2}', "unknown key '\\ud800'"),
     "budget_text": (b'{"budget": "0.2"}', "POST /lsa/config: budget is '0.2': use a value of type float"),

@@ -148,3 +148,24 @@ def test_every_row_and_table_has_the_divergence_with_its_interval() -> None:
     assert "KL 0.2000 (0.1" in text and "evidence 50% (n 2); KL 0.3000 (0.3000 to 0.3000)" in text
     without = summarise([r | {"kl": None} for r in rows])
     assert all(r["kl"] is None for r in without) and "KL" not in markdown(without)
+
+
+def test_divergences_are_of_the_same_questions_under_every_arm() -> None:
+    """One arm lacks a question's, as an earlier run leaves it, and another one's answer was of one token."""
+    known = {
+        ("full", 3): 0.0,
+        ("lsa", 1): 5.0,
+        ("lsa", 3): 0.1,
+        ("quest", 1): 7.0,
+        ("quest", 2): 7.0,
+        ("quest", 3): 0.2,
+    }
+    rows = [row("t", n, arm, known.get((arm, n))) for n in (1, 2, 3) for arm in ("full", "lsa", "quest")]
+    rows += [row("t", n, "window", None) for n in (1, 2, 3)]
+    found = {r["arm"]: r for r in summarise(rows)}
+    assert {arm: r["kl"] for arm, r in found.items()} == {"full": 0.0, "lsa": 0.1, "quest": 0.2, "window": None}
+    assert {arm: r["kl_n"] for arm, r in found.items()} == {"full": 1, "lsa": 1, "quest": 1, "window": 0}
+    assert all(r["n"] == 3 and r["accuracy"] == 100 for r in found.values()), "answers count all the same"
+    assert "KL 0.1000 (0.1000 to 0.1000, n 1)" in markdown(list(found.values()))
+    evidence = [row("t", 3, "evidence", 0.0)]
+    assert {r["arm"]: r["kl_n"] for r in summarise(rows + evidence)}["lsa"] == 1

@@ -75,6 +75,7 @@ class Server(harness.Server):
         promised: int | None = None,
         dense_steps: int = 0,
         prompt_lookup: int = 0,
+        widen: float = 1.0,
         text: Sequence[int] = (),
         watch: tuple[int, ...] = (),
     ) -> Request:
@@ -84,7 +85,14 @@ class Server(harness.Server):
         """
         self.requests += 1
         asked = Asked(
-            policy, self.config.budget, dense, seed, dense_steps=dense_steps, prompt_lookup=prompt_lookup, watch=watch
+            policy,
+            self.config.budget,
+            dense,
+            seed,
+            dense_steps=dense_steps,
+            prompt_lookup=prompt_lookup,
+            widen=widen,
+            watch=watch,
         )
         request = Request(rid, self.requests, asked, tokens=tokens, prompt_tokens=tokens)
         request.text = lambda known: np.array(text[:known], dtype=np.int64)
@@ -264,6 +272,44 @@ def test_what_is_copied_is_told_by_what_is_computed() -> None:
     first = server.prefill("a", len(prompt), prompt_lookup=8, text=text)
     later = server.prefill("b", len(text), prompt_lookup=8, text=text)
     assert (server.read(first), server.read(later)) == ([0], [0, 1])
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_sets_are_wider_while_a_text_repeats_its_prompt(lead: int) -> None:
+    """And not any longer when it has stopped."""
+    prompt = list(range(10 * PAGE_SIZE + 5))
+    copied = prompt[3 * PAGE_SIZE - 9 : 3 * PAGE_SIZE + 5 * WINDOW]
+    text = [*prompt, *copied, *range(9000, 9000 + 9 * WINDOW)]
+    read: dict[float, list[list[int]]] = {}
+    for widen in (1.0, 2.0):
+        server = Server(lead, lead, budget=0.4)
+        server.wanted.values = {6: 0.9, 8: 0.8, 1: 0.7}
+        request = server.prefill("a", len(prompt), prompt_lookup=8, widen=widen, text=text)
+        read[widen] = []
+        while request.tokens < len(text):
+            server.decode(request)
+            read[widen].append(server.read(request))
+        assert (request.story.widened > 1) == (widen > 1)
+    assert read[1.0][0] == read[2.0][0] and read[1.0][-1] == read[2.0][-1], "neither before nor after"
+    widest = max(read[2.0], key=len)
+    assert any({0, 3, 6, 8, 1} <= set(pages) for pages in read[2.0]), "what is copied, and what is scored"
+    assert max(map(len, read[1.0])) <= 4 < len(widest) <= 8, "four of eleven pages, and twice as many"
+
+
+def test_a_list_gets_the_pages_after_its_last_entry() -> None:
+    """Entries of twelve tokens from every other page, a word of its own after each."""
+    prompt = list(range(12 * PAGE_SIZE + 5))
+    entries = [prompt[page * PAGE_SIZE + 10 : page * PAGE_SIZE + 22] for page in (1, 3, 5, 7)]
+    text = [*prompt, *(token for number, entry in enumerate(entries) for token in (*entry, 9000 + number))]
+    server = Server(budget=0.5, window=16)
+    server.wanted.values = {10: 0.9}
+    request = server.prefill("a", len(prompt), prompt_lookup=6, widen=1.5, text=text)
+    read = []
+    while request.tokens < len(text):
+        server.decode(request)
+        read.append(set(server.read(request)))
+    seen = list(dict.fromkeys(tuple(sorted(pages)) for pages in read))
+    assert seen == [(0, 10), (0, 5, 6, 7, 10), (0, 7, 8, 9, 10)] and request.story.widened
 
 
 @pytest.mark.parametrize(("pages", "later"), [(0, [0, 3]), (1, [0, 3, 9]), (2, [0, 3, 8, 9]), (9, [0, 3, 8, 9])])

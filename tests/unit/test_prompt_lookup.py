@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.prompt_lookup import LONGEST, MOST, continued_at, pages_next
+from sglang_lsa.engine.prompt_lookup import LONGEST, LOOKS, MOST, Repeats, continued_at, pages_next, repeats
 
 A, B = list(range(100, 120)), list(range(200, 220))
 
@@ -88,3 +88,75 @@ def test_pages_of_other_sizes_come_next(page: int, pages: list[int]) -> None:
 
 def test_no_page_comes_next() -> None:
     assert pages_next(np.arange(1000), 8, 64, PAGE_SIZE).tolist() == []
+
+
+# --- does it repeat its prompt ---------------------------------------------------------------------------------------
+
+PROMPT = list(range(1000, 1640))
+
+
+def how(answer: list[int], least: int = 6, tokens: int = 64) -> Repeats | None:
+    return repeats(np.array([*PROMPT, *answer], dtype=np.int64), len(PROMPT), least, tokens)
+
+
+def reads_at(answer: list[int], least: int = 6, tokens: int = 64) -> int | None:
+    found = how(answer, least, tokens)
+    return None if found is None else found.at
+
+
+def test_a_copy_reads_after_what_it_has_copied() -> None:
+    assert [reads_at(PROMPT[100 : 100 + n]) for n in (5, 6, 40, 64, 200)] == [None, 106, 140, 164, 300]
+
+
+def test_a_list_reads_after_its_last_entry_though_its_end_is_its_own() -> None:
+    entries = [PROMPT[start : start + 16] for start in (100, 180, 260, 340)]
+    answer = [token for number, entry in enumerate(entries) for token in (*entry, 7, 8 + number)]
+    assert continued_at(np.array([*PROMPT, *answer]), 6) is None
+    assert reads_at(answer) in range(346, 357)
+
+
+def test_words_of_its_own_repeat_nothing() -> None:
+    assert reads_at([]) is None
+    assert reads_at(list(range(200))) is None
+    assert reads_at([*range(100), *PROMPT[100:106], *range(200, 258)]) is None, "one of eight places, by chance"
+    assert reads_at([5] * 200) is None, "it repeats itself, not its prompt"
+    assert reads_at([*PROMPT[100:164], *range(64)]) is None, "what it copied before its last window"
+    assert reads_at([*range(32), *PROMPT[100:132]]) == 132, "it has begun to"
+
+
+def test_an_occurrence_in_the_answer_does_not_hide_that_in_the_prompt() -> None:
+    part = PROMPT[100:130]
+    assert continued_at(np.array([*PROMPT, *part, 5, *part]), 6) == len(PROMPT) + 30
+    assert reads_at([*part, 5, *part]) == 130
+
+
+def test_windows_of_a_few_tokens_are_looked_at_everywhere() -> None:
+    assert reads_at(PROMPT[100:140], tokens=LOOKS // 2) == 140
+    assert reads_at([*PROMPT[100:140], 1], tokens=1) is None
+
+
+def test_a_list_jumps_and_a_copy_does_not() -> None:
+    copy = PROMPT[100:164]
+    assert how(copy) == Repeats(164, False)
+    skipping = [*PROMPT[100:120], *PROMPT[125:150], 7, *PROMPT[151:165]]
+    assert how(skipping) == Repeats(165, False)
+    far = [*PROMPT[100:120], 7, *PROMPT[300:320], 7, *PROMPT[500:520]]
+    back = [*PROMPT[500:520], 7, *PROMPT[300:320], 7, *PROMPT[100:120]]
+    assert how(far) == Repeats(520, True) and how(back) == Repeats(120, True)
+    assert how(PROMPT[100:107]) == Repeats(107, True), "it may"
+
+
+def test_whatever_the_answer_the_places_are_those_of_one_look_after_the_other() -> None:
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(300):
+        prompt, answer = int(rng.integers(1, 40)), int(rng.integers(0, 40))
+        ids = rng.integers(0, 3, prompt + answer)
+        found = repeats(ids, prompt, 3, 16)
+        ends = range(len(ids), max(prompt + 3, len(ids) - 15) - 1, -2)
+        hits = [end for end in ends if any((ids[n - 3 : n] == ids[end - 3 : end]).all() for n in range(3, prompt + 1))]
+        assert (found is not None) == (len(hits) >= (1 if len(ends) <= 4 else 2))
+        if found is not None:
+            assert (ids[found.at - 3 : found.at] == ids[hits[0] - 3 : hits[0]]).all() and 3 <= found.at <= prompt
+            seen += 1
+    assert 50 < seen < 250

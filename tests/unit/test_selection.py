@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.selection import (
     Watched,
     affordable,
@@ -354,3 +356,30 @@ def test_what_pages_were_worth() -> None:
 
 def test_a_set_of_first_and_last_pages_has_no_lowest_score() -> None:
     assert watched((), np.ones(3), np.array([0]), np.array([True])) == Watched((), None)
+
+
+# --- wider while a request repeats its prompt -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("widen", "follows", "largest", "positions"),
+    [
+        (1.0, None, 40, [0, 1, 16, 18, 19]),
+        (1.0, 5, 40, [0, 1, 16, 18, 19]),
+        (2.0, None, 40, [0, 1, 3, 7, 13, 14, 15, 16, 18, 19]),
+        (2.0, 5, 40, [0, 1, 5, 6, 7, 8, 9, 10, 16, 18, 19]),
+        (2.0, 18, 40, [0, 1, 3, 7, 13, 14, 15, 16, 18, 19]),
+        (2.0, 5, 7, [0, 1, 5, 16, 18, 19]),
+        (4.0, 0, 40, list(range(20))),
+    ],
+    ids=["repeats nothing", "must not", "copies", "lists", "lists at the end", "largest set", "whole"],
+)
+def test_sets_of_a_request_that_repeats_its_prompt(
+    widen: float, follows: int | None, largest: float, positions: list[int]
+) -> None:
+    """Of 21 pages six, the last partly filled: one first, one recent, one of the question, and scored ones."""
+    rules = Rules(LSAConfig(min_pages=6, sink_pages=1, recent_pages=4, prompt_pages=2), largest)
+    scores = np.zeros(20)
+    scores[[1, 19, 16, 15, 14, 7, 3, 13]] = [9, 8.5, 8, 7, 6, 5, 4, 3]
+    found = choose(rules, scores, 21, 0.1, prompt=19, widen=widen, follows=follows)
+    assert (found.positions.tolist(), found.widened) == (positions, widen > 1)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -44,3 +49,51 @@ def test_a_server_listens_on_a_held_port() -> None:
             return said
 
     assert asyncio.run(scenario()) == b"here"
+
+
+def test_a_server_ends_with_the_process_that_began_it_not_with_the_thread(tmp_path: pathlib.Path) -> None:
+    """Even if that process is killed, and cannot stop anything."""
+    (tmp_path / "served.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid.partial')!r}).write_text(str(os.getpid()))\n"
+        f"os.replace({str(tmp_path / 'pid.partial')!r}, {str(tmp_path / 'pid')!r})\n"
+        "time.sleep(600)\n"
+    )
+    code = f"""
+import pathlib, threading, time
+from sglang_lsa.server_process import ServerProcess
+environment = {{"PYTHONPATH": {str(tmp_path)!r}}}
+def begin():
+    ServerProcess("served", [], pathlib.Path({str(tmp_path / "log")!r}), environment)
+thread = threading.Thread(target=begin)
+thread.start()
+thread.join()
+pathlib.Path({str(tmp_path / "begun")!r}).write_text("")
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as began:
+        try:
+            wait((tmp_path / "pid").exists)
+            wait((tmp_path / "begun").exists)
+            server = int((tmp_path / "pid").read_text())
+            time.sleep(0.5)  # what would have ended with the thread has ended by now
+            assert running(server)
+            assert "served" in pathlib.Path(f"/proc/{server}/cmdline").read_text()
+        finally:
+            began.send_signal(signal.SIGKILL)
+    wait(lambda: not running(server))
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there that has not ended; one whose parent is gone may wait for init as a zombie."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait(until: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

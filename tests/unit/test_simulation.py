@@ -10,10 +10,11 @@ import pytest
 import torch
 from simulation import failure_of
 
-from sglang_lsa.engine.choose import choose
+from sglang_lsa.engine.choose import Chosen, choose
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.prefill import Prefill
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.refresh import Refresher
+from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.engine.step import Step
 from sglang_lsa.memory.ledger import Ledger
 
@@ -40,6 +41,26 @@ def test_nothing_is_read_wrong_lost_or_left(part: int) -> None:
 def test_pages_of_other_sizes(page: int, seeds: range) -> None:
     """Nothing but the layout knows how many tokens a page has."""
     assert failures(seeds, page=page) == []
+
+
+def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first, as of requests that repeat their prompts; nothing promised room for them."""
+    chosen = Refresher._choose
+    later, widened = [False], [0]
+
+    def noted(self: Refresher, request: Request, new: Refresh) -> None:
+        later[0] = request.window > 0
+        chosen(self, request, new)
+
+    def wider(*asked: Any) -> Chosen:
+        found = choose(*asked[:-2], 4.0, asked[2] // 3 if asked[2] % 2 else None) if later[0] else choose(*asked)
+        widened[0] += found.widened
+        return found
+
+    monkeypatch.setattr(Refresher, "_choose", noted)
+    monkeypatch.setattr("sglang_lsa.engine.refresh.choose", wider)
+    assert failures(range(1000, 1050)) == []
+    assert widened[0] > 500
 
 
 def test_a_model_with_an_index_of_its_own() -> None:

@@ -226,7 +226,7 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
     SGLang captures no graph for more requests than can run.
     """
     decode = SimpleNamespace(backend="full", max_bs=graphs[0], bs=graphs[1])
-    config = LSAConfig(indexer="qwen2.5-coder-0.5b-instruct", min_context=1024)
+    config = LSAConfig(indexer="qwen2.5-coder-0.5b-instruct", min_context=1024, widen=1.0)
     server_args = SimpleNamespace(
         lsa_config=config,
         device="cuda",
@@ -311,11 +311,14 @@ def test_columns_of_the_resident_table(context: int, physical: int, pages: int) 
         pytest.param({"min_context": 0, "min_pages": 300}, 4, 4096, 4 * (19_200 + 3 * 64), id="least pages"),
         pytest.param({"min_context": 0, "window": 128}, 4, 4096, 4 * (13107 + 4 * 64), id="long windows"),
         pytest.param({"budget": 1.0}, 4, 4096, 4 * 131_072, id="whole contexts"),
+        pytest.param({"widen": 2.0}, 4, 4096, 4 * (26_214 + 3 * 64), id="wider sets"),
+        pytest.param({"min_context": 0, "min_pages": 300, "widen": 1.5}, 4, 0, 4 * (28_800 + 3 * 64), id="wider least"),
+        pytest.param({"budget": 0.7, "widen": 2.0}, 4, 4096, 4 * 131_072, id="wider than the context"),
         pytest.param({"min_context": 1024}, 2, 40_000, 40_000 + 2, id="device pool"),
     ],
 )
 def test_tokens_of_a_cuda_graph(options: dict[str, Any], batch: int, physical: int, tokens: int) -> None:
-    config = LSAConfig(**{"budget": 0.1, **options})
+    config = LSAConfig(**{"budget": 0.1, "widen": 1.0, **options})
     assert graph_tokens(config, batch, 131_072, physical, PAGE_SIZE) == tokens
 
 
