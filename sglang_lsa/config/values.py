@@ -128,6 +128,11 @@ class LSAConfig:
     cache_outputs: bool = _option(
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
+    groups: bool = _option(
+        False,
+        "Experimental: requests that decode over one prefix read the pages that several of them chose once for all, "
+        "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. Not measured yet.",
+    )
     disable_view: bool = _option(False, "Do not serve the live view at /lsa.")
     debug: bool = _option(False, "Check the page ledger after every batch (slow).")
 

@@ -72,6 +72,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "device_memory_gb": (["1.5"], 1.5),
     "host_memory_gb": (["8"], 8.0),
     "cache_outputs": ([], True),
+    "groups": ([], True),
     "disable_view": ([], True),
     "debug": ([], True),
 }

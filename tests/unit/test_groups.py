@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.groups import MOST_GROUPS, RULES, Group, GroupRules, Reader, form, own_positions
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.resident_table import ResidentTable
 
 REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 ANY = GroupRules(least_saved=1e-9)
@@ -213,3 +218,93 @@ def test_groups_are_told_apart_by_identity() -> None:
     one, other = (Group((0, 1), np.arange(2), 4, 1.0) for _ in range(2))
     assert one == one
     assert one != other
+
+
+# --- of the requests of a server -------------------------------------------------------------------------------------
+
+PAGE = 64
+
+
+def world(prompts: list[list[int]], tail_starts: list[int], chosen: list[list[int]]) -> tuple[Groups, list[Request]]:
+    """Requests whose pages, by virtual id, are on the device at ``100 + id``; each holds what it reads."""
+    ledger = Ledger(virtual_pages=60, physical_pages=60)
+    sets = ResidentSets(ResidentTable(len(prompts) + 1, 40, PAGE), ledger)
+    requests = []
+    for number, (pages, tail_start, positions) in enumerate(zip(prompts, tail_starts, chosen, strict=True)):
+        request = Request(f"r{number}", number + 1, Asked("quest", 0.5), prompt_tokens=PAGE * len(pages))
+        request.pages = np.array([*pages, 50 + number], dtype=np.int64)
+        ledger.v2p[request.pages] = 100 + request.pages
+        sets.enter(request.row)
+        sets.remap(request, np.array(positions, dtype=np.int64), tail_start)
+        requests.append(request)
+    return Groups(sets, ANY), requests
+
+
+def own_of(grouping: Grouping, request: Request) -> list[int]:
+    """Physical pages that a request reads by itself below its tail, as the table says."""
+    count = int(grouping.own.count[request.row])
+    assert int(grouping.own.tail_start[request.row]) == request.resident.tail_start
+    assert grouping.own.shortening[request.row] == (request.resident.tail_start - count) * PAGE
+    return grouping.own.pages[request.row, :count].tolist()
+
+
+MEMORY = [1, 2, 3, 4, 5]
+
+
+def test_a_batch_in_groups() -> None:
+    """The second is in no group; its row says what it reads all the same."""
+    prompts = [[*MEMORY, 10], [20, 21, 22], [*MEMORY, 30]]
+    groups, requests = world(prompts, [6, 3, 6], [[0, 2, 5], [0, 1], [0, 2, 4, 5]])
+    grouping = groups.of(requests)
+    assert grouping is not None
+    assert (grouping.order.tolist(), grouping.places.tolist(), grouping.sizes) == ([0, 2], [0, -1, 1], (2,))
+    assert [pages.tolist() for pages in grouping.pages] == [[101, 103]]
+    assert [own_of(grouping, request) for request in requests] == [[110], [120, 121], [105, 130]]
+    assert groups.of(requests) is grouping, "nothing has changed"
+    assert (groups.steps, groups.saved_reads, groups.formed) == (2, 4, 1)
+    assert groups.sets.table.table[1, 0] == 3, "what a request reads all together stays what it was"
+
+
+def test_full_attention_is_left_alone() -> None:
+    groups, requests = world([MEMORY] * 3, [5, 0, 5], [[0, 1], [], [0, 1]])
+    grouping = groups.of(requests)
+    assert grouping is not None and grouping.groups[0].members == (0, 2)
+    assert own_of(grouping, requests[1]) == []
+    groups, requests = world([MEMORY] * 3, [0, 0, 0], [[], [], []])
+    assert groups.of(requests) is None
+
+
+def test_pages_of_a_tail_are_not_read_twice() -> None:
+    """The tail of the second begins within the common prefix: what lies behind that is its own."""
+    groups, requests = world([MEMORY] * 3, [5, 2, 5], [[0, 1, 3], [0, 1], [0, 1, 3]])
+    grouping = groups.of(requests)
+    assert grouping is not None
+    assert grouping.groups[0].members == (0, 1, 2) and grouping.groups[0].positions.tolist() == [0, 1]
+    assert own_of(grouping, requests[0]) == [104]
+
+
+def test_what_was_generated_is_not_shared() -> None:
+    """A page that two requests have at the same position, but behind what one of them calls its prompt."""
+    groups, requests = world([MEMORY] * 2, [5, 5], [[0, 1, 4], [0, 1, 4]])
+    requests[1].prompt_tokens = 4 * PAGE + 63
+    grouping = groups.of(requests)
+    assert grouping is not None and grouping.groups[0].positions.tolist() == [0, 1]
+
+
+def test_groups_follow_who_decodes_and_what_they_read() -> None:
+    groups, requests = world([MEMORY] * 3, [5, 5, 5], [[0, 1], [0, 1], [0, 2]])
+    first = groups.of(requests)
+    assert first is not None and first.groups[0].members == (0, 1, 2)
+    pair = groups.of(requests[1:])
+    assert pair is not None and pair.groups[0].positions.tolist() == [0], "who left took its choice along"
+    groups.sets.remap(requests[2], np.array([1, 2]), 5)
+    again = groups.of(requests[1:])
+    assert again is not None and again.groups[0].positions.tolist() == [1], "a window began"
+    groups.sets.ledger.v2p[2] = 199
+    groups.sets.moved(requests[1])
+    moved = groups.of(requests[1:])
+    assert moved is not None and moved.pages[0].tolist() == [199], "a page moved"
+    groups.sets.remap(requests[2], np.zeros(0, dtype=np.int64), 0)
+    assert groups.of(requests[1:]) is None, "it asked for everything"
+    assert groups.of([]) is None
+    assert groups.formed == 6
