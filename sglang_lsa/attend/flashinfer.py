@@ -40,11 +40,9 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
 
     def _read_together(self) -> ReadTogether:
         updater = self.indices_updater_decode
-        wrapper = partial(
-            BatchPrefillWithPagedKVCacheWrapper, self.workspace_buffer, "NHD", backend=self.decode_backend
-        )
+        wrapper = partial(BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD", backend=self.decode_backend)
         shape = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
-        return ReadTogether(self.lsa, wrapper, shape, (updater.q_data_type, updater.data_type))
+        return ReadTogether(self.lsa, wrapper, self.workspace_buffer, shape, (updater.q_data_type, updater.data_type))
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""

@@ -6,6 +6,7 @@ Experimental: tested on a CPU as far as it runs there, see ``tests/gpu/test_grou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +95,21 @@ class ReadTogether:
 
     Args:
         lsa: of the model runner.
-        wrapper: makes a ``BatchPrefillWithPagedKVCacheWrapper``, with the arguments given.
+        wrapper: makes a ``BatchPrefillWithPagedKVCacheWrapper`` over a workspace, with the arguments given.
+        workspace: for what attention adds up; nothing stays in it from one call to the next, so others have it, too.
         shape: query heads, key heads, head_dim.
         types: of queries and of KV.
     """
 
     def __init__(
-        self, lsa: LSARuntime, wrapper: Any, shape: tuple[int, int, int], types: tuple[torch.dtype, torch.dtype]
+        self,
+        lsa: LSARuntime,
+        wrapper: Callable[..., Any],
+        workspace: torch.Tensor,
+        shape: tuple[int, int, int],
+        types: tuple[torch.dtype, torch.dtype],
     ):
-        self.lsa, self.wrapper, self.shape, self.types = lsa, wrapper, shape, types
+        self.lsa, self.wrapper, self.workspace, self.shape, self.types = lsa, wrapper, workspace, shape, types
         self.graphs: dict[int, Any] = {}
         """By batch size."""
         self.eager: Any = None
@@ -112,7 +119,8 @@ class ReadTogether:
         """Queries that it takes, of those that :attr:`order` names."""
         self.order, self.places = self._buffers(lsa.table.rows)
         self._planned: tuple[Any, Grouping | None] = (None, None)
-        self._workspace: torch.Tensor | None = None
+        self._plans: torch.Tensor | None = None
+        """Where CUDA graphs have their plans, one at a time."""
 
     def reserve(self, batch: int) -> None:
         """CUDA graphs for up to so many requests are about to be captured."""
@@ -177,21 +185,22 @@ class ReadTogether:
                 torch.zeros(size, dtype=torch.int32, device=device) for size in (groups + 1, groups + 1, most, groups)
             )
             wrapper = self.wrapper(
+                self.workspace,
                 use_cuda_graph=True,
                 qo_indptr_buf=queries,
                 paged_kv_indptr_buf=pages,
                 paged_kv_indices_buf=indices,
                 paged_kv_last_page_len_buf=last,
             )
-            if self._workspace is None:
-                self._workspace = torch.empty(INT_WORKSPACE, dtype=torch.uint8, device=device)
-            wrapper.reset_workspace_buffer(wrapper._float_workspace_buffer, self._workspace)
+            if self._plans is None:
+                self._plans = torch.empty(INT_WORKSPACE, dtype=torch.uint8, device=device)
+            wrapper.reset_workspace_buffer(self.workspace, self._plans)
             self.graphs[batch] = wrapper
         return self.graphs[batch]
 
     def _of_eager(self) -> Any:
         if self.eager is None:
-            self.eager = self.wrapper()
+            self.eager = self.wrapper(self.workspace)
         return self.eager
 
     def _buffers(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

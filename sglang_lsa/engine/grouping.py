@@ -69,8 +69,15 @@ class Groups:
         """On the device, beside what attention plans with."""
         return self.own.nbytes
 
-    def of(self, requests: Sequence[Request]) -> Grouping | None:
-        """Of these, which are about to decode, in this order; None if nothing is worth reading together."""
+    def of(self, requests: Sequence[Request], check: bool = False) -> Grouping | None:
+        """Of these, which are about to decode, in this order; None if nothing is worth reading together.
+
+        Args:
+            check: see whether they can be read so; reads the device.
+
+        Raises:
+            RuntimeError: see :meth:`check`.
+        """
         asked = self.sets.changes, tuple(request.key for request in requests)
         if asked != self._of:
             began = time.perf_counter()
@@ -82,6 +89,8 @@ class Groups:
             self.steps += 1
             self.saved_reads += self._reads[0]
             self.added_reads += self._reads[1]
+            if check:
+                self.check(requests)
         return self.now
 
     def forget(self) -> None:
@@ -95,8 +104,7 @@ class Groups:
             RuntimeError: they do not, or a page that they read together is held by none of them, or is not where the
                 group has it.
         """
-        if self.now is None:
-            return
+        assert self.now is not None
         ledger = self.sets.ledger
         for group, pages in zip(self.now.groups, self.now.pages, strict=True):
             members = [requests[place] for place in group.members]

@@ -205,9 +205,7 @@ class LSARuntime:
             self.lookahead.begin_step()
         if self.groups is not None and step.kind == DECODE:
             with self.on_stream():
-                step = step._replace(grouping=self.groups.of(step.requests))
-                if self.config.debug:
-                    self.groups.check(step.requests)
+                step = step._replace(grouping=self.groups.of(step.requests, self.config.debug))
         if self.graph_tokens and step.kind == DECODE:
             step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
@@ -318,6 +316,8 @@ class LSARuntime:
         Raises:
             LedgerError, RuntimeError: with ``--lsa-debug``, naming what is inconsistent.
         """
+        if self.groups is not None:
+            self.groups.forget()
         if not self._checked:
             self._checked = True
             try:

@@ -40,8 +40,7 @@ def test_steps(dtype: torch.dtype) -> None:
     """What the stand-in of ``unit/test_together.py`` is asked, of FlashInfer, in CUDA graphs and without."""
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = partial(BatchPrefillWithPagedKVCacheWrapper, workspace, "NHD", backend="fa2")
+    wrapper = partial(BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD", backend="fa2")
     in_turns(Steps(wrapper, "cuda", dtype, tolerance=2e-2))
 
 

@@ -101,6 +101,7 @@ POOL = 12
 """Pages that groups can read."""
 HEADS = 4, 2, 64
 """Query heads, key heads, head_dim."""
+WORKSPACE = {"cpu": 0, "cuda": 256 << 20}
 OWN = 30
 """Tokens that each request reads by itself."""
 
@@ -128,7 +129,8 @@ class Steps:
         ledger = SimpleNamespace(physical_pages=POOL)
         pager = SimpleNamespace(page=PAGE_SIZE, ledger=ledger, device=self.device)
         self.lsa: Any = SimpleNamespace(pager=pager, step=IDLE, table=SimpleNamespace(rows=5))
-        self.together = ReadTogether(self.lsa, wrapper, HEADS, (dtype, dtype))
+        workspace = torch.zeros(WORKSPACE[self.device.type], dtype=torch.uint8, device=self.device)
+        self.together = ReadTogether(self.lsa, wrapper, workspace, HEADS, (dtype, dtype))
         draw = torch.Generator().manual_seed(0)
         self.own = [torch.randn((64, OWN, *HEADS[1:]), generator=draw).to(dtype) for _ in range(2)]
         """Keys and values that requests read by themselves."""

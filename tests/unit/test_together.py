@@ -22,9 +22,7 @@ class Wrapper:
     """FlashInfer's ``BatchPrefillWithPagedKVCacheWrapper`` as far as it is used: what it computes depends on its
     buffers alone, and in CUDA graph mode these stay where they are."""
 
-    _float_workspace_buffer = torch.zeros(0)
-
-    def __init__(self, use_cuda_graph: bool = False, **buffers: torch.Tensor):
+    def __init__(self, floats: torch.Tensor, use_cuda_graph: bool = False, **buffers: torch.Tensor):
         self.graph, self.buffers, self.most, self.plans = use_cuda_graph, buffers, 0, 0
 
     def reset_workspace_buffer(self, floats: torch.Tensor, ints: torch.Tensor) -> None:
