@@ -102,6 +102,7 @@ POOL = 12
 HEADS = 4, 2, 64
 """Query heads, key heads, head_dim."""
 WORKSPACE = {"cpu": 0, "cuda": 256 << 20}
+"""Bytes, by device."""
 OWN = 30
 """Tokens that each request reads by itself."""
 
