@@ -96,6 +96,8 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
         )
     if config.record is not None:
         found.append(f"--lsa-record {config.record}: {NOT_YET}: its index needs no such training")
+    if config.groups:
+        found.append(f"groups: {NOT_YET}: leave it out")
     if config.prefill != "exact":
         found.append(f"--lsa-prefill {config.prefill}: {NOT_YET}: use exact")
     if not found:

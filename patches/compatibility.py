@@ -260,6 +260,9 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
     asked = [name for name, value in seen.items() if value == "fa3" and value in BACKENDS[device]]
     if asked and (problem := flash_attention_problem(vars(server_args))) is not None:
         problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in asked]
+    decode_flag = next((name for name in ("decode_attention_backend", "attention_backend") if name in seen), "")
+    if config.groups and seen.get(decode_flag) == "fa3":
+        problems.append(f"--{flag(decode_flag)} fa3: not supported with groups yet: use flashinfer")
     graphs = getattr(server_args, "cuda_graph_config", None)
     if device == "cuda" and graphs is not None:
         decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")

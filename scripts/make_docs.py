@@ -57,8 +57,8 @@ REQUEST = {
 
 HEAD = """# Configuration
 
-What is decided when a server starts is a flag, a key of the file that `--lsa-config FILE.json` names, and a key of
-`sgl.Engine(lsa_config={...})`, which also takes the path of such a file; flags win over the file. What can be changed
+What is decided when a server starts is a flag, a key of what `--lsa-config` is given, a
+JSON file or a JSON object, and of `sgl.Engine(lsa_config={...})`; flags win over the file. What can be changed
 later has its own table, and so has what one request can ask for. What is wrong is refused: at start before a model is
 loaded, in a request with HTTP 400; the answer says what was wrong, what was seen and what is allowed. Any `--lsa-*`
 flag switches LSA on in `python -m sglang.launch_server`; `python -m sglang_lsa.launch_server` has it on. No environment
@@ -69,8 +69,8 @@ variable matters.
 
 KEYS_HEAD = """## While it runs
 
-Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server, and `budget`,
-`policy` and `prefill` of the table above as well ([operating](operating.md#changing-it-while-it-runs)).
+Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server (`groups` excepted), and
+`budget`, `policy` and `prefill` of the table above as well ([operating](operating.md#changing-it-while-it-runs)).
 """
 
 CONSTANTS_HEAD = """## What is fixed
@@ -201,7 +201,7 @@ def removed_table() -> list[str]:
 
 def server_table() -> list[str]:
     lines = ["| flag | key | allowed | default | meaning |", "| --- | --- | --- | --- | --- |"]
-    lines.append("| `--lsa-config` | | a path | | Read options from a JSON file. |")
+    lines.append("| `--lsa-config` | | a path, or a JSON object | | Options from a JSON file, or as they are: `--lsa-config '{"widen": 1}'`. |")
     for field in fields_of(FLAG):
         flag, default = flag_of(field.name), "" if field.default is None else f"`{field.default}`"
         if isinstance(field.default, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_lsa.attend.partial import PartialPrefill, State, offsets
 from sglang_lsa.attend.shown import Shown
+from sglang_lsa.attend.together import ReadTogether
+from sglang_lsa.kernels.merge_shared import merge_shared
 from sglang_lsa.kernels.page_table import decode_indices
 from sglang_lsa.memory.transfer import upload
 
@@ -31,8 +34,15 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
         self.shown = Shown(self.lsa)
         self.partial = FlashInferParts(self)
+        self.together = self._read_together() if self.lsa.groups is not None else None
         # The stock way to read new tokens beside a cached prefix leaves the prefix's scales out; this one takes them.
         self.use_paged |= self.lsa.pager.layout.scaled
+
+    def _read_together(self) -> ReadTogether:
+        updater = self.indices_updater_decode
+        wrapper = partial(BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD", backend=self.decode_backend)
+        shape = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
+        return ReadTogether(self.lsa, wrapper, self.workspace_buffer, shape, (updater.q_data_type, updater.data_type))
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""
@@ -43,6 +53,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         self.max_context_len = 1
         super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
         self.max_context_len = self.lsa.max_context
+        if self.together is not None:
+            self.together.reserve(max_bs)
 
     def init_forward_metadata(self, forward_batch):
         super().init_forward_metadata(forward_batch)
@@ -62,9 +74,27 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         self.shown.decode(q, layer, forward_batch)
-        out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        if self.together is not None and self.together.reads is not None:
+            out = self._decode_in_groups(self.together, q, k, v, layer, forward_batch, save_kv_cache)
+        else:
+            out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         self.shown.attended(q, layer)
         return out
+
+    def _decode_in_groups(self, together: ReadTogether, q, k, v, layer, forward_batch, save_kv_cache) -> torch.Tensor:
+        """As the stock method, by two attention calls: to what each request reads by itself, and to what its group
+        reads."""
+        if k is not None and save_kv_cache:
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, *self._kv_write_scales(layer))
+        pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        q = q.contiguous().view(-1, layer.tp_q_head_num, layer.head_dim)
+        options = _of(layer) | {"k_scale": layer.k_scale_float, "v_scale": layer.v_scale_float}
+        (wrapper,) = self.forward_metadata.decode_wrappers
+        out, lse = wrapper.forward_return_lse(q, pool, **options)
+        part, part_lse = together.attend(q, pool, **options)
+        merge_shared(out, lse, part, part_lse, together.places[: len(q)])
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
 
 
 class FlashInferParts(PartialPrefill):
@@ -145,6 +175,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
         """Plan one decode step; arguments as in the stock method. ``seq_lens_cpu`` is needed."""
         lsa = self.attn_backend.lsa
         batch = len(req_pool_indices)
+        table = lsa.step.own_table(lsa.table).table
         indptr_on_host = lsa.step.decode_indptr(lsa.table, seq_lens_cpu)
         if wrapper.is_cuda_graph_enabled:
             indices = wrapper._paged_kv_indices_buf
@@ -152,7 +183,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
             indices = torch.empty(int(indptr_on_host[-1]), dtype=torch.int32, device=kv_indptr.device)
         indptr = kv_indptr[: batch + 1]
         decode_indices(
-            lsa.table.table,
+            table,
             self.req_to_token,
             lsa.pager.v2p,
             req_pool_indices,
@@ -161,6 +192,8 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
             indptr,
             indices,
         )
+        if self.attn_backend.together is not None:
+            self.attn_backend.together.plan(batch, wrapper.is_cuda_graph_enabled)
         if lsa.config.debug and not torch.equal(indptr.cpu(), indptr_on_host):
             raise RuntimeError(f"LSA: the device reads {indptr.tolist()}, the host planned {indptr_on_host.tolist()}")
         # In CUDA graphs SGLang replaced begin_forward by a plan that takes the host's lengths instead of fetching them.

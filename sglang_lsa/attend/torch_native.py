@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_lsa.engine.grouping import Grouping
 from sglang_lsa.engine.observe import recent_tokens
+from sglang_lsa.kernels.merge_shared import merge_shared
 from sglang_lsa.kernels.merge_states import LOG2_E, merge_states
 from sglang_lsa.kernels.page_table import physical_slots, resident_slots
 
@@ -23,6 +27,8 @@ class LSATorchBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self.lsa = model_runner.lsa
         self.slots: list[torch.Tensor] = []
+        self.together: list[torch.Tensor] = []
+        """Slots that each group of a decode step reads for all of its members."""
 
     def init_forward_metadata(self, forward_batch):
         """Look up once per forward pass which slots each request reads."""
@@ -30,11 +36,17 @@ class LSATorchBackend(TorchNativeAttnBackend):
         rows, lengths = forward_batch.req_pool_indices, forward_batch.seq_lens
         req_to_token = self.req_to_token_pool.req_to_token
         v2p = self.lsa.pager.v2p
+        self.together = []
         if forward_batch.forward_mode.is_decode():
-            table = self.lsa.table
+            table, grouping = self.lsa.step.own_table(self.lsa.table), self.lsa.step.grouping
             self.slots = resident_slots(
                 table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, self.lsa.pager.page
             )
+            if grouping is not None:
+                page = torch.arange(self.lsa.pager.page)
+                self.together = [
+                    (torch.from_numpy(pages)[:, None] * len(page) + page).flatten() for pages in grouping.pages
+                ]
         elif self.lsa.step.readings is None:
             self.slots = [
                 physical_slots(req_to_token[row, :length], v2p, self.lsa.pager.page)
@@ -66,6 +78,10 @@ class LSATorchBackend(TorchNativeAttnBackend):
             self.lsa.recorder.observe(layer.layer_id, q)
         if self.lsa.step.staged is not None and forward_batch.forward_mode.is_extend():
             return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
+        if self.together:
+            return attend_in_groups(
+                q, keys, values, self.slots, self.together, self.lsa.step.grouping, layer.scaling
+            ).flatten(1)
         out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))
         start = 0
         for slots, count in zip(self.slots, lengths, strict=True):
@@ -143,6 +159,44 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: flo
             )
         )
     return torch.cat(blocks, dim=2).squeeze(0).transpose(0, 1)
+
+
+def attend_in_groups(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    own: Sequence[torch.Tensor],
+    together: Sequence[torch.Tensor],
+    grouping: Grouping,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a decode step in groups: each group's pages are read once, for the queries of all members.
+
+    Args:
+        q: ``[batch, q_heads, head_dim]``, one query of each request.
+        keys, values: ``[slots, kv_heads, head_dim]``, the pool.
+        own: of each request the slots that it reads by itself, int64.
+        together: of each group the slots that its members read together, int64.
+
+    Returns:
+        ``[batch, q_heads, head_dim]``; of a request that is in no group, what :func:`attend` gives.
+    """
+    out, lse = torch.empty_like(q), torch.zeros(q.shape[:2])
+    for place, slots in enumerate(own):
+        query = q[place : place + 1]
+        if grouping.places[place] < 0:
+            out[place] = attend(query, keys[slots], values[slots], scale)[0]
+        else:
+            state = attend_part(query, keys[slots], values[slots], scale)
+            out[place], lse[place] = (part[0] for part in state)
+    order = torch.from_numpy(grouping.order)
+    parts = [
+        attend_part(q[members], keys[slots], values[slots], scale)
+        for members, slots in zip(order.split(list(grouping.sizes)), together, strict=True)
+    ]
+    part, part_lse = (torch.cat(states) for states in zip(*parts, strict=True))
+    merge_shared(out, lse, part.contiguous(), part_lse.contiguous(), torch.from_numpy(grouping.places))
+    return out
 
 
 def attend_part(

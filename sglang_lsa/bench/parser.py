@@ -45,7 +45,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     """What both benchmarks against stock SGLang take."""
     text = (
         "stock is SGLang with what it chooses itself, stock-flashinfer with that backend, lsa with what it chooses "
-        "itself, lsa-fa3 and lsa-flashinfer with one backend"
+        "itself, lsa-fa3 and lsa-flashinfer with one backend, lsa-groups with pages that requests share read once"
     )
     add_several(command, "--systems", tuple(SYSTEMS), text, DEFAULT_SYSTEMS)
     text = "type of KV of all systems; a pool of so many GB holds more tokens of a smaller type"

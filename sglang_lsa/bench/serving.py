@@ -201,7 +201,18 @@ def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:
         "refresh_host_ms": 1000 * each["refresh_host_seconds"],
         "refresh_device_ms": 1000 * each["refresh_device_seconds"],
         "stalls": after["stalls"] - before["stalls"],
+        **group_figures(before.get("groups"), after.get("groups")),
     }
+
+
+def group_figures(before: dict | None, after: dict | None) -> dict[str, float]:
+    """What was read for several requests at once in an arm, by step with groups; nothing of a server without them."""
+    if before is None or after is None:
+        return {}
+    seen = {name: after[name] - before[name] for name in ("steps", "saved_reads", "added_reads", "formed")}
+    host_ms = 1000 * (after["host_seconds"] - before["host_seconds"]) / max(1, seen["formed"])
+    each = {f"group_{name}": seen[name] / max(1, seen["steps"]) for name in ("saved_reads", "added_reads")}
+    return {"group_steps": seen["steps"], **each, "group_forms": seen["formed"], "group_form_host_ms": host_ms}
 
 
 def held_bytes(before: dict, after: dict) -> int | None:

@@ -53,6 +53,7 @@ SYSTEMS = {
         System("lsa", LSA),
         System("lsa-fa3", LSA, ("--attention-backend", "fa3")),
         System("lsa-flashinfer", LSA, ("--attention-backend", "flashinfer")),
+        System("lsa-groups", LSA, ("--lsa-config", '{"groups": true}')),
     )
 }
 DEFAULT_SYSTEMS = ("stock", "stock-flashinfer", "lsa")

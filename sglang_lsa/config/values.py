@@ -128,6 +128,11 @@ class LSAConfig:
     cache_outputs: bool = option(
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
+    groups: bool = key(
+        False,
+        "Experimental: requests that decode over one prefix read the pages that several of them chose once for all, "
+        "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. Not measured yet.",
+    )
     disable_view: bool = option(False, "Do not serve the live view at /lsa.")
     debug: bool = option(False, "Check the page ledger after every batch (slow).")
 
@@ -230,13 +235,14 @@ def _arrive(values: dict[str, Any]) -> LSAConfig:
 
 
 def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
+    """Read a JSON file that holds one object; what begins with a brace is not its path but the object itself.
 
     Raises:
         ValueError: the file is missing, is not JSON, or holds something else.
     """
     try:
-        values = json.loads(pathlib.Path(path).read_text())
+        text = str(path)
+        values = json.loads(text if text.lstrip().startswith("{") else pathlib.Path(path).read_text())
     except OSError as error:
         raise ValueError(
             f"--lsa-config {path}: cannot be read ({error.strerror}): give an existing JSON file"

@@ -69,6 +69,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
     from sglang_lsa.kernels import (
         attention_mass,
         compact_table,
+        merge_shared,
         merge_states,
         page_keys,
         page_move,
@@ -165,6 +166,14 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
 
         return run(device, merge_states._merge_states_triton), run("cpu", merge_states.merge_states_reference), LIMIT
 
+    def shared(device: str) -> Outputs:
+        def run(where: str, merge: Callable[..., None]) -> torch.Tensor:
+            out, part = random(where, 3, 2, 16), random(where, 2, 2, 16, seed=2)
+            merge(out, random(where, 3, 2, seed=1), part, random(where, 2, 2, seed=3), ids(where, [1, -1, 0]))
+            return out
+
+        return run(device, merge_shared._merge_shared_triton), run("cpu", merge_shared.merge_shared_reference), LIMIT
+
     def mass(device: str) -> Outputs:
         def run(where: str, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
             queries, keys = random(where, 3, 4, 16), random(where, 80, 2, 16, seed=1)
@@ -208,6 +217,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         "decode_pages": pages,
         "physical_slots": slots,
         "record": recorded,
+        "merge_shared": shared,
         "merge_states": merged,
         "attention_mass": mass,
         "retriever_score": retriever,

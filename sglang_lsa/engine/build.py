@@ -7,11 +7,13 @@ import logging
 from collections.abc import Mapping
 
 from sglang_lsa.config import FULL, POLICIES, LSAConfig
+from sglang_lsa.engine.grouping import Groups
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex, scorer_layers
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies import Parts, Policy, bounds_needed, needed, positions
+from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
 from sglang_lsa.indexer.recorder import Recorder
@@ -132,6 +134,11 @@ def lookahead(
     lead, lag = (config.prefetch_steps, SCORE_LAG) if pager.device.type == "cuda" else (0, 0)
     thresholds = {name: policy.threshold for name, policy in policies.items() if policy.calibrated}
     return Lookahead(config, pager, table, policies, lead, lag, thresholds, scores)
+
+
+def groups(config: LSAConfig, sets: ResidentSets) -> Groups | None:
+    """What forms groups of requests over one prefix, if the server was told to."""
+    return Groups(sets) if config.groups else None
 
 
 def staging(config: LSAConfig, pager: Pager) -> Staging | None:

@@ -17,9 +17,12 @@ class ResidentSets:
         self.table, self.ledger = table, ledger
         self.incomplete: dict[str, Request] = {}
         """Requests that cannot decode before they have a resident set."""
+        self.changes = 0
+        """How often what somebody reads changed."""
 
     def enter(self, row: int) -> None:
         """A request has this row now. Until its first window is predicted it reads all of its pages."""
+        self.changes += 1
         self.table.remap(row, np.zeros(0, dtype=np.int64), 0)
 
     def await_first(self, request: Request) -> None:
@@ -36,6 +39,7 @@ class ResidentSets:
         watched: Watched | None = None,
     ) -> None:
         """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
+        self.changes += 1
         still_dense = request.resident.tail_start == tail_start == 0
         if not still_dense:
             self.table.remap(request.row, self.ledger.v2p[request.pages[positions]], tail_start)
@@ -49,6 +53,7 @@ class ResidentSets:
 
     def moved(self, request: Request) -> None:
         """The same tokens of this request are in other pages now."""
+        self.changes += 1
         if request.resident.tail_start:
             self.table.remap(
                 request.row, self.ledger.v2p[request.pages[request.resident.positions]], request.resident.tail_start
@@ -56,4 +61,5 @@ class ResidentSets:
 
     def forget(self, request: Request) -> None:
         """The request is gone."""
+        self.changes += 1
         self.incomplete.pop(request.key, None)

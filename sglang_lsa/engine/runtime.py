@@ -99,6 +99,8 @@ class LSARuntime:
         """The policy that was trained for the model's weights."""
         in_force = build.applicable(config, pager)
         self.lookahead = build.lookahead(in_force, pager, self.table, self.policies, scores or pager.ranks.scores)
+        self.groups = build.groups(config, self.lookahead.sets)
+        """Of requests that decode over one prefix, where they are formed."""
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = build.staging(config, pager)
@@ -201,6 +203,9 @@ class LSARuntime:
                 self.pager.flush()
         else:
             self.lookahead.begin_step()
+        if self.groups is not None and step.kind == DECODE:
+            with self.on_stream():
+                step = step._replace(grouping=self.groups.of(step.requests, self.config.debug))
         if self.graph_tokens and step.kind == DECODE:
             step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
@@ -311,6 +316,8 @@ class LSARuntime:
         Raises:
             LedgerError, RuntimeError: with ``--lsa-debug``, naming what is inconsistent.
         """
+        if self.groups is not None:
+            self.groups.forget()
         if not self._checked:
             self._checked = True
             try:

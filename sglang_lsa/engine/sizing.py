@@ -80,6 +80,8 @@ class Needs:
             "graph_indices": graph * 4,
             "staging": self.staging_bytes,
         }
+        if config.groups:
+            overhead["groups"] = self.rows * columns * 4
         return overhead | {name: pages * size for name, size in self.policy_bytes.items()} | dict(self.fixed_bytes)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.engine.arrival import Entry
+from sglang_lsa.engine.grouping import Grouping
 from sglang_lsa.engine.reading import Reading
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.resident_table import ResidentTable
@@ -61,6 +62,7 @@ class Step(NamedTuple):
         readings: what each request reads before its own tokens; None when that is all, in place.
         staged: pages that this pass reads from the host.
         looks: requests, by their place, whose resident prefix is chosen after a first look: the pass is run twice.
+        grouping: which of them read pages together, if any do.
     """
 
     kind: str = ""
@@ -73,6 +75,7 @@ class Step(NamedTuple):
     readings: tuple[Reading, ...] | None = None
     staged: StagedPages | None = None
     looks: tuple[int, ...] = ()
+    grouping: Grouping | None = None
 
     @classmethod
     def of(cls, batch: Batch, requests: Sequence[Request], **found: Any) -> Step:
@@ -80,20 +83,24 @@ class Step(NamedTuple):
         rows = np.fromiter((request.row for request in requests), np.int64, len(requests))
         return cls(batch.kind, tuple(requests), batch.lengths, batch.prefixes, batch.middle, rows, **found)
 
+    def own_table(self, table: ResidentTable) -> ResidentTable:
+        """What each request reads by itself: all that ``table`` says, or what its group leaves of that."""
+        return table if self.grouping is None else self.grouping.own
+
     def fits(self, table: ResidentTable, graph_tokens: int) -> bool:
         """Whether buffers of so many slots hold what a decode step reads; padding reads one slot a row."""
-        read = sum(self.lengths) - int(table.shortening[self.rows].sum())
+        read = sum(self.lengths) - int(self.own_table(table).shortening[self.rows].sum())
         return read + table.rows <= graph_tokens
 
     def decode_indptr(self, table: ResidentTable, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Where each request's slots start in this pass, int32 ``[batch + 1]`` on the host.
+        """Where each request's own slots start in this pass, int32 ``[batch + 1]`` on the host.
 
         Args:
             seq_lens: ``[batch]`` tokens of each request, on the host; requests beyond those of this pass are padding.
         """
         lengths = seq_lens.numpy().astype(np.int64)
         real = len(self.rows)
-        lengths[:real] = table.lengths(self.rows, lengths[:real])
+        lengths[:real] = self.own_table(table).lengths(self.rows, lengths[:real])
         indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
         np.cumsum(lengths, out=indptr[1:])
         return torch.from_numpy(indptr)

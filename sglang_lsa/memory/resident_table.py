@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -57,9 +59,25 @@ class ResidentTable:
             tail_start: in pages.
         """
         values = np.concatenate(([len(physical), tail_start], physical)).astype(np.int32)
-        source = upload(values, self.table.device) if self.table.is_cuda else torch.from_numpy(values)
-        self.table[row, : len(values)] = source
+        self.table[row, : len(values)] = upload(values, self.table.device)
         self.shortening[row] = (tail_start - len(physical)) * self.page
+
+    def remap_all(self, rows: np.ndarray, sets: Sequence[np.ndarray], tail_starts: np.ndarray) -> None:
+        """The same for several rows, with one copy.
+
+        Args:
+            rows: int64 ``[n]``, all different.
+            sets: of each row the physical pages, as in :meth:`remap`.
+            tail_starts: int64 ``[n]``, in pages.
+        """
+        counts = np.array([len(pages) for pages in sets], dtype=np.int64)
+        values = np.zeros((len(rows), PAGES + counts.max(initial=0)), dtype=np.int32)
+        values[:, COUNT], values[:, TAIL_START] = counts, tail_starts
+        for row, pages in zip(values, sets, strict=True):
+            row[PAGES : PAGES + len(pages)] = pages
+        source, places = (upload(array, self.table.device) for array in (values, rows))
+        self.table[places, : values.shape[1]] = source
+        self.shortening[rows] = (tail_starts - counts) * self.page
 
     def lengths(self, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
         """Tokens that decode reads of each request, int64 ``[batch]``; the device computes the same from the table."""

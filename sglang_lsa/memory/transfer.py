@@ -227,8 +227,10 @@ def moves_of(pieces: Iterable[Piece], mirror: torch.Tensor) -> tuple[Move, ...]:
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """``values`` on the device, ordered after what the current stream has queued; the host does not wait."""
-    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)
+    """``values`` on the device, ordered after what the current stream has queued; the host does not wait. On a CPU
+    these themselves."""
+    here = torch.from_numpy(np.ascontiguousarray(values))
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
 def ids_on(device: torch.device, ids: np.ndarray) -> torch.Tensor:

@@ -85,6 +85,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "radix": {"hit_tokens": values["lsa_prefix_hit_tokens"], "prompt_tokens": values["lsa_prompt_tokens"]},
         "ranks": {"size": values["lsa_ranks"], "checks": values["lsa_rank_checks"]},
         "running": running(runtime),
+        "groups": groups(runtime),
         "finished_requests": runtime.finished_requests,
         "decoding": {str(n): dataclasses.asdict(seen) for n, seen in runtime.decoding.items()},
     }
@@ -100,6 +101,26 @@ def running(runtime: LSARuntime) -> dict[str, int]:
         "dense": sum(request.resident.tail_start == 0 for request in requests),
         "context_pages": sum(context for context, _ in sizes),
         "resident_pages": sum(resident for _, resident in sizes),
+    }
+
+
+def groups(runtime: LSARuntime) -> dict[str, float] | None:
+    """Of the last decode step: groups, their requests, pages that were read once for all, and how often these were
+    chosen; since the start: steps with groups, pages that were not read again in them, and pages that requests read
+    without having chosen them. None where no groups are formed."""
+    if (known := runtime.groups) is None:
+        return None
+    now = known.now.groups if known.now is not None else ()
+    return {
+        "now": len(now),
+        "requests": sum(len(group.members) for group in now),
+        "pages": sum(len(group.positions) for group in now),
+        "chosen_pages": sum(group.chosen for group in now),
+        "steps": known.steps,
+        "saved_reads": known.saved_reads,
+        "added_reads": known.added_reads,
+        "formed": known.formed,
+        "host_seconds": known.host_seconds,
     }
 
 
@@ -136,5 +157,7 @@ def overhead_bytes(runtime: LSARuntime) -> dict[str, int]:
         "graph_indices": runtime.graph_tokens * 4,
         "staging": runtime.staging_bytes,
     }
+    if runtime.groups is not None:
+        overhead["groups"] = runtime.groups.nbytes
     overhead |= {name: policy.nbytes for name, policy in runtime.policies.items() if policy.nbytes}
     return overhead | runtime.beside

@@ -36,6 +36,7 @@ FLAGS: dict[str, Sequence[str]] = {
     "tp": (*LSA, "--tp-size=2"),
     "mixed": (*LSA, "--enable-mixed-chunk"),
     "resident": (*LSA, "--lsa-prefill=resident"),
+    "groups": (*LSA, '--lsa-config={"groups": true}'),
     "no index there": (*LSA, "--lsa-observe-layers=2"),
     "layers": (*LSA, "--lsa-observe-layers=1,5"),
     "recorded": (*LSA, "--lsa-record=/nowhere/at/all"),

@@ -249,6 +249,7 @@ class Scheduler:
         number = self.runtime.before_forward(batch_of(batch), self.allocator.take_new_pages())
         table, queued = self.runtime.lookahead.sets.table, ForwardPass(self.memory)
         rows, shortening = table.table.numpy(), table.shortening
+        self._read_in_groups(reqs, queued)
         for req in reqs:
             request, row, before = self.runtime.requests[key_of(req)], req.req_pool_idx, req.kv_committed_len - 1
             count, tail_start = rows[row, COUNT], rows[row, TAIL_START]
@@ -257,6 +258,9 @@ class Scheduler:
             )
             assert shortening[row] == (tail_start - count) * self.page
             tail = np.arange(tail_start, pages_spanned(before, self.page))
+            if self.runtime.step.grouping is not None:
+                queued.write(req, before, before + 1)
+                continue
             places = np.concatenate((rows[row, PAGES : PAGES + count], queued.v2p[req.page_array[tail]]))
             queued.read(req.rid, places, req.known(np.concatenate((request.resident.positions, tail)), before))
             queued.write(req, before, before + 1)
@@ -264,6 +268,45 @@ class Scheduler:
         self.counts["decoded"] += len(reqs)
         self.runtime.after_forward(number)
         self.results.append((reqs, len(self.gpu.compute)))
+
+    def _read_in_groups(self, reqs: list[Req], queued: ForwardPass) -> None:
+        """What the requests of a decode step in groups read, which must be all that they chose, and nothing twice."""
+        grouping, table = self.runtime.step.grouping, self.runtime.table
+        assert self.runtime.step.own_table(table) is (table if grouping is None else grouping.own)
+        if grouping is None:
+            return
+        assert sorted(grouping.order) == np.flatnonzero(grouping.places >= 0).tolist()
+        rows, groups, virtual = (
+            grouping.own.table.numpy(),
+            np.repeat(np.arange(len(grouping.sizes)), grouping.sizes),
+            {},
+        )
+        for page, place in enumerate(queued.v2p.tolist()):
+            virtual[place] = page
+        for index, req in enumerate(reqs):
+            request, row, before = self.runtime.requests[key_of(req)], rows[req.req_pool_idx], req.kv_committed_len - 1
+            count, tail_start, place = row[COUNT], row[TAIL_START], grouping.places[index]
+            assert tail_start == request.resident.tail_start
+            assert grouping.own.shortening[req.req_pool_idx] == (tail_start - count) * self.page
+            own, shared = row[PAGES : PAGES + count], NONE
+            if place >= 0:
+                assert grouping.order[place] == index
+                shared = grouping.pages[groups[place]]
+                self.counts["read in groups"] += len(shared)
+            position = {page: position for position, page in enumerate(req.pages)}
+            read = [position[virtual[physical]] for physical in (*own.tolist(), *shared.tolist())]
+            assert len(read) == len(set(read)), f"{req.rid} reads a page twice"
+            chosen = set(request.resident.positions.tolist())
+            assert chosen.issubset(read), f"{req.rid} does not read all that it chose"
+            assert place >= 0 or len(read) == len(chosen)
+            self.counts["read unasked"] += len(read) - len(chosen)
+            tail = np.arange(tail_start, pages_spanned(before, self.page))
+            assert not len(read) or max(read) < tail_start, f"{req.rid} reads a page of its tail twice"
+            for some, places in ((read, np.concatenate((own, shared))), (tail, queued.v2p[req.page_array[tail]])):
+                by_position = np.argsort(some)
+                queued.read(
+                    req.rid, places[by_position], req.known(np.array(some, dtype=np.int64)[by_position], before)
+                )
 
     # -- results, and the cache ----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 runs.
 
     python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64] [--own-index]
+                                        [--groups]
 
 What is real: the runtime with ledger, pager, lookahead, admission and prefill. What is a model: SGLang's loop with one
 result of delay (``simulated_scheduler``), its radix tree and allocator (``simulated_cache``), the passes of a model
@@ -32,6 +33,7 @@ from simulated_scheduler import Scheduler
 from simulated_work import Req
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.groups import GroupRules
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
@@ -89,6 +91,7 @@ class Simulation:
         own_index: the model shows no keys and has an index of its own, as DeepSeek-V4; its pages have 256 tokens.
         ranks: of which this is one. The world tells all of them the same; what its heads score is its own, and so is
             when its GPU comes to what is queued.
+        groups: requests over one prefix read pages together, wherever that saves anything.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Simulation:
         layout: type[MhaLayout] | None = None,
         own_index: bool = False,
         ranks: Ranks | None = None,
+        groups: bool = False,
     ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
@@ -119,6 +123,7 @@ class Simulation:
             "dense_steps": chance.choice([0, 0, 5]),
             "cache_outputs": chance.random() < 0.2,
             "prompt_lookup": 0,
+            "groups": groups,
         }
         self.own_index = own_index
         self.native: CheckedNative | None = None
@@ -129,6 +134,8 @@ class Simulation:
         config = LSAConfig(**self.config)
         index = INDEX if own_index else None
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk, index=index)
+        if self.runtime.groups is not None:
+            self.runtime.groups.rules = GroupRules(least_saved=1e-9)
         self.gpu = SimulatedGPU(self.pager, own)
         self.overlap = chance.random() < 0.7
         lookahead = self.runtime.lookahead
@@ -273,10 +280,10 @@ class Simulation:
 
 
 def failure_of(
-    seed: int, steps: int = 150, page: int = 64, own_index: bool = False
+    seed: int, steps: int = 150, page: int = 64, own_index: bool = False, groups: bool = False
 ) -> tuple[str | None, collections.Counter[str]]:
     """Run one seed: what went wrong (None: nothing), and what happened how often."""
-    simulation = Simulation(seed, page=page, own_index=own_index)
+    simulation = Simulation(seed, page=page, own_index=own_index, groups=groups)
     try:
         simulation.run(steps)
     except Exception:
@@ -297,11 +304,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=150, help="scheduler rounds in which requests arrive (150)")
     parser.add_argument("--page", type=int, default=64, help="tokens of a page (64)")
     parser.add_argument("--own-index", action="store_true", help="a model with an index of its own; pages of 256")
+    parser.add_argument("--groups", action="store_true", help="requests over one prefix read pages together")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     args = parser.parse_args(argv)
     began, total, failed = time.monotonic(), collections.Counter[str](), 0
     page = 256 if args.own_index else args.page
-    work = [(seed, args.steps, page, args.own_index) for seed in range(args.first, args.first + args.seeds)]
+    work = [
+        (seed, args.steps, page, args.own_index, args.groups) for seed in range(args.first, args.first + args.seeds)
+    ]
     with multiprocessing.Pool(args.jobs, initializer=_quiet) as pool:
         for done, (failure, counts) in enumerate(pool.imap(_run, work), 1):
             total += counts
@@ -315,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _run(work: tuple[int, int, int, bool]) -> tuple[str | None, collections.Counter[str]]:
+def _run(work: tuple[int, int, int, bool, bool]) -> tuple[str | None, collections.Counter[str]]:
     return failure_of(*work)
 
 

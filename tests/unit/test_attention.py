@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_lsa.attend.torch_native import QUERY_BLOCK, LSATorchBackend, attend, attend_part
+from sglang_lsa.attend.torch_native import (
+    QUERY_BLOCK,
+    LSATorchBackend,
+    attend,
+    attend_in_groups,
+    attend_part,
+)
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.grouping import Grouping
+from sglang_lsa.engine.groups import Group
 from sglang_lsa.engine.reading import Reading
 from sglang_lsa.engine.step import Step
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.memory.layout.mha import MhaLayout
+from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.staging import Staging
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -102,6 +111,43 @@ def test_a_cache_of_another_type_is_read_in_the_type_of_the_queries() -> None:
     out = attend(q, keys, values, 0.25)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), naive(q, keys, values, 0.25), rtol=0, atol=TOLERANCE[torch.float32])
+
+
+def grouping_of(groups: list[tuple[tuple[int, ...], list[int]]], batch: int) -> Grouping:
+    """Groups of a batch, each with the physical pages that its members read together."""
+    order = np.array([place for members, _ in groups for place in members], dtype=np.int64)
+    places = np.full(batch, -1, dtype=np.int64)
+    places[order] = np.arange(len(order))
+    formed = tuple(Group(members, np.arange(len(pages)), 0, 0.0) for members, pages in groups)
+    table = ResidentTable(batch + 1, 4, PAGE_SIZE)
+    return Grouping(formed, tuple(np.array(pages, dtype=np.int64) for _, pages in groups), order, places, table)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), HEADS)
+def test_attention_in_groups(kv_heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    """Two groups, whose members are not side by side, and a request in none: each is attention over the union of what
+    its group reads and what it reads by itself, in float64; nobody reads of the other group."""
+    batch, pages = 6, 12
+    q = random(batch, kv_heads * group, dim, dtype=dtype, seed=1)
+    keys, values = (random((pages + 1) * PAGE_SIZE, kv_heads, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    grouping = grouping_of([((0, 3, 4), [7, 2]), ((2, 5), [9])], batch)
+    own_pages, tails = [[1], [4, 5], [3], [], [8], [6, 10]], [1, 64, 63, 17, 40, 2]
+
+    def slots(pages: list[int] | np.ndarray) -> torch.Tensor:
+        return (torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+
+    own = [torch.cat((slots(some), slots([11])[:tail])) for some, tail in zip(own_pages, tails, strict=True)]
+    together = [slots(some.tolist()) for some in grouping.pages]
+    out = attend_in_groups(q, keys, values, own, together, grouping, dim**-0.5)
+    assert out.dtype == dtype
+    for place in range(batch):
+        group_of = next((g for g, some in enumerate(grouping.groups) if place in some.members), None)
+        read = own[place] if group_of is None else torch.cat((together[group_of], own[place]))
+        expected = naive(q[place : place + 1], keys[read], values[read], dim**-0.5)
+        torch.testing.assert_close(out[place : place + 1].double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    alone = attend(q[1:2], keys[own[1]], values[own[1]], dim**-0.5)
+    assert torch.equal(out[1:2], alone), "a request in no group says what it said, to the bit"
 
 
 def test_the_future_cannot_be_seen() -> None:

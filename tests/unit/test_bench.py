@@ -24,7 +24,7 @@ from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.prefill_report import PREFILL
 from sglang_lsa.bench.report import SERVING
-from sglang_lsa.bench.serving import held_bytes, lsa_figures, stock_kv_bytes
+from sglang_lsa.bench.serving import group_figures, held_bytes, lsa_figures, stock_kv_bytes
 from sglang_lsa.bench.serving_arms import GROUPS, Arm, Group
 from sglang_lsa.bench.shapes import SHAPES
 from sglang_lsa.bench.systems import SYSTEMS
@@ -279,6 +279,15 @@ def test_lsa_figures_are_what_the_arm_added() -> None:
         "refresh_device_ms": pytest.approx(3.0),
         "stalls": 3,
     }
+
+
+def test_figures_of_groups_are_by_step_with_groups() -> None:
+    before = {"steps": 10, "saved_reads": 1000, "added_reads": 100, "formed": 4, "host_seconds": 0.5}
+    after = {"steps": 30, "saved_reads": 5000, "added_reads": 300, "formed": 14, "host_seconds": 0.52}
+    found = group_figures(before, after)
+    assert found.pop("group_form_host_ms") == pytest.approx(2.0)
+    assert found == {"group_steps": 20, "group_saved_reads": 200.0, "group_added_reads": 10.0, "group_forms": 10}
+    assert group_figures(None, None) == {}
 
 
 def test_lsa_figures_of_an_arm_that_recalled_nothing() -> None:

@@ -75,6 +75,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "device_memory_gb": (["1.5"], 1.5),
     "host_memory_gb": (["8"], 8.0),
     "cache_outputs": ([], True),
+    "groups": ([], True),
     "disable_view": ([], True),
     "debug": ([], True),
 }
@@ -332,6 +333,13 @@ def test_bad_files_are_refused(text: str | None, words: str, tmp_path: pathlib.P
     with pytest.raises(ValueError, match=words) as caught:
         parse("--lsa-config", file)
     assert file in str(caught.value)
+
+
+def test_an_object_in_place_of_a_file() -> None:
+    config = parse("--lsa-config", ' {"widen": 1.5, "groups": true}', "--lsa-budget", "0.2")
+    assert config == LSAConfig(widen=1.5, groups=True, budget=0.2)
+    with pytest.raises(ValueError, match="not JSON"):
+        parse("--lsa-config", '{"widen": 1')
 
 
 # --- sgl.Engine(lsa_config=...) --------------------------------------------------------------------------------------

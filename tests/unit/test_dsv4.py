@@ -284,6 +284,7 @@ def test_what_is_served(flags: str, started: dict[str, Any]) -> None:
         ("hicache", "--enable-hierarchical-cache True: not supported with LSA yet: remove"),
         ("tp", "--tp-size 2: not supported with LSA and DeepseekV4ForCausalLM yet: use --tp-size 1"),
         ("mixed", "--enable-mixed-chunk True: not supported with LSA yet: remove"),
+        ("groups", "groups: not supported with LSA and DeepseekV4ForCausalLM yet: leave it out"),
         ("resident", "--lsa-prefill resident: not supported with LSA and DeepseekV4ForCausalLM yet: use exact"),
         (
             "quest",

@@ -1213,6 +1213,25 @@ def test_flash_attention_where_it_can_be_is_taken(monkeypatch: pytest.MonkeyPatc
     assert device_problems(arguments(**(GPU | {"attention_backend": "fa3"})), LSAConfig()) == []
 
 
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"attention_backend": "fa3"}, "attention-backend"),
+        ({"attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, "decode-attention-backend"),
+        ({"attention_backend": "flashinfer", "prefill_attention_backend": "fa3"}, None),
+        ({"attention_backend": "fa3", "decode_attention_backend": "flashinfer"}, None),
+    ],
+)
+def test_groups_need_flashinfer_in_decode(
+    changed: dict[str, str], flag: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch, (9, 0))
+    seen = device_problems(arguments(**(GPU | changed)), LSAConfig(groups=True))
+    expected = f"--{flag} fa3: not supported with groups yet: use flashinfer"
+    assert seen == ([] if flag is None else [expected])
+    assert device_problems(arguments(**(GPU | changed)), LSAConfig()) == []
+
+
 def test_defaults_of_a_gpu_leave_what_was_given() -> None:
     given = {"device": "cuda", "attention_backend": "triton", "cuda_graph_backend_prefill": "full"}
     values: dict[str, Any] = dict(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from simulation import failure_of
 
 from sglang_lsa.engine.choose import Chosen, choose
+from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.refresh import Refresher
@@ -21,11 +23,13 @@ from sglang_lsa.memory.ledger import Ledger
 SEEDS = range(200)
 
 
-def failures(seeds: range = SEEDS, enough: int = 1, page: int = 64, own_index: bool = False) -> list[str]:
+def failures(
+    seeds: range = SEEDS, enough: int = 1, page: int = 64, own_index: bool = False, groups: bool = False
+) -> list[str]:
     """What goes wrong with these seeds, up to so many, where a page has so many tokens."""
     found: list[str] = []
     for seed in seeds:
-        failure, _ = failure_of(seed, page=page, own_index=own_index)
+        failure, _ = failure_of(seed, page=page, own_index=own_index, groups=groups)
         found += [failure] if failure is not None else []
         if len(found) == enough:
             break
@@ -61,6 +65,35 @@ def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sglang_lsa.engine.refresh.choose", wider)
     assert failures(range(1000, 1050)) == []
     assert widened[0] > 500
+
+
+def test_groups() -> None:
+    """Requests over one document read its pages together, whoever comes, ends, is aborted, retracted, or gets another
+    set in between; each reads all that it chose, nothing twice, and its own tokens."""
+    total = collections.Counter[str]()
+    for seed in range(60):
+        failure, counts = failure_of(seed, groups=True)
+        assert failure is None, failure
+        total += counts
+    assert total["read in groups"] > 1000 and total["read unasked"] > 100
+    assert total["retracted"] and total["preempted"] and total["recalled"] > 100
+
+
+@pytest.mark.parametrize("what", ["who decodes", "what they read"])
+def test_it_finds_groups_of_steps_before(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups stay what they were although a member left, or has another set."""
+    of = Groups.of
+
+    def stale(self: Groups, requests: Sequence[Request]) -> Grouping | None:
+        _, keys = self._of
+        if what == "what they read" and keys == tuple(request.key for request in requests):
+            return self.now
+        if what == "who decodes" and len(keys) == len(requests):
+            return self.now
+        return of(self, requests)
+
+    monkeypatch.setattr(Groups, "of", stale)
+    assert failures(range(40), groups=True)
 
 
 def test_a_model_with_an_index_of_its_own() -> None:

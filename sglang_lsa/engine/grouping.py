@@ -1,0 +1,151 @@
+"""Grouping: the groups of the decode steps that are queued now, and what is left for each request to read by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, form, own_positions
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Request
+from sglang_lsa.memory.pages import pages_complete
+from sglang_lsa.memory.resident_table import ResidentTable
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """The groups of a batch.
+
+    Attributes:
+        groups: at least one.
+        pages: of each group the physical pages that are read together, int64.
+        order: places in the batch of all members, group after group, int64.
+        places: int64 ``[batch]``, where in ``order`` each request is; -1 for one that is in no group.
+        own: what each request of the batch reads by itself, by its row.
+    """
+
+    groups: tuple[Group, ...]
+    pages: tuple[np.ndarray, ...]
+    order: np.ndarray
+    places: np.ndarray
+    own: ResidentTable
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Members of each group."""
+        return tuple(len(group.members) for group in self.groups)
+
+
+class Groups:
+    """Forms the groups of each batch; formed anew when a request comes, goes, or reads another set.
+
+    Requests at full attention are in no group: what they say stays what it was, to the bit. A page of a group is held
+    by a member that chose it, in this batch, so it cannot leave the device before the pass has read it; a member that
+    goes takes its choice along.
+
+    Args:
+        sets: what the requests read.
+    """
+
+    def __init__(self, sets: ResidentSets, rules: GroupRules = RULES):
+        table = sets.table
+        self.sets, self.rules = sets, rules
+        self.own = ResidentTable(table.rows, table.max_pages, table.page, table.table.device)
+        self.now: Grouping | None = None
+        """Of the last decode step."""
+        self.steps = self.saved_reads = self.added_reads = 0
+        """Decode steps with groups, pages that were not read again in them, and pages that members read without having
+        chosen them."""
+        self.formed = 0
+        self.host_seconds = 0.0
+        self._of: tuple[int, tuple[str, ...]] = (-1, ())
+        self._reads = (0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """On the device, beside what attention plans with."""
+        return self.own.nbytes
+
+    def of(self, requests: Sequence[Request], check: bool = False) -> Grouping | None:
+        """Of these, which are about to decode, in this order; None if nothing is worth reading together.
+
+        Args:
+            check: see whether they can be read so; reads the device.
+
+        Raises:
+            RuntimeError: see :meth:`check`.
+        """
+        asked = self.sets.changes, tuple(request.key for request in requests)
+        if asked != self._of:
+            began = time.perf_counter()
+            self.now, self._of, self.formed = self._form(requests), asked, self.formed + 1
+            groups = self.now.groups if self.now is not None else ()
+            self._reads = sum(group.saved_reads for group in groups), sum(group.added_reads for group in groups)
+            self.host_seconds += time.perf_counter() - began
+        if self.now is not None:
+            self.steps += 1
+            self.saved_reads += self._reads[0]
+            self.added_reads += self._reads[1]
+            if check:
+                self.check(requests)
+        return self.now
+
+    def forget(self) -> None:
+        """Nothing decodes any more."""
+        self.now, self._of = None, (-1, ())
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """See whether these requests, of the last decode step, read all that they chose, and nothing twice.
+
+        Raises:
+            RuntimeError: they do not, or a page that they read together is held by none of them, or is not where the
+                group has it.
+        """
+        assert self.now is not None
+        ledger = self.sets.ledger
+        for group, pages in zip(self.now.groups, self.now.pages, strict=True):
+            members = [requests[place] for place in group.members]
+            virtual = members[0].pages[group.positions]
+            held = set[int]().union(*(ledger.held_by(member.key) for member in members))
+            if not held.issuperset(virtual.tolist()) or not np.array_equal(ledger.v2p[virtual], pages):
+                raise RuntimeError(f"LSA: {[member.rid for member in members]} read pages together that none holds")
+            for member in members:
+                if not np.array_equal(member.pages[group.positions], virtual):
+                    raise RuntimeError(f"LSA: {member.rid} reads pages of others as its own")
+                own = own_positions(_reader(member, self.own.page), group)
+                row = self.own.table[member.row, : 2 + len(own)].cpu().numpy()
+                expected = [len(own), member.resident.tail_start, *ledger.v2p[member.pages[own]]]
+                left_out = (member.resident.tail_start - len(own)) * self.own.page
+                if row.tolist() != expected or self.own.shortening[member.row] != left_out:
+                    raise RuntimeError(f"LSA: the table of {member.rid} has other pages than its group leaves it")
+
+    def _form(self, requests: Sequence[Request]) -> Grouping | None:
+        readers = [_reader(request, self.own.page) for request in requests]
+        groups = form(readers, self.rules)
+        if not groups:
+            return None
+        positions, v2p = [reader.positions for reader in readers], self.sets.ledger.v2p
+        order = np.array([place for group in groups for place in group.members], dtype=np.int64)
+        places = np.full(len(requests), -1, dtype=np.int64)
+        places[order] = np.arange(len(order))
+        for group in groups:
+            for place in group.members:
+                positions[place] = own_positions(readers[place], group)
+        self.own.remap_all(
+            np.array([request.row for request in requests], dtype=np.int64),
+            [v2p[request.pages[own]] for request, own in zip(requests, positions, strict=True)],
+            np.array([request.resident.tail_start for request in requests], dtype=np.int64),
+        )
+        pages = tuple(v2p[requests[group.members[0]].pages[group.positions]] for group in groups)
+        return Grouping(groups, pages, order, places, self.own)
+
+
+def _reader(request: Request, page: int) -> Reader:
+    """What of a request may be shared: complete pages of its prompt below its tail. Of one that reads everything,
+    nothing is below its tail."""
+    resident = request.resident
+    shared = min(resident.tail_start, pages_complete(request.prompt_tokens, page))
+    return Reader(request.pages[:shared], resident.positions)

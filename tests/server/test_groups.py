@@ -1,0 +1,93 @@
+"""Groups on a real server: requests over one memory read its pages together, and say what they say alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prompts import prose
+from read_together import AGENTS, MEMORY_PAGES, ask_together, grouped, leave_one_by_one, named, prompts
+from serving import Answer, assert_idle, differs_at_a_tie, generate
+from soak import FLAGS
+
+from sglang_lsa.server_process import LSA, ServerProcess
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+TOKENS = 12
+CLOSE = 1e-3
+"""Between log-probabilities in float32, when what is read is the same and only the order of sums differs."""
+
+
+@pytest.fixture(scope="module")
+def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """In float32, with a pool that holds all sets; checks tables and holders of every group before every step."""
+    flags = [
+        "--model-path",
+        model_path,
+        *FLAGS,
+        "--lsa-config",
+        '{"groups": true}',
+        "--lsa-debug",
+        "--lsa-min-context",
+        "1024",
+    ]
+    flags += ["--lsa-device-tokens", "16000", "--lsa-host-memory-gb", "0.5"]
+    with ServerProcess(LSA, flags, tmp_path_factory.mktemp("groups") / "log") as server:
+        server.wait_until_ready()
+        ask_together(server, [(prompts()[0], {"enabled": False})], 1)  # the memory is there before the agents come
+        yield server
+        assert_idle(server)
+
+
+def distance(one: Answer, other: Answer) -> float:
+    """Largest difference between log-probabilities of tokens that both have among their best, at the first step that
+    decode computed."""
+    (_, first), (_, second) = one[1], other[1]
+    return max(abs(first[token] - second[token]) for token in first.keys() & second.keys())
+
+
+def test_all_pages_read_together_are_full_attention(server: ServerProcess) -> None:
+    """Each names all of its pages; those of the memory are read once for all four, and nothing is left out."""
+    before = grouped(server)
+    asked = [(prompt, named(prompt)) for prompt in prompts()]
+    together = ask_together(server, asked, TOKENS)
+    after = grouped(server)
+    assert after["steps"] >= before["steps"] + TOKENS // 2
+    assert after["saved_reads"] - before["saved_reads"] >= (after["steps"] - before["steps"]) * MEMORY_PAGES
+    assert after["added_reads"] == before["added_reads"]
+    for prompt, seen in zip(prompts(), together, strict=True):
+        (alone,) = ask_together(server, [(prompt, {"enabled": False})], TOKENS)
+        differs_at_a_tie(alone, seen)
+        assert distance(alone, seen) < CLOSE
+    assert grouped(server)["steps"] == after["steps"], "one request is no group"
+
+
+def test_a_member_reads_what_others_chose(server: ServerProcess) -> None:
+    """Two of four name page 41: it is read for all, so that the third says what it says with that page, to a rounding,
+    and not what it says without."""
+    common, asked = list(range(40)), prompts()
+    sets = [[*common, 41], [*common, 41], [*common, 43], common]
+    together = ask_together(server, [(prompt, named(prompt, own)) for prompt, own in zip(asked, sets, strict=True)], 2)
+    assert grouped(server)["added_reads"] > 0
+    (with_it,), (without,) = (
+        ask_together(server, [(asked[2], named(asked[2], own))], 2) for own in ([*common, 41, 43], sets[2])
+    )
+    assert distance(together[2], with_it) < CLOSE < distance(together[2], without)
+
+
+def test_full_attention_is_in_no_group(server: ServerProcess) -> None:
+    """A budget of 1.0 promises the tokens of stock SGLang: what it reads, and in which order, stays what it was."""
+    before = grouped(server)["steps"]
+    together = ask_together(server, [(prompt, {"budget": 1.0}) for prompt in prompts()], TOKENS)
+    assert grouped(server)["steps"] == before
+    for prompt, seen in zip(prompts(), together, strict=True):
+        (alone,) = ask_together(server, [(prompt, {"enabled": False})], TOKENS)
+        differs_at_a_tie(alone, seen)
+
+
+def test_members_leave_in_the_middle_of_a_window(server: ServerProcess) -> None:
+    """One is aborted, one ends, the others go on; their windows end at different steps, too."""
+    memory = prose(2600, 7)
+    generate(server, memory, 1)
+    leave_one_by_one(server, [f"{memory} {prose(60, 70 + agent)}" for agent in range(AGENTS)], 160, budget=0.9)
+    assert_idle(server)
