@@ -69,8 +69,9 @@ variable matters.
 
 KEYS_HEAD = """## While it runs
 
-Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server (`groups` excepted), and
-`budget`, `policy` and `prefill` of the table above as well ([operating](operating.md#changing-it-while-it-runs)).
+Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server, but for
+`groups`, and `budget`, `policy` and `prefill` of the table above as well
+([operating](operating.md#changing-it-while-it-runs)).
 """
 
 CONSTANTS_HEAD = """## What is fixed
@@ -201,7 +202,7 @@ def removed_table() -> list[str]:
 
 def server_table() -> list[str]:
     lines = ["| flag | key | allowed | default | meaning |", "| --- | --- | --- | --- | --- |"]
-    lines.append("| `--lsa-config` | | a path, or a JSON object | | Options from a JSON file, or as they are: `--lsa-config '{"widen": 1}'`. |")
+    lines.append("| `--lsa-config` | | a path, or a JSON object | | Options from a file, or as they are. |")
     for field in fields_of(FLAG):
         flag, default = flag_of(field.name), "" if field.default is None else f"`{field.default}`"
         if isinstance(field.default, bool):

@@ -15,9 +15,7 @@ from sglang_lsa.config.values import LSAConfig, read_json_object
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add one ``--lsa-*`` flag per option, and ``--lsa-config``; flags of earlier versions say what became of them."""
     group = parser.add_argument_group("Lookahead Sparse Attention (sglang-lsa)")
-    group.add_argument(
-        "--lsa-config", metavar="FILE.json", help="LSA options: a JSON file, or a JSON object; flags win."
-    )
+    group.add_argument("--lsa-config", metavar="JSON", help="Options from a JSON file, or a JSON object; flags win.")
     for field in dataclasses.fields(LSAConfig):
         if field.metadata["kind"] != FLAG:
             continue
