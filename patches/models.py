@@ -82,6 +82,9 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
 
 def seen_after_load(server_args: Any) -> list[str]:
     """What the configuration names and only a loaded model shows; the server refuses it then if need be."""
+    from sglang_lsa.patches.resolved import resolved
+
+    server_args = resolved(server_args)
     model, notes = server_args.get_model_config(), []
     if model.sliding_window_size is not None and not _is_windowed(model):
         notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def results_json(
     """Everything measured, as plain JSON values: bytes, pages, seconds. ``by_stock``: whose reference is stock's."""
     return {
         "sglang_lsa": sglang_lsa.__version__,
-        "sglang": sglang_lsa.SGLANG_VERSION,
+        "sglang": importlib.metadata.version("sglang"),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "model": MODEL,
         "config": dataclasses.asdict(config),

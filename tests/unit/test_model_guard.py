@@ -235,7 +235,13 @@ def configurator(model: torch.nn.Module) -> Any:
         kv_cache_dtype=torch.float32,
         device="cpu",
         server_args=SimpleNamespace(
-            lsa_config=LSAConfig(), kv_cache_dtype="auto", get_attention_backends=lambda: ("torch_native",) * 2
+            lsa_config=LSAConfig(),
+            kv_cache_dtype="auto",
+            tp_size=1,
+            attention_backend="torch_native",
+            prefill_attention_backend=None,
+            decode_attention_backend=None,
+            get_attention_backends=lambda: ("torch_native",) * 2,
         ),
     )
 
@@ -259,7 +265,11 @@ def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_pat
     """Granite multiplies by its attention_multiplier instead of 1/sqrt(head_dim)."""
     model = model_of(*(attention(layer, scaling=scale) for layer in range(LAYERS)))
     args = SimpleNamespace(
-        lsa_config=LSAConfig(record=str(tmp_path)), chunked_prefill_size=512, enable_metrics=False, device="cpu"
+        lsa_config=LSAConfig(record=str(tmp_path)),
+        chunked_prefill_size=512,
+        enable_metrics=False,
+        device="cpu",
+        tp_size=1,
     )
     config = SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM, vocab_size=9, hidden_size=Q_HEADS * DIM)
     runner = SimpleNamespace(
@@ -320,7 +330,7 @@ def test_models_that_sglang_serves_densely_are_not_refused(
 ) -> None:
     model = config_of(tmp_path, architecture, model_type, **values)
     assert model_problems(model, LSAConfig()) == []
-    notes = seen_after_load(SimpleNamespace(kv_cache_dtype="auto", get_model_config=lambda: model))
+    notes = seen_after_load(SimpleNamespace(kv_cache_dtype="auto", get_model_config=lambda: model, _model_config=model))
     assert len(notes) == ("sliding_window" in values)
     assert all("names a sliding window of 128 tokens: whether SGLang's model has it is seen when" in n for n in notes)
 
