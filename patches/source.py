@@ -71,6 +71,8 @@ class Source:
         root = pathlib.Path(next(iter(spec.submodule_search_locations))).parent
 
         def read(path: str) -> bytes | None:
+            if not path.startswith(f"{package}/") and path != f"{package}.py":
+                return None  # base classes of other packages have releases of their own
             try:
                 return (root / path).read_bytes()
             except OSError:

@@ -69,6 +69,7 @@ def answer_all(
     return answers
 
 
+@pytest.mark.release
 def test_full_budget_equals_stock(stock: ServerProcess, lsa: ServerProcess, model_path: str) -> None:
     """Budget 1.0 for all prompts; then LSA switched off in the request, for some."""
     everything = groups(model_path)

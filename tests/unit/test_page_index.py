@@ -27,6 +27,8 @@ from sglang_lsa.patches.requests import choose, promise
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
 from sglang_lsa.radix_ext.radix_cache import build_tree_cache
 
+pytestmark = pytest.mark.release
+
 WAITS = {
     "cpu",
     "numpy",

@@ -70,6 +70,8 @@ from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.patches.table import install as install_hooks
 
+pytestmark = pytest.mark.release
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ALL = HOOKS
 WITH_SUPPORT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "support"), *sys.path])}
@@ -523,7 +525,8 @@ def test_a_dead_hook_is_found_by_proof_of_life() -> None:
 
 def test_processes_that_have_nothing_to_do_get_nothing() -> None:
     script = (
-        "import sys; from setproctitle import setproctitle; setproctitle(sys.argv[1]); sys.argv[1:] = ['--lsa-budget=1']\n"
+        "import sys; from setproctitle import setproctitle; setproctitle(sys.argv[1])\n"
+        "sys.argv[1:] = ['--lsa-budget=1']\n"
         "from sglang_lsa.plugin import register; register(); print('sglang_lsa.patches.table' in sys.modules)"
     )
     for title, expected in (("sglang::detokenizer", "False"), ("sglang::data_parallel_controller", "False")):

@@ -18,6 +18,8 @@ from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.prefill_adder_add_one_req import choose_after_preemption, preemptible
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass, get_new_batch_prefill
 
+pytestmark = pytest.mark.release
+
 DEVICE_PAGES = 24
 NOTHING = np.zeros(0, dtype=np.int64)
 

@@ -25,6 +25,8 @@ from sglang_lsa.patches.relied import FOLDER, Fingerprints, changed
 from sglang_lsa.patches.source import Source, fingerprints, is_unchanged, missing_attributes
 from sglang_lsa.patches.table import SERVING
 
+pytestmark = pytest.mark.release
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -328,13 +330,10 @@ def imports_of_sglang() -> dict[str, str]:
 
 def test_what_is_imported_has_a_fingerprint() -> None:
     known = Fingerprints.load(HERE).symbols
-    seen = {
-        fingerprints(Source.installed(), [symbol])[symbol]: file
-        for symbol, file in imports_of_sglang().items()
-        if RELEASE.has(symbol)
-    }
+    imported = {symbol: file for symbol, file in imports_of_sglang().items() if RELEASE.has(symbol)}
+    seen = {fingerprints(Source.installed(), [symbol])[symbol]: file for symbol, file in imported.items()}
     missing = {symbol: file for symbol, file in seen.items() if symbol not in known.values()}
-    assert not missing, {s: f for s, f in imports_of_sglang().items() if f in missing.values()}
+    assert not missing, {s: f for s, f in imported.items() if f in missing.values()}
 
 
 def test_base_classes_have_fingerprints() -> None:
