@@ -95,6 +95,7 @@ def server_needs(
         head_dim=model.head_dim,
         itemsize=shown_itemsize(model, itemsize),
         map_bytes=4 if on_gpu else 8,
+        ranks=tp_size,
     )
 
 

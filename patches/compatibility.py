@@ -37,6 +37,7 @@ BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_atten
 FLASH_ATTENTION_ASKS = ("kv_cache_dtype", "base_gpu_id")
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
+MOST_RANKS = 8
 
 BF16 = ("bfloat16", "bf16")
 NO_GPU = "--device cuda: torch sees no NVIDIA GPU here"
@@ -50,7 +51,7 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("attn_cp_size", 1, "remove --attn-cp-size"),
     ("enable_prefill_cp", False, "remove --enable-prefill-cp"),
     ("pp_size", 1, "use --pp-size 1"),
-    ("tp_size", 1, "use --tp-size 1"),
+    ("enable_dp_attention", False, "remove --enable-dp-attention"),
     ("dp_size", 1, "use --dp-size 1 and several servers behind a router"),
     ("nnodes", 1, "use one node"),
     ("enable_hierarchical_cache", False, "remove --enable-hierarchical-cache: LSA has its own host mirror"),
@@ -81,6 +82,7 @@ REFUSED_SINCE_0_5_22: tuple[tuple[str, Any, str], ...] = (
     ("enable_pd_role_switch", False, "remove --enable-pd-role-switch"),
     ("enable_kv_cache_sharding", False, "remove --enable-kv-cache-sharding"),
     ("attn_dp_size", 1, "remove --attn-dp-size"),
+    ("tp_size", 1, f"use --tp-size 1, or SGLang {DEFAULT}"),
     ("enable_nvidia_megakernel", False, "remove --enable-nvidia-megakernel"),
     ("tokenizer_worker_num", 1, f"use one worker, or SGLang {DEFAULT}: its workers would serve without LSA"),
 )
@@ -173,6 +175,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         problems += deepseek_v4_problems(server_args, model, config)
     else:
         problems += kv_problems(server_args, model) + model_problems(model, config)
+    problems += rank_problems(server_args, model, config)
     if config.record is not None:
         problems += folder_problems(config.record)
     if problems:
@@ -199,6 +202,41 @@ def kv_problems(server_args: Any, model: Any) -> list[str]:
             "leave the flag out, or use --dtype bfloat16"
         ]
     return []
+
+
+def rank_problems(server_args: Any, model: Any, config: LSAConfig) -> list[str]:
+    """What cannot work with several ranks (tensor parallelism), one line each."""
+    ranks = getattr(server_args, "tp_size", 1)
+    if ranks == 1:
+        return []
+    where = f"--tp-size {ranks}: "
+    if is_deepseek_v4(model):
+        return [f"{where}not supported with LSA and {DEEPSEEK_V4} yet: use --tp-size 1"]
+    if ranks > MOST_RANKS:
+        return [f"{where}not supported with LSA yet: use 2 to {MOST_RANKS}"]
+    text, problems = model.hf_text_config, []
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % ranks:
+        fine = [str(n) for n in range(2, MOST_RANKS + 1) if not heads % n and (not kv_heads % n or not n % kv_heads)]
+        problems.append(
+            f"{where}{model.model_path} has {heads} attention heads, which cannot be shared by {ranks} ranks: use "
+            f"{', '.join(['--tp-size 1', *fine])}"
+        )
+    elif kv_heads % ranks and ranks % kv_heads:
+        problems.append(
+            f"{where}{model.model_path} has {kv_heads} KV heads, which can neither be shared by {ranks} ranks nor "
+            "repeated on them: use a number that divides them, or a multiple of them"
+        )
+    elif kv_heads < ranks:
+        logger.warning(
+            "LSA: %d KV heads on %d ranks: each is kept on %d of them, so that KV takes %d times the memory, on the "
+            "devices and in the host mirrors",
+            *(kv_heads, ranks, ranks // kv_heads, ranks // kv_heads),
+        )
+    if config.record is not None:
+        problems.append(f"--lsa-record with {where}a rank sees some of the heads only: record with --tp-size 1")
+    return problems
 
 
 def worker_problems(server_args: Any) -> list[str]:

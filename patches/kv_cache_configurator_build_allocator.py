@@ -18,6 +18,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     from sglang_lsa.patches.compatibility import Unsupported
     from sglang_lsa.patches.layouts import layout_of
     from sglang_lsa.patches.model_guard import kv_scales, problems
+    from sglang_lsa.patches.ranks import ranks
     from sglang_lsa.patches.resolved import resolved
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
     from sglang_lsa.radix_ext.swa_allocator import LsaSwaAllocator
@@ -36,7 +37,7 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
     layout = layout_of(pool, PAGE_SIZE, self.model_dtype, kv_scales(self.model, self.device))
-    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens)
+    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens, ranks=ranks(tp_size_of(self)))
     page, size = layout.page_tokens, pager.ledger.virtual_pages * layout.page_tokens
     if layout.page_tables:  # slots of a sliding window beside those of pages
         window = sizes.swa_max_total_num_tokens

@@ -19,7 +19,7 @@ def create_runtime(result, self):
     if args.device == "cuda":
         announce_attention(args)
     pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
-    beside = None
+    beside, shown = None, args.enable_metrics and pager.ranks.rank == 0  # all ranks have the same to show
     if index is not None:
         beside = sizing_dsv4.beside_bytes(len(c128_layers(self.model_config)), pager.ledger.virtual_pages)
     self.lsa = LSARuntime(
@@ -31,7 +31,7 @@ def create_runtime(result, self):
         chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else None,
         vocabulary=self.model_config.vocab_size,
         hidden_size=self.model_config.hidden_size,
-        metrics=Metrics({"model_name": args.served_model_name}) if args.enable_metrics else None,
+        metrics=Metrics({"model_name": args.served_model_name}) if shown else None,
         index=index,
         beside=beside,
     )

@@ -165,6 +165,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "served_model_name",
         "sleep_on_idle",
         "tokenizer_worker_num",
+        "tp_size",
     ),
 }
 

@@ -8,7 +8,8 @@ from http import HTTPStatus
 
 import torch
 
-from sglang_lsa.engine.prefill import DevicePoolFull
+from sglang_lsa.engine.failures import out_of_memory
+from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.releases import installed
@@ -26,16 +27,10 @@ def run_batch(original, self, batch, *args, **kwargs):
         lsa.after_forward(number)
         return result
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if isinstance(error, LedgerError) or not out_of_memory(error):
             raise
-        lsa.forward_failed()
+        lsa.forward_failed(error)
         return give_up(self, batch, error)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on the device, or on the host, of which torch speaks in words only."""
-    known = (torch.OutOfMemoryError, MemoryError, DevicePoolFull)
-    return isinstance(error, known) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def give_up(scheduler, batch, error):
@@ -58,6 +53,7 @@ def give_up(scheduler, batch, error):
             scheduler.chunked_req = None
         abort = AbortReq(finished_reason=req.finished_reason.to_json(), rid=req.rid)
         scheduler.ipc_channels.send_to_tokenizer.send_output(abort, req)
+    scheduler.tp_worker.model_runner.lsa.pager.make_equal()
     batch.input_ids, batch.return_logprob, batch.return_hidden_states = None, False, False
     batch.launch_ts = batch.launch_ts or time.monotonic()  # SGLang's counters want one, though nothing was launched
     return GenerationBatchResult(next_token_ids=torch.zeros(len(batch.reqs), dtype=torch.int64))

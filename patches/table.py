@@ -20,6 +20,7 @@ from sglang_lsa.patches import (
     logprob_processor_get_token_ids_logprobs_raw,
     model_runner_forward,
     model_runner_init_post_memory_pool_components,
+    model_runner_load_model,
     ollama_serving_handle_chat,
     ollama_serving_handle_generate,
     open_ai_serving_chat_convert_to_internal_request,
@@ -67,6 +68,7 @@ INTAKE: tuple[Hook, ...] = (
 
 SERVING: tuple[Hook, ...] = (
     kv_cache_configurator_config_from_budget.HOOK,
+    model_runner_load_model.HOOK,
     kv_cache_configurator_build_token_to_kv_pool.HOOK,
     deep_seek_v4_token_to_kv_pool_make_indexer_pool.HOOK,
     kv_cache_configurator_build_allocator.HOOK,

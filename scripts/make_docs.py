@@ -1,4 +1,4 @@
-"""Write docs/configuration.md (every flag, key of the JSON file and key of a request) and docs/requests.md.
+"""Write pages of docs: configuration.md (flags, keys of the JSON file and of a request), requests.md and metrics.md.
 
 python scripts/make_docs.py          # write them
 python scripts/make_docs.py --check  # fail if they are not what would be written
@@ -13,6 +13,7 @@ import sys
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.config.values import LEAST
+from sglang_lsa.serve.metrics import markdown_table
 from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -116,6 +117,19 @@ They are checked like the body's; an option that is given in both, with two valu
 """
 
 
+METRICS_NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/serve/metric_table.py; change it there. -->"
+METRICS_HEAD = """# Metrics
+
+With `--enable-metrics` these are on `/metrics`, beside SGLang's own. Dashboard and alerts:
+[examples/grafana](../examples/grafana/README.md); what to do about them: [Tuning](tuning.md#what-to-watch).
+"""
+
+
+def metrics_page() -> str:
+    """Every metric."""
+    return "\n".join([METRICS_NOTE, "", METRICS_HEAD, markdown_table(), ""])
+
+
 def requests_page() -> str:
     """What a request may say."""
     return "\n".join([REQUESTS_NOTE, "", REQUESTS_HEAD, *screen_table(), REQUESTS_TAIL])
@@ -190,7 +204,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = 0
-    for name, text in (("configuration.md", page()), ("requests.md", requests_page())):
+    pages = {"configuration.md": page(), "requests.md": requests_page(), "metrics.md": metrics_page()}
+    for name, text in pages.items():
         path = DOCS / name
         if not check:
             path.write_text(text)

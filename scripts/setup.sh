@@ -103,7 +103,7 @@ install() {
   say "Installing SGLang $sglang, PyTorch and sglang-lsa into $venv (about 9 GB)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train]' "sglang==$sglang"
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train,router]' "sglang==$sglang"
   fi
   fingerprint >"$stamp.new"
   mv "$stamp.new" "$stamp"
@@ -114,7 +114,7 @@ install_with_uv() {
   # The wheels of PyTorch and CUDA are large: allow a slow line more than uv's 30 s of silence.
   # Compiled once here: otherwise every process of every server might compile thousands of files as it starts.
   UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --compile-bytecode \
-    --python "$venv/bin/python" -e '.[dev,train]' "sglang==$sglang"
+    --python "$venv/bin/python" -e '.[dev,train,router]' "sglang==$sglang"
 }
 
 trap 'exit 130' INT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -37,9 +38,12 @@ class ServerProcess:
         self, module: str, arguments: Sequence[str], log: pathlib.Path, environment: dict[str, str] | None = None
     ):
         self.module, self.log = module, log
-        self.port = free_port()
+        # The second is where the ranks of the model meet: SGLang looks one up long before it uses it.
+        self.held = {"--port": held_port(), "--nccl-port": held_port()}
+        self.port = int(self.held["--port"].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        ports = [word for flag, held in self.held.items() for word in (flag, str(held.getsockname()[1]))]
+        command = [sys.executable, "-m", module, "--host", "127.0.0.1", *ports, *arguments]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
@@ -96,6 +100,8 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 continue
         self.process.wait()
+        for held in self.held.values():
+            held.close()
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -104,8 +110,33 @@ class ServerProcess:
         self.stop()
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def held_port() -> socket.socket:
+    """A socket that keeps a port of this machine for a server which listens on it later, until the socket is closed.
+
+    A server of ours takes half a minute to listen. A port that is only looked up is given away meanwhile: to outgoing
+    connections, which include those that ask whether the server is up, or to the next server that looks one up. So the
+    port stays bound, and lies below those that the kernel hands out by itself.
+
+    Raises:
+        OSError: no port could be bound.
+    """
+    first, last = 10_000, _first_ephemeral_port() - 1
+    for _ in range(100):
+        held = socket.socket()
+        try:
+            # Without SO_REUSEADDR: ports that others hold in this way are not taken.
+            held.bind(("127.0.0.1", random.randint(first, last)))
+        except OSError:
+            held.close()
+            continue
+        # With it from now on: a server that sets it, as SGLang's does, may listen beside a socket that does not listen.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return held
+    raise OSError(f"no free port of 127.0.0.1 from {first} to {last} in 100 tries")
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768

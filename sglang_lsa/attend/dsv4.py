@@ -81,7 +81,7 @@ class LsaDeepseekV4Backend(DeepseekV4AttnBackend):
     def forward_c4_indexer(self, x, q_lora, c4_indexer, forward_batch, **options) -> None:
         layer = c4_indexer.layer_id
         if forward_batch.forward_mode.is_extend():
-            self.lsa.pager.transfer.before_layer(layer)
+            self.lsa.prefill.before_layer(layer)
         if self.lsa.observer.wants_hidden(layer):
             self.lsa.observer.capture_hidden(layer, x[: len(self.forward_metadata.core_metadata.positions)])
         super().forward_c4_indexer(x=x, q_lora=q_lora, c4_indexer=c4_indexer, forward_batch=forward_batch, **options)

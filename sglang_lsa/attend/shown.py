@@ -46,7 +46,7 @@ class Shown:
         if self.recent is not None and layer.layer_id in self.lsa.observer.slot_of_layer:
             tokens, rows, positions = self.recent
             self.lsa.observer.observe(layer.layer_id, _heads(q, layer)[tokens], rows, positions)
-        self.lsa.pager.transfer.before_layer(layer.layer_id)
+        self.lsa.prefill.before_layer(layer.layer_id)
         return self.recent is not None and self.lsa.step.readings is not None
 
     def decode(self, q: torch.Tensor, layer, forward_batch) -> None:

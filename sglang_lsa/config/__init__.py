@@ -1,6 +1,6 @@
-"""Configuration: the flags, the JSON file, the README table and a request's options come from one frozen dataclass."""
+"""Configuration: flags, the JSON file, ``docs/configuration.md`` and a request's options, of one frozen dataclass."""
 
-from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument, markdown_table
+from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument
 from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
 from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, offered
 from sglang_lsa.config.values import (
@@ -33,6 +33,5 @@ __all__ = [
     "config_from_args",
     "config_from_argument",
     "looks_at_index",
-    "markdown_table",
     "offered",
 ]

@@ -1,4 +1,4 @@
-"""The ``--lsa-*`` flags and the README table, made from the fields of LSAConfig."""
+"""The ``--lsa-*`` flags, made from the fields of LSAConfig."""
 
 from __future__ import annotations
 
@@ -25,16 +25,6 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
             if field.default is not None:
                 options["help"] += f" Default: {field.default}."
         group.add_argument(flag_of(field.name), **options)
-
-
-def markdown_table() -> str:
-    """The table of flags in the README."""
-    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(LSAConfig):
-        default = "" if field.default is None else str(field.default)
-        values = f" One of {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-        lines.append(f"| `{flag_of(field.name)}` | {default} | {field.metadata['help']}{values} |")
-    return "\n".join(lines)
 
 
 def config_from_args(args: argparse.Namespace) -> LSAConfig | None:

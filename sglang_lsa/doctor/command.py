@@ -14,6 +14,7 @@
          "weights": {"bytes", "how", "source"},
          "physical_pages", "kv_bytes", "overhead_bytes": {...},        as in /lsa/status under "physical"
          "virtual_pages", "mirror_bytes",                              as in /lsa/status under "virtual" and "host"
+         "ranks", "host_mirror_bytes",                                 sizes are of one rank, but this and the host's
          "budgeted_bytes", "unused_bytes"},                            of the device, for KV and LSA's buffers
      "contexts": [{"tokens", "pages", "resident_pages", "stock", "lsa", "limit"}]}
 
@@ -130,7 +131,7 @@ def _host(server: Server | None) -> tuple[Host | None, list[Finding]]:
         return None, [
             Finding("machine", "host memory", TROUBLE, f"cannot be measured ({error})", "", "see the versions")
         ]
-    mirror, pinned = (server.mirror_bytes, server.device == "cuda") if server is not None else (None, False)
+    mirror, pinned = (server.host_mirror_bytes, server.device == "cuda") if server is not None else (None, False)
     return host, host_findings(host, mirror, pinned)
 
 
@@ -179,6 +180,7 @@ def plan_findings(server: Server) -> list[Finding]:
     seen = f"{plan.physical_tokens} tokens of KV on the device, {plan.virtual_tokens} in the host mirror"
     if server.device != "cuda":
         needed = server.weights.bytes + server.pool_bytes + server.overhead_bytes + server.mirror_bytes
+        needed *= server.ranks
         if needed <= server.host.free_bytes:
             return [Finding(SECTION, name, OK, seen)]
         seen = f"a CPU server of {needed / GB:.2f} GB, {server.host.free_bytes / GB:.2f} GB are free"
@@ -187,7 +189,7 @@ def plan_findings(server: Server) -> list[Finding]:
     if sized or plan.virtual_tokens >= server.budgeted_tokens:
         return [Finding(SECTION, name, OK, seen)]
     why = f"the device has room for {server.budgeted_tokens} tokens: with a larger mirror the pool would be larger"
-    mirror = round_up_gb(server.budgeted_tokens * plan.token_bytes + server.page_bytes)
+    mirror = round_up_gb((server.budgeted_tokens * plan.token_bytes + server.page_bytes) * server.ranks)
     fix = f"--lsa-host-memory-gb {mirror}, if the host has it"
     return [Finding(SECTION, name, NOTE, seen, why, fix)]
 
@@ -205,7 +207,7 @@ def context_finding(server: Server, context: Fit, asked: bool) -> Finding | None
     if context.lsa > 0:
         return None
     if context.limit == HOST:
-        needed = round_up_gb((context.pages + 1) * server.page_bytes)
+        needed = round_up_gb((context.pages + 1) * server.page_bytes * server.ranks)
         why = f"the host mirror holds {plan.virtual_tokens} tokens, and a context must be there whole"
         return Finding(SECTION, name, status, "none fits", why, f"--lsa-host-memory-gb {needed} or more")
     why = f"they read all of their pages, and the device pool holds {plan.physical_tokens} tokens"

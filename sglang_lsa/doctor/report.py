@@ -99,6 +99,8 @@ def memory_table(server: Server) -> Table:
         f"memory plan: {server.name}, {server.dtype} KV of {server.plan.token_bytes:,} bytes a token, "
         f"{server.page_bytes:,} a page of {server.plan.page.page_tokens}"
     )
+    if server.ranks > 1:
+        title += f"; one of {server.ranks} ranks"
     table = Table(title=title, title_justify="left", expand=True)
     table.add_column("what")
     table.add_column("size", justify="right")
@@ -109,6 +111,8 @@ def memory_table(server: Server) -> Table:
     table.add_row("host memory, free", size_text(server.host.free_bytes), server.host.how)
     mirror = f"host mirror, {server.plan.virtual_tokens // server.plan.page.page_tokens} pages"
     table.add_row(mirror, size_text(server.mirror_bytes), "planned")
+    if server.ranks > 1:
+        table.add_row(f"host mirrors of {server.ranks} ranks", size_text(server.host_mirror_bytes), "planned")
     return table
 
 
@@ -161,6 +165,8 @@ def plan_json(server: Server) -> dict[str, Any]:
         "overhead_bytes": dict(plan.overhead),
         "virtual_pages": plan.virtual_tokens // plan.page.page_tokens,
         "mirror_bytes": server.mirror_bytes,
+        "ranks": server.ranks,
+        "host_mirror_bytes": server.host_mirror_bytes,
         "budgeted_bytes": server.budgeted_bytes,
         "unused_bytes": server.unused_bytes,
     }

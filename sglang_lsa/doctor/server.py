@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.doctor.contexts import Fit, fit
 from sglang_lsa.doctor.machine import Gpu
-from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, weights_of
+from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, shared, weights_of
 from sglang_lsa.engine import sizing
 from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
 from sglang_lsa.launch_server import server_arguments, with_defaults
@@ -66,6 +66,7 @@ class Server:
         chunk_tokens: of prefill; None when prompts are not cut.
         max_requests: that run at the same time.
         dtype: of KV.
+        ranks: that share the model (``--tp-size``), all on this host; everything else is of one of them, but ``host``.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Server:
     max_requests: int
     dtype: str
     stock_tokens: int = 0
+    ranks: int = 1
 
     @property
     def page_bytes(self) -> int:
@@ -98,6 +100,11 @@ class Server:
     def mirror_bytes(self) -> int:
         """Of the host mirror, its padding page included."""
         return (self.plan.virtual_tokens // self.plan.page.page_tokens + 1) * self.page_bytes
+
+    @property
+    def host_mirror_bytes(self) -> int:
+        """Of the host mirrors of all ranks."""
+        return self.mirror_bytes * self.ranks
 
     @property
     def overhead_bytes(self) -> int:
@@ -170,8 +177,12 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     }
     extra, page = arguments.extra_context(server_args), arguments.kv_page(model, **shape)
     dummy = server_args.load_format == "dummy"
-    weights = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
+    ranks = server_args.tp_size
+    whole = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
+    weights = whole if ranks == 1 else shared(whole, ranks)
     memory = _device_memory(server_args.device, gpu, assumed)
+    if server_args.device != "cuda":
+        memory = replace(memory, free_bytes=memory.free_bytes // ranks)
     budgeted = int(memory.free_bytes * server_args.mem_fraction_static) - weights.bytes
     if budgeted <= 0:
         raise ValueError(
@@ -189,6 +200,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
             context_tokens=model.context_len,
             device=server_args.device,
             needs=arguments.server_needs(server_args, model, extra_context=extra, **shape),
+            local_ranks=ranks,
         )
         host = HostMemory(host_mirror.available_host_memory(), ASSUMED if assumed.host_bytes is not None else MEASURED)
     chunk = server_args.chunked_prefill_size or 0
@@ -209,6 +221,7 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
         chunk_tokens=chunk if chunk > 0 else None,
         max_requests=server_args.max_running_requests,
         dtype=str(dtype).removeprefix("torch."),
+        ranks=ranks,
     )
 
 

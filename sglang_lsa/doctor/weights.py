@@ -51,6 +51,11 @@ def weights_of(model_path: str, hf_config: Any, itemsize: int, dummy: bool = Fal
     return Weights(_parameters(hf_config, model_path) * itemsize, COMPUTED, "shape of the model: no weights are here")
 
 
+def shared(weights: Weights, ranks: int) -> Weights:
+    """What one of several ranks has of them: nearly all tensors are cut into as many parts."""
+    return Weights(weights.bytes // ranks, COMPUTED, f"{weights.source}, shared by {ranks} ranks")
+
+
 def safetensors_bytes(file: pathlib.Path, itemsize: int | None) -> int:
     """Bytes of the tensors in a safetensors file once they are loaded.
 

@@ -87,7 +87,8 @@ def policies(
     Raises:
         ValueError: the server's own is none of them, or one cannot be made.
     """
-    parts = Parts(config, pager.layout, pager.ledger.virtual_pages, observer, page_keys, softmax_scale, index)
+    pages, ranks = pager.ledger.virtual_pages, pager.ranks
+    parts = Parts(config, pager.layout, pages, observer, page_keys, softmax_scale, index, ranks)
     found = {policy.name: policy.build(parts) for policy in needed(config, index is not None)}
     if config.policy not in (*found, FULL):
         raise ValueError(

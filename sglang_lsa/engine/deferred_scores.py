@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+
+from sglang_lsa.memory.ranks import TIMEOUT, RanksDisagree
+
+POLL = 1e-4
+"""Seconds between two looks at scores that other ranks have a part in."""
+
+
+def wait_for(event: Any, who: str = "this rank", timeout: float = TIMEOUT) -> None:
+    """Wait for what is queued on the device, but no longer than ranks wait for each other.
+
+    Args:
+        who: waits, in words.
+
+    Raises:
+        RanksDisagree: it has not come.
+    """
+    began = time.monotonic()
+    while not event.query():
+        if time.monotonic() - began > timeout:
+            raise RanksDisagree(
+                f"LSA: {who} waited {timeout:.0f} s for the other ranks to score pages on the device, and not all "
+                "came: they have ended, stand still, or decided otherwise"
+            )
+        time.sleep(POLL)
 
 
 class Fetch:
@@ -17,6 +43,10 @@ class Fetch:
         self.device_seconds = 0.0
         self.failed = False
         """They are not the policy's, which failed."""
+        self.instead: Callable[[], np.ndarray] | None = None
+        """Of several ranks: the last of the scores says whether the policy failed on any, and this what counts then."""
+        self.who = "this rank"
+        """Which of them waits."""
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
@@ -46,7 +76,14 @@ class Fetch:
     def values(self) -> np.ndarray:
         """The scores, float ``[n]``; waits for them if they are not here yet."""
         if self._began is not None and self._ended is not None:
+            if self.instead is not None:
+                wait_for(self._ended, self.who)
             self._ended.synchronize()
             self.device_seconds = self._began.elapsed_time(self._ended) / 1000
             self._began = self._ended = None
-        return self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+        scores = self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+        if self.instead is not None:
+            instead, self.instead = self.instead, None
+            self.failed = bool(scores[-1] > 0)
+            self.scores = scores = instead() if self.failed else scores[:-1]
+        return scores

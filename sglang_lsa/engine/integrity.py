@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,6 +32,45 @@ def check(pager: Pager, table: ResidentTable, requests: Mapping[str, Request], r
         if request.story.windows and not pager.ledger.held_by(request.key).issuperset(request.read_pages()):
             raise RuntimeError(f"LSA: {request.rid} reads pages that it does not hold")
         _check_table(pager, table, request)
+
+
+def compare(pager: Pager, requests: Mapping[str, Request]) -> None:
+    """See whether all ranks have the same records.
+
+    Raises:
+        RanksDisagree: they have not; both are in its message.
+    """
+    if pager.ranks.size > 1:
+        pager.ranks.compare(digest(pager, requests), lambda: described(pager, requests))
+
+
+def digest(pager: Pager, requests: Mapping[str, Request]) -> int:
+    """A hash of where pages are, who holds them, and what each request reads; below 2 ** 63."""
+    found = hashlib.blake2b(pager.ledger.v2p.tobytes(), digest_size=8)
+    for holder in pager.ledger.holders():
+        found.update(f"{holder} {sorted(pager.ledger.held_by(holder))}".encode())
+    for key in sorted(requests):
+        resident = requests[key].resident
+        found.update(f"{key} {requests[key].tokens} {resident.tail_start} {resident.positions.tolist()}".encode())
+    return int.from_bytes(found.digest(), "little") >> 1
+
+
+def described(pager: Pager, requests: Mapping[str, Request]) -> str:
+    """The same in words, as far as a log has room for it."""
+    ledger = pager.ledger
+    lines = [
+        f"pass {ledger.passes}, {ledger.held_pages} pages held, {ledger.device_pages} on the device, "
+        f"{ledger.host_pages} mirrored, {ledger.obtainable_pages} to be had, {ledger.recalls} recalled, "
+        f"{ledger.evictions} evicted; v2p {hashlib.blake2b(ledger.v2p.tobytes(), digest_size=8).hexdigest()}"
+    ]
+    lines += [f"{holder} holds {sorted(ledger.held_by(holder))}" for holder in ledger.holders()]
+    for key, request in requests.items():
+        resident = request.resident
+        lines.append(
+            f"{key} has {request.tokens} tokens, window {request.window}, {request.steps_left} steps left, reads "
+            f"{resident.positions.tolist()} and from page {resident.tail_start} on"
+        )
+    return "\n  ".join(lines)
 
 
 def _check_table(pager: Pager, table: ResidentTable, request: Request) -> None:

@@ -12,6 +12,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted
 from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.choose import choose
+from sglang_lsa.engine.failures import DevicePoolFull, begin_together
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
@@ -26,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_LOOK_PAGES = 32
 """Hot pages that the first look at a resident prefix reads."""
-
-
-class DevicePoolFull(RuntimeError):
-    """A page that must be on the device cannot be; admission and retraction should have prevented that."""
 
 
 class Prefill:
@@ -56,6 +53,8 @@ class Prefill:
         self.resident_prompts = 0
         self.radix_hit_tokens = 0
         self.prompt_tokens = 0
+        self.layer = -1
+        """That the last pass came to."""
 
     @property
     def config(self) -> LSAConfig:
@@ -63,11 +62,14 @@ class Prefill:
         return self.rules.config
 
     def begin_pass(self, batch: Batch, new_pages: np.ndarray) -> Step:
-        """Every page that this pass reads in place or writes gets a place on the device.
+        """Every page that this pass reads in place or writes gets a place on the device, on all ranks or on none.
 
         Args:
             new_pages: virtual pages that SGLang allocated for this batch, in the order of its requests.
         """
+        return begin_together(self.pager.ranks, lambda: self._begin_pass(batch, new_pages))
+
+    def _begin_pass(self, batch: Batch, new_pages: np.ndarray) -> Step:
         self.admission.batch_formed()
         readings, requests, looks, taken = [], [], [], 0
         for index, (key, tokens, prefix) in enumerate(zip(batch.keys, batch.lengths, batch.prefixes, strict=True)):
@@ -100,6 +102,11 @@ class Prefill:
         in_parts = looks or not all(reading.whole for reading in readings)
         parts = tuple(readings) if in_parts else None
         return Step.of(batch, requests, readings=parts, staged=staged, looks=tuple(looks))
+
+    def before_layer(self, layer: int) -> None:
+        """The pass is about to read this layer."""
+        self.layer = layer
+        self.pager.transfer.before_layer(layer)
 
     def end_pass(self, request: Request, middle: bool) -> None:
         """The pass is queued, and so are the copies to the mirror of what it completes: let go of what is not needed.
@@ -246,7 +253,8 @@ class Prefill:
                 readings[index] = self._read(request, self._here(request, chosen))
             except LedgerError:
                 raise
-            except Exception:
+            except Exception as error:
+                self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
                 self.counts.failures += 1
                 request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)

@@ -53,7 +53,8 @@ class Pressure:
                 freed += held - self.pager.ledger.held_pages
             except LedgerError:
                 raise
-            except Exception:
+            except Exception as error:
+                self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
                 self.counts.failures += 1
                 logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
 

@@ -64,7 +64,7 @@ class Refresher:
         self._attempt(request, self._choose)
         self._attempt(request, self._load)
         if request.steps_left <= 0:
-            self._attempt(request, self._switch_if_here)
+            self._attempt(request, self._switch_if_held)
 
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
@@ -88,11 +88,10 @@ class Refresher:
             if (new := request.resident.next) is not None and not new.held:
                 self.load_now(request, urgent=last)
                 if request.steps_left <= 0:
-                    self._attempt(request, self._switch_if_here)
+                    self._attempt(request, self._switch_if_held)
                 if not new.held and not last:
                     self.pager.settle()
-        if request.resident.next is not None:  # sent for, but not here yet
-            self.pager.require(request.resident.next.needed(request.pages))
+        if request.resident.next is not None:  # sent for, though its window has not begun
             self.switch_now(request)
         if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
             self._keep_tail(request)
@@ -149,7 +148,12 @@ class Refresher:
         cannot wait; with no room for either, the old set stays for one more window."""
         if new.state is not State.CHOSEN:
             return
-        if self._hold(request, new) or (not self._can_wait(request, new) and self._hold_less(request, new)):
+        held = self._hold(request, new)
+        if not held and not self._can_wait(request, new):
+            if self.pager.unpromised_later > self.pager.unpromised_pages:
+                self.pager.settle()  # how much is still in flight decides nothing
+            held = self._hold(request, new) or self._hold_less(request, new)
+        if held:
             new.state = State.LOADING
             self.pager.reservations.settle(request.key)  # what admission promised for a first set is held
         elif not self._can_wait(request, new):
@@ -202,19 +206,20 @@ class Refresher:
 
     # -- LOADING -> read -----------------------------------------------------------------------------------------
 
-    def _switch_if_here(self, request: Request, new: Refresh) -> None:
-        """Its window begins, or has begun: read the new set if its pages are there, else go on with the old one."""
+    def _switch_if_held(self, request: Request, new: Refresh) -> None:
+        """Its window begins: read the new set. That its pages are not there yet changes nothing that is decided; the
+        device waits for them."""
         if not new.held:
             return
-        if self.pager.arrived(needed := new.needed(request.pages)):
-            self._switch(request, new)
-        elif new.state is State.LOADING and not request.resident.incomplete:
-            new.state = State.LATE
-            self.pager.count_late(needed)
-            self._stall(request)
+        needed = new.needed(request.pages)
+        if request.resident.incomplete and not self.pager.arrived(needed):
+            return  # it does not decode yet: nobody waits for it before it does
+        self.pager.count_late(needed)
+        self._switch(request, new)
 
     def _switch(self, request: Request, new: Refresh) -> None:
-        """Let go of the old set and let decode attention read the new one."""
+        """Let go of the old set and let decode attention read the new one, from the next kernel on."""
+        self.pager.require(new.needed(request.pages))
         self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
         request.resident.set_asked = new.asked
         if new.tail_start:
@@ -249,7 +254,8 @@ class Refresher:
             stage(request, new)
         except LedgerError:
             raise
-        except Exception:
+        except Exception as error:
+            self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
             self.counts.failures += 1
             request.story.failures += 1
             logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)

@@ -31,8 +31,6 @@ class State(enum.Enum):
     """Its positions are known; there is no room for its pages yet."""
     LOADING = "loading"
     """Its pages are held beside those of the set before it, and sent for."""
-    LATE = "late"
-    """The same, and its window has begun without it."""
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Refresh:
     @property
     def held(self) -> bool:
         """Whether its pages are held beside those of the set before it."""
-        return self.state in (State.LOADING, State.LATE)
+        return self.state is State.LOADING
 
     def needed(self, pages: np.ndarray) -> np.ndarray:
         """Those of the request's ``pages`` that decode would read."""

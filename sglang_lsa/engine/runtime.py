@@ -19,7 +19,8 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine import build
 from sglang_lsa.engine.admission import Admission
 from sglang_lsa.engine.counts import Decoding, Metrics
-from sglang_lsa.engine.integrity import check
+from sglang_lsa.engine.failures import require_together
+from sglang_lsa.engine.integrity import check, compare
 from sglang_lsa.engine.native_index import NativeIndex
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
@@ -56,7 +57,7 @@ class LSARuntime:
         vocabulary: of the model; token ids beyond it are refused.
         hidden_size: of the model, for recordings.
         metrics: Prometheus metrics to keep up to date.
-        scores: through which ranks that share the heads agree on scores, as ``pager`` has it for what is finished.
+        scores: through which ranks that share the heads agree on scores; those of the pager's ranks by default.
         index: the model's own, where the layout shows no keys.
         beside: device bytes of what SGLang keeps of all virtual pages, by name.
     """
@@ -97,7 +98,7 @@ class LSARuntime:
         self.indexer = build.trained(self.policies)
         """The policy that was trained for the model's weights."""
         in_force = build.applicable(config, pager)
-        self.lookahead = build.lookahead(in_force, pager, self.table, self.policies, scores)
+        self.lookahead = build.lookahead(in_force, pager, self.table, self.policies, scores or pager.ranks.scores)
         self.requests: dict[str, Request] = {}
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = build.staging(config, pager)
@@ -171,8 +172,7 @@ class LSARuntime:
     def run_on(self, stream: torch.cuda.Stream) -> None:
         """The model runs on this stream (GPU)."""
         if self._stream is None:
-            self._stream = stream
-            self.pager.compute = lambda: stream
+            self._stream, self.pager.compute = stream, lambda: stream
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """Kernels are queued behind the forward passes (GPU)."""
@@ -250,6 +250,7 @@ class LSARuntime:
                     self.lookahead.refresh(ending)
         if self.config.debug:
             self.check()
+            compare(self.pager, self.requests)
         if number % METRICS_EVERY == 0 and step.kind == DECODE and not self.pager.reservations.total:
             seen = self.decoding.setdefault(len(step.requests), Decoding())
             seen.samples += 1
@@ -257,8 +258,9 @@ class LSARuntime:
         if number % METRICS_EVERY == 0 or step.kind == EXTEND:
             self._update_metrics()
 
-    def forward_failed(self) -> None:
-        """A pass was given up, before or while it was queued, and its requests are about to be failed."""
+    def forward_failed(self, error: BaseException) -> None:
+        """A pass was given up, and its requests are about to be failed. RanksDisagree if other ranks go on with it."""
+        require_together(self.pager.ranks, error, self.prefill.layer)
         self.step = Step(staged=self.step.staged)  # copies that were queued may still read its ids
         self.failed_batches += 1
         self.pager.all_queued()

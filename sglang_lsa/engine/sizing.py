@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sglang_lsa.config import LSAConfig
@@ -97,16 +97,18 @@ def selector_needs(
     head_dim: int,
     itemsize: int,
     map_bytes: int = 4,
+    ranks: int = 1,
 ) -> Needs:
     """What the observers, page keys and staging take, for pages and a model of this shape.
 
     Args:
         kv_heads, head_dim, itemsize: of the keys that Quest looks at, and of queries.
+        ranks: that share the model; everything here is of one of them.
     """
     observed = len(observed_layers(config, layers))
     page_key_bytes = observed * 2 * kv_heads * head_dim * itemsize if bounds_needed(config) else 0
     row_bytes = positions(config) * observed * q_heads * head_dim * itemsize
-    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.page_bytes(config))}
+    policy_bytes = {policy.name: size for policy in needed(config) if (size := policy.rank_page_bytes(config, ranks))}
     staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
     staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)
@@ -169,6 +171,7 @@ def plan_memory(
     context_tokens: int,
     device: str,
     needs: Needs | None = None,
+    local_ranks: int = 1,
 ) -> MemoryPlan:
     """Size device pool and host mirror.
 
@@ -178,6 +181,7 @@ def plan_memory(
         context_tokens: longest context of the model.
         device: ``cpu`` or ``cuda``.
         needs: LSA's own buffers; on a GPU they are taken from the budget before KV.
+        local_ranks: that share this host's memory; everything here is of one of them.
 
     Raises:
         ValueError: more host memory is asked for than is free, or the pools would be too small to serve anything.
@@ -188,6 +192,7 @@ def plan_memory(
         require_host_memory(host_bytes, f"--lsa-host-memory-gb {config.host_memory_gb}", "lower it")
     else:
         host_bytes = int(available_host_memory() * HOST_SHARE[device])
+    host_bytes //= local_ranks
     virtual = (host_bytes // page_bytes - 1) * page_tokens
     if config.host_memory_gb is None and needs is not None and device == "cuda":
         most = needs.most_virtual(budgeted_tokens // page_tokens * page_bytes)
@@ -217,13 +222,28 @@ def plan_memory(
             f"give it at least {4 * page_tokens} tokens ({4 * page_bytes / GB:.3f} GB)"
         )
     if virtual < physical:
+        least = (physical // page_tokens + 1) * page_bytes * local_ranks
         raise ValueError(
             f"the host mirror would hold {virtual} tokens ({host_bytes / GB:.2f} GB), fewer than the device pool's "
-            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb((physical // page_tokens + 1) * page_bytes)} or "
-            "more, or lower --lsa-device-tokens"
+            f"{physical}: raise --lsa-host-memory-gb to {round_up_gb(least)} or more, or lower --lsa-device-tokens"
         )
     overhead = needs.overhead(config, physical, virtual) if needs else {}  # of a smaller pool: no more than was taken
     plan = MemoryPlan(physical, virtual, page, overhead)
+    announce(plan)
+    return plan
+
+
+def smallest(config: LSAConfig, plans: Sequence[MemoryPlan], needs: Needs) -> MemoryPlan:
+    """What all ranks have room for, of plans for pages of one shape."""
+    physical = min(plan.physical_tokens for plan in plans)
+    virtual = min(plan.virtual_tokens for plan in plans)
+    return MemoryPlan(physical, virtual, plans[0].page, needs.overhead(config, physical, virtual))
+
+
+def announce(plan: MemoryPlan) -> None:
+    """Say in the log what was planned."""
+    page, physical, virtual = plan.page, plan.physical_tokens, plan.virtual_tokens
+    page_bytes, page_tokens, overhead = page.page_bytes, page.page_tokens, plan.overhead
     logger.info(
         "LSA: device pool %d tokens (%.2f GB), host mirror %d tokens (%.2f GB), %d KV bytes a token%s",
         physical,
@@ -233,4 +253,3 @@ def plan_memory(
         plan.token_bytes,
         "".join(f", {name.replace('_', ' ')} {size / GB:.3f} GB" for name, size in overhead.items()),
     )
-    return plan

@@ -42,6 +42,8 @@ class Clock:
             # What is predicted during its last steps would hardly know the answer: a quarter must do for the pages.
             request.steps_left, request.lead = request.asked.dense_steps, min(self.lead, request.asked.dense_steps // 4)
             return False
+        if request.resident.tail_start:  # it can go on with what its prompt read, while pages of its own set come
+            request.steps_left = self.lead // 4
         return True
 
     def end_step(self, requests: Iterable[Request]) -> list[Request]:

@@ -94,7 +94,13 @@ class IndexerConfig:
     @property
     def page_bytes(self) -> int:
         """Of the keys of one page, in 8 bits."""
-        return len(self.key_heads) * self.sub_keys * self.key_dim
+        return self.rank_page_bytes(1)
+
+    def rank_page_bytes(self, ranks: int) -> int:
+        """The same on that of several ranks which has the most; each keeps keys for the query heads that it has."""
+        rank_of = {head: head[1] * ranks // self.model.q_heads for head in self.heads}
+        keys = ({self.key_head(head) for head in self.heads if rank_of[head] == rank} for rank in range(ranks))
+        return max(map(len, keys)) * self.sub_keys * self.key_dim
 
     def require_model(self, shape: ModelShape) -> None:
         """Raise ValueError unless the served model is the one that this indexer was trained for."""

@@ -7,6 +7,7 @@ these heads, kept at a few keys a page and adapted by training, find pages that 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -68,10 +69,40 @@ class MemoryIndexer(nn.Module):
         self._keep("q_at", [layers.index(layer) * model.q_heads + head for layer, head in config.heads])
         self._keep("k_at", [layers.index(layer) * model.kv_heads + head for layer, head in key_heads])
         self._keep("key_of_head", [key_heads.index(config.key_head(head)) for head in config.heads])
+        self.all_heads = heads
+        """That the mean is over: this one's own, and those that are on other ranks."""
 
-    def _keep(self, name: str, numbers: list[int]) -> None:
+    def of_rank(self, rank: int, ranks: int) -> MemoryIndexer:
+        """The part with the heads that one of several ranks has, which shares out query heads evenly.
+
+        KV heads are shared out, too, or repeated where there are fewer than ranks; each query head is on one rank.
+        Buffers and parameters are those of :meth:`load`, on the same device.
+        """
+        if ranks == 1:
+            return self
+        model, whole = self.config.model, self.config
+        q_heads, kv_heads = model.q_heads // ranks, max(1, model.kv_heads // ranks)
+        first_q, first_kv = rank * q_heads, rank * model.kv_heads // ranks
+        here = [at for at, (_, head) in enumerate(whole.heads) if first_q <= head < first_q + q_heads]
+        key_heads = sorted({whole.key_head(whole.heads[at]) for at in here})
+        keys_here = [whole.key_heads.index(head) for head in key_heads]
+        part = copy.copy(self)
+        part._parameters, part._buffers = dict(self._parameters), dict(self._buffers)
+        for name, kept in (("query", here), ("sharpness", here), ("weight", here), ("key", keys_here)):
+            setattr(part, name, nn.Parameter(getattr(self, name)[kept], requires_grad=False))
+        layers = whole.layers
+        numbers = {
+            "q_at": [layers.index(whole.heads[at][0]) * q_heads + whole.heads[at][1] - first_q for at in here],
+            "k_at": [layers.index(layer) * kv_heads + head - first_kv for layer, head in key_heads],
+            "key_of_head": [key_heads.index(whole.key_head(whole.heads[at])) for at in here],
+        }
+        for name, values in numbers.items():
+            part._keep(name, torch.tensor(values, dtype=torch.int64, device=self.q_at.device))
+        return part
+
+    def _keep(self, name: str, numbers: list[int] | torch.Tensor) -> None:
         """On the indexer's device: an index that comes from the host would be copied there every time."""
-        self.register_buffer(name, torch.tensor(numbers), persistent=False)
+        self.register_buffer(name, torch.as_tensor(numbers), persistent=False)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> MemoryIndexer:
@@ -122,18 +153,30 @@ class MemoryIndexer(nn.Module):
     def score(self, queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """What share of their attention the heads are expected to pay to each page in the next window.
 
+        Args: as for :meth:`score_part`.
+
+        Returns:
+            ``[n]`` float32, 0 or more.
+        """
+        return self.finish(self.score_part(queries, table, pages))
+
+    def score_part(self, queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """What the heads of this rank add to that; parts of all ranks are added up before :meth:`finish`.
+
         Args:
             queries: ``[positions, layers, q_heads, head_dim]`` of the recent positions, in any order.
             table: uint8 ``[virtual_pages + 1, key_heads, sub_keys, key_dim]``, see ``page_score``.
             pages: int64 ``[n]`` virtual ids of the request's complete pages, first to last.
 
         Returns:
-            ``[n]`` float32, 0 or more.
+            ``[n]`` float32.
         """
+        if not len(self.q_at):
+            return torch.zeros(len(pages), device=table.device)
         asked = self.ask(queries)
         if table.is_cuda:
             asked = asked.bfloat16()  # for matrix units; keys are numbers of this type
-        return self.combine(page_score(asked, table, pages, self.key_of_head))
+        return self.part(page_score(asked, table, pages, self.key_of_head))
 
     def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""
@@ -142,7 +185,14 @@ class MemoryIndexer(nn.Module):
 
     def combine(self, shares: torch.Tensor) -> torch.Tensor:
         """``[heads, pages]`` -> ``[pages]``: the mean over heads, and what age and neighbours add."""
-        own = softplus(self.weight) @ shares / (math.log(2) * len(shares))  # softplus(0) weighs 1
+        return self.finish(self.part(shares))
+
+    def part(self, shares: torch.Tensor) -> torch.Tensor:
+        """``[heads, pages]`` -> ``[pages]``: what these heads add to the mean over all heads."""
+        return softplus(self.weight) @ shares / (math.log(2) * self.all_heads)  # softplus(0) weighs 1
+
+    def finish(self, own: torch.Tensor) -> torch.Tensor:
+        """``[pages]``, the mean over all heads, and what age and neighbours add."""
         before, after = softplus(self.neighbour)
         own = own + before * pad(own[:-1], (1, 0)) + after * pad(own[1:], (0, 1))
         return own + softplus(self.age)[ages(len(own), own.device)]

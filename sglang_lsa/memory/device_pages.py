@@ -62,6 +62,11 @@ class DevicePages:
         self._finished = max(self._finished, number)
         self._leave_limbo()
 
+    @property
+    def in_limbo(self) -> bool:
+        """Whether a page that was given up waits for something in flight."""
+        return bool(self._limbo)
+
     # -- copies --------------------------------------------------------------------------------------------------
 
     def copy_started(self, physical: Pages, arriving: bool) -> None:

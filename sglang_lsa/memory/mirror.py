@@ -13,6 +13,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from sglang_lsa.memory.numa import spread
+
 logger = logging.getLogger(__name__)
 
 GB = 1 << 30
@@ -48,6 +50,7 @@ class HostMirror:
         if pinned:
             flat = _huge_pages(total)
             self._lock(flat)
+            logger.info("LSA: host mirror of %.1f GB on NUMA %s", total / GB, spread(flat.data_ptr()) or "(not told)")
             self.pages = flat.view(virtual_pages + 1, page_bytes)
         else:
             self.pages = torch.empty((virtual_pages + 1, page_bytes), dtype=torch.uint8)

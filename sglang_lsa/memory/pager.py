@@ -14,11 +14,15 @@ from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.mirror import HostMirror
 from sglang_lsa.memory.page_index import PageIndex
 from sglang_lsa.memory.progress import Done, Progress
+from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.reservations import Reservations
 from sglang_lsa.memory.transfer import HostTransfer, StreamTransfer, Transfer, upload
+from sglang_lsa.memory.unheld import forget_unheld
 
 logger = logging.getLogger(__name__)
 
+PASSES_UNNOTICED = 8
+"""Forward passes that several ranks let end before they agree on that, while nothing waits for it."""
 PREFETCHER = "(prefetch)"
 """Holder of pages while they are being sent for ahead of any request."""
 
@@ -29,14 +33,18 @@ class Pager:
     Args:
         layout: of SGLang's device pool.
         virtual_pages: capacity of the host mirror.
-        progress: through which it becomes known what is finished.
+        progress: through which it becomes known what is finished; the ranks' own by default.
+        ranks: that share the model's heads.
     """
 
-    def __init__(self, layout: KVLayout, virtual_pages: int, progress: Progress | None = None):
+    def __init__(
+        self, layout: KVLayout, virtual_pages: int, progress: Progress | None = None, ranks: Ranks | None = None
+    ):
         self.layout, self.page = layout, layout.page_tokens
         self.device = layout.device
         on_gpu = self.device.type == "cuda"
-        self.progress = progress or Progress()
+        self.ranks = ranks or Ranks()
+        self.progress = progress or self.ranks.progress
         self.ledger = Ledger(virtual_pages, layout.physical_pages)
         self.page_index = PageIndex(self.page)
         self.mirror = HostMirror(virtual_pages, layout.page_bytes, pinned=on_gpu)
@@ -61,8 +69,12 @@ class Pager:
         self.warmed_pages = 0
         """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
-        """Of these, pages that were not there when their window began."""
+        """Of these, pages that were not known to be there when their window began; the device waited for them."""
+        self._recalls = 0
+        self._recall_of = np.zeros(layout.physical_pages + 1, dtype=np.int64)
+        """By device page: the last recall that brought its content; the first one has number 1."""
         self._passes: list[tuple[int, Any]] = []
+        self._passes_noticed = 0
         self._idle_events: list[Any] = []
 
     # -- forward passes ------------------------------------------------------------------------------------------
@@ -88,17 +100,30 @@ class Pager:
         self.forward_queued(self.ledger.passes)
 
     def poll(self) -> None:
-        """Take notice of forward passes and copies that are done. Never waits."""
+        """Take notice of forward passes and copies that are done. Never waits, but for other ranks."""
+        if self.ranks.size == 1 or self._waited_for:
+            self._notice(self.progress.agreed(self._seen()))
+
+    @property
+    def _waited_for(self) -> bool:
+        """Whether it matters what is finished; the same on all ranks."""
+        return self.transfer.busy or self.ledger.in_limbo or len(self._passes) >= PASSES_UNNOTICED
+
+    def _seen(self) -> Done:
+        """What this rank sees finished."""
         passes = 0
         for number, event in self._passes:
             if not event.query():
                 break
             passes = number
-        done = self.progress.agreed(Done(passes, *self.transfer.ended()))
+        return Done(passes or self._passes_noticed, *self.transfer.ended())
+
+    def _notice(self, done: Done) -> None:
         self.transfer.notice(done.stores, done.recalls)
         while self._passes and self._passes[0][0] <= done.passes:
             number, event = self._passes.pop(0)
             self._idle_events.append(event)
+            self._passes_noticed = number
             self.ledger.forward_finished(number)
 
     def settle(self) -> None:
@@ -106,7 +131,16 @@ class Pager:
         for _, event in self._passes:
             event.synchronize()
         self.transfer.wait()
-        self.poll()
+        self._notice(self._seen())  # every rank that comes here has waited for all
+
+    def make_equal(self) -> None:
+        """A batch was given up before it ran, and ranks may have come differently far with it: let every rank have on
+        the device what is held, and nothing else."""
+        if self.ranks.size == 1:
+            return
+        self.settle()
+        self.progress.restart(self._seen())
+        forget_unheld(self.ledger)
 
     # -- residency -----------------------------------------------------------------------------------------------
 
@@ -127,6 +161,8 @@ class Pager:
         virtual, physical = plan.recall
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
+            self._recalls += 1
+            self._recall_of[physical] = self._recalls
             self.ledger.copy_started(physical, arriving=True)
             self.transfer.recall(
                 physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
@@ -163,10 +199,14 @@ class Pager:
     def require(self, pages: np.ndarray, layer_by_layer: bool = False) -> None:
         """What is queued for the device from now on may read these held pages.
 
-        ``layer_by_layer``: that is one forward pass, which calls ``transfer.before_layer`` before each layer.
+        ``layer_by_layer``: that is one forward pass, which calls ``Prefill.before_layer`` before each layer.
         """
-        if not self.arrived(pages):
-            (self.transfer.gate_layers if layer_by_layer else self.transfer.before_next_kernel)()
+        if self.arrived(pages):
+            return
+        if layer_by_layer:
+            self.transfer.gate_layers()
+        else:
+            self.transfer.before_next_kernel(int(self._recall_of[self.ledger.v2p[pages]].max()))
 
     def prefetch(self, pages: np.ndarray) -> None:
         """Bring in those of ``pages``, given hottest first, that are worth more than what they displace.
@@ -179,7 +219,7 @@ class Pager:
             self.warmed_pages += len(wanted)
 
     def count_late(self, pages: np.ndarray) -> None:
-        """A window began before these pages were there."""
+        """A window begins, and the device waits for those of these pages that are not known to be there."""
         self.late_pages += int(self.ledger.arriving(pages).sum())
 
     def store(self, pages: np.ndarray) -> None:

@@ -23,6 +23,10 @@ class Transfer(Protocol):
     recall_seconds: float
     recalled_pages: int
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are copies whose ``finished`` was not called."""
+
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         """Copy device pages to the mirror, after everything that is queued for the device now."""
 
@@ -43,8 +47,8 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Wait for every copy, and call its ``finished``."""
 
-    def before_next_kernel(self) -> None:
-        """What is queued for the device from now on sees every recall issued so far."""
+    def before_next_kernel(self, recalls: int) -> None:
+        """What is queued for the device from now on sees so many recalls, of the oldest and counted since the start."""
 
     def gate_layers(self) -> None:
         """The same for a forward pass that calls :meth:`before_layer` before each layer: it need not wait for all
@@ -66,6 +70,10 @@ class HostTransfer:
         self.mirror, self.moves = mirror, moves_of(layout.pieces, mirror)
         self.recall_seconds = 0.0
         self.recalled_pages = 0
+
+    @property
+    def busy(self) -> bool:
+        return False
 
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
@@ -89,7 +97,7 @@ class HostTransfer:
     def wait(self) -> None:
         pass
 
-    def before_next_kernel(self) -> None:
+    def before_next_kernel(self, recalls: int) -> None:
         pass
 
     def gate_layers(self) -> None:
@@ -136,6 +144,10 @@ class StreamTransfer:
         self.recall_seconds = 0.0
         self.recalled_pages = 0
 
+    @property
+    def busy(self) -> bool:
+        return bool(self.storing or self.recalling)
+
     def store(self, physical: np.ndarray, virtual: np.ndarray, finished: Finished) -> None:
         self.stores.wait_stream(self.compute())
         self.storing.append(self._copy(self.stores, physical, virtual, finished, True))
@@ -180,8 +192,9 @@ class StreamTransfer:
         self.recalls.synchronize()
         self.notice(*self.ended())
 
-    def before_next_kernel(self) -> None:
-        self.compute().wait_stream(self.recalls)
+    def before_next_kernel(self, recalls: int) -> None:
+        if recalls > self.recalled:  # copies of one stream end in their order
+            self.compute().wait_event(self.recalling[recalls - self.recalled - 1].ended)
 
     def gate_layers(self) -> None:
         self._gates = [copy.layers for copy in self.recalling if copy.layers]

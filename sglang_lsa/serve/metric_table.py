@@ -37,7 +37,7 @@ class Now(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, and one line of the table in the README.
+    """One metric, and one line of the table in ``docs/metrics.md``.
 
     Attributes:
         name: without prefix, and without the ``_total`` of a counter.
@@ -154,6 +154,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "1 when the model's weights changed after its indexer was trained, else 0",
         lambda now: float(now.runtime.weight_updates > 0 and now.runtime.indexer is not None),
     ),
+    Gauge(
+        "lsa_ranks",
+        "ranks",
+        "Ranks that share the model (`--tp-size`); pages and bytes are those of each",
+        lambda now: now.pager.ranks.size,
+    ),
     Counter("lsa_recalled_pages", "pages", "Pages copied from host to device", lambda now: now.ledger.recalls),
     Counter(
         "lsa_recalled_bytes",
@@ -170,7 +176,7 @@ METRICS: tuple[Gauge | Counter, ...] = (
     Counter(
         "lsa_late_pages",
         "pages",
-        "Of these, pages that were not there when their window began",
+        "Of these, pages that the device waited for when their window began",
         lambda now: now.pager.late_pages,
     ),
     Counter(
@@ -205,6 +211,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "sets",
         "Predictions that failed; the most recent pages stayed",
         lambda now: now.counts.fallbacks,
+    ),
+    Counter(
+        "lsa_rank_checks",
+        "checks",
+        "Times that the records of all ranks were compared and found equal (`--lsa-debug`)",
+        lambda now: now.pager.ranks.checks,
     ),
     Counter(
         "lsa_widened_sets",
@@ -310,4 +322,4 @@ METRICS: tuple[Gauge | Counter, ...] = (
         lambda now: now.runtime.weight_updates,
     ),
 )
-"""In the order of the README."""
+"""In the order of ``docs/metrics.md``."""

@@ -62,7 +62,7 @@ def measure(runtime: LSARuntime) -> dict[str, float]:
 
 
 def markdown_table() -> str:
-    """The table of metrics in the README."""
+    """The table of metrics in ``docs/metrics.md``."""
     lines = ["| metric | type | unit | meaning |", "| --- | --- | --- | --- |"]
     for metric in METRICS:
         name = PREFIX + metric.name + metric.suffix

@@ -81,6 +81,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "widened_sets": values["lsa_widened_sets"],
         "collapsed_sets": values["lsa_collapsed_sets"],
         "radix": {"hit_tokens": values["lsa_prefix_hit_tokens"], "prompt_tokens": values["lsa_prompt_tokens"]},
+        "ranks": {"size": values["lsa_ranks"], "checks": values["lsa_rank_checks"]},
         "running": running(runtime),
         "finished_requests": runtime.finished_requests,
         "decoding": {str(n): dataclasses.asdict(seen) for n, seen in runtime.decoding.items()},

@@ -95,7 +95,7 @@ def test_answers_follow_the_policy(server: ServerProcess) -> None:
 
 def test_a_running_request_keeps_its_budget_and_follows_the_threshold(server: ServerProcess) -> None:
     """And one that came later has the new budget. A threshold of 2 leaves out whatever the budget has room for."""
-    tokens = 220
+    tokens = 150
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, server, prose(1600, 31), tokens, "before")
         while not any(request["window"] >= 0 for request in running_requests(server)):

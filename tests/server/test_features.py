@@ -263,7 +263,7 @@ def test_a_high_priority_does_not_wait_for_device_pages(features: ServerProcess)
     low, high = random_ids(1300, 11), random_ids(900, 12)
     plain = {
         name: ask(features, ids, count, DENSE)["output_ids"]
-        for name, ids, count in (("low", low, 400), ("high", high, 8))
+        for name, ids, count in (("low", low, 200), ("high", high, 8))
     }
     flush(features)
     done: dict[str, float] = {}
@@ -274,7 +274,7 @@ def test_a_high_priority_does_not_wait_for_device_pages(features: ServerProcess)
         return answer
 
     with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(timed, "low", low, 400, DENSE, priority=0, rid="low")
+        slow = pool.submit(timed, "low", low, 200, DENSE, priority=0, rid="low")
         watch(features, slow, lambda running: running and running[0]["context_tokens"] > 1310)
         asked = time.monotonic()
         quick = pool.submit(timed, "high", high, 8, DENSE, priority=100, rid="high").result()

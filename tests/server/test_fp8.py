@@ -26,7 +26,8 @@ HEADS, HEAD_DIM, LAYERS = 3, 64, 6
 def servers(model_path: str, logs: pathlib.Path) -> Iterator[tuple[ServerProcess, ServerProcess]]:
     """Stock SGLang, and LSA with a pool of 16 pages; both start at the same time."""
     common = ["--model-path", model_path, *FLAGS, *FP8]
-    stock = ServerProcess(STOCK, [*common, "--max-total-tokens", "4000"], logs / "fp8-stock.log")
+    whole = ["--max-total-tokens", "4000", "--chunked-prefill-size", "4096"]
+    stock = ServerProcess(STOCK, [*common, *whole], logs / "fp8-stock.log")
     lsa = ServerProcess(LSA, [*common, *LSA_FLAGS], logs / "fp8-lsa.log")
     with stock, lsa:
         yield stock.wait_until_ready(), lsa.wait_until_ready()

@@ -86,6 +86,8 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_refresh_host_seconds": status["refresh_host_seconds"],
         "lsa_refresh_device_seconds": status["refresh_device_seconds"],
         "lsa_stalls": status["stalls"],
+        "lsa_ranks": status["ranks"]["size"],
+        "lsa_rank_checks": status["ranks"]["checks"],
         "lsa_fallbacks": status["fallbacks"],
         "lsa_widened_sets": status["widened_sets"],
         "lsa_collapsed_sets": status["collapsed_sets"],

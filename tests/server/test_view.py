@@ -100,7 +100,7 @@ def test_running_requests(lsa: ServerProcess) -> None:
     flush(lsa)
     texts = [needle(2500, 0.5, 3).prompt + f" Question {number}." for number in range(3)]
     with answer(lsa, "/lsa/events") as response, ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(generate, lsa, text, 260, f"view-{number}") for number, text in enumerate(texts)]
+        running = [pool.submit(generate, lsa, text, 150, f"view-{number}") for number, text in enumerate(texts)]
         seen = []
         for frame in frames(response):
             seen.append(frame)

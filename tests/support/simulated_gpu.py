@@ -132,6 +132,10 @@ class SimulatedGPU:
     ) -> None:
         self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer, len(self._pieces)))
 
+    @property
+    def busy(self) -> bool:
+        return self._told != (len(self.stores), len(self.recalls))
+
     def ended(self) -> tuple[int, int]:
         return self.stored, self.recalled
 
@@ -149,9 +153,9 @@ class SimulatedGPU:
         self.calls["wait"] += 1
         self.finish(len(self.storing), len(self.recalling))
 
-    def before_next_kernel(self) -> None:
+    def before_next_kernel(self, recalls: int) -> None:
         self.calls["before_next_kernel"] += 1
-        self._whole = len(self.recalls)
+        self._whole = max(self._whole, recalls)
 
     def gate_layers(self) -> None:
         self.calls["gate_layers"] += 1

@@ -38,6 +38,8 @@ from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
+from sglang_lsa.memory.ranks import Ranks
+from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.patches.requests import judge
 
 ROWS = 8
@@ -60,6 +62,7 @@ class Scores(Policy):
     """Random scores; sometimes none, sometimes no numbers, sometimes an error."""
 
     queries = True
+    across_ranks = Reduction.MAX
 
     def __init__(self, chance: random.Random):
         self.chance = chance
@@ -84,6 +87,8 @@ class Simulation:
     Args:
         page: tokens of a page.
         own_index: the model shows no keys and has an index of its own, as DeepSeek-V4; its pages have 256 tokens.
+        ranks: of which this is one. The world tells all of them the same; what its heads score is its own, and so is
+            when its GPU comes to what is queued.
     """
 
     def __init__(
@@ -94,9 +99,11 @@ class Simulation:
         scheduler: type[Scheduler] = Scheduler,
         layout: type[MhaLayout] | None = None,
         own_index: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
+        own = random.Random(f"{seed} on rank {ranks.rank}") if ranks else chance
         physical, virtual = chance.choice([16, 24, 40]), chance.choice([120, 250])
         self.chunk: int = chance.choice([2, 4, 8]) * self.page
         self.resident = 0.0 if own_index else resident
@@ -117,12 +124,12 @@ class Simulation:
         self.native: CheckedNative | None = None
         if own_index:
             self.config["policy"] = "native"
-        self.pager = Pager(self._layout(physical, layout or MhaLayout), virtual)
+        self.pager = Pager(self._layout(physical, layout or MhaLayout), virtual, ranks=ranks)
         self.req_to_token = torch.zeros((ROWS + 1, virtual * self.page), dtype=torch.int32)
         config = LSAConfig.from_mapping(self.config)
         index = INDEX if own_index else None
         self.runtime = LSARuntime(config, self.pager, self.req_to_token, 1, 1.0, self.chunk, index=index)
-        self.gpu = SimulatedGPU(self.pager, chance)
+        self.gpu = SimulatedGPU(self.pager, own)
         self.overlap = chance.random() < 0.7
         lookahead = self.runtime.lookahead
         lookahead.clock.lag, lookahead.clock.lead = chance.choice([(2, 3), (2, 3), (0, 0)]) if self.overlap else (0, 0)
@@ -130,7 +137,7 @@ class Simulation:
         if own_index:
             policies["native"] = self.native = CheckedNative(policies["native"], self.gpu)
         else:
-            policies["quest"] = Scores(chance)
+            policies["quest"] = Scores(own)
         lookahead.scorer.policies = policies
         self.scheduler = scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
         self.scheduler.memory.watch = Observed(self.runtime, self.gpu) if own_index else None

@@ -18,7 +18,7 @@ from sglang_lsa.serve.metrics import COUNTERS, GAUGES
 from sglang_lsa.serve.view.events import Broadcast
 from sglang_lsa.serve.view.routes import add_routes
 from sglang_lsa.serve.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode, pages_per_column
-from sglang_lsa.server_process import free_port
+from sglang_lsa.server_process import held_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 """The system's browser; None without one."""
@@ -128,11 +128,12 @@ class ViewServer:
         app, router = FastAPI(), APIRouter()
         add_routes(router, self.broadcast)
         app.include_router(router)
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
+        held = held_port()
+        host, port = held.getsockname()
+        self.url = f"http://{host}:{port}"
+        config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()), daemon=True)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[held])), daemon=True)
 
     def __enter__(self) -> ViewServer:
         self.thread.start()

@@ -1,7 +1,8 @@
-"""Pages written from the code are up to date."""
+"""Pages written from the code are up to date, nothing is said twice, and every page is found from the index."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -49,3 +50,51 @@ def test_every_feature_names_tests_that_exist(row: list[str]) -> None:
     assert named
     for file, name in named:
         assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+GENERATED = ("quality.md", "quality-60.md")
+"""Tables of one suite after the other."""
+
+
+def passages(text: str) -> list[str]:
+    """Sentences of paragraphs and items of lists, rows of tables and blocks of code, as they read."""
+    text = re.sub(r"^(?=\* |- |\d+\. |\|)", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return [sentence for part in text.split("\n\n") for sentence in re.split(r"(?<=\.) ", " ".join(part.split()))]
+
+
+def repeated(pages: dict[str, str], least: int = 120) -> dict[str, list[str]]:
+    """Passages of ``least`` characters and more that stand twice, with the pages that have them."""
+    found = collections.defaultdict(list)
+    for name, text in pages.items():
+        for passage in passages(text):
+            if len(passage) >= least:
+                found[passage].append(name)
+    return {passage: names for passage, names in found.items() if len(names) > 1}
+
+
+def test_nothing_is_said_twice() -> None:
+    pages = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES if path.name not in GENERATED}
+    assert not repeated(pages)
+
+
+def test_what_is_said_twice_is_seen() -> None:
+    said = "Decode reads the [resident set](a.md) of a request, " * 5
+    assert not repeated({"a": f"# One\n\n{said}\n\nelse", "b": f"* {said}"})
+    assert list(repeated({"a": f"{said}\n\nelse", "b": said.replace("(a.md)", "(b.md)")}).values()) == [["a", "b"]]
+    assert list(repeated({"a": f"First. {said}. More.", "b": f"Else. {said}."}).values()) == [["a", "b"]]
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in index, path.name
+
+
+def test_files_of_the_page_for_contributors_exist() -> None:
+    named = re.findall(r"`([\w/.]+\.(?:py|md|toml|json))`", (ROOT / "docs" / "contributing.md").read_text())
+    places = (ROOT, ROOT / "sglang_lsa", ROOT / "sglang_lsa/engine", ROOT / "sglang_lsa/memory/layout")
+    named = [name for name in named if "NEW" not in name]
+    assert len(named) > 30
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []

@@ -65,6 +65,7 @@ COMMANDS: dict[str, list[str]] = {
     "12 GB": ["8b", "--gpu-memory-gb", "12"],
     "sliding window": ["sliding", "--gpu-memory-gb", "80"],
     "names a window": ["names one", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200"],
+    "two ranks": ["8b", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200", "--tp-size", "2"],
     "flags": ["", "--tp-size", "2", "--page-size", "32"],
     "no such model": ["missing"],
     "too large a mirror": ["", "--lsa-host-memory-gb", "1000000"],
@@ -165,12 +166,22 @@ def test_every_hook_of_the_table_is_told(found: dict[str, Any]) -> None:
     assert told == {"sglang": OK, **{hook.target: OK for hook in (*INTAKE, *SERVING)}}
 
 
+def test_a_rank_has_half_of_everything(found: dict[str, Any]) -> None:
+    one, two = (found[name]["plan"] for name in ("80 GB", "two ranks"))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert two["page_bytes"] * 2 == one["page_bytes"]
+    assert two["weights"]["bytes"] == one["weights"]["bytes"] // 2
+    assert two["host_mirror_bytes"] == 2 * two["mirror_bytes"]
+    assert abs(two["host_mirror_bytes"] - one["host_mirror_bytes"]) <= 4 * one["page_bytes"], "of one host's memory"
+    assert two["physical_pages"] > 2 * one["physical_pages"] or two["physical_pages"] == two["virtual_pages"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("12 GB", ["the weights (14.96 GB) leave no memory for KV", "--mem-fraction-static"]),
         ("sliding window", ["has sliding-window attention: not supported with LSA yet: use a dense model"]),
-        ("flags", ["--tp-size 2: not supported with LSA yet: use --tp-size 1", "--page-size 32: "]),
+        ("flags", ["has 9 attention heads, which cannot be shared by 2 ranks: use --tp-size 1, 3", "--page-size 32: "]),
         ("no such model", ["missing"]),
         ("too large a mirror", ["--lsa-host-memory-gb 1000000.0 needs 1000000.0 GB of host memory", "lower it"]),
         ("too small a mirror", ["fewer than the device pool's 9600: raise --lsa-host-memory-gb to"]),

@@ -282,7 +282,7 @@ def test_what_is_served(flags: str, started: dict[str, Any]) -> None:
         ("bfloat16", "--kv-cache-dtype bfloat16: not supported with LSA and DeepseekV4ForCausalLM yet: leave"),
         ("hisparse", "--enable-hisparse True: not supported with LSA yet: remove --enable-hisparse"),
         ("hicache", "--enable-hierarchical-cache True: not supported with LSA yet: remove"),
-        ("tp", "--tp-size 2: not supported with LSA yet: use --tp-size 1"),
+        ("tp", "--tp-size 2: not supported with LSA and DeepseekV4ForCausalLM yet: use --tp-size 1"),
         ("mixed", "--enable-mixed-chunk True: not supported with LSA yet: remove"),
         ("resident", "--lsa-prefill resident: not supported with LSA and DeepseekV4ForCausalLM yet: use exact"),
         (

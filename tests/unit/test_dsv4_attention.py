@@ -67,10 +67,10 @@ class World:
         self.table = ResidentTable(3, CONTEXT_PAGES, PAGE)
         self.gates: list[int] = []
         layout = SimpleNamespace(physical_pages=PHYSICAL)
-        transfer = SimpleNamespace(before_layer=self.gates.append)
-        pager = SimpleNamespace(v2p=self.v2p, layout=layout, page=PAGE, device=torch.device("cpu"), transfer=transfer)
+        pager = SimpleNamespace(v2p=self.v2p, layout=layout, page=PAGE, device=torch.device("cpu"))
+        prefill = SimpleNamespace(before_layer=self.gates.append)
         self.observer = observer or Observer()
-        self.lsa = SimpleNamespace(pager=pager, table=self.table, observer=self.observer)
+        self.lsa = SimpleNamespace(pager=pager, prefill=prefill, table=self.table, observer=self.observer)
         self.stock = self._backend(stock.DeepseekV4AttnBackend)
         self.backend = self._backend(LsaDeepseekV4Backend)
         self.backend.lsa = self.lsa

@@ -10,12 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = sorted(
-    [
-        ROOT / "README.md",
-        *(path for folder in ("docs", "docker", "examples", "sglang_lsa") for path in (ROOT / folder).rglob("*.md")),
-    ]
-)
+FOLDERS = ("docs", "docker", "examples", "sglang_lsa", "tests")
+PAGES = sorted([ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 LINK = re.compile(r"\]\(([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)(?:\s+\"[^\"]*\")?\)")
 """The end of ``[text](target "title")`` or of a picture; a target may have parentheses in it."""
 

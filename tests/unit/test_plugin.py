@@ -282,7 +282,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--lsa-budget 7", r"budget 7\.0 is out of range: use a number in \(0, 1\]"),
     ("--lsa-policy indexer", "--lsa-policy indexer needs a trained checkpoint: add --lsa-indexer PATH"),
     ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read .*give an existing"),
-    ("--tp-size 2 --page-size 16", "(?s)--tp-size 2: .*--page-size 16: "),  # every problem at once
+    ("--tp-size 2 --page-size 16", "(?s)--page-size 16: .*--tp-size 2: "),  # every problem at once
     # SGLang's own checks come first:
     ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout requires"),
     ("--enable-deterministic-inference", "deterministic inference"),
@@ -838,7 +838,7 @@ class Runtime:
     def after_forward(self, number: int) -> None:
         self.calls.append(f"after {number}")
 
-    def forward_failed(self) -> None:
+    def forward_failed(self, error: BaseException) -> None:
         self.calls.append("failed")
 
     def run_on(self, stream: str) -> None:

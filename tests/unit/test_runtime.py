@@ -164,6 +164,7 @@ def test_everything_that_is_measured_has_a_name_and_a_text() -> None:
     values = measure(runtime)
     assert list(values) == [*GAUGES, *COUNTERS] == [metric.name for metric in METRICS]
     shown = {"lsa_device_pages": 40, "lsa_staging_bytes": runtime.staging_bytes, "lsa_coverage": 1.0}
+    shown["lsa_ranks"] = 1
     shown |= {"lsa_virtual_pages": 64, "lsa_host_mirror_bytes": runtime.pager.mirror.nbytes, "lsa_budget": 0.135}
     assert {name: value for name, value in values.items() if value} == shown
     assert json.loads(json.dumps(status(runtime))) == status(runtime)
@@ -243,7 +244,7 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
     held(runtime, "a", *range(1, 41))
     runtime.step = Step(rows=np.array([1]))
     runtime.pager.ledger.forward_started()
-    runtime.forward_failed()
+    runtime.forward_failed(MemoryError())
     assert (runtime.failed_batches, len(runtime.step.rows)) == (1, 0)
     runtime.pager.forget("a")
     runtime.pager.ledger.release(np.arange(1, 41))
@@ -253,7 +254,7 @@ def test_a_pass_that_was_given_up_leaves_nothing_in_flight() -> None:
 
 def test_a_pass_that_was_given_up_before_it_started() -> None:
     runtime = make_runtime()
-    runtime.forward_failed()
+    runtime.forward_failed(MemoryError())
     assert (runtime.failed_batches, runtime.pager.ledger.passes) == (1, 0)
 
 

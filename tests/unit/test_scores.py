@@ -108,6 +108,32 @@ def test_a_policy_that_failed_has_nothing_to_agree_on(monkeypatch: pytest.Monkey
     assert ranks.asked == [], "not with so many scores"
 
 
+class Shared(Ranks):
+    """Ranks of which each comes in any case, and says whether its policy failed."""
+
+    def door(self, rank: int) -> Scores:
+        door = super().door(rank)
+        door.shared = True
+        return door
+
+
+@pytest.mark.parametrize("failed", [(), (1,), (0, 1)])
+def test_a_policy_that_fails_on_one_rank_has_failed_on_all(failed: tuple[int, ...]) -> None:
+    ranks = Shared(RANKS)
+    servers = [rank_of(rank, RANKS, ranks.door(rank)) for rank in range(RANKS)]
+    for rank in failed:
+        servers[rank].policies["quest"].score = lambda *_: torch.zeros(1)  # type: ignore[method-assign]
+    with ThreadPoolExecutor(RANKS) as pool:
+        fetched = list(pool.map(score, servers))
+    whole = score(rank_of(0, 1)).values()
+    expected = np.arange(1, PAGES + 1) / PAGES if failed else whole
+    for server, fetch in zip(servers, fetched, strict=True):
+        np.testing.assert_allclose(fetch.values(), expected, rtol=1e-6)
+        assert fetch.failed == bool(failed)
+        np.testing.assert_array_equal(fetch.values(), fetch.values())
+        assert server.lookahead.counts.fallbacks == bool(failed)
+
+
 def test_what_the_policies_ask_for() -> None:
     asked = {name: policy.across_ranks for name, policy in REGISTRY.items()}
     same = Reduction.SAME

@@ -46,7 +46,7 @@ from sglang_lsa.serve.view.snapshot import (
     snapshot,
 )
 from sglang_lsa.serve.view.tree import TreePicture
-from sglang_lsa.server_process import free_port
+from sglang_lsa.server_process import held_port
 
 
 def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options: object) -> LSARuntime:
@@ -514,7 +514,9 @@ async def forwarded(server: str, path: str, headers: dict[str, str]) -> tuple[in
 )
 def test_the_forwarder(path: str, headers: dict[str, str], status: int, words: str) -> None:
     """Over a server that is not there."""
-    seen, text = asyncio.run(forwarded(f"http://127.0.0.1:{free_port()}", path, headers))
+    with held_port() as nobody_listens:
+        url = f"http://127.0.0.1:{nobody_listens.getsockname()[1]}"
+        seen, text = asyncio.run(forwarded(url, path, headers))
     assert seen == status
     assert words in text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.layout.base import KVLayout
+from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.scores import Reduction
 
 
@@ -26,6 +27,7 @@ class Parts:
         observer: of recent queries; of the model's own index where it has one.
         page_keys: bounds of the keys of complete pages; of no layer where no policy looks at them. Or index keys.
         softmax_scale: of the model.
+        ranks: that share the model's heads.
         index: the model's own; None for one that attends to all that it is given.
     """
 
@@ -36,6 +38,7 @@ class Parts:
     page_keys: PageKeys | IndexKeys
     softmax_scale: float
     index: NativeIndex | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Policy(ABC):
@@ -76,6 +79,11 @@ class Policy(ABC):
         return 0
 
     @classmethod
+    def rank_page_bytes(cls, config: LSAConfig, ranks: int) -> int:
+        """The same on that of so many ranks which has the most; all of it, if it does not say."""
+        return cls.page_bytes(config)
+
+    @classmethod
     def fixed_bytes(cls, config: LSAConfig, index: NativeIndex) -> int:
         """Device bytes that it takes however many pages there are, beside a model with an index of its own."""
         return 0
@@ -88,6 +96,10 @@ class Policy(ABC):
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
         """Remember pages that have just been filled, reading them from the device pool."""
         return
+
+    def finish(self, scores: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """Scores of the model, ``[n]``, when those of its heads together are ``scores``."""
+        return scores
 
     @abstractmethod
     def score(self, request: Request, pages: np.ndarray) -> np.ndarray | torch.Tensor:

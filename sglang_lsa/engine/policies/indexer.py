@@ -32,18 +32,19 @@ class Indexer(Policy):
     calibrated = True
     across_ranks = Reduction.SUM
     """A score is a sum over heads, divided by how many there are in all; a rank that has some of them gives its part of
-    that, and only one of the ranks adds what a page's age is worth."""
+    that. What neighbours and a page's age are worth is added by all to the whole sum (:meth:`finish`)."""
 
     def __init__(self, indexer: MemoryIndexer, observer: QueryObserver, layout: KVLayout, virtual_pages: int):
         self.indexer, self.observer, self.layout = indexer, observer, layout
         config = indexer.config
-        shape = (virtual_pages + 1, len(config.key_heads), config.sub_keys, config.key_dim)
+        shape = (virtual_pages + 1, len(indexer.k_at), config.sub_keys, config.key_dim)
         self.table = torch.zeros(shape, dtype=torch.uint8, device=layout.device)
         self.threshold = config.threshold
 
     @classmethod
     def build(cls, parts: Parts) -> Indexer:
         indexer = MemoryIndexer.load(str(parts.config.indexer)).to(parts.layout.device)
+        indexer = indexer.of_rank(parts.ranks.rank, parts.ranks.size)
         assert isinstance(parts.observer, QueryObserver)
         return cls(indexer, parts.observer, parts.layout, parts.virtual_pages)
 
@@ -55,15 +56,23 @@ class Indexer(Policy):
     def page_bytes(cls, config: LSAConfig) -> int:
         return read_checkpoint_config(str(config.indexer)).page_bytes
 
+    @classmethod
+    def rank_page_bytes(cls, config: LSAConfig, ranks: int) -> int:
+        return read_checkpoint_config(str(config.indexer)).rank_page_bytes(ranks)
+
     def complete(self, virtual: np.ndarray, physical: np.ndarray) -> None:
-        if len(virtual):
+        if len(virtual) and self.table.shape[1]:
             p, v = ids_on(self.table.device, np.stack((physical, virtual)))
             keys = self.layout.keys_of(self.indexer.config.layers, p)
             self.table[v] = to_8_bits(self.indexer.page_keys(keys))
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
         queries = self.observer.queries(request.row, request.first_observed, request.tokens)
-        return self.indexer.score(queries, self.table, ids_on(self.table.device, pages))
+        return self.indexer.score_part(queries, self.table, ids_on(self.table.device, pages))
+
+    def finish(self, scores: np.ndarray | torch.Tensor) -> torch.Tensor:
+        assert isinstance(scores, torch.Tensor)
+        return self.indexer.finish(scores)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,76 @@
+"""Two ranks in a simulated server decide the same, whatever their GPUs and heads do; and that it would be found."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+import pytest
+from simulated_ranks import LateCopies, RankSimulation, failures_of
+from simulation import Scores, Simulation
+
+from sglang_lsa.engine.deferred_scores import Fetch
+from sglang_lsa.engine.score import Scorer
+from sglang_lsa.memory import ranks
+from sglang_lsa.memory.progress import Done
+
+Kinds = tuple[type[Simulation], ...]
+EQUAL: Kinds = (RankSimulation, RankSimulation)
+ONE_LATE: Kinds = (RankSimulation, LateCopies)
+SEEDS = range(14)
+
+
+def failures(seeds: range, kinds: Kinds) -> list[str]:
+    """What goes wrong with the first of these seeds with which something does."""
+    return next((failures for seed in seeds if (failures := failures_of(seed, kinds)[0])), [])
+
+
+@pytest.mark.parametrize("kinds", [EQUAL, ONE_LATE, EQUAL + ONE_LATE], ids=["two", "one is late", "four"])
+def test_ranks_have_the_same_records_after_every_step(kinds: Kinds) -> None:
+    """Copies and passes end at other times on each, scores are of other heads, and policies fail on one of them."""
+    total = collections.Counter[str]()
+    for seed in SEEDS:
+        found, counts = failures_of(seed, kinds)
+        assert not found, "\n".join(found)
+        total += counts
+    for what in ("retracted", "preempted", "aborted in a prompt", "aborted in the queue", "evicted", "recalled"):
+        assert total[what] > 0, (what, total)
+    for what in ("streamed", "resident", "shrunk", "stalls", "score pages", "agree on what is finished"):
+        assert total[what] > 0, (what, total)
+    assert total["compare records"] > 1500
+
+
+def test_it_finds_ranks_that_do_not_agree_on_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(self: Any, seen: Done) -> Done:
+        return seen
+
+    monkeypatch.setattr(ranks._SlowestCounts, "agreed", own)
+    assert "different" in "".join(failures(SEEDS, ONE_LATE))
+
+
+def test_it_finds_ranks_that_score_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(self: Any, scores: Any, how: Any) -> Any:
+        return scores
+
+    monkeypatch.setattr(ranks._AllHeads, "reduce", own)
+    assert "ranks have different records" in "".join(failures(SEEDS, EQUAL))
+
+
+def test_it_finds_a_policy_that_fails_on_one_rank_and_keeps_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raised before it came to where the others wait."""
+    shared, score = Scorer._shared, Scores.score
+    own: dict[Any, Any] = {}
+
+    def eager(self: Scorer, request: Any, pages: np.ndarray) -> Any:
+        policy = self.policies[request.asked.policy]
+        if isinstance(policy, Scores):
+            try:
+                own[policy] = score(policy, request, pages)
+            except RuntimeError:
+                return Fetch.of(self.stands_in.score(request, pages))
+        return shared(self, request, pages)
+
+    monkeypatch.setattr(Scorer, "_shared", eager)
+    monkeypatch.setattr(Scores, "score", lambda self, request, pages: own[self])
+    assert "come together for different things" in "".join(failures(SEEDS, EQUAL))
