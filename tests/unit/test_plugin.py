@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -1411,6 +1412,34 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: pathlib.Path) -> N
     config = LSAConfig(record=str(tmp_path / "file"))
     with pytest.raises(Unsupported, match=r"--lsa-record .*file: cannot be written \(File exists\): give a folder"):
         attach(arguments(), config)
+
+
+def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens when memory has run out alone: a parameter of another name would be found by a user."""
+    from sglang.srt.disaggregation import utils
+    from sglang.srt.mem_cache import common
+
+    release = mock.create_autospec(common.release_kv_cache)
+    monkeypatch.setattr(common, "release_kv_cache", release)
+    monkeypatch.setattr(utils, "prepare_abort", lambda req, message, status: setattr(req, "message", message))
+    sent: list[Any] = []
+    req = SimpleNamespace(rid="a", finished=lambda: False, is_retracted=False)
+    req.finished_reason = SimpleNamespace(to_json=lambda: {"type": "abort"})
+    pager = SimpleNamespace(make_equal=lambda: None)
+    scheduler = SimpleNamespace(
+        tree_cache="tree",
+        chunked_req=req,
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(pager=pager))),
+        ipc_channels=SimpleNamespace(
+            send_to_tokenizer=SimpleNamespace(send_output=lambda output, of: sent.append(output.rid))
+        ),
+    )
+    batch = SimpleNamespace(reqs=[req], launch_ts=None)
+    scheduler_run_batch.give_up(scheduler, batch, MemoryError("no more"))
+    kept_out = {"checkpoint" if RELEASE.checkpoints else "is_insert": False}
+    release.assert_called_once_with(req, "tree", **kept_out)
+    assert (sent, scheduler.chunked_req) == (["a"], None)
+    assert "no more" in req.message
 
 
 if __name__ == "__main__":
