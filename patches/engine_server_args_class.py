@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_lsa.config import config_from_argument
-from sglang_lsa.patches.compatibility import apply_defaults
+from sglang_lsa.patches.compatibility import apply_defaults, attach
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.resolved import take_in
 
@@ -24,7 +24,7 @@ def with_lsa_config(original: type) -> Any:
         if before_lsa is not None:
             before_lsa()
         apply_defaults(kwargs, config)
-        return take_in(original(*args, **kwargs), config)
+        return take_in(original(*args, **kwargs), config, attach)
 
     return staticmethod(make)
 

@@ -6,12 +6,15 @@ given, and ``ServerArgs.resolve_once``, which every entry point calls, decides t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.patches.releases import IncompatibleSGLang, installed, refusal
 
 CHECKED = "lsa_checked"
+Attach = Callable[[Any, LSAConfig], Any]
+"""Checks arguments, see :func:`sglang_lsa.patches.compatibility.attach`."""
 
 
 class Resolved:
@@ -49,7 +52,7 @@ def remember(server_args: Any, name: str, value: Any) -> None:
     vars(server_args)[name] = value
 
 
-def take_in(server_args: Any, config: LSAConfig) -> Any:
+def take_in(server_args: Any, config: LSAConfig, attach: Attach) -> Any:
     """Put ``config`` on arguments that SGLang has just made; checked now, or when they are resolved.
 
     Raises:
@@ -57,18 +60,16 @@ def take_in(server_args: Any, config: LSAConfig) -> Any:
     """
     remember(server_args, "lsa_config", config)
     if not installed().resolves_late:
-        check_once(server_args)
+        check_once(server_args, attach)
     return server_args
 
 
-def check_once(server_args: Any) -> None:
+def check_once(server_args: Any, attach: Attach) -> None:
     """Check resolved arguments that have a configuration of ours, the first time.
 
     Raises:
         Unsupported: see :func:`sglang_lsa.patches.compatibility.attach`.
     """
-    from sglang_lsa.patches.compatibility import attach
-
     config = vars(server_args).get("lsa_config")
     if config is not None and CHECKED not in vars(server_args):
         attach(server_args, config)

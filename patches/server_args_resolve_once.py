@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from sglang_lsa.patches.compatibility import attach
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.resolved import check_once
 
 
 def check(result, self):
-    check_once(self)
+    check_once(self, attach)
 
 
 HOOK = Hook(

@@ -14,13 +14,13 @@ def register() -> None:
 
     SGLang logs and ignores plugins that fail, and would then serve without LSA; an exit is what it cannot ignore.
     """
+    if _needs_nothing():
+        return
     from sglang_lsa.patches import engine_server_args_class
     from sglang_lsa.patches.releases import IncompatibleSGLang
     from sglang_lsa.patches.table import INTAKE
     from sglang_lsa.patches.table import install as install_hooks
 
-    if _needs_nothing():
-        return
     if arrived_by_pickle or _asked_for(sys.argv):
         try:
             install()
