@@ -285,7 +285,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read .*give an existing"),
     ("--tp-size 2 --page-size 16", "(?s)--page-size 16: .*--tp-size 2: "),  # every problem at once
     # SGLang's own checks come first:
-    ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout requires"),
+    ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout (requires|without)"),
     ("--enable-deterministic-inference", "deterministic inference"),
     ("--enable-prefill-cp", "--enable-prefill-cp is enabled"),
     ("--attn-cp-size 2", "attn_cp_size"),
