@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from sglang_lsa import SGLANG_VERSIONS, __version__
+from sglang_lsa.adapt.parser import add_parser as add_adapt
 from sglang_lsa.bench.parser import add_parser as add_bench
 from sglang_lsa.commands import Commands, add_command
 from sglang_lsa.demo.parser import add_parser as add_demo
@@ -65,6 +66,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_demo,
     add_doctor,
     add_bench,
+    add_adapt,
     add_record,
     add_train,
     add_eval,

@@ -48,7 +48,7 @@ def embedded_model_path(progress: bool = True) -> pathlib.Path:
     With `progress`, status lines go to stderr. Raises `EmbeddedModelError` if the cache cannot be written, the disk is
     too full, the download or the conversion fails, or the file is not the expected one.
     """
-    cache = _cache_folder()
+    cache = cache_folder()
     folder = cache / f"{MODEL_NAME}-{GGUF_SHA256[:12]}"
     if _is_complete(folder):
         return folder
@@ -104,7 +104,7 @@ def _make(folder: pathlib.Path, progress: bool) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cache_folder() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/sglang-lsa`, or `~/.cache/sglang-lsa`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says to ignore relative paths.

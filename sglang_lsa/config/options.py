@@ -106,7 +106,11 @@ class RequestOptions:
         require_choice(
             "custom_params.lsa.policy",
             policy,
-            offered(config.indexer, looks_at_index(config.policy) if index is None else index),
+            # Whether calibration finds an indexer is known in the scheduler, which looks at every request again.
+            offered(
+                config.indexer or ("calibrated" if config.calibrates else None),
+                looks_at_index(config.policy) if index is None else index,
+            ),
         )
         prefill = asked.get("prefill", config.prefill)
         require_choice("custom_params.lsa.prefill", prefill, PREFILLS[:1] if index else PREFILLS)

@@ -13,6 +13,7 @@ from typing import Any
 from sglang_lsa.config.policies import POLICIES, looks_at_index, offered
 
 PREFILLS = ("exact", "resident")
+CALIBRATE = ("never", "cached", "always")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 RECORDED_POSITIONS = 128
@@ -40,7 +41,8 @@ class LSAConfig:
         "How pages are chosen: a trained memory indexer, Quest's bounds on keys (training-free), the most recent "
         "pages, random pages, or all of them. DeepSeek-V4, which has an index of its own: a trained retriever, or what "
         "the index itself asks for (native, training-free), in place of the first two. Default: "
-        "indexer or retriever when --lsa-indexer is given, else quest or native.",
+        "indexer or retriever when --lsa-indexer is given, or when calibration finds heads for an indexer (see "
+        "--lsa-calibrate); else quest or native.",
         choices=POLICIES,
     )
     budget: float = _option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
@@ -110,6 +112,13 @@ class LSAConfig:
         "checkpoint.",
         metavar="PATH",
     )
+    calibrate: str = _option(
+        "never",
+        "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
+        "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
+        "on. never: Quest; cached: once for a model, then what is in the cache folder; always: at every start.",
+        choices=CALIBRATE,
+    )
     record: str | None = _option(
         None, "Folder for recordings, on which an indexer is trained; see sglang-lsa record.", metavar="PATH"
     )
@@ -129,6 +138,7 @@ class LSAConfig:
         if self.policy is None:
             object.__setattr__(self, "policy", offered(self.indexer)[0])
         require_choice("policy", self.policy, tuple(POLICIES))
+        require_choice("calibrate", self.calibrate, CALIBRATE)
         require_choice("prefill", self.prefill, PREFILLS)
         require_fraction("budget", self.budget)
         if self.threshold is not None and math.isnan(self.threshold):
@@ -171,6 +181,13 @@ class LSAConfig:
         """Nobody asked for the policy: a model of another kind may have another default."""
         return bool(self.__dict__["_policy_is_default"])
 
+    @property
+    def calibrates(self) -> bool:
+        """A server of this configuration makes an indexer of its own, if its model attends to all it is given: nobody
+        said how pages are chosen, which layers are observed, or that attention is recorded."""
+        asked = self.indexer or self.record or self.observe_layers is not None
+        return self.policy_is_default and self.policy == "quest" and self.calibrate != "never" and not asked
+
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:
         """Build from a plain mapping (parsed JSON, keyword arguments). Unknown keys and wrong types are refused."""
@@ -191,7 +208,8 @@ class LSAConfig:
     def __reduce__(self):
         # SGLang hands its server arguments to every child process as a pickle. Unpickling one of these is how a
         # child learns, before it loads plugins, that LSA is on.
-        return _arrive, (dataclasses.asdict(self),)
+        # That nobody asked for the policy stays known.
+        return _arrive, ({**dataclasses.asdict(self), **({"policy": None} if self.policy_is_default else {})},)
 
 
 arrived_by_pickle: list[LSAConfig] = []

@@ -71,6 +71,20 @@ class Endpoint:
         found = await self.get("/lsa/requests?" + urllib.parse.urlencode({"rid": rid}))
         return found["finished"][-1] if found["finished"] else None
 
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """JSON of a POST request.
+
+        Raises:
+            EndpointFailed: it is not there or says no.
+        """
+        try:
+            async with self.session.post(self.url + path, json=body, headers=self.headers) as answer:
+                if answer.status != 200:
+                    raise EndpointFailed(f"POST {self.url}{path}: HTTP {answer.status}: {(await answer.text())[:300]}")
+                return await answer.json(content_type=None)
+        except aiohttp.ClientError as error:
+            raise EndpointFailed(f"POST {self.url}{path}: {error!r}: is the server running?") from error
+
     async def complete(
         self,
         ids: tuple[int, ...],

@@ -15,6 +15,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -28,8 +29,19 @@ from sglang_lsa.evaluation.quality import write
 from sglang_lsa.evaluation.questions import Question, questions
 from sglang_lsa.evaluation.run import run
 from sglang_lsa.evaluation.store import Store
-from sglang_lsa.evaluation.suites import agentic, longbench_v2, longgen, longmemeval, mrcr, nolima, ruler, scbench
+from sglang_lsa.evaluation.suites import (
+    agentic,
+    longbench_v2,
+    longgen,
+    longmemeval,
+    mrcr,
+    nolima,
+    qmsum,
+    ruler,
+    scbench,
+)
 from sglang_lsa.evaluation.suites.ruler_qa import qa_tasks
+from sglang_lsa.evaluation.suites.ruler_texts import Corpora, open_corpora
 from sglang_lsa.evaluation.summary import summarise
 from sglang_lsa.evaluation.task import Count, Sample, Task
 from sglang_lsa.provenance import command_line, commit, hardware
@@ -64,7 +76,9 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
     asked_arms = parse_arms(arms, args.budgets, args.apart, args.variant)
     for name in others.keys() & {arm.title for arm in asked_arms}:
         raise ValueError(f"--endpoint {name}={others[name]}: --variant has that name: use another")
-    plan = Plan(tuple(args.suites), tuple(args.tasks), tuple(args.lengths), args.samples, args.texts, args.qa)
+    plan = Plan(
+        tuple(args.suites), tuple(args.tasks), tuple(args.lengths), args.samples, args.texts, args.qa, args.ruler_texts
+    )
     return evaluate(
         plan,
         Console(width=160),
@@ -80,7 +94,8 @@ def from_arguments(args: argparse.Namespace) -> list[dict[str, Any]]:
         together=args.together,
         seconds=args.seconds,
         api_key=args.api_key,
-        files=Files(args.longbench_v2, args.longmemeval, args.bfcl, args.tau2),
+        files=Files(args.longbench_v2, args.longmemeval, args.bfcl, args.tau2, args.qmsum),
+        kl=args.kl,
     )
 
 
@@ -92,6 +107,7 @@ class Files:
     longmemeval: pathlib.Path | None = None
     bfcl: pathlib.Path | None = None
     tau2: pathlib.Path | None = None
+    qmsum: pathlib.Path | None = None
 
     def samples(self, count: Count, lengths: Sequence[int]) -> Iterator[Sample]:
         """All of them, whatever their length; those of ``bfcl`` and ``tau2`` filled up to every length that they
@@ -112,6 +128,8 @@ class Files:
             for length in lengths:
                 with contextlib.suppress(agentic.Unsuitable):
                     yield from agentic.banking(self.tau2, count, length)
+        if self.qmsum is not None:
+            yield from qmsum.load(self.qmsum, count)
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,7 @@ class Plan:
         samples: of each task and length.
         texts: folder of running text; None takes the speeches that come with the package.
         qa: folder of question sets for RULER's qa_1 and qa_2.
+        ruler_texts: folder of RULER's own three corpora, for its essays, qa_1 and qa_2; see ``suites.ruler_texts``.
     """
 
     suites: tuple[str, ...]
@@ -133,29 +152,45 @@ class Plan:
     samples: int
     texts: pathlib.Path | None = None
     qa: pathlib.Path | None = None
+    ruler_texts: pathlib.Path | None = None
+
+    @cached_property
+    def corpora(self) -> Corpora | None:
+        """RULER's own texts, where they are given."""
+        return open_corpora(self.ruler_texts) if self.ruler_texts is not None else None
 
     def chosen(self) -> list[Task]:
         """Tasks of the suites that are asked for.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: there is no such task, or texts are not what they should be.
         """
         available = {suite: dict(GENERATED[suite]) for suite in self.suites}
-        if self.qa is not None and "ruler" in available:
-            available["ruler"] |= qa_tasks(self.qa)
+        if self.qa is not None and self.ruler_texts is not None:
+            raise ValueError("--qa and --ruler-texts both give RULER's questions: give one of them")
+        if "ruler" in available:
+            available["ruler"] |= self.question_tasks
         known = [task for tasks in available.values() for task in tasks.values()]
         for name in self.tasks:
             if name not in {task.name for task in known}:
                 raise ValueError(f"--tasks {name}: no suite asked for has it: use some of {_names(known)}")
         return [task for task in known if not self.tasks or task.name in self.tasks]
 
+    @cached_property
+    def question_tasks(self) -> dict[str, Task]:
+        """RULER's qa_1 and qa_2, where their questions are given."""
+        if self.corpora is not None:
+            return self.corpora.tasks
+        return qa_tasks(self.qa) if self.qa is not None else {}
+
     def samples_of(self, count: Count) -> Iterator[tuple[int, Sample]]:
         """Samples with their numbers."""
         haystack, tasks = Haystack(self.texts), self.chosen()
+        essays = Haystack(documents=[self.corpora.essays]) if self.corpora is not None else haystack
         for number in range(self.samples):
             for length in self.lengths:
                 for task in tasks:
-                    yield number, task.sample(length, number, haystack, count)
+                    yield number, task.sample(length, number, essays if task.suite == "ruler" else haystack, count)
 
 
 def evaluate(
@@ -175,8 +210,10 @@ def evaluate(
     seconds: float = float("inf"),
     api_key: str | None = None,
     files: Files | None = None,
+    kl: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask, and write ``answers.jsonl`` (what servers said), ``rows.jsonl`` (judged), ``quality.json``, ``quality.md``,
+    """Ask, and write ``answers.jsonl`` (what servers said), ``next.jsonl`` (what they found likely),
+    ``rows.jsonl`` (judged), ``quality.json``, ``quality.md``,
     ``errors.json`` and pictures into ``output``, of this run and earlier ones.
 
     Args:
@@ -186,6 +223,7 @@ def evaluate(
         url: of a running server of ours.
         others: endpoints that are arms themselves, by name.
         files: published ones, beside what is made here.
+        kl: compare next-token distributions, see ``divergence``; None: where the server can.
 
     Returns:
         Rows of ``quality.json`` of this run.
@@ -205,6 +243,8 @@ def evaluate(
     asked = make_questions(plan, tokenizer, files or Files())
     if not asked:
         raise ValueError("there is nothing to ask: give some --suites or files")
+    if kl is not False:
+        server_args += " --enable-custom-logit-processor"
     with server(url, model, indexer, server_args, output) as address:
         rows = run(
             asked,
@@ -216,6 +256,8 @@ def evaluate(
             together=together,
             seconds=seconds,
             api_key=api_key,
+            references=None if kl is False else Store(output / "next.jsonl"),
+            must_compare=bool(kl),
         )
     about = {"command": command, "hardware": _hardware(url), "commit": commit(), "date": str(datetime.date.today())}
     everything = keep(output, [row | about for row in rows])

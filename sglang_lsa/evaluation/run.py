@@ -15,6 +15,7 @@ from sglang_lsa.config import MOST_WATCHED
 from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.arms import FULL, Arm, asked_of
 from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
+from sglang_lsa.evaluation.divergence import TOP, along, reference_of
 from sglang_lsa.evaluation.footprint import footprint
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.questions import Question
@@ -35,6 +36,8 @@ class Evaluation:
     Args:
         model: its name in the results.
         others: endpoints that are arms themselves, by name; they get the prompt and nothing else.
+        references: answers of full attention that others are compared along, see ``divergence``; None compares none.
+        must_compare: it is an error if the server cannot.
         together: samples at a time. Of one sample, one turn follows the other. Of one question, full attention goes
             first and brings the context into the radix tree; the other arms follow at the same time.
     """
@@ -47,9 +50,12 @@ class Evaluation:
         store: Store,
         others: dict[str, Endpoint] | None = None,
         together: int = 1,
+        references: Store | None = None,
+        must_compare: bool = False,
     ):
         self.model, self.server, self.arms, self.store = model, server, arms, store
         self.others = others or {}
+        self.references, self.must_compare = references, must_compare
         self.together = together
         self.settings: dict[str, Any] = {}
         self.slots = asyncio.Semaphore(IN_FLIGHT)
@@ -64,12 +70,22 @@ class Evaluation:
             EndpointFailed: a request failed; what was answered before is kept.
         """
         self.settings = await settings_of(self.server)
+        processors = self.settings.pop("processors")
         shortest = min(len(question.ids) for question in asked)
         if shortest < self.settings["lsa"]["min_context"]:
             raise EndpointFailed(
                 f"{self.server.url} prunes nothing below --lsa-min-context {self.settings['lsa']['min_context']}, and "
                 f"a prompt has {shortest} tokens: start it with a smaller one, or ask for longer --lengths"
             )
+        if self.references is not None and not processors:
+            why = (
+                f"{self.server.url} was started without --enable-custom-logit-processor, which comparing next-token "
+                "distributions needs: start it with that flag, or add --no-kl"
+            )
+            if self.must_compare:
+                raise EndpointFailed(why)
+            tqdm.write(f"no KL: {why}")
+            self.references = None
         deadline = time.monotonic() + seconds
         limit = asyncio.Semaphore(self.together)
         samples: dict[str, list[Question]] = {}
@@ -98,18 +114,52 @@ class Evaluation:
             first, *rest = missing
             await self.ask_one(question, *first)
             await asyncio.gather(*(self.ask_one(question, *other) for other in rest))
+        compared = [(name, arm) for name, arm in arms if arm is not None and not arm.apart]
+        told = (
+            {name: await self.compare(question, name, arm) for name, arm in compared}
+            if self.references is not None
+            else {}
+        )
         return [
-            about(question, self.model, name, arm) | judged(question, self.store.rows[self.key(question, name, arm)])
+            about(question, self.model, name, arm)
+            | judged(question, self.store.rows[self.key(question, name, arm)])
+            | told.get(name, {})
             for name, arm in arms
         ]
+
+    async def compare(self, question: Question, name: str, arm: Arm) -> dict[str, Any]:
+        """The arm's next-token distributions against full attention's; only what is not in the store is asked.
+
+        One arm after the other, and full attention against itself like the others, which says what is rounding: so
+        every pass of a question finds the same prefix, and alone on the server all of them have the same shapes.
+        """
+        assert self.references is not None
+        new_tokens = question.asked.new_tokens
+        full = key("next", TOP, self.model, self.without_selection(), question.ids, new_tokens)
+        about_arm = key("kl", full, self.key(question, name, arm))
+        if about_arm not in self.references.rows:
+            async with self.slots:
+                rid = f"{question.name}-{name.replace(' ', '-')}-kl-{time.monotonic_ns()}"
+                if full not in self.references.rows:
+                    dense = {"enabled": False}
+                    found = await reference_of(self.server, question.ids, new_tokens, f"{rid}-reference", dense)
+                    self.references.add({"key": full, **found})
+                options = arm.options(question, self.settings["lsa"])
+                seen = await along(self.server, question.ids, self.references.rows[full], rid, options)
+            self.references.add({"key": about_arm, **seen})
+        return {column: value for column, value in self.references.rows[about_arm].items() if column != "key"}
+
+    def without_selection(self) -> dict[str, Any]:
+        """What answers of full attention depend on: it reads everything, however the server chooses pages."""
+        return {name: value for name, value in self.settings.items() if name not in ("lsa", "indexer")}
 
     def key(self, question: Question, name: str, arm: Arm | None) -> str:
         if arm is None:
             return key(self.model, self.others[name].url, question.ids, question.asked.new_tokens)
         options = arm.options(question, self.settings["lsa"])
         settings = self.settings
-        if arm.name == FULL:  # it reads everything, however the server chooses pages
-            settings = {name: value for name, value in settings.items() if name not in ("lsa", "indexer")}
+        if arm.name == FULL:
+            settings = self.without_selection()
         return key(self.model, settings, question.ids, question.asked.new_tokens, options, arm.apart)
 
     async def ask_one(self, question: Question, name: str, arm: Arm | None) -> None:
@@ -201,6 +251,7 @@ async def settings_of(server: Endpoint) -> dict[str, Any]:
         "indexer": fingerprint(config["indexer"]),
         "model": (await server.get("/v1/models"))["data"][0]["id"],
         "pages": status["physical"]["pages"],
+        "processors": bool(info.get("enable_custom_logit_processor")),
         **{name: info.get(name) for name in SERVER},
     }
 
@@ -222,6 +273,8 @@ def run(
     together: int = 1,
     seconds: float = float("inf"),
     api_key: str | None = None,
+    references: Store | None = None,
+    must_compare: bool = False,
 ) -> list[dict[str, Any]]:
     """See :class:`Evaluation`; ``url`` is of our server, ``others`` of the others."""
 
@@ -229,6 +282,7 @@ def run(
         async with streaming.session(silence=3600) as http:
             endpoints = {name: Endpoint(http, other, api_key=api_key) for name, other in (others or {}).items()}
             server = Endpoint(http, url, api_key=api_key)
-            return await Evaluation(model, server, arms, store, endpoints, together).run(asked, seconds)
+            evaluation = Evaluation(model, server, arms, store, endpoints, together, references, must_compare)
+            return await evaluation.run(asked, seconds)
 
     return asyncio.run(ask())

@@ -11,12 +11,13 @@ import numpy as np
 
 from sglang_lsa.evaluation.analysis import union_of_sets
 from sglang_lsa.evaluation.arms import EVIDENCE, FULL
+from sglang_lsa.evaluation.divergence import summary as mean_and_interval
 
 LEAST_FULL = 30.0
 """A task of which full attention itself gets fewer points of 100 is reported, and does not count in averages."""
 AVERAGE = "average"
 RESAMPLES = 10_000
-MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot")
+MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot", "kl_outside")
 RUN = ("command", "hardware", "commit", "date")
 """What is known of the run that a row is of."""
 
@@ -26,7 +27,8 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     means of the share of the evidence that was resident, footprint, bytes and times; points of 100, a 95 % interval by
     bootstrap over samples. Of tasks with several questions about one context also ``resident_union``, the share of it
     that their first sets have together. Of tasks without right answers, which tell how much of the evidence is kept,
-    accuracy and what is derived from it are None.
+    accuracy and what is derived from it are None. ``kl`` is the mean divergence of next-token distributions from full
+    attention's, see ``divergence``, over the samples of all tasks that it is of, with its interval; None where unknown.
 
     Only questions that every arm of their task answered count. Then, for every length, the average over the tasks that
     count: of each suite, and of suite ``all``; of arms that all of these tasks have.
@@ -147,8 +149,23 @@ def _described(
         **scores,
         "n": len(rows),
         **{name: _mean(row.get(name) for row in rows) for name in MEANS},
+        **_divergence(rows),
         **{name: first.get(name) for name in RUN},
     }
+
+
+def _divergence(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """``kl``, ``kl_ci_low``, ``kl_ci_high``: one number a sample, the mean of its turns; tasks weigh the same."""
+    known = [row for row in rows if row.get("kl") is not None]
+    if not known:
+        return dict.fromkeys(("kl", "kl_ci_low", "kl_ci_high"))
+    groups = []
+    for _, task in sorted(_group(known, _cell).items()):
+        samples = sorted(_group(task, lambda row: row["sample"]).items())
+        groups.append([float(np.mean([row["kl"] for row in own])) for _, own in samples])
+    rng = np.random.default_rng(zlib.crc32("-".join(map(str, _cell(known[0]))).encode()))
+    names = ("kl", "kl_ci_low", "kl_ci_high")
+    return dict(zip(names, (round(value, 7) for value in mean_and_interval(groups, rng, RESAMPLES)), strict=True))
 
 
 def _union(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -198,22 +215,31 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(row: dict[str, Any]) -> str:
+    far = ""
+    if row.get("kl") is not None:
+        far = f"; KL {row['kl']:.4f} ({row['kl_ci_low']:.4f} to {row['kl_ci_high']:.4f})"
     if row["accuracy"] is None:
         kept = row["evidence_kept"]
-        return f"evidence {kept:.0%} (n {row['n']})" if kept is not None else f"(n {row['n']})"
+        return (f"evidence {kept:.0%} (n {row['n']})" if kept is not None else f"(n {row['n']})") + far
     mark = "" if row["counted"] else " *"
     if row["arm"] == FULL:
-        return f"{row['accuracy']:.1f} (n {row['n']}){mark}"
+        return f"{row['accuracy']:.1f} (n {row['n']}){mark}{far}"
     kept = f", {row['footprint']:.1%}" if row["footprint"] is not None else ""
-    return f"{row['accuracy']:.1f} ({row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}{kept}){mark}"
+    return f"{row['accuracy']:.1f} ({row['delta_ci_low']:+.1f} to {row['delta_ci_high']:+.1f}{kept}){mark}{far}"
 
 
 def write_markdown(path: pathlib.Path, found: Sequence[dict[str, Any]]) -> None:
     """The tables, and how to read them."""
-    path.write_text(
-        markdown(found)
-        + "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
+    told = (
+        "\nAccuracy in points of 100; in brackets the 95 % interval of the difference to full attention on the same "
         "questions, and the device memory of the KV, selector keys, queries and tables, of what all KV takes. A star: "
         f"full attention itself is below {LEAST_FULL:.0f} there, so the task does not count in averages. "
-        "*Evidence*: the share of its pages that was resident, of tasks without a right answer.\n"
+        "*Evidence*: the share of its pages that was resident, of tasks without a right answer."
     )
+    if any(row.get("kl") is not None for row in found):
+        told += (
+            " *KL*: of the next-token distribution from full attention's, in nats a token, along full attention's "
+            "answer, with its 95 % interval; all tokens but the likeliest are one class, so it is a lower bound. Full "
+            "attention's own is what rounding makes."
+        )
+    path.write_text(markdown(found) + told + "\n")

@@ -38,6 +38,7 @@ class IndexerConfig:
         positions: recent tokens that vote.
         threshold: score above which pages are worth keeping; found on data not trained on, see ``training.calibrate``.
         coverage: share of the attention that was kept at that threshold, on the same data.
+        trained: it was; else it was calibrated at the start of a server, see ``indexer.untrained``.
 
     Raises:
         ValueError: a value is impossible; the message says which and what is allowed.
@@ -50,6 +51,7 @@ class IndexerConfig:
     positions: int = 64
     threshold: float = 0.0
     coverage: float = 1.0
+    trained: bool = True
 
     def __post_init__(self) -> None:
         model = self.model

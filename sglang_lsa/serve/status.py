@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from sglang_lsa.engine.policies import Indexer
 from sglang_lsa.serve.metrics import measure
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         "budget": values["lsa_budget"],
         "window": runtime.config.window,
         **config_in_force(runtime),
+        "indexer": indexer(runtime),
         "rows": runtime.table.rows,
         "page_size": pager.page,
         "page_bytes": pager.page_bytes,
@@ -107,6 +109,20 @@ def config_in_force(runtime: LSARuntime) -> dict[str, Any]:
         "config": dataclasses.asdict(runtime.config),
         "config_changes": runtime.config_changes,
         "config_changed_at": runtime.config_changed_at,
+    }
+
+
+def indexer(runtime: LSARuntime) -> dict[str, Any] | None:
+    """What chooses pages by a model's heads: whether it was trained or calibrated at start, of which (layer, head)."""
+    policy = runtime.policies.get("indexer")
+    if not isinstance(policy, Indexer):
+        return None
+    config = policy.indexer.config
+    return {
+        "trained": config.trained,
+        "heads": [list(head) for head in config.heads],
+        "threshold": config.threshold,
+        "coverage": config.coverage,
     }
 
 

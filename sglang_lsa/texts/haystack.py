@@ -44,13 +44,14 @@ class Haystack:
 
     Args:
         folder: of .txt, .md and .rst files; None takes :data:`SPEECHES`.
+        documents: these texts instead.
 
     Raises:
         ValueError: the folder has no such files.
     """
 
-    def __init__(self, folder: pathlib.Path | None = None):
-        self.folder = folder
+    def __init__(self, folder: pathlib.Path | None = None, documents: Sequence[str] | None = None):
+        self.folder, self.given = folder, documents
         self.files = sorted(path for pattern in PATTERNS for path in folder.glob(pattern)) if folder else []
         if folder is not None and not self.files:
             raise ValueError(f"--texts {folder}: has no .txt, .md or .rst files: give a folder of text files")
@@ -58,7 +59,9 @@ class Haystack:
     @cached_property
     def documents(self) -> list[str]:
         """Texts with single spaces, and line breaks only between paragraphs."""
-        if self.folder is None:
+        if self.given is not None:
+            texts = list(self.given)
+        elif self.folder is None:
             texts = lzma.decompress(SPEECHES.read_bytes()).decode().split("\f")
         else:
             texts = [path.read_text(errors="ignore") for path in self.files]

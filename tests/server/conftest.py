@@ -31,7 +31,15 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def flags_of_lsa(model_path: str) -> list[str]:
     """What the server ``lsa`` is started with."""
     flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
-    return [*flags, "--lsa-host-memory-gb", "1.1", "--lsa-min-context", "1024", "--lsa-debug"]
+    return [
+        *flags,
+        "--lsa-host-memory-gb",
+        "1.1",
+        "--lsa-min-context",
+        "1024",
+        "--lsa-debug",
+        "--enable-custom-logit-processor",
+    ]
 
 
 @pytest.fixture(scope="session")

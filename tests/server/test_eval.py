@@ -27,7 +27,7 @@ def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[di
         "--output",
         str(output),
     ]
-    assert main([*arguments, *more]) == 0
+    assert main([*arguments, "--no-kl", *more]) == 0
     return json.loads((output / "quality.json").read_text())["rows"]
 
 
@@ -86,6 +86,23 @@ def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_pa
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
 
 
+def test_full_attention_and_all_pages_are_0_from_full_attention(lsa: ServerProcess, tmp_path: pathlib.Path) -> None:
+    """Exactly: alone on the server, every pass of a question has the same shapes. Few pages are far from it."""
+    arguments = ["eval", "--url", lsa.url, "--suites", "ruler", "--tasks", "niah_single_2", "--lengths", "2048"]
+    arguments += ["--samples", "1", "--arms", "quest", "recency", "--budgets", "1.0", "0.25", "--together", "1"]
+    arguments += ["--kl", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    rows = {row["label"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert all(row["kl_steps"] > 0 and row["kl_outside"] < 0.5 for row in rows.values())
+    for label in ("full", "quest 100.0%", "recency 100.0%"):
+        assert rows[label]["kl"] == 0.0
+    assert 0.0 < rows["quest 25.0%"]["kl"] < rows["recency 25.0%"]["kl"]
+    assert "; KL 0.0000 (0.0000 to 0.0000)" in (tmp_path / "quality.md").read_text()
+    before = lsa.get("/lsa/status")["radix"]
+    assert main(arguments) == 0
+    assert lsa.get("/lsa/status")["radix"] == before, "what was compared is not compared again"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -94,6 +111,8 @@ def test_every_arm_answers_and_nothing_is_asked_twice(lsa: ServerProcess, tmp_pa
         (["--tasks", "niah"], "--tasks niah: no suite asked for has it: use some of niah_single_1"),
         (["--texts", "/nowhere"], "--texts /nowhere: has no .txt, .md or .rst files"),
         (["--qa", "/nowhere"], "--qa /nowhere: has neither squad.json nor hotpotqa.json"),
+        (["--ruler-texts", "/nowhere"], "--ruler-texts /nowhere: has no PaulGrahamEssays.json"),
+        (["--qmsum", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
         (["--longbench-v2", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--samples", "0"], "--samples 0 is too small"),
         (["--budgets", "2"], "--budgets 2.0 is out of range"),

@@ -4,6 +4,7 @@ GPUs."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from tensor_parallel import CPU
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = pytest.mark.server
+MANY = int(os.environ.get("RANK_REQUESTS", 150))
+"""Mixed requests in a slow test; 500 take four minutes on two cores."""
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +47,7 @@ def test_with_all_pages_they_say_what_stock_says(plain: ServerProcess, folder: p
     ranks.all_pages_are_what_stock_says(plain, ranks.stock_answers(CPU, path, folder / "stock.log"))
 
 
-@pytest.mark.slow
-def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
-    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
-    path = CPU.model(folder / "qwen", "qwen2.5")
-    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log")
-    with ranks.small(CPU, LSA, path, folder / "qwen.log") as server:
-        ranks.all_pages_are_what_stock_says(server, expected)
-
-
-@pytest.mark.parametrize("name", ["plain", "late"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("late", marks=pytest.mark.slow)])
 def test_dense_requests_are_retracted_together(name: str, request: pytest.FixtureRequest) -> None:
     ranks.dense_requests_are_retracted_together(request.getfixturevalue(name), CPU)
 
@@ -62,7 +56,7 @@ def test_sets_are_read_from_the_token_on_that_they_name(late: ServerProcess, pla
     ranks.sets_are_read_from_the_token_on_that_they_name(late, plain)
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [50, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_under_pressure_their_records_stay_the_same(
     requests: int, late: ServerProcess, plain: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,9 +66,18 @@ def test_under_pressure_their_records_stay_the_same(
 
 @pytest.mark.slow
 def test_under_pressure_without_late_copies(plain: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.records_stay_the_same_under_pressure(plain, CPU, 500, monkeypatch, None)
+    ranks.records_stay_the_same_under_pressure(plain, CPU, MANY, monkeypatch, None)
 
 
 @pytest.mark.parametrize("when", ["oomfirst", "oomlast"], ids=["before its pages had places", "afterwards"])
 def test_memory_that_runs_out_on_one_rank(late: ServerProcess, when: str) -> None:
     ranks.memory_runs_out_on_one_rank(late, when, CPU)
+
+
+@pytest.mark.slow
+def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
+    """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
+    path = CPU.model(folder / "qwen", "qwen2.5")
+    expected = ranks.stock_answers(CPU, path, folder / "stock-qwen.log")
+    with ranks.small(CPU, LSA, path, folder / "qwen.log") as server:
+        ranks.all_pages_are_what_stock_says(server, expected)

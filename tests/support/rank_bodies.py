@@ -93,8 +93,9 @@ def records_stay_the_same_under_pressure(
     print(json.dumps(seen | {part: status[part] for part in ("ranks", "pressure", "failures", "recalls", "evictions")}))
     assert status["ranks"]["checks"] > checks + 4 * requests
     assert status["failures"] == {"refreshes": 0, "batches": 0, "integrity": 0}
-    assert status["recalls"]["pages"] > 100
-    assert {outcome.kind for outcome in outcomes} >= {"ask", "abort", "disconnect", "many", "again", "config"}
+    assert status["recalls"]["pages"] > requests / 4
+    if requests >= 150:
+        assert {outcome.kind for outcome in outcomes} >= {"ask", "abort", "disconnect", "many", "again", "config"}
     assert_idle(server)
     flush(server)
 

@@ -66,6 +66,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "prefill": (["resident"], "resident"),
     "staging_pages": (["16"], 16),
     "indexer": (["/models/indexer"], "/models/indexer"),
+    "calibrate": (["always"], "always"),
     "record": (["/data/recordings"], "/data/recordings"),
     "device_tokens": (["4096"], 4096),
     "device_memory_gb": (["1.5"], 1.5),
@@ -299,7 +300,6 @@ def test_bad_engine_arguments_are_refused(given: Any, words: str) -> None:
 
 
 # --- per request -----------------------------------------------------------------------------------------------------
-
 
 SERVER = LSAConfig(budget=0.25)
 

@@ -174,7 +174,7 @@ def test_unwritable_cache(cache: pathlib.Path) -> None:
 def test_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert embedded_model._cache_folder() == tmp_path / ".cache" / "sglang-lsa"
+    assert embedded_model.cache_folder() == tmp_path / ".cache" / "sglang-lsa"
 
 
 def test_progress_goes_to_stderr(conversion: FakeConversion, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.policies import Policy, Random, Recency
 from sglang_lsa.engine.request import Asked, Request, State
 from sglang_lsa.engine.selection import Watched
+from sglang_lsa.engine.window import Clock
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pages import align_up, pages_complete, pages_spanned
 from sglang_lsa.memory.resident_table import ResidentTable
@@ -1095,6 +1096,15 @@ def test_windows_after_a_prompt_double_until_they_are_whole(lead: int, seed: int
     assert lengths[len(short)] == window - seed % (window - lead)
     assert set(lengths[len(short) + 1 :]) <= {window}
     assert all(found == (min(lead, short[n] // 4) if n < len(short) else lead) for n, found in leads.items())
+
+
+@pytest.mark.parametrize(("lead", "tail_start", "steps"), [(16, 5, 4), (16, 0, 0), (0, 5, 0)])
+def test_who_reads_what_its_prompt_read_has_time_for_its_first_set(lead: int, tail_start: int, steps: int) -> None:
+    """Its pages may be on the host; those of others are there. Nothing comes late on a CPU."""
+    request = Request("a", 1, Asked("wanted", 0.5), tokens=640, prompt_tokens=640)
+    request.resident.tail_start = tail_start
+    assert Clock(window=64, lead=lead).begin(request), "its first set is predicted now"
+    assert request.steps_left == steps
 
 
 def test_a_refresh_starts_before_its_window() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ def plain(name: str) -> str:
 
 
 def records(path: pathlib.Path, keys: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict[str, Any]]:
-    """Records of a JSON list or of JSON lines, gzipped or not, that have at least ``keys``, of these types.
+    """Records of a JSON list or of JSON lines, packed or not, that have at least ``keys``, of these types.
 
     Raises:
         ValueError: the file is missing or cannot be read, or a record is something else.
@@ -37,15 +38,21 @@ def read(path: pathlib.Path) -> list[Any]:
     """A JSON list, or the values of JSON lines."""
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        text = decompressed(data).decode()
         if re.match(r"\s*\[", text):
             return json.loads(text)
         found = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise ValueError(f"{path} cannot be read: {error}: give the published file, JSON or JSON lines") from None
     if not found:
         raise ValueError(f"{path} is empty: give the published file, JSON or JSON lines")
     return found
+
+
+def decompressed(data: bytes) -> bytes:
+    """What gzip or xz has packed, or what is given."""
+    packers = ((b"\x1f\x8b", gzip.decompress), (b"\xfd7zXZ\x00", lzma.decompress))
+    return next((unpack(data) for magic, unpack in packers if data.startswith(magic)), data)
 
 
 def seen(value: object) -> str:

@@ -104,6 +104,31 @@ QA_SETS: dict[str, tuple[str, Callable[[Any], Iterable[Asked]]]] = {
 }
 
 
+def task_of(name: str, whole: Any, read: Callable[[Any], Iterable[Asked]], where: str) -> Task:
+    """The task of that name from a whole set. Questions without an answer are left out.
+
+    Args:
+        where: it is from, for errors.
+
+    Raises:
+        ValueError: it is not in the format of its set.
+    """
+    try:
+        everything = list(read(whole))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: is not in the format of its set ({type(error).__name__}: {error}): "
+            "fetch the file again, or take it out of the folder"
+        ) from error
+    asked = [one for one in everything if all(one.answers) and one.answers and one.gold]
+    if not asked:
+        raise ValueError(f"{where}: has no question with an answer: give the set's training or development part")
+    documents = dict.fromkeys(
+        document for one in everything for document in (*(gold for gold, _ in one.gold), *one.related)
+    )
+    return Task("ruler", name, Documents(asked, list(documents)))
+
+
 def qa_tasks(folder: pathlib.Path) -> dict[str, Task]:
     """``qa_1`` from the folder's ``squad.json`` and ``qa_2`` from its ``hotpotqa.json``, whichever is there.
 
@@ -118,21 +143,13 @@ def qa_tasks(folder: pathlib.Path) -> dict[str, Task]:
         if not path.exists():
             continue
         try:
-            everything = list(read(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"--qa {path}: is not in the format of its set ({type(error).__name__}: {error}): "
-                "fetch the file again, or take it out of the folder"
+                f"--qa {path}: cannot be read ({type(error).__name__}: {error}): fetch the file again, or take it out "
+                "of the folder"
             ) from error
-        asked = [one for one in everything if all(one.answers) and one.answers and one.gold]
-        if not asked:
-            raise ValueError(
-                f"--qa {path}: has no question with an answer: give the set's training or development part"
-            )
-        documents = dict.fromkeys(
-            document for one in everything for document in (*(gold for gold, _ in one.gold), *one.related)
-        )
-        tasks[name] = Task("ruler", name, Documents(asked, list(documents)))
+        tasks[name] = task_of(name, whole, read, f"--qa {path}")
     if not tasks:
         raise ValueError(f"--qa {folder}: has neither squad.json nor hotpotqa.json: put one there, or leave --qa out")
     return tasks

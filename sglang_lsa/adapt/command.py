@@ -1,0 +1,136 @@
+"""``sglang-lsa adapt``: the steps, one after the other, each of which can be run by itself, too."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sglang_lsa.adapt import checks
+from sglang_lsa.adapt.result import write_result
+from sglang_lsa.adapt.settings import Settings
+from sglang_lsa.adapt.state import State
+from sglang_lsa.adapt.steps import run_step
+
+WORK = "work"
+"""Recordings, logs and half-done things, in the output folder."""
+ARMS = ("lsa", "recency", "random")
+SHARES = {"record": 0.5, "train": 0.2, "compare": 0.25, "write": 0.05}
+"""About which share of the time each step takes."""
+
+
+def adapt(
+    model: str,
+    output: pathlib.Path,
+    settings: Settings,
+    console: Console,
+    *,
+    texts: pathlib.Path | None = None,
+    server_args: str = "",
+    keep_recordings: bool = False,
+) -> None:
+    """Make an indexer for ``model`` in ``output``: ``config.json``, ``model.safetensors``, ``README.md``,
+    ``adapt.png``, ``recall.json``, and ``evaluation/``.
+
+    Steps that are done are not done again; recordings and answers that are there are kept, and training begins anew.
+
+    Args:
+        model: path or hub name.
+        texts: files to record over; None takes Python's library.
+        server_args: more arguments for every server.
+
+    Raises:
+        ValueError: something asked for cannot be done; before any work.
+        RuntimeError: a step failed.
+    """
+    shape = checks.require_model(model, settings)
+    about = {
+        "model": model,
+        "weights": checks.fingerprint(model),
+        "texts": str(texts.resolve()) if texts else None,
+        "server_args": server_args,
+        **dataclasses.asdict(settings),
+    }
+    state = State.open(output, about)
+    if "write" in state.done:
+        console.print(f"{output} is done: serve with --lsa-indexer {output}")
+        return
+    needed = 0 if "record" in state.done else checks.recorded_bytes(shape, settings)
+    work = output / WORK
+    recorded = sum(path.stat().st_size for path in work.glob("recordings/**/*.safetensors"))
+    checks.require_disk(output, max(0, needed - recorded))
+    state.save()
+    work.mkdir(exist_ok=True)
+    recordings, indexer = work / "recordings", work / "indexer"
+    flags = (f"--server-args={server_args}",)
+    source = ("--model", model, *flags)
+    over = ("--texts", texts) if texts else ()
+
+    def record(run: Run) -> None:
+        # Held-out prompts first: they are few, and what is wrong shows early.
+        for split, each in (("held-out", settings.held_out), ("train", settings.each)):
+            run(
+                *("record", *source, "--output", recordings, "--splits", split, "--families", *settings.families),
+                *("--lengths", *settings.lengths, "--each", each, "--last", checks.LAST, *over),
+                *("--new-tokens", checks.NEW_TOKENS, "--layers", checks.LAYERS),
+            )
+
+    def train(run: Run) -> None:
+        partial = work / "indexer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(indexer, ignore_errors=True)
+        run("train", recordings, "--output", partial, "--steps", settings.steps)
+        os.replace(partial, indexer)
+
+    def compare(run: Run) -> None:
+        run(
+            *("eval", *source, "--indexer", indexer, "--suites", "ruler", "--tasks", *settings.tasks),
+            *("--lengths", *settings.eval_lengths, "--samples", settings.samples, "--arms", *ARMS),
+            *("--budgets", settings.budget, "--output", output / "evaluation", "--kl"),
+        )
+
+    def write(run: Run) -> None:
+        write_result(output, indexer, model, settings, state.done)
+
+    steps: dict[str, Callable[[Run], None]] = {"record": record, "train": train, "compare": compare, "write": write}
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("begins", total=1.0)
+        before = 0.0
+        for name, step in steps.items():
+            if name not in state.done:
+                runner = _runner(progress, bar, name, before, work / f"{name}.log")
+                began = time.monotonic()
+                step(runner)
+                state.finish(name, time.monotonic() - began)
+            before += SHARES[name]
+            progress.update(bar, completed=before, description=f"{name}: done")
+    if not keep_recordings:
+        shutil.rmtree(recordings, ignore_errors=True)
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in state.done.items())
+    console.print(
+        f"{output} is done ({seconds}): serve with --lsa-indexer {output}; what it does is in README.md there"
+    )
+
+
+Run = Callable[..., None]
+"""Runs a command of ``sglang-lsa`` with these arguments."""
+
+
+def _runner(progress: Progress, bar: int, name: str, before: float, log: pathlib.Path) -> Run:
+    def show(what: str, share: float) -> None:
+        description = f"{name}: {what}" if what else name
+        # Of several bars in one step each begins at 0: what is shown never goes back.
+        known = max(progress.tasks[bar].completed, before + SHARES[name] * share)
+        progress.update(bar, completed=known, description=description[:34])  # type: ignore[arg-type]
+
+    def run(*arguments: object) -> None:
+        run_step(arguments, log, show)
+
+    return run

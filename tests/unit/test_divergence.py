@@ -1,0 +1,124 @@
+"""Next-token distributions: what is forced and written inside the sampler, and what is made of it."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_lsa.evaluation.divergence import LEAST_REST, TOP, divergences, summary
+from sglang_lsa.evaluation.forced import NAME, PROCESSOR, Forced, packed, unpacked
+from sglang_lsa.evaluation.summary import markdown, summarise
+
+
+def decode(logits: torch.Tensor, asked: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Greedy decode of one request whose steps have these logits ``[steps, vocabulary]``, in a batch with another."""
+    request, other = (SimpleNamespace(customized_info=None) for _ in range(2))
+    params = [{NAME: {"top": 3}, "__req__": other}, {NAME: asked, "__req__": request}]
+    tokens = []
+    for step in logits:
+        both = torch.stack((torch.zeros_like(step), step.clone()))
+        tokens.append(int(Forced()(both, params)[1].argmax()))
+    return tokens, request.customized_info[NAME]
+
+
+def exact(p: torch.Tensor, q: torch.Tensor) -> np.ndarray:
+    log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (p, q))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_answer_is_forced_and_the_same_tokens_are_told(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    p, q = (torch.randn(5, 300).mul(4).to(dtype) for _ in range(2))
+    tokens, reference = decode(p, {"top": TOP})
+    assert tokens == p.argmax(dim=-1).tolist(), "nothing is forced where the reference is made"
+    forced, told = decode(q, {"tokens": tokens, "ids": reference})
+    assert forced == tokens and forced != q.argmax(dim=-1).tolist()
+    for one, other, of_p, of_q in zip(reference, told, p, q, strict=True):
+        (ids, in_p), (same, in_q) = unpacked(one), unpacked(other)
+        assert len(ids) == TOP and (ids == same).all()
+        assert in_p[0] == in_p.max() and ids[0] == of_p.argmax()
+        for logits, written in ((of_p, in_p), (of_q, in_q)):
+            expected = torch.log_softmax(logits.float(), -1)[torch.from_numpy(ids.astype(np.int64))].numpy()
+            np.testing.assert_array_equal(written, expected)
+
+
+def test_a_step_after_the_end_is_not_forced_and_not_told() -> None:
+    p = torch.randn(3, 100)
+    tokens, reference = decode(p, {"top": 8})
+    _, told = decode(p, {"tokens": tokens[:2], "ids": reference[:2]})
+    assert told[:2] == reference[:2] and told[2] == ""
+
+
+@pytest.mark.parametrize("vocabulary", [TOP, 100, 5000])
+def test_the_divergence_is_a_lower_bound_and_exact_where_nothing_is_outside(vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    p = torch.randn(20, vocabulary) * 3
+    q = p + torch.randn_like(p)
+    tokens, reference = decode(p, {"top": TOP})
+    _, told = decode(q, {"tokens": tokens, "ids": reference})
+    values, outside = divergences(reference, told)
+    true = exact(p, q)
+    assert (values <= true + 1e-5).all() and (values > 0).all()
+    if vocabulary == TOP:
+        np.testing.assert_allclose(values, true, atol=1e-5)
+        assert (outside <= 2 * LEAST_REST).all()
+    else:
+        kept = p.softmax(-1).topk(TOP, dim=-1).values.sum(dim=-1)
+        np.testing.assert_allclose(outside, (1 - kept).numpy(), atol=1e-5)
+        assert (values > 0.5 * true * (1 - outside)).all(), "most of it is seen"
+
+
+def test_the_same_distribution_is_exactly_0_away() -> None:
+    p = torch.randn(20, 5000) * 2
+    tokens, reference = decode(p, {"top": TOP})
+    _, told = decode(p, {"tokens": tokens, "ids": reference})
+    assert (divergences(reference, told)[0] == 0.0).all()
+
+
+def test_texts_keep_every_bit() -> None:
+    ids, logs = np.array([0, 151_935], np.int32), np.array([-0.1, -87.3], np.float32)
+    back = unpacked(packed(ids, logs))
+    assert (back[0] == ids).all() and (back[1] == logs).all()
+
+
+def test_the_server_imports_the_processor_by_name() -> None:
+    import json
+
+    data = bytes.fromhex(json.loads(PROCESSOR)["callable"])
+    assert pickle.loads(data) is Forced and len(data) < 100, "a name, no code"
+
+
+def test_intervals_weigh_tasks_alike() -> None:
+    mean, low, high = summary([[1.0, 1.0, 1.0, 1.0], [3.0]], np.random.default_rng(0), 1000)
+    assert (mean, low, high) == (2.0, 2.0, 2.0)
+    mean, low, high = summary([[0.0, 1.0] * 10], np.random.default_rng(0), 1000)
+    assert mean == 0.5 and 0.2 < low < 0.4 and 0.6 < high < 0.8
+
+
+def row(task: str, sample: int, arm: str, kl: float | None, score: float | None = 1.0) -> dict[str, Any]:
+    return {
+        "model": "m", "suite": "s", "task": task, "length": 4096, "sample": f"{task}-{sample}", "turn": 0, "label": arm,
+        "arm": arm, "budget": 1.0 if arm == "full" else 0.1, "score": score, "averaged": True, "kl": kl,
+        "kl_outside": 0.01, "evidence_kept": 0.5, "footprint": 0.1,
+    }  # fmt: skip
+
+
+def test_every_row_and_table_has_the_divergence_with_its_interval() -> None:
+    rows = [row("t", n, arm, kl * n) for n in (1, 2, 3) for arm, kl in (("full", 0.0), ("lsa", 0.1))]
+    rows += [row("u", n, arm, kl, None) for n in (1, 2) for arm, kl in (("full", 0.0), ("lsa", 0.3))]
+    found = {(r["task"], r["arm"]): r for r in summarise(rows)}
+    assert found["t", "lsa"]["kl"] == pytest.approx(0.2) and found["t", "full"]["kl"] == 0.0
+    assert 0.1 <= found["t", "lsa"]["kl_ci_low"] < 0.2 < found["t", "lsa"]["kl_ci_high"] <= 0.3 + 1e-9
+    assert found["t", "lsa"]["kl_outside"] == 0.01
+    assert found["u", "lsa"]["kl"] == 0.3 and found["u", "lsa"]["accuracy"] is None
+    assert found["average", "lsa"]["kl"] == pytest.approx(0.2)
+    text = markdown(list(found.values()))
+    assert "KL 0.2000 (0.1" in text and "evidence 50% (n 2); KL 0.3000 (0.3000 to 0.3000)" in text
+    without = summarise([r | {"kl": None} for r in rows])
+    assert all(r["kl"] is None for r in without) and "KL" not in markdown(without)
