@@ -17,6 +17,7 @@ from sglang_lsa.adapt.result import write_result
 from sglang_lsa.adapt.settings import Settings
 from sglang_lsa.adapt.state import State
 from sglang_lsa.adapt.steps import run_step
+from sglang_lsa.texts.haystack import Texts
 
 WORK = "work"
 """Recordings, logs and half-done things, in the output folder."""
@@ -43,18 +44,18 @@ def adapt(
     Args:
         model: path or hub name.
         texts: files to record over; None takes Python's library.
-        server_args: more arguments for every server.
+        server_args: more arguments for every server; others may be given when a run goes on.
 
     Raises:
         ValueError: something asked for cannot be done; before any work.
         RuntimeError: a step failed.
     """
     shape = checks.require_model(model, settings)
+    Texts("train", texts), Texts("held-out", texts)
     about = {
-        "model": model,
+        "model": str(pathlib.Path(model).resolve()) if pathlib.Path(model).is_dir() else model,
         "weights": checks.fingerprint(model),
         "texts": str(texts.resolve()) if texts else None,
-        "server_args": server_args,
         **dataclasses.asdict(settings),
     }
     state = State.open(output, about)

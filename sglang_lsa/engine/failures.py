@@ -60,6 +60,11 @@ def require_together(ranks: Ranks, error: BaseException, layer: int) -> None:
         RanksDisagree: it did not, and others wait within the model, or have computed what this rank has not.
     """
     if ranks.size > 1 and not isinstance(error, FailedOnAll):
-        frames = traceback.extract_tb(error.__traceback__)
-        place = " > ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
-        ranks.failed_together(f"{type(error).__name__} in layer {layer}, {place}")
+        ranks.failed_together(f"{kind_and_place(error)} (layer {layer})")
+
+
+def kind_and_place(error: BaseException) -> str:
+    """What and where it was, without its words: those of memory that ran out name a GPU and what is free there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = " > ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__} in {place}"

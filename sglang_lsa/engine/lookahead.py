@@ -25,7 +25,7 @@ class Lookahead:
 
     On a CPU a refresh happens at once, between two windows. On a GPU it starts ``lead`` steps before its window begins:
     its scores are queued behind a forward pass, its pages arrive while decode goes on, and the table changes where the
-    window begins, or later if the pages are late. Which pages are chosen depends on step numbers, never on timing.
+    window begins; the device waits for pages that are late. Which pages are chosen depends on steps, never on timing.
 
     Args:
         policies: by name; ``full`` needs none.

@@ -12,7 +12,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.admission import Admission, Admitted
 from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.choose import choose
-from sglang_lsa.engine.failures import DevicePoolFull, begin_together
+from sglang_lsa.engine.failures import DevicePoolFull, begin_together, kind_and_place
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED, Reading
 from sglang_lsa.engine.request import Asked, Request, Story
@@ -254,7 +254,7 @@ class Prefill:
             except LedgerError:
                 raise
             except Exception as error:
-                self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
+                self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
                 self.counts.failures += 1
                 request.story.failures += 1
                 logger.exception("LSA: choosing a prefix for %s failed; it reads what it looked at", request.rid)

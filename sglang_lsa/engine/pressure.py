@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.failures import kind_and_place
 from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Request
@@ -54,7 +55,7 @@ class Pressure:
             except LedgerError:
                 raise
             except Exception as error:
-                self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
+                self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
                 self.counts.failures += 1
                 logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.failures import kind_and_place
 from sglang_lsa.engine.prompt_lookup import pages_next
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Refresh, Request, State
@@ -150,7 +151,7 @@ class Refresher:
             return
         held = self._hold(request, new)
         if not held and not self._can_wait(request, new):
-            if self.pager.unpromised_later > self.pager.unpromised_pages:
+            if self.pager.fits_later(request.key, new.needed(request.pages), self._spare(request)):
                 self.pager.settle()  # how much is still in flight decides nothing
             held = self._hold(request, new) or self._hold_less(request, new)
         if held:
@@ -255,7 +256,7 @@ class Refresher:
         except LedgerError:
             raise
         except Exception as error:
-            self.pager.ranks.failed_together(f"{request.rid}: {error!r}")
+            self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
             self.counts.failures += 1
             request.story.failures += 1
             logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)

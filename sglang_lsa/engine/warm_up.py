@@ -16,6 +16,7 @@ from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import decode_indices, decode_pages, lanes_for, physical_slots
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
+from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.staging import Staging
 
 
@@ -32,6 +33,8 @@ def compile_kernels(
 
     Kernels of attention over tables of physical pages are the backend's own.
     """
+    if pager.ranks.size > 1:  # its communicator is made at its first use, and takes memory
+        pager.ranks.scores.reduce(torch.zeros(2, device=pager.device), Reduction.SUM)
     padding = np.zeros(1, dtype=np.int64)
     page_keys.complete(padding, padding)
     for name, policy in policies.items():

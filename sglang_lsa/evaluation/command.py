@@ -210,7 +210,7 @@ def evaluate(
     seconds: float = float("inf"),
     api_key: str | None = None,
     files: Files | None = None,
-    kl: bool | None = None,
+    kl: bool = False,
 ) -> list[dict[str, Any]]:
     """Ask, and write ``answers.jsonl`` (what servers said), ``next.jsonl`` (what they found likely),
     ``rows.jsonl`` (judged), ``quality.json``, ``quality.md``,
@@ -223,7 +223,7 @@ def evaluate(
         url: of a running server of ours.
         others: endpoints that are arms themselves, by name.
         files: published ones, beside what is made here.
-        kl: compare next-token distributions, see ``divergence``; None: where the server can.
+        kl: compare next-token distributions, see ``divergence``.
 
     Returns:
         Rows of ``quality.json`` of this run.
@@ -243,7 +243,7 @@ def evaluate(
     asked = make_questions(plan, tokenizer, files or Files())
     if not asked:
         raise ValueError("there is nothing to ask: give some --suites or files")
-    if kl is not False:
+    if kl:
         server_args += " --enable-custom-logit-processor"
     with server(url, model, indexer, server_args, output) as address:
         rows = run(
@@ -256,8 +256,7 @@ def evaluate(
             together=together,
             seconds=seconds,
             api_key=api_key,
-            references=None if kl is False else Store(output / "next.jsonl"),
-            must_compare=bool(kl),
+            references=Store(output / "next.jsonl") if kl else None,
         )
     about = {"command": command, "hardware": _hardware(url), "commit": commit(), "date": str(datetime.date.today())}
     everything = keep(output, [row | about for row in rows])

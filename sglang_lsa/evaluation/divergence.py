@@ -35,12 +35,18 @@ def divergences(reference: Sequence[str], told: Sequence[str]) -> tuple[np.ndarr
 
     Args:
         reference, told: packed distributions over the same token ids, step by step, see ``forced.packed``.
+
+    Raises:
+        ValueError: a model's logits were no numbers.
     """
-    values, rests = [], []
+    values: list[float] = []
+    rests: list[float] = []
     for one, other in zip(reference, told, strict=True):
         (ids, p), (same, q) = unpacked(one), unpacked(other)
         assert (ids == same).all(), "distributions over other tokens"
         p, q = p.astype(np.float64), q.astype(np.float64)
+        if not (np.isfinite(p).all() and np.isfinite(q).all()):
+            raise ValueError(f"step {len(values)} has log-probabilities that are no numbers")
         rest_p, rest_q = (max(LEAST_REST, 1 - float(np.exp(logs).sum())) for logs in (p, q))
         inside = float((np.exp(p) * (p - q)).sum())
         values.append(max(0.0, inside + rest_p * float(np.log(rest_p / rest_q))))
@@ -58,7 +64,15 @@ async def reference_of(
     """
     parameters = {"temperature": 0, "max_new_tokens": new_tokens}
     answer = await _ask(server, ids, rid, parameters, options, {"top": TOP})
-    return {"tokens": answer["output_ids"], "next": answer["meta_info"][NAME]}
+    tokens, told = answer["output_ids"], answer["meta_info"][NAME]
+    for step, (token, text) in enumerate(zip(tokens, told, strict=True)):
+        likeliest, logs = unpacked(text)
+        if token not in likeliest[logs == logs[0]]:
+            raise EndpointFailed(
+                f"{server.url}: what {rid} found likely at step {step} is of another step: it was retracted, or SGLang "
+                "samples otherwise than it did; give it more room (--together 1), or leave --kl out"
+            )
+    return {"tokens": tokens, "next": told}
 
 
 async def along(
@@ -80,7 +94,10 @@ async def along(
     answer = await _ask(server, ids, rid, parameters, options, {"tokens": tokens, "ids": reference["next"]})
     if answer["output_ids"] != tokens:
         raise EndpointFailed(f"{server.url}: {rid} did not go along the answer it was given: see the server's log")
-    values, rests = divergences(reference["next"][1:], answer["meta_info"][NAME][1:])
+    try:
+        values, rests = divergences(reference["next"][1:], answer["meta_info"][NAME][1:])
+    except ValueError as error:
+        raise EndpointFailed(f"{server.url}: {rid}: {error}: see the server's log") from error
     return {"kl": float(values.mean()), "kl_outside": float(rests.mean()), "kl_steps": len(values)}
 
 

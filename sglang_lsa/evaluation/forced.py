@@ -31,6 +31,8 @@ class Forced:
         told = torch.log_softmax(logits.float(), dim=-1)
         for row, params in enumerate(custom_param_list):
             asked, request = params[NAME], params["__req__"]
+            if request.extend_range.end < len(request.full_untruncated_fill_ids):
+                continue  # a chunk in the middle of the prompt: SGLang samples after it, and throws the token away
             request.customized_info = request.customized_info or {}
             written: list[str] = request.customized_info.setdefault(NAME, [])
             place = len(written)  # not that of the request's tokens: the scheduler may not have read the last one yet

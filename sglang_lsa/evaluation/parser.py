@@ -65,9 +65,10 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--kl",
         action=argparse.BooleanOptionalAction,
+        default=False,
         help="also how far next-token distributions are from full attention's along its answer: needs a server with "
-        "--enable-custom-logit-processor, which lets its clients run code; default: where the server can. The one that "
-        "is started here can, and listens on this machine only",
+        "--enable-custom-logit-processor, which lets whoever reaches it run code (one that is started here listens on "
+        "this machine only), and asks every question once more; default: not",
     )
     command.add_argument("--together", type=int, default=4, metavar="N", help="samples at a time; default: 4")
     command.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin none after that time")

@@ -37,7 +37,6 @@ class Evaluation:
         model: its name in the results.
         others: endpoints that are arms themselves, by name; they get the prompt and nothing else.
         references: answers of full attention that others are compared along, see ``divergence``; None compares none.
-        must_compare: it is an error if the server cannot.
         together: samples at a time. Of one sample, one turn follows the other. Of one question, full attention goes
             first and brings the context into the radix tree; the other arms follow at the same time.
     """
@@ -51,11 +50,10 @@ class Evaluation:
         others: dict[str, Endpoint] | None = None,
         together: int = 1,
         references: Store | None = None,
-        must_compare: bool = False,
     ):
         self.model, self.server, self.arms, self.store = model, server, arms, store
         self.others = others or {}
-        self.references, self.must_compare = references, must_compare
+        self.references = references
         self.together = together
         self.settings: dict[str, Any] = {}
         self.slots = asyncio.Semaphore(IN_FLIGHT)
@@ -78,14 +76,10 @@ class Evaluation:
                 f"a prompt has {shortest} tokens: start it with a smaller one, or ask for longer --lengths"
             )
         if self.references is not None and not processors:
-            why = (
+            raise EndpointFailed(
                 f"{self.server.url} was started without --enable-custom-logit-processor, which comparing next-token "
-                "distributions needs: start it with that flag, or add --no-kl"
+                "distributions needs: start it with that flag, or leave --kl out"
             )
-            if self.must_compare:
-                raise EndpointFailed(why)
-            tqdm.write(f"no KL: {why}")
-            self.references = None
         deadline = time.monotonic() + seconds
         limit = asyncio.Semaphore(self.together)
         samples: dict[str, list[Question]] = {}
@@ -274,7 +268,6 @@ def run(
     seconds: float = float("inf"),
     api_key: str | None = None,
     references: Store | None = None,
-    must_compare: bool = False,
 ) -> list[dict[str, Any]]:
     """See :class:`Evaluation`; ``url`` is of our server, ``others`` of the others."""
 
@@ -282,7 +275,7 @@ def run(
         async with streaming.session(silence=3600) as http:
             endpoints = {name: Endpoint(http, other, api_key=api_key) for name, other in (others or {}).items()}
             server = Endpoint(http, url, api_key=api_key)
-            evaluation = Evaluation(model, server, arms, store, endpoints, together, references, must_compare)
+            evaluation = Evaluation(model, server, arms, store, endpoints, together, references)
             return await evaluation.run(asked, seconds)
 
     return asyncio.run(ask())

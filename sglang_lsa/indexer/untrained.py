@@ -16,7 +16,7 @@ from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
 
 HEADS, SUB_KEYS, POSITIONS = 8, 32, 64
-"""Of a calibrated indexer. Without training more heads dilute the best ones: see docs/evaluation.md."""
+"""Of a calibrated indexer. Without training more heads dilute the best ones."""
 SINK, RECENT = 1, 4
 """First and last pages that stay whatever their score, and teach nothing."""
 LEAST_LIFT = 1.5

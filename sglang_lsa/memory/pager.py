@@ -17,7 +17,7 @@ from sglang_lsa.memory.progress import Done, Progress
 from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.reservations import Reservations
 from sglang_lsa.memory.transfer import HostTransfer, StreamTransfer, Transfer, upload
-from sglang_lsa.memory.unheld import forget_unheld
+from sglang_lsa.memory.unheld import forget_unheld, undo_recall
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,8 @@ class Pager:
         """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
         """Of these, pages that were not known to be there when their window began; the device waited for them."""
-        self._recalls = 0
         self._recall_of = np.zeros(layout.physical_pages + 1, dtype=np.int64)
-        """By device page: the last recall that brought its content; the first one has number 1."""
+        """By device page: the last recall that brought its content, as :meth:`Transfer.recall` numbers them."""
         self._passes: list[tuple[int, Any]] = []
         self._passes_noticed = 0
         self._idle_events: list[Any] = []
@@ -161,12 +160,14 @@ class Pager:
         virtual, physical = plan.recall
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
-            self._recalls += 1
-            self._recall_of[physical] = self._recalls
             self.ledger.copy_started(physical, arriving=True)
-            self.transfer.recall(
-                physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
-            )
+            try:
+                self._recall_of[physical] = self.transfer.recall(
+                    physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
+                )
+            except Exception:
+                undo_recall(self.ledger, holder, virtual, physical)
+                raise
         return True
 
     def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
@@ -178,6 +179,11 @@ class Pager:
         if wanted and wanted + spare > self.room_for(holder):
             return False
         return self.hold(holder, pages, for_later=True)
+
+    def fits_later(self, holder: str, pages: np.ndarray, spare: int) -> bool:
+        """Whether :meth:`hold_if_spare` would take them if everything in flight were done; does not depend on how fast
+        that is."""
+        return int((~self.ledger.is_held(pages)).sum()) + spare <= self.room_later(holder)
 
     def retain(self, holder: str, pages: Iterable[int]) -> None:
         """``holder`` needs none of its pages but these."""

@@ -32,10 +32,13 @@ class Transfer(Protocol):
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
+    ) -> int:
         """Copy mirror pages to the device; nothing queued for the device may touch these device pages.
 
         ``layer_by_layer``: first layers first, so that :meth:`before_layer` has something to wait for.
+
+        Returns:
+            Which recall this is, counted since the start from 1; 0 where copies are done when they are asked for.
         """
 
     def ended(self) -> tuple[int, int]:
@@ -82,11 +85,12 @@ class HostTransfer:
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
+    ) -> int:
         p, v = torch.from_numpy(physical), torch.from_numpy(virtual)
         move_pages_reference(self.moves, p, self.mirror, v, to_host=False)
         self.recalled_pages += len(physical)
         finished()
+        return 0
 
     def ended(self) -> tuple[int, int]:
         return 0, 0
@@ -154,8 +158,9 @@ class StreamTransfer:
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
+    ) -> int:
         self.recalling.append(self._copy(self.recalls, physical, virtual, finished, False, layer_by_layer))
+        return self.recalled + len(self.recalling)
 
     def _copy(self, stream, physical, virtual, finished, to_host: bool, layer_by_layer: bool = False) -> _Copy:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -21,3 +21,13 @@ def forget_unheld(ledger: Any) -> None:
     ledger._last_reader = np.minimum(ledger._last_reader, ledger._started)
     ledger._free.extend(ledger._detach(ledger._evictable()).tolist())
     ledger._free.sort(reverse=True)
+    ledger._last_use[ledger._last_use > 0] = 1
+    ledger._clock = 1
+
+
+def undo_recall(ledger: Any, holder: str, virtual: np.ndarray, physical: np.ndarray) -> None:
+    """The copy that was to bring these pages of a ``Ledger`` was not queued: they are not on the device after all, and
+    ``holder``, for whom alone they came, does not hold them."""
+    ledger.copy_finished(physical, arriving=True)
+    ledger.drop(holder, virtual)
+    ledger._free.extend(ledger._detach(virtual).tolist())

@@ -27,7 +27,7 @@ def evaluate(server: ServerProcess, output: pathlib.Path, *more: str) -> list[di
         "--output",
         str(output),
     ]
-    assert main([*arguments, "--no-kl", *more]) == 0
+    assert main([*arguments, *more]) == 0
     return json.loads((output / "quality.json").read_text())["rows"]
 
 

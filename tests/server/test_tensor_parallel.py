@@ -14,9 +14,9 @@ from tensor_parallel import CPU
 
 from sglang_lsa.server_process import LSA, ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 MANY = int(os.environ.get("RANK_REQUESTS", 150))
-"""Mixed requests in a slow test; 500 take four minutes on two cores."""
+"""Mixed requests; 500 take four minutes on two cores."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_with_all_pages_they_say_what_stock_says(plain: ServerProcess, folder: p
     ranks.all_pages_are_what_stock_says(plain, ranks.stock_answers(CPU, path, folder / "stock.log"))
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("late", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["plain", "late"])
 def test_dense_requests_are_retracted_together(name: str, request: pytest.FixtureRequest) -> None:
     ranks.dense_requests_are_retracted_together(request.getfixturevalue(name), CPU)
 
@@ -56,15 +56,13 @@ def test_sets_are_read_from_the_token_on_that_they_name(late: ServerProcess, pla
     ranks.sets_are_read_from_the_token_on_that_they_name(late, plain)
 
 
-@pytest.mark.parametrize("requests", [50, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_under_pressure_their_records_stay_the_same(
-    requests: int, late: ServerProcess, plain: ServerProcess, monkeypatch: pytest.MonkeyPatch
+    late: ServerProcess, plain: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it with copies that are late on one rank only."""
-    ranks.records_stay_the_same_under_pressure(late, CPU, requests, monkeypatch, plain)
+    ranks.records_stay_the_same_under_pressure(late, CPU, MANY, monkeypatch, plain)
 
 
-@pytest.mark.slow
 def test_under_pressure_without_late_copies(plain: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks.records_stay_the_same_under_pressure(plain, CPU, MANY, monkeypatch, None)
 
@@ -74,7 +72,6 @@ def test_memory_that_runs_out_on_one_rank(late: ServerProcess, when: str) -> Non
     ranks.memory_runs_out_on_one_rank(late, when, CPU)
 
 
-@pytest.mark.slow
 def test_heads_as_of_a_model_that_people_serve(folder: pathlib.Path) -> None:
     """Qwen2.5-0.5B has 14 query heads and 2 KV heads: 7 and 1 on each rank."""
     path = CPU.model(folder / "qwen", "qwen2.5")

@@ -129,8 +129,9 @@ class SimulatedGPU:
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
+    ) -> int:
         self.recalls.append(Recall(physical.copy(), virtual.copy(), finished, layer_by_layer, len(self._pieces)))
+        return len(self.recalls)
 
     @property
     def busy(self) -> bool:

@@ -104,9 +104,10 @@ class LateTransfer(HostTransfer):
 
     def recall(
         self, physical: np.ndarray, virtual: np.ndarray, finished: Finished, layer_by_layer: bool = False
-    ) -> None:
+    ) -> int:
         super().recall(physical, virtual, lambda: None, layer_by_layer)
         self.recalling.append(finished)
+        return self.told[1] + len(self.recalling)
 
     def ended(self) -> tuple[int, int]:
         """Sometimes one more has."""

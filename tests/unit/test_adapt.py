@@ -85,14 +85,14 @@ def test_other_weights_are_seen(tmp_path: pathlib.Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(3 << 20))
     seen = {checks.fingerprint(str(tmp_path))}
-    for at in (0, (3 << 20) - 1):
+    for at in (0, 3 << 19, (3 << 20) - 1):
         with weights.open("r+b") as file:
             file.seek(at)
             file.write(b"x")
         seen.add(checks.fingerprint(str(tmp_path)))
     (tmp_path / "config.json").write_text("{ }")
     seen.add(checks.fingerprint(str(tmp_path)))
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: pathlib.Path) -> None:

@@ -15,9 +15,15 @@ from sglang_lsa.evaluation.forced import NAME, PROCESSOR, Forced, packed, unpack
 from sglang_lsa.evaluation.summary import markdown, summarise
 
 
+def prefilled(chunk: int = 4, prompt: int = 4) -> SimpleNamespace:
+    """What the sampler sees of a request whose last pass read its prompt up to there."""
+    extended = SimpleNamespace(end=chunk)
+    return SimpleNamespace(customized_info=None, extend_range=extended, full_untruncated_fill_ids=list(range(prompt)))
+
+
 def decode(logits: torch.Tensor, asked: dict[str, Any]) -> tuple[list[int], list[str]]:
     """Greedy decode of one request whose steps have these logits ``[steps, vocabulary]``, in a batch with another."""
-    request, other = (SimpleNamespace(customized_info=None) for _ in range(2))
+    request, other = (prefilled() for _ in range(2))
     params = [{NAME: {"top": 3}, "__req__": other}, {NAME: asked, "__req__": request}]
     tokens = []
     for step in logits:
@@ -46,6 +52,26 @@ def test_an_answer_is_forced_and_the_same_tokens_are_told(dtype: torch.dtype) ->
         for logits, written in ((of_p, in_p), (of_q, in_q)):
             expected = torch.log_softmax(logits.float(), -1)[torch.from_numpy(ids.astype(np.int64))].numpy()
             np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("asked", [{"top": 8}, {"tokens": [7], "ids": [packed(np.arange(8), np.zeros(8))]}], ids=str)
+def test_chunks_in_the_middle_of_a_prompt_are_no_steps(asked: dict[str, Any]) -> None:
+    """SGLang samples after each of them, and throws the token away."""
+    request, logits = prefilled(2), torch.randn(1, 100)
+    plain = logits.clone()
+    assert (Forced()(logits, [{NAME: asked, "__req__": request}]) == plain).all()
+    assert not request.customized_info
+    request.extend_range.end = 4
+    Forced()(logits, [{NAME: asked, "__req__": request}])
+    assert len(request.customized_info[NAME]) == 1
+
+
+def test_logits_that_are_no_numbers_are_no_agreement() -> None:
+    p = torch.randn(3, 100)
+    tokens, reference = decode(p, {"top": 8})
+    _, told = decode(torch.full_like(p, torch.nan), {"tokens": tokens, "ids": reference})
+    with pytest.raises(ValueError, match="step 0 has log-probabilities that are no numbers"):
+        divergences(reference, told)
 
 
 def test_a_step_after_the_end_is_not_forced_and_not_told() -> None:

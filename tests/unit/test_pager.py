@@ -294,6 +294,53 @@ def test_required_pages_are_there_before_the_next_kernel() -> None:
     assert server.gpu.calls["before_next_kernel"] == 1
 
 
+def test_recalls_of_others_are_not_taken_for_ones_of_pages() -> None:
+    """Compiling kernels at start recalls a padding page twice; the next recall is the third."""
+    server = late_pages()
+    pager = server.pager
+    for _ in range(2):
+        server.gpu.recall(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), lambda: None)
+    server.gpu.arrive()
+    server.use("a", 1)
+    pager.forget("a")
+    server.finish(1)
+    server.use("b", 2, 3, 4, 5)
+    pager.forget("b")
+    server.finish(1)
+    assert pager.hold("c", [1])
+    pager.require(np.array([1]))
+    server.kernel()
+    server.assert_content(1)
+
+
+def test_a_recall_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = recalled_late()
+    pager = server.pager
+    server.gpu.arrive()
+    pager.forget("c")
+    server.use("b", 2, 3, 4, 5)
+    pager.forget("b")
+    server.finish(1)
+    assert not pager.ledger.v2p[1]
+    before = pager.ledger.obtainable_pages
+
+    def fails(*_: object) -> int:
+        raise MemoryError("no memory for page ids")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.gpu, "recall", fails)
+        with pytest.raises(MemoryError):
+            pager.hold("d", [1, 5])
+    assert not pager.ledger.v2p[1] and not pager.arrived(np.array([1]))
+    pager.ledger.check()
+    pager.forget("d")
+    assert pager.ledger.obtainable_pages == before
+    assert pager.hold("e", [1])
+    pager.require(np.array([1]))
+    server.kernel()
+    server.assert_content(1)
+
+
 def test_pages_for_a_coming_window_are_counted_and_late_ones_too() -> None:
     server = recalled_late()
     pager = server.pager
