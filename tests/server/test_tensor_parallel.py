@@ -15,7 +15,7 @@ from tensor_parallel import CPU
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-MANY = int(os.environ.get("RANK_REQUESTS", 150))
+MANY = int(os.environ.get("RANK_REQUESTS", 80))
 """Mixed requests; 500 take four minutes on two cores."""
 
 

@@ -252,10 +252,13 @@ def test_a_page_whose_place_moved_during_its_copy_is_not_mirrored() -> None:
     pager.ledger.check()
 
 
-def recalled_late() -> Pages:
-    """Page 1 was evicted and is held again; its content is on its way."""
+def recalled_late(others: int = 0) -> Pages:
+    """Page 1 was evicted and is held again; its content is on its way, after so many recalls that are nobody's."""
     server = late_pages()
     pager = server.pager
+    for _ in range(others):
+        server.gpu.recall(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), lambda: None)
+        server.gpu.arrive()
     server.use("a", 1)
     pager.forget("a")
     server.finish(1)
@@ -296,19 +299,8 @@ def test_required_pages_are_there_before_the_next_kernel() -> None:
 
 def test_recalls_of_others_are_not_taken_for_ones_of_pages() -> None:
     """Compiling kernels at start recalls a padding page twice; the next recall is the third."""
-    server = late_pages()
-    pager = server.pager
-    for _ in range(2):
-        server.gpu.recall(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), lambda: None)
-    server.gpu.arrive()
-    server.use("a", 1)
-    pager.forget("a")
-    server.finish(1)
-    server.use("b", 2, 3, 4, 5)
-    pager.forget("b")
-    server.finish(1)
-    assert pager.hold("c", [1])
-    pager.require(np.array([1]))
+    server = recalled_late(others=2)
+    server.pager.require(np.array([1]))
     server.kernel()
     server.assert_content(1)
 
