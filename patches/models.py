@@ -18,6 +18,7 @@ WINDOWED = (
     "Cohere2MoeForCausalLM",
     "Exaone4ForCausalLM",
     "ExaoneMoEForCausalLM",
+    "ExaoneMoeForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
@@ -31,6 +32,7 @@ WINDOWED = (
     "MiMoV2FlashForCausalLM",
     "MiMoV2ForCausalLM",
     "Olmo2ForCausalLM",
+    "Spark2_5ForCausalLM",
     "Step3p5ForCausalLM",
 )
 """Models of SGLang whose layers see the window that their configuration names. It has others, which ignore it."""

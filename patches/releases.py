@@ -19,6 +19,7 @@ SINCE_0_5_22 = (
     f"{ARGUMENTS}.resolve_once",
     VIEW.removesuffix("."),
     REQ_KV,
+    "sglang.srt.layers.logits_processor.LogitsProcessorOutput.finalize_input_logprobs",
     f"{TREE}base_prefix_cache.TreeLock",
     f"{TREE}common.checkpoint_kv_cache",
     f"{TREE}common.match_kv_cache",

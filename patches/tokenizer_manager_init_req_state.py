@@ -33,6 +33,7 @@ def described(manager) -> Server:
     known = manager.__dict__.get("lsa_screen")
     if known is None:
         from sglang.srt.managers.schedule_batch import PositionalEmbeds
+        from sglang.srt.sampling.sampling_params import SamplingParams
 
         arguments, model = resolved(manager.server_args), manager.model_config
         known = manager.lsa_screen = Server(
@@ -44,6 +45,7 @@ def described(manager) -> Server:
             lora=bool(manager.enable_lora),
             delimiters=bool(arguments.enable_mis),
             labels=frozenset(arguments.tokenizer_metrics_allowed_custom_labels or ()),
+            sampling=frozenset(SamplingParams.__struct_fields__),
             resident=frozenset({PositionalEmbeds}),
         )
     return known

@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from release import RELEASE
 
 from sglang_lsa.patches.scheduler_batch_result_processor_process_batch_result_prefill import keep_logprobs_in_step
 from sglang_lsa.patches.scheduler_output_streamer_stream_output import stream_output
@@ -45,7 +46,7 @@ class Scheduler:
         self.streamer = output_streamer.SchedulerOutputStreamer(
             send_to_detokenizer=SimpleNamespace(send_output=self._take),
             tree_cache=SimpleNamespace(),
-            ps=SimpleNamespace(dp_rank=0, attn_tp_rank=0),
+            **({} if RELEASE.checkpoints else {"ps": SimpleNamespace(dp_rank=0, attn_tp_rank=0)}),
             server_args=SimpleNamespace(),
             is_generation=True,
             spec_algorithm=SpeculativeAlgorithm.NONE,
@@ -62,12 +63,12 @@ class Scheduler:
             | {
                 "is_generation": True,
                 "enable_overlap": True,
-                "server_args": SimpleNamespace(),
                 "logprob_result_processor": logprob_result_processor.SchedulerLogprobResultProcessor(
                     model_config=SimpleNamespace(vocab_size=VOCABULARY)
                 ),
                 "output_streamer": SimpleNamespace(stream_output=stream),
             }
+            | ({"server_args": SimpleNamespace()} if "server_args" in names else {})
         )
 
     def _take(self, payload: Any) -> None:
@@ -116,7 +117,8 @@ def _serving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
     observability = SimpleNamespace(enable_request_time_stats_logging=False, enable_metrics=False)
     monkeypatch.setattr(output_streamer, "get_observability", lambda: observability)
-    monkeypatch.setattr(batch_result_processor, "maybe_cache_unfinished_req", lambda req, tree: None)
+    checkpoint = "checkpoint_kv_cache" if RELEASE.checkpoints else "maybe_cache_unfinished_req"
+    monkeypatch.setattr(batch_result_processor, checkpoint, lambda req, tree: None)
     features = SimpleNamespace(features=SimpleNamespace(enable_mis=False))
     monkeypatch.setattr(logprob_result_processor, "get_exec", lambda: features)
     memory = SimpleNamespace(enable_hisparse=False)
