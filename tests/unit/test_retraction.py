@@ -20,6 +20,7 @@ from sglang_lsa.patches.scheduler_batch_result_processor_process_batch_result_pr
 from sglang_lsa.patches.scheduler_output_streamer_stream_output import stream_output
 
 pytest.importorskip("sglang.srt.managers.schedule_batch")
+from sglang.srt import runtime_context
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req
@@ -63,6 +64,7 @@ class Scheduler:
             | {
                 "is_generation": True,
                 "enable_overlap": True,
+                "model_config": MagicMock(self_opened_think_start_ids=None),
                 "logprob_result_processor": logprob_result_processor.SchedulerLogprobResultProcessor(
                     model_config=SimpleNamespace(vocab_size=VOCABULARY)
                 ),
@@ -111,9 +113,22 @@ class Scheduler:
         self.processor.process_batch_result_prefill(batch, result)
 
 
+class Unset:
+    """Arguments of which none is set, in groups of any name."""
+
+    def __getattr__(self, name: str) -> Unset:
+        return self
+
+    def __bool__(self) -> bool:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def _serving(monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = SimpleNamespace(stream_interval=1)
+    if RELEASE.checkpoints:  # all others that SGLang asks for
+        monkeypatch.setattr(runtime_context.RuntimeContext, "config_bag", lambda self, name: Unset())
+        monkeypatch.setattr(output_streamer, "get_parallel", lambda: SimpleNamespace(dp_rank=0, attn_tp_rank=0))
+    serving = SimpleNamespace(stream_interval=1, weight_version=None)
     monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
     observability = SimpleNamespace(enable_request_time_stats_logging=False, enable_metrics=False)
     monkeypatch.setattr(output_streamer, "get_observability", lambda: observability)

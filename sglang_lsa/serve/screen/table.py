@@ -105,7 +105,9 @@ SAMPLING: tuple[Row, ...] = (
     ),
     _sampling("sampling_seed", "a number", ERROR, FINITE, also=("seed",)),
     _sampling("custom_params", "anything; `lsa` as in configuration.md", TYPED, sampling_rules.custom_params),
-    _sampling("beam_width", "1; null (0.5.23)", "refused with pages", rules.number(1, 1, "leave it out: no beam search")),
+    _sampling(
+        "beam_width", "1; null (0.5.23)", "refused with pages", rules.number(1, 1, "leave it out: no beam search")
+    ),
     _sampling("ebnf_full_assistant", "anything, by its truth (0.5.23)", TYPED, rules.flag),
     _sampling("watermark", "as SGLang checks it (0.5.23)", "HTTP 400", rules.passed),
     _sampling("stop_strs", "not the client's: dropped", INTERNAL, rules.dropped),
