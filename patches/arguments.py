@@ -29,6 +29,19 @@ FP8 = 1
 """Bytes of one number of KV in FP8."""
 
 
+@contextmanager
+def published(server_args: Any) -> Iterator[None]:
+    """Inside, a process that serves nothing may ask SGLang what it answers from these arguments without being given
+    them."""
+    if not installed().resolves_late:
+        yield
+        return
+    from sglang.srt.runtime_context import create_context, use_context
+
+    with use_context(create_context(server_args, role="scheduler")):
+        yield
+
+
 def extra_context(server_args: Any) -> int:
     """Tokens that a row of SGLang's table has room for beyond the context of the model."""
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len

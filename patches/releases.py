@@ -24,6 +24,8 @@ SINCE_0_5_22 = (
     f"{TREE}common.checkpoint_kv_cache",
     f"{TREE}common.match_kv_cache",
     f"{TREE}common.free_kv_row_segments",
+    "sglang.srt.runtime_context.create_context",
+    "sglang.srt.runtime_context.use_context",
 )
 """Of what is relied on, what 0.5.17 does not have or is not used of it."""
 UNTIL_0_5_21 = (

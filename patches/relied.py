@@ -102,6 +102,8 @@ BEYOND_HOOKS = (
     "sglang.srt.utils.kill_process_tree",
     # what the doctor plans with, see arguments
     "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+    "sglang.srt.runtime_context.create_context",
+    "sglang.srt.runtime_context.use_context",
     "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
     "sglang.srt.utils.common.get_available_gpu_memory",
     "sglang.srt.utils.common.get_device_memory_capacity",

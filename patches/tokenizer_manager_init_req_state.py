@@ -59,5 +59,8 @@ HOOK = Hook(
     why="SGLang's scheduler and detokenizer end with the first value that they do not expect.",
     until="SGLang checks the fields in sglang_lsa/serve/screen/table.py itself.",
     test="tests/server/test_screen.py::test_refused_and_alive",
-    relies_on=("sglang.srt.managers.embed_types.PositionalEmbeds",),
+    relies_on=(
+        "sglang.srt.managers.embed_types.PositionalEmbeds",
+        "sglang.srt.sampling.sampling_params.SamplingParams",
+    ),
 )

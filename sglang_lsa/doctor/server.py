@@ -167,7 +167,11 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     Raises:
         ValueError: the server would not start with so much memory, or its weights cannot be sized.
     """
-    server_args = resolved(server_args)
+    with arguments.published(server_args):
+        return _planned(resolved(server_args), gpu, assumed)
+
+
+def _planned(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     model, config = server_args.get_model_config(), server_args.lsa_config
     dtype = arguments.kv_dtype(server_args, model)
     shape = {

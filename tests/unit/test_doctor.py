@@ -38,6 +38,7 @@ from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
 from sglang_lsa.engine.sizing import MemoryPlan
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.releases import RELEASES
 
 EIGHT_B = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,6 +58,7 @@ SLIDING = {**EIGHT_B, "architectures": ["Gemma2ForCausalLM"], "model_type": "gem
 NAMES_ONE = {**EIGHT_B, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
 """A window that SGLang's model ignores."""
 
+RELEASE = RELEASES[importlib.metadata.version("sglang")]
 COMMANDS: dict[str, list[str]] = {
     # the model's folder is added, and --json
     "80 GB": ["8b", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200", "--context-tokens", "32768", "131072"],
@@ -162,9 +164,10 @@ def test_every_hook_of_the_table_is_told(found: dict[str, Any]) -> None:
     from sglang_lsa.patches.table import INTAKE, SERVING
 
     told = {f["name"]: f["status"] for f in found["80 GB"]["findings"] if f["section"] == "hooks"}
-    assert told == {"sglang": OK, **{hook.target: OK for hook in (*INTAKE, *SERVING)}}
+    assert told == {"sglang": OK, **{hook.target: OK for hook in (*INTAKE, *SERVING) if RELEASE.has(hook.target)}}
 
 
+@pytest.mark.skipif(RELEASE.resolves_late, reason="several ranks are refused with this SGLang")
 def test_a_rank_has_half_of_everything(found: dict[str, Any]) -> None:
     one, two = (found[name]["plan"] for name in ("80 GB", "two ranks"))
     assert (one["ranks"], two["ranks"]) == (1, 2)
