@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 RUN := PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all test-release lint clean
 # Two processes, each with the servers of its own tests; threads of one server would only wait for the other's.
 PYTEST := env OMP_NUM_THREADS=1 PATH="$(BIN):$$PATH" "$(BIN)/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
@@ -15,10 +15,11 @@ help: ## show this list
 	@echo
 	@echo "  VENV=dir        use another environment (default .venv)"
 	@echo "  PYTHON=python   build it from this interpreter (3.10-3.12)"
+	@echo "  SGLANG=0.5.23   with this release of SGLang (default 0.5.17); give it a VENV of its own"
 	@echo "  ARGS='...'      more arguments for the demo or pytest, e.g. make test ARGS='-m \"not server\"'"
 
 setup: ## create the environment (about 9 GB) and the embedded model; fast when nothing changed
-	@VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/setup.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" SGLANG="$(SGLANG)" scripts/setup.sh
 
 demo: setup ## run the demonstration
 	@$(RUN) "$(BIN)/sglang-lsa" demo $(ARGS)
@@ -28,6 +29,9 @@ test: setup lint ## linters, type checker, and the tests that prove the promises
 
 test-all: setup lint ## all tests, the long ones included (up to an hour on 2 cores)
 	@$(PYTEST) $(ARGS)
+
+test-release: setup ## the tests that tell releases of SGLang apart, e.g. make test-release SGLANG=0.5.23 VENV=.venv-0.5.23
+	@$(PYTEST) -m release $(ARGS)
 
 lint: setup ## ruff (lint and format) and mypy
 	@"$(BIN)/ruff" check .

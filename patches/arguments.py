@@ -22,17 +22,37 @@ from sglang_lsa.memory.layout.mha import mha_shape
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.architectures import c4_layers, c128_layers, native_index
-from sglang_lsa.patches.releases import RELEASES
+from sglang_lsa.patches.releases import installed
+from sglang_lsa.patches.resolved import resolved
 
 FP8 = 1
 """Bytes of one number of KV in FP8."""
+
+
+@contextmanager
+def published(server_args: Any) -> Iterator[None]:
+    """Inside, a process that serves nothing may ask SGLang what it answers from these arguments without being given
+    them."""
+    if not installed().resolves_late:
+        yield
+        return
+    from sglang.srt.runtime_context import create_context, use_context
+
+    with use_context(create_context(server_args, role="scheduler")):
+        yield
 
 
 def extra_context(server_args: Any) -> int:
     """Tokens that a row of SGLang's table has room for beyond the context of the model."""
     from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 
-    return get_req_to_token_extra_context_len(server_args)
+    given = () if installed().resolves_late else (server_args,)
+    return get_req_to_token_extra_context_len(*given)
+
+
+def tp_size_of(owner: Any) -> int:
+    """Ranks that share the heads of the model of SGLang's model runner, or of what plans its pools."""
+    return resolved(owner.server_args).tp_size if installed().resolves_late else owner.ps.tp_size
 
 
 def kv_dtype(server_args: Any, model: Any) -> torch.dtype:
@@ -67,6 +87,7 @@ def server_needs(
         extra_context: tokens of a row of SGLang's table beyond the model's context.
         tp_size: ranks that share the heads.
     """
+    server_args = resolved(server_args)
     graphs = server_args.cuda_graph_config.decode
     on_gpu = server_args.device == "cuda"
     largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
@@ -147,9 +168,7 @@ def free_memory_of_cpu() -> int:
 def as_if_gpu(total_bytes: int) -> Iterator[None]:
     """Inside, SGLang and LSA decide as on a GPU of this size: chunks, CUDA graphs, ``--mem-fraction-static``. Nothing
     runs on it."""
-    import sglang
-
-    sized_by: Any = importlib.import_module(RELEASES[sglang.__version__].sized_by)
+    sized_by: Any = importlib.import_module(installed().sized_by)
     capacity, cuda = sized_by.get_device_memory_capacity, compatibility._cuda
     sized_by.get_device_memory_capacity = lambda device=None: total_bytes / (1 << 20)
     compatibility._cuda = lambda: True

@@ -24,6 +24,7 @@ from sglang_lsa.indexer.calibrations import Calibration
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen, Watch
+from sglang_lsa.patches.arguments import tp_size_of
 from sglang_lsa.patches.model_guard import attention_layers
 from sglang_lsa.texts.calibration import PromptSet, calibration_prompts, prompts_for
 from sglang_lsa.texts.corpus import Tokens
@@ -52,8 +53,8 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         runner: SGLang's ModelRunner, its model loaded.
     """
     without = dataclasses.replace(config, policy="quest", calibrate="never")
-    if runner.ps.tp_size > 1:
-        logger.warning("LSA: heads on %d ranks are not calibrated yet: Quest chooses pages", runner.ps.tp_size)
+    if tp_size_of(runner) > 1:
+        logger.warning("LSA: heads on %d ranks are not calibrated yet: Quest chooses pages", tp_size_of(runner))
         return without
     try:
         shape, chosen = model_shape(runner), prompts_for(runner.device, runner.model_config.context_len)

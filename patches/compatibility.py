@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -22,6 +23,8 @@ from sglang_lsa.patches.architectures import (
     with_own_index,
 )
 from sglang_lsa.patches.models import model_problems
+from sglang_lsa.patches.releases import DEFAULT, installed
+from sglang_lsa.patches.resolved import remember, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "fa3")}
 """Attention backends that LSA extends, by device, the one that works everywhere first; users name them as they do
 without LSA."""
 BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+FLASH_ATTENTION_ASKS = ("kv_cache_dtype", "base_gpu_id")
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 MOST_RANKS = 8
@@ -71,6 +75,16 @@ REFUSED_FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("kv_canary", "none", "remove --kv-canary: it knows one number of a token's place in KV, LSA has two"),
     ("page_size", PAGE_SIZE, f"use --page-size {PAGE_SIZE} or leave it out"),
     ("radix_cache_backend", RADIX_CACHE_BACKEND, "remove --radix-cache-backend: LSA brings its own"),
+)
+
+REFUSED_SINCE_0_5_22: tuple[tuple[str, Any, str], ...] = (
+    ("enable_unified_cache_external_linker", False, "remove --enable-unified-cache-external-linker"),
+    ("enable_pd_role_switch", False, "remove --enable-pd-role-switch"),
+    ("enable_kv_cache_sharding", False, "remove --enable-kv-cache-sharding"),
+    ("attn_dp_size", 1, "remove --attn-dp-size"),
+    ("tp_size", 1, f"use --tp-size 1, or SGLang {DEFAULT}"),
+    ("enable_nvidia_megakernel", False, "remove --enable-nvidia-megakernel"),
+    ("tokenizer_worker_num", 1, f"use one worker, or SGLang {DEFAULT}: its workers would serve without LSA"),
 )
 
 
@@ -128,14 +142,24 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
     Raises:
         Unsupported: naming everything that cannot, with the value seen and what to do.
     """
+    given, server_args = server_args, resolved(server_args)
     model = server_args.get_model_config()
     other = is_deepseek_v4(model)
+    if other and not installed().deepseek_v4:
+        raise Unsupported(
+            [f"{model.model_path} is {DEEPSEEK_V4}: not supported with LSA in this SGLang yet: use SGLang {DEFAULT}"]
+        )
     problems = [
         f"--{name.replace('_', '-')} {seen}: not supported with LSA yet: {fix}"
-        for name, fine, fix in REFUSED_FLAGS
+        for name, fine, fix in (*REFUSED_FLAGS, *(REFUSED_SINCE_0_5_22 if installed().resolves_late else ()))
         if (seen := getattr(server_args, name, fine)) != fine and not (other and name == "page_size")
     ]
     problems += worker_problems(server_args)
+    if installed().resolves_late:
+        if server_args.radix_eviction_policy == "tlru":
+            problems.append("--radix-eviction-policy tlru: not supported with LSA yet: use lru or lfu")
+        if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            problems.append("SGLANG_RUST_SERVER: that server has no place for LSA's routes and checks: unset it")
     if not other:
         problems += device_problems(server_args, config)
     elif server_args.device == "cuda" and not _cuda():
@@ -158,8 +182,8 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         raise Unsupported(problems)
     if other:
         config = with_own_index(config)
-    object.__setattr__(server_args, "lsa_config", config)  # resolved arguments are read-only
-    return server_args
+    remember(given, "lsa_config", config)
+    return given
 
 
 def kv_problems(server_args: Any, model: Any) -> list[str]:
@@ -258,7 +282,15 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
         if value not in BACKENDS[device]
     ]
     asked = [name for name, value in seen.items() if value == "fa3" and value in BACKENDS[device]]
-    if asked and (problem := flash_attention_problem(vars(server_args))) is not None:
+    if (
+        asked
+        and (
+            problem := flash_attention_problem(
+                {name: getattr(server_args, name, None) for name in FLASH_ATTENTION_ASKS}
+            )
+        )
+        is not None
+    ):
         problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in asked]
     decode_flag = next((name for name in ("decode_attention_backend", "attention_backend") if name in seen), "")
     if config.groups and seen.get(decode_flag) == "fa3":
@@ -300,6 +332,7 @@ def flash_attention_problem(arguments: Mapping[str, Any]) -> str | None:
 
 def announce_attention(server_args: Any) -> None:
     """Say which kernels attend, and why not those that SGLang would have chosen."""
+    server_args = resolved(server_args)
     prefill, decode = server_args.get_attention_backends()
     if is_deepseek_v4(server_args.get_model_config()):
         logger.info("LSA: attention by %s, over tables of resident pages", decode)

@@ -18,8 +18,9 @@ class Hook:
 
     Attributes:
         target: dotted path, ``sglang.srt...Class.method``.
-        kind: ``before``, ``after`` or ``around``, with the meaning of SGLang's ``HookType``.
-        function: the wrapper, called as that kind is.
+        kind: ``before``, ``after`` or ``around``, with the meaning of SGLang's ``HookType``; ``attribute`` for a value
+            that SGLang only looks up there.
+        function: the wrapper, called as that kind is; of an attribute, makes the new value from the old one.
         parameters: names of the target's parameters that the wrapper relies on.
         why: what would be missing without it.
         until: what would make it unnecessary.

@@ -14,28 +14,30 @@ def build_allocator(original, self, *, sizes, token_to_kv_pool, **options):
     """
     from sglang_lsa.config import PAGE_SIZE
     from sglang_lsa.memory.pager import Pager
+    from sglang_lsa.patches.arguments import tp_size_of
     from sglang_lsa.patches.compatibility import Unsupported
     from sglang_lsa.patches.layouts import layout_of
     from sglang_lsa.patches.model_guard import kv_scales, problems
     from sglang_lsa.patches.ranks import ranks
+    from sglang_lsa.patches.resolved import resolved
     from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
     from sglang_lsa.radix_ext.swa_allocator import LsaSwaAllocator
 
-    pool = token_to_kv_pool
+    pool, args = token_to_kv_pool, resolved(self.server_args)
     if found := problems(
         self.model,
         pool,
         name=self.model_config.model_path,
-        q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
+        q_heads=self.model_config.num_attention_heads // tp_size_of(self),
         window=self.sliding_window_size,
         model_dtype=self.model_dtype,
-        record=self.server_args.lsa_config.record is not None,
-        kv_dtype_asked=self.server_args.kv_cache_dtype,
-        attention=self.server_args.get_attention_backends(),
+        record=args.lsa_config.record is not None,
+        kv_dtype_asked=args.kv_cache_dtype,
+        attention=args.get_attention_backends(),
     ):
         raise SystemExit(f"sglang-lsa: {Unsupported(found)}")
     layout = layout_of(pool, PAGE_SIZE, self.model_dtype, kv_scales(self.model, self.device))
-    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens, ranks=ranks(self.ps.tp_size))
+    pager = Pager(layout, sizes.max_total_num_tokens // layout.page_tokens, ranks=ranks(tp_size_of(self)))
     page, size = layout.page_tokens, pager.ledger.virtual_pages * layout.page_tokens
     if layout.page_tables:  # slots of a sliding window beside those of pages
         window = sizes.swa_max_total_num_tokens

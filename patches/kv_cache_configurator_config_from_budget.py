@@ -8,11 +8,17 @@ from sglang_lsa.patches.architectures import is_deepseek_v4
 from sglang_lsa.patches.arguments import budgeted_tokens, extra_context, kv_page, server_needs
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.ranks import ranks
+from sglang_lsa.patches.releases import IncompatibleSGLang
+from sglang_lsa.patches.resolved import proof_of_life, remember
 
 
 def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
     from sglang.srt.runtime_context import get_parallel
 
+    try:
+        proof_of_life(self.server_args)
+    except IncompatibleSGLang as error:
+        raise SystemExit(f"sglang-lsa: {error}") from error
     pool_config = original(self, budget_bytes, cap_tokens=cap_tokens)
     shape = {
         "layers": self.layer_info.num_effective_layers,
@@ -29,7 +35,7 @@ def config_from_budget(original, self, budget_bytes, *, cap_tokens=None):
         "needs": needs,
     }
     plan = agreed_plan(self.server_args.lsa_config, ranks(shape["tp_size"]), needs, sizes)
-    object.__setattr__(self.server_args, "lsa_plan", plan)  # this class has slots; resolved arguments are read-only
+    remember(self.server_args, "lsa_plan", plan)  # this class has slots
     pool_config.max_total_num_tokens = plan.virtual_tokens
     if is_deepseek_v4(self.model_config):
         # The sliding window and the compression states stay what SGLang made them.

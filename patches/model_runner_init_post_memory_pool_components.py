@@ -9,11 +9,13 @@ def create_runtime(result, self):
     from sglang_lsa.engine import sizing_dsv4
     from sglang_lsa.engine.runtime import LSARuntime
     from sglang_lsa.patches.architectures import c128_layers, native_index
+    from sglang_lsa.patches.arguments import tp_size_of
     from sglang_lsa.patches.compatibility import announce_attention
     from sglang_lsa.patches.model_guard import softmax_scale
+    from sglang_lsa.patches.resolved import resolved
     from sglang_lsa.serve.metrics import Metrics
 
-    args = self.server_args
+    args = resolved(self.server_args)
     if args.device == "cuda":
         announce_attention(args)
     pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
@@ -24,7 +26,7 @@ def create_runtime(result, self):
         args.lsa_config,
         pager,
         self.req_to_token_pool.req_to_token,
-        q_heads=self.model_config.num_attention_heads // self.ps.tp_size,
+        q_heads=self.model_config.num_attention_heads // tp_size_of(self),
         softmax_scale=softmax_scale(self.model),
         chunk_tokens=chunk if (chunk := args.chunked_prefill_size or 0) > 0 else None,
         vocabulary=self.model_config.vocab_size,

@@ -4,8 +4,10 @@ where it is wanted."""
 from __future__ import annotations
 
 from sglang_lsa.patches.architectures import is_deepseek_v4
+from sglang_lsa.patches.arguments import tp_size_of
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.ranks import ranks
+from sglang_lsa.patches.resolved import remember
 
 
 def load_model(original, self, *args, **kwargs):
@@ -16,8 +18,8 @@ def load_model(original, self, *args, **kwargs):
 
 
 def compare_options(self):
-    if self.ps.tp_size > 1:
-        require_equal_options(ranks(self.ps.tp_size), self.server_args.lsa_config)
+    if tp_size_of(self) > 1:
+        require_equal_options(ranks(tp_size_of(self)), self.server_args.lsa_config)
 
 
 def require_equal_options(joined, config):
@@ -39,7 +41,7 @@ def calibrate(self):
 
     config = self.server_args.lsa_config
     if config.calibrates and not self.is_draft_worker and not is_deepseek_v4(self.model_config):
-        object.__setattr__(self.server_args, "lsa_config", calibrated(config, self))  # resolved arguments are read-only
+        remember(self.server_args, "lsa_config", calibrated(config, self))
 
 
 HOOK = Hook(

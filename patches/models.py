@@ -18,6 +18,7 @@ WINDOWED = (
     "Cohere2MoeForCausalLM",
     "Exaone4ForCausalLM",
     "ExaoneMoEForCausalLM",
+    "ExaoneMoeForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration",
@@ -31,6 +32,7 @@ WINDOWED = (
     "MiMoV2FlashForCausalLM",
     "MiMoV2ForCausalLM",
     "Olmo2ForCausalLM",
+    "Spark2_5ForCausalLM",
     "Step3p5ForCausalLM",
 )
 """Models of SGLang whose layers see the window that their configuration names. It has others, which ignore it."""
@@ -82,6 +84,9 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
 
 def seen_after_load(server_args: Any) -> list[str]:
     """What the configuration names and only a loaded model shows; the server refuses it then if need be."""
+    from sglang_lsa.patches.resolved import resolved
+
+    server_args = resolved(server_args)
     model, notes = server_args.get_model_config(), []
     if model.sliding_window_size is not None and not _is_windowed(model):
         notes.append(

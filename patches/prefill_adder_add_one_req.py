@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang_lsa.engine.preemption import pages_let_go
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.releases import installed
 from sglang_lsa.patches.requests import choose, key_of, promise, prompt_of
 
 
@@ -65,7 +66,8 @@ def choose_after_preemption(adder, req):
     if count is None:
         return None
     enough = len(adder.preempt_list) + count
-    while len(adder.preempt_list) < enough and adder.preempt_to_schedule(req, server_args):
+    preempt = [req] if installed().resolves_late else [req, server_args]
+    while len(adder.preempt_list) < enough and adder.preempt_to_schedule(*preempt):
         pass
     # Preempting may have taken from the radix tree what this prompt had found there.
     req.init_next_round_input(adder.tree_cache)

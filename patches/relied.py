@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_lsa.patches.hook import Hook
-from sglang_lsa.patches.releases import IncompatibleSGLang
+from sglang_lsa.patches.releases import RELEASES, IncompatibleSGLang
 from sglang_lsa.patches.source import Source, fingerprints, is_unchanged, missing_attributes
 
 FOLDER = pathlib.Path(__file__).parent / "fingerprints"
@@ -24,7 +24,12 @@ BEYOND_HOOKS = (
     "sglang.srt.mem_cache.base_prefix_cache.MatchPrefixParams",
     "sglang.srt.mem_cache.base_prefix_cache.MatchResult",
     "sglang.srt.mem_cache.cache_init_params.CacheInitParams",
+    "sglang.srt.mem_cache.base_prefix_cache.TreeLock",
     "sglang.srt.mem_cache.chunk_cache.ChunkCache",
+    "sglang.srt.mem_cache.common.checkpoint_kv_cache",
+    "sglang.srt.mem_cache.common.free_kv_row_segments",
+    "sglang.srt.mem_cache.common.match_kv_cache",
+    "sglang.srt.managers.schedule_batch.ReqKvInfo",
     "sglang.srt.mem_cache.radix_cache.RadixCache",
     "sglang.srt.mem_cache.radix_cache.RadixKey",
     "sglang.srt.mem_cache.radix_cache.TreeNode",
@@ -97,6 +102,8 @@ BEYOND_HOOKS = (
     "sglang.srt.utils.kill_process_tree",
     # what the doctor plans with, see arguments
     "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+    "sglang.srt.runtime_context.create_context",
+    "sglang.srt.runtime_context.use_context",
     "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
     "sglang.srt.utils.common.get_available_gpu_memory",
     "sglang.srt.utils.common.get_device_memory_capacity",
@@ -171,7 +178,8 @@ def check_source(release: str, symbols: Iterable[str], reads: Mapping[str, Seque
 
     Imports nothing, and parses nothing where all files are those of the release, which takes some 10 ms.
     """
-    found = changed(Source.installed(), Fingerprints.load(release), symbols, reads)
+    known = RELEASES[release]
+    found = changed(Source.installed(), Fingerprints.load(release), known.symbols(symbols), known.reads(reads))
     if found:
         raise IncompatibleSGLang(changes_text(release, found))
 

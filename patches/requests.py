@@ -7,14 +7,14 @@ ours: ``lsa_options``, what it asked for; ``lsa_key``, by what the core knows it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from sglang_lsa.config import RequestOptions
 from sglang_lsa.engine.arrival import Arrival, Entry, Prompt
+from sglang_lsa.patches.request_kv import committed_of, prefix_of, row_of
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.admission import Admission, Admitted
@@ -77,7 +77,7 @@ def options_of(admission: Admission, req: Any) -> RequestOptions:
 
 def prompt_of(admission: Admission, req: Any) -> Prompt:
     """A request that waits, as the radix tree matches it now."""
-    prefix = admission.pager.page_index.matched(req.prefix_indices, slots_up_from(getattr(req, "last_node", None)))
+    prefix = prefix_of(req, admission.pager.page_index)
     tokens = len(req.full_untruncated_fill_ids)
     return Prompt(req.rid, options_of(admission, req), tokens, prefix, getattr(req, "lsa_warmed", False))
 
@@ -99,21 +99,13 @@ def promise(admission: Admission, req: Any, admitted: Admitted) -> None:
     req.lsa_key = admission.promise(req.rid, admitted, getattr(req, "lsa_warmed", False))
 
 
-def slots_up_from(node: Any) -> Iterator[torch.Tensor]:
-    """Slots of each node of SGLang's radix tree, from ``node`` up to the last one below the root. None of a node that
-    SGLang names by a number (``UnifiedRadixCache``): pages of its matches are noted with them."""
-    while getattr(node, "parent", None) is not None:
-        yield node.value
-        node = node.parent
-
-
 # -- when it runs ------------------------------------------------------------------------------------------------------
 
 
 def entry_of(req: Any) -> Entry:
     """A request of which nothing was computed since it was admitted."""
     ids, new_tokens = req.full_untruncated_fill_ids, getattr(req.sampling_params, "max_new_tokens", None) or 0
-    return Entry(req.rid, req.req_pool_idx, req.lsa_options, ids, new_tokens, lambda tokens: text_of(req, tokens))
+    return Entry(req.rid, row_of(req), req.lsa_options, ids, new_tokens, lambda tokens: text_of(req, tokens))
 
 
 def text_of(req: Any, tokens: int) -> np.ndarray:
@@ -124,7 +116,7 @@ def text_of(req: Any, tokens: int) -> np.ndarray:
 
 def can_decode(lsa: LSARuntime, reqs: Sequence[Any]) -> bool:
     """Whether every one of ``reqs`` that is about to open a page gets one."""
-    return lsa.can_decode([req.kv_committed_len for req in reqs])
+    return lsa.can_decode([committed_of(req) for req in reqs])
 
 
 # -- when it goes ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.releases import installed
 
 
 def keep_logprobs_in_step(self, batch, result, *args, **kwargs):
@@ -25,6 +26,8 @@ def keep_logprobs_in_step(self, batch, result, *args, **kwargs):
             kept += range(begin, end)
     if result.copy_done is not None:
         result.copy_done.synchronize()  # or the rows are still on their way from the device
+    if installed().checkpoints:
+        output.finalize_input_logprobs()  # which have an event of their own there
     output.input_token_logprobs = output.input_token_logprobs[kept]
 
 
@@ -43,6 +46,7 @@ HOOK = Hook(
     test="tests/unit/test_retraction.py::test_prompt_logprobs_are_of_this_prompt",
     relies_on=(
         "sglang.srt.managers.scheduler_components.logprob_result_processor.SchedulerLogprobResultProcessor.calculate_num_input_logprobs",
+        "sglang.srt.layers.logits_processor.LogitsProcessorOutput.finalize_input_logprobs",
         "sglang.srt.managers.utils.GenerationBatchResult",
         "sglang.srt.managers.schedule_batch.Req.finished",
     ),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.resolved import resolved
 
 
 @dataclass
@@ -22,12 +23,15 @@ class Pass:
 
 
 def get_new_batch_prefill(original, self, *args, **kwargs):
-    current = self.tree_cache.scheduling_pass = Pass(self.server_args if self.enable_priority_preemption else None)
+    arguments = resolved(self.server_args) if self.enable_priority_preemption else None
+    current = self.tree_cache.scheduling_pass = Pass(arguments)
     batch, running_batch = original(self, *args, **kwargs)
     if batch is None and current.adder is not None:
         # SGLang preempts for a place, then looks for memory, and forgets whom it preempted if there is none.
+        waiting = set(map(id, self.waiting_queue))  # 0.5.23 remembers them itself
         for req in current.adder.preempt_list:
-            self._add_request_to_queue(req)
+            if id(req) not in waiting:
+                self._add_request_to_queue(req)
     return batch, running_batch
 
 

@@ -10,9 +10,9 @@ from sglang_lsa.patches.hook import Hook
 logger = logging.getLogger(__name__)
 
 
-def handle(original, self, recv_req):
+def handle(original, self, recv_req, **options):
     try:
-        return original(self, recv_req)
+        return original(self, recv_req, **options)
     except Exception as error:
         from sglang.srt.managers.io_struct import AbortReq
 

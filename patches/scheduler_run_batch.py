@@ -12,6 +12,7 @@ from sglang_lsa.engine.failures import out_of_memory
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.releases import installed
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def give_up(scheduler, batch, error):
     from sglang.srt.managers.utils import GenerationBatchResult
     from sglang.srt.mem_cache.common import release_kv_cache
 
+    kept_out = {"checkpoint" if installed().checkpoints else "is_insert": False}
     names = [req.rid for req in batch.reqs]
     logger.error("LSA: memory ran out in a batch of %d requests, which fail: %s (%s)", len(names), names, error)
     for req in batch.reqs:
@@ -46,7 +48,7 @@ def give_up(scheduler, batch, error):
             continue
         prepare_abort(req, f"Memory ran out: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         req.to_finish, req.finished_output = None, True
-        release_kv_cache(req, scheduler.tree_cache, is_insert=False)
+        release_kv_cache(req, scheduler.tree_cache, **kept_out)
         if req is scheduler.chunked_req:
             scheduler.chunked_req = None
         abort = AbortReq(finished_reason=req.finished_reason.to_json(), rid=req.rid)

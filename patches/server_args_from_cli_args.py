@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_lsa.config import config_from_args
 from sglang_lsa.patches.compatibility import apply_defaults, attach
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.resolved import take_in
 
 
 def from_cli_args(original, cls, args):
@@ -12,7 +13,7 @@ def from_cli_args(original, cls, args):
     if config is None:
         return original(cls, args)
     apply_defaults(vars(args), config)
-    return attach(original(cls, args), config)
+    return take_in(original(cls, args), config, attach)
 
 
 HOOK = Hook(

@@ -187,12 +187,14 @@ def missing_attributes(source: Source, reads: Mapping[str, Sequence[str]]) -> li
     """What is read of a class and is no attribute of it by its source, as ``class.attribute``.
 
     Args:
-        reads: dotted path of a class -> names that are read of its instances.
+        reads: dotted path of a class -> names that are read of its instances; ``a|b`` for fields of several classes,
+            which are put together.
     """
     missing = []
     for symbol, names in reads.items():
-        there = source.attributes(symbol) or set()
-        missing += [f"{symbol}.{name}" for name in names if name not in there]
+        first, *_ = owners = symbol.split("|")
+        there = {name for owner in owners for name in source.attributes(owner) or ()}
+        missing += [f"{first}.{name}" for name in names if name not in there]
     return missing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 
 from sglang_lsa.patches import (
@@ -10,6 +11,7 @@ from sglang_lsa.patches import (
     decode_cuda_graph_runner_can_run_graph,
     deep_seek_v4_token_to_kv_pool_make_indexer_pool,
     embedding_req_input_normalize_batch_and_arguments,
+    engine_server_args_class,
     forward_batch_init_new,
     generate_req_input_normalize_batch_and_arguments,
     kv_cache_configurator_build_allocator,
@@ -43,7 +45,7 @@ from sglang_lsa.patches import (
     scheduler_weight_updater_manager_flush_cache,
     server_args_add_cli_args,
     server_args_from_cli_args,
-    server_args_init,
+    server_args_resolve_once,
     tokenizer_control_mixin_init_communicators,
     tokenizer_manager_create_abort_task,
     tokenizer_manager_create_tokenized_object,
@@ -53,10 +55,15 @@ from sglang_lsa.patches import (
 )
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.reads import READS
-from sglang_lsa.patches.releases import IncompatibleSGLang, check_version
+from sglang_lsa.patches.releases import RELEASES, IncompatibleSGLang, Release, check_version
 from sglang_lsa.patches.relied import BEYOND_HOOKS, check_source, symbols_of
 
-INTAKE: tuple[Hook, ...] = (server_args_add_cli_args.HOOK, server_args_from_cli_args.HOOK, server_args_init.HOOK)
+INTAKE: tuple[Hook, ...] = (
+    server_args_add_cli_args.HOOK,
+    server_args_from_cli_args.HOOK,
+    server_args_resolve_once.HOOK,
+    engine_server_args_class.HOOK,
+)
 """What lets a configuration in; changes nothing for a server that has none."""
 
 SERVING: tuple[Hook, ...] = (
@@ -108,6 +115,22 @@ SERVING: tuple[Hook, ...] = (
 _wrapped: set[str] = set()
 
 
+def used(hooks: Sequence[Hook], release: Release) -> list[Hook]:
+    """Those that are wanted in this release, and that SGLang does not do without here."""
+    return [hook for hook in hooks if release.has(hook.target) and not hook.needless]
+
+
+def _wrap(hook: Hook) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if hook.kind == "attribute":
+        owner, _, name = hook.target.rpartition(".")
+        place = pkgutil.resolve_name(owner)
+        setattr(place, name, hook.function(getattr(place, name)))
+    else:
+        HookRegistry._apply_target(hook.target, [(HookType(hook.kind), hook.function, None)])
+
+
 def install(hooks: Sequence[Hook]) -> None:
     """Check every target, then wrap them all. Hooks that are in place already are skipped, and so are those of parts
     that SGLang itself does without here.
@@ -121,10 +144,9 @@ def install(hooks: Sequence[Hook]) -> None:
             be wrapped. In all but the last case nothing was wrapped.
     """
     import sglang
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     check_version(sglang.__version__)
-    missing = [hook for hook in hooks if hook.target not in _wrapped and not hook.needless]
+    missing = [hook for hook in used(hooks, RELEASES[sglang.__version__]) if hook.target not in _wrapped]
     for hook in missing:
         hook.check()
     if missing:
@@ -133,7 +155,7 @@ def install(hooks: Sequence[Hook]) -> None:
         check_source(sglang.__version__, symbols, READS if serves else {})
     for hook in missing:
         try:
-            HookRegistry._apply_target(hook.target, [(HookType(hook.kind), hook.function, None)])
+            _wrap(hook)
         except Exception as error:
             raise IncompatibleSGLang(
                 f"could not wrap {hook.target} ({error!r}): not serving rather than serving without LSA"

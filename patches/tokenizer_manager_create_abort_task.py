@@ -17,7 +17,8 @@ def create_abort_task(original, self, obj):
     async def abort() -> None:
         await asyncio.sleep(DELAY)
         lives = getattr(obj, "lsa_lives", {})  # none: it was refused, and what runs under its name is another's
-        for rid in owned(lives, self.rid_to_state, self.logical_rid_to_child_rids):
+        samples = getattr(self, "logical_rid_to_child_rids", {})  # 0.5.23 keeps none: samples are requests like others
+        for rid in owned(lives, self.rid_to_state, samples):
             self.abort_request(rid)
 
     tasks = BackgroundTasks()

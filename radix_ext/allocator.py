@@ -72,6 +72,7 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         self._free_on_host = np.arange(1, self.num_pages + 1, dtype=np.int64)
         self._new_pages: list[np.ndarray] = []
         self._freed_in_group: list[np.ndarray] = []
+        self._in_group = False
 
     def take_new_pages(self) -> np.ndarray:
         """Virtual pages handed out since the last call, in the order of SGLang's batch, int64 ``[n]``."""
@@ -91,10 +92,11 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
 
     def free_group_begin(self):
         super().free_group_begin()
-        self._freed_in_group = []
+        self._freed_in_group, self._in_group = [], True
 
     def free_group_end(self):
         super().free_group_end()
+        self._in_group = False
         if self._freed_in_group:
             pages, self._freed_in_group = np.concatenate(self._freed_in_group), []
             self._release(pages)
@@ -102,7 +104,7 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
     @contextmanager
     def holding_back(self) -> Iterator[None]:
         """Pages freed inside are still there inside: whoever held one can let go of it first."""
-        if not self.is_not_in_free_group:  # a group that ends later does the same
+        if self._in_group:  # a group that ends later does the same
             yield
             return
         self.free_group_begin()
@@ -112,10 +114,10 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
             self.free_group_end()
 
     def _free(self, pages: np.ndarray):
-        if self.is_not_in_free_group:
-            self._release(pages)
-        else:
+        if self._in_group:
             self._freed_in_group.append(pages)
+        else:
+            self._release(pages)
 
     def _release(self, pages: np.ndarray):
         self.pager.ledger.release(pages)

@@ -16,8 +16,9 @@ from sglang.srt.mem_cache.chunk_cache import SWAChunkCache
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_lsa.patches.requests import key_of, slots_up_from
-from sglang_lsa.radix_ext.exact_tokens import ExactTokens, NothingShared
+from sglang_lsa.patches.request_kv import slots_up_from
+from sglang_lsa.patches.requests import key_of
+from sglang_lsa.radix_ext.finishing_cache import Finishing, NothingShared
 from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 from sglang_lsa.radix_ext.unified_tree import COMPONENTS, TREE_CORE
 
@@ -29,7 +30,7 @@ class LSASwaChunkCache(NothingShared, SWAChunkCache):
     """SGLang's cache without a tree, for models with a sliding window."""
 
 
-class LSAUnifiedRadixCache(ExactTokens, UnifiedRadixCache):
+class LSAUnifiedRadixCache(Finishing, UnifiedRadixCache):
     """SGLang's radix tree of models with a sliding window."""
 
     def __init__(self, params, runtime: LSARuntime):

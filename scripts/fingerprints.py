@@ -11,18 +11,20 @@ import pathlib
 import sys
 
 from sglang_lsa.patches.reads import READS
+from sglang_lsa.patches.releases import RELEASES
 from sglang_lsa.patches.relied import BEYOND_HOOKS, FOLDER, Fingerprints, symbols_of
 from sglang_lsa.patches.source import Source
 from sglang_lsa.patches.table import INTAKE, SERVING
 
 
-def taken(source: Source) -> Fingerprints:
-    """Of everything that we rely on.
+def taken(source: Source, release: str) -> Fingerprints:
+    """Of everything that we rely on in this release.
 
     Raises:
         LookupError: some of it is not there.
     """
-    return Fingerprints.take(source, [*symbols_of((*INTAKE, *SERVING)), *BEYOND_HOOKS], READS)
+    known, symbols = RELEASES[release], [*symbols_of((*INTAKE, *SERVING)), *BEYOND_HOOKS]
+    return Fingerprints.take(source, known.symbols(symbols), known.reads(READS))
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
         release, source = importlib.metadata.version("sglang"), Source.installed()
     file = FOLDER / f"{release}.json"
     try:
-        fingerprints = taken(source)
+        fingerprints = taken(source, release)
     except LookupError as error:
         raise SystemExit(str(error)) from None
     FOLDER.mkdir(exist_ok=True)

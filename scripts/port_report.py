@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sglang_lsa.patches.releases import NEWEST
+from sglang_lsa.patches.releases import NEWEST, RELEASES
 from sglang_lsa.patches.source import Source, missing_attributes
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", action="store_true", help="print no diffs")
     args = parser.parse_args(argv)
     symbols = Fingerprints.load(NEWEST).symbols
-    report = compare(Source.wheel(args.old), Source.wheel(args.new), symbols, READS)
+    report = compare(Source.wheel(args.old), Source.wheel(args.new), symbols, RELEASES[NEWEST].reads(READS))
     print("\n".join(report.lines(diffs=not args.names)))
 
 

@@ -3,12 +3,14 @@
 #
 #   VENV=dir       where the environment goes (default: .venv in the repository)
 #   PYTHON=python  the interpreter to build it from (default: the first suitable one found)
+#   SGLANG=release the SGLang to install (default: 0.5.17; see patches/releases.py for the others)
 #
 # Run again after an interruption: the stamp that marks a finished installation is written last.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
+sglang=${SGLANG:-0.5.17}
 [[ $venv == /* ]] || venv=$PWD/$venv
 owner=$venv/.sglang-lsa-owner # this script made the environment, at the path written in it
 stamp=$venv/.sglang-lsa-stamp # the installation is finished
@@ -19,10 +21,10 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # What a finished installation depends on. The path is part of it because an environment cannot be moved.
 fingerprint() {
-  "$venv/bin/python" - "$PWD" "$venv" pyproject.toml scripts/setup.sh 2>/dev/null <<'PY'
+  "$venv/bin/python" - "$PWD" "$venv" "$sglang" pyproject.toml scripts/setup.sh 2>/dev/null <<'PY'
 import hashlib, pathlib, sys
-repository, venv, *files = sys.argv[1:]
-digest = hashlib.sha256(f"{repository}\n{venv}\n{sys.version}\n".encode())
+repository, venv, release, *files = sys.argv[1:]
+digest = hashlib.sha256(f"{repository}\n{venv}\n{release}\n{sys.version}\n".encode())
 for name in files:
     digest.update(pathlib.Path(name).read_bytes())
 print(digest.hexdigest())
@@ -96,10 +98,12 @@ install() {
   check_disk
   prepare_venv
   rm -f "$stamp"
-  say "Installing SGLang, PyTorch and sglang-lsa into $venv (about 9 GB)"
+  grep -q "^    \"$sglang\": Release(" patches/releases.py ||
+    die "SGLANG=$sglang is none of the releases that sglang-lsa was written for: see patches/releases.py"
+  say "Installing SGLang $sglang, PyTorch and sglang-lsa into $venv (about 9 GB)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train,router]'
+    "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train,router]' "sglang==$sglang"
   fi
   fingerprint >"$stamp.new"
   mv "$stamp.new" "$stamp"
@@ -110,7 +114,7 @@ install_with_uv() {
   # The wheels of PyTorch and CUDA are large: allow a slow line more than uv's 30 s of silence.
   # Compiled once here: otherwise every process of every server might compile thousands of files as it starts.
   UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300} "$venv/bin/uv" pip install --compile-bytecode \
-    --python "$venv/bin/python" -e '.[dev,train,router]'
+    --python "$venv/bin/python" -e '.[dev,train,router]' "sglang==$sglang"
 }
 
 trap 'exit 130' INT

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from sglang_lsa import SGLANG_VERSION, __version__
+from sglang_lsa import SGLANG_VERSIONS, __version__
 from sglang_lsa.adapt.parser import add_parser as add_adapt
 from sglang_lsa.bench.parser import add_parser as add_bench
 from sglang_lsa.commands import Commands, add_command
@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if it did what it is for, 1 if it failed, 130 after Ctrl-C; wrong usage exits with 2.
     """
     parser = argparse.ArgumentParser(prog="sglang-lsa", description="Lookahead Sparse Attention for SGLang")
-    parser.add_argument("--version", action="version", version=f"sglang-lsa {__version__} (SGLang {SGLANG_VERSION})")
+    parser.add_argument(
+        "--version", action="version", version=f"sglang-lsa {__version__} (SGLang {' or '.join(SGLANG_VERSIONS)})"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)

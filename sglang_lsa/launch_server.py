@@ -32,11 +32,16 @@ def server_arguments(argv: list[str]) -> Any:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
 
+    from sglang_lsa.patches.releases import installed
+    from sglang_lsa.patches.resolved import proof_of_life
     from sglang_lsa.plugin import install
 
     load_plugins()
     install()  # does nothing when SGLang found the plugin; raises when it could not be installed
-    return prepare_server_args(argv)
+    server_args = prepare_server_args(argv)
+    if installed().resolves_late:
+        server_args.resolve_once()
+    return proof_of_life(server_args)
 
 
 def main(argv: list[str] | None = None) -> None:

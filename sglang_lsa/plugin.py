@@ -14,7 +14,9 @@ def register() -> None:
 
     SGLang logs and ignores plugins that fail, and would then serve without LSA; an exit is what it cannot ignore.
     """
-    from sglang_lsa.patches import server_args_init
+    if _needs_nothing():
+        return
+    from sglang_lsa.patches import engine_server_args_class
     from sglang_lsa.patches.releases import IncompatibleSGLang
     from sglang_lsa.patches.table import INTAKE
     from sglang_lsa.patches.table import install as install_hooks
@@ -25,7 +27,7 @@ def register() -> None:
         except IncompatibleSGLang as error:
             raise SystemExit(f"sglang-lsa: {error}") from error
     elif _is_a_library():
-        server_args_init.before_lsa = install
+        engine_server_args_class.before_lsa = install
         install_hooks(INTAKE)  # if it fails, SGLang logs that; this program did not ask for LSA
 
 
@@ -90,6 +92,14 @@ def _radix_cache(context):
     from sglang_lsa.radix_ext.radix_cache import build_tree_cache
 
     return build_tree_cache(context.params, context.tp_worker.model_runner.lsa)
+
+
+def _needs_nothing() -> bool:
+    """Whether this is a process of SGLang that has nothing of ours to do, though it loads plugins since 0.5.22; by then
+    it has its title."""
+    from setproctitle import getproctitle
+
+    return getproctitle().startswith(("sglang::detokenizer", "sglang::data_parallel_controller"))
 
 
 def _asked_for(argv: list[str]) -> bool:

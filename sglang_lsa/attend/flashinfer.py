@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -158,23 +159,18 @@ def _offsets(lengths: Sequence[int]) -> torch.Tensor:
 
 
 class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
-    def call_begin_forward(
-        self,
-        wrapper,
-        req_pool_indices,
-        paged_kernel_lens,
-        paged_kernel_lens_sum,
-        kv_indptr,
-        kv_start_idx,
-        spec_info,
-        seq_lens_cpu=None,
-        use_sliding_window_kv_pool=False,
-        fixed_split_size=None,
-        disable_split_kv=None,
-    ):
-        """Plan one decode step; arguments as in the stock method. ``seq_lens_cpu`` is needed."""
+    _stock = inspect.signature(stock.FlashInferIndicesUpdaterDecode.call_begin_forward)
+
+    def call_begin_forward(self, *given, **named):
+        """Plan one decode step; arguments as in the stock method of the release, by name. ``seq_lens_cpu`` is needed.
+
+        In a graph there may be more rows than requests: those that have lengths count.
+        """
+        asked = self._stock.bind(self, *given, **named).arguments
+        wrapper, paged_kernel_lens, kv_indptr = asked["wrapper"], asked["paged_kernel_lens"], asked["kv_indptr"]
+        batch = len(paged_kernel_lens)
+        req_pool_indices, seq_lens_cpu = asked["req_pool_indices"][:batch], asked["seq_lens_cpu"]
         lsa = self.attn_backend.lsa
-        batch = len(req_pool_indices)
         table = lsa.step.own_table(lsa.table).table
         indptr_on_host = lsa.step.decode_indptr(lsa.table, seq_lens_cpu)
         if wrapper.is_cuda_graph_enabled:
@@ -184,7 +180,7 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
         indptr = kv_indptr[: batch + 1]
         decode_indices(
             table,
-            self.req_to_token,
+            lsa.req_to_token,
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,
@@ -210,8 +206,8 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
             data_type=self.data_type,
             q_data_type=self.q_data_type,
             non_blocking=True,
-            fixed_split_size=fixed_split_size,
-            disable_split_kv=bool(disable_split_kv),
+            fixed_split_size=asked.get("fixed_split_size"),
+            disable_split_kv=bool(asked.get("disable_split_kv")),
             **options,
         )
 
@@ -237,7 +233,7 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
         indptr = torch.empty(len(req_pool_indices) + 1, dtype=torch.int32, device=req_pool_indices.device)
         decode_indices(
             lsa.everything,
-            self.req_to_token,
+            lsa.req_to_token,
             lsa.pager.v2p,
             req_pool_indices,
             paged_kernel_lens,

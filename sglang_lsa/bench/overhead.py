@@ -73,7 +73,7 @@ class Scheduler:
         node = SimpleNamespace(value=slots, parent=SimpleNamespace(parent=None, value=[]))
         if (index := getattr(self.pager, "page_index", None)) is not None:
             index.note(slots, pages)
-        return SimpleNamespace(
+        req = SimpleNamespace(
             rid=f"r{number}",
             req_pool_idx=number,
             origin_input_ids=range(tokens),
@@ -84,7 +84,10 @@ class Scheduler:
             sampling_params=SimpleNamespace(custom_params=None, max_new_tokens=1 << 20),
             kv_committed_len=tokens,
             finished=lambda: False,
+            prefix_len=len(slots),
         )
+        req.kv = req  # where newer releases have it
+        return req
 
     def prefill(self, tokens: int) -> None:
         """A prompt, in one pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def results_json(
         "commit": commit(),
         "hardware": hardware(),
         "sglang_lsa": sglang_lsa.__version__,
-        "sglang": sglang_lsa.SGLANG_VERSION,
+        "sglang": importlib.metadata.version("sglang"),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "model": MODEL,
         "config": dataclasses.asdict(config),

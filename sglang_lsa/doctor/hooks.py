@@ -21,22 +21,24 @@ def hook_findings(hooks: Sequence[Hook] | None = None) -> list[Finding]:
     SGLang's modules are imported for it; whatever that raises is a finding.
     """
     try:
-        from sglang_lsa.patches.releases import FIX, IncompatibleSGLang, check_version
+        from sglang_lsa.patches.releases import RELEASES, IncompatibleSGLang, check_version, fix
         from sglang_lsa.patches.table import INTAKE, SERVING
     except Exception as error:  # a package that our own modules import is missing or broken
         why = "without it no hook can be checked or installed"
         return [Finding(SECTION, "table", TROUBLE, f"cannot be read ({error!r})", why, "see the versions above")]
-    why = "the hooks were checked against that release only"
+    why = "the hooks were checked against these releases only"
     try:
         version = importlib.metadata.version("sglang")
         check_version(version)
         found = [Finding(SECTION, "sglang", OK, version)]
     except importlib.metadata.PackageNotFoundError:
-        found = [Finding(SECTION, "sglang", TROUBLE, "not installed", why, FIX)]
+        found = [Finding(SECTION, "sglang", TROUBLE, "not installed", why, fix())]
     except IncompatibleSGLang:
-        found = [Finding(SECTION, "sglang", TROUBLE, f"is version {version}", why, FIX)]
+        found = [Finding(SECTION, "sglang", TROUBLE, f"is version {version}", why, fix(version))]
     served = found[0].status == OK
-    looked_at = [hook for hook in hooks or (*INTAKE, *SERVING)]
+    looked_at = list(hooks or (*INTAKE, *SERVING))
+    if served:
+        looked_at = [hook for hook in looked_at if RELEASES[version].has(hook.target)]
     found += [hook_finding(hook, served) for hook in looked_at]
     if not served:
         return found
@@ -48,11 +50,13 @@ def hook_findings(hooks: Sequence[Hook] | None = None) -> list[Finding]:
 def source_findings(release: str, hooks: Sequence[Hook]) -> list[Finding]:
     """What these hooks and our subclasses rely on in SGLang, where its source is not that of ``release``."""
     from sglang_lsa.patches.reads import READS
+    from sglang_lsa.patches.releases import RELEASES
     from sglang_lsa.patches.relied import BEYOND_HOOKS, Fingerprints, changed, reinstall, symbols_of
     from sglang_lsa.patches.source import Source
 
     symbols = [*symbols_of(hooks), *BEYOND_HOOKS]
-    found = changed(Source.installed(), Fingerprints.load(release), symbols, READS)
+    known = RELEASES[release]
+    found = changed(Source.installed(), Fingerprints.load(release), known.symbols(symbols), known.reads(READS))
     why = f"the installed SGLang calls itself {release}, but is not what was released"
     return [Finding(SECTION, symbol, TROUBLE, what, why, reinstall(release)) for symbol, what in found.items()]
 
@@ -63,7 +67,7 @@ def hook_finding(hook: Hook, served: bool = True) -> Finding:
     Args:
         served: SGLang itself is there, in the release that the hooks were written for.
     """
-    from sglang_lsa.patches.releases import FIX
+    from sglang_lsa.patches.releases import fix
 
     if served and hook.needless:
         return Finding(SECTION, hook.target, OK, f"not needed: SGLang serves without it, {hook.needs} is not installed")
@@ -73,4 +77,4 @@ def hook_finding(hook: Hook, served: bool = True) -> Finding:
         problem = f"cannot be looked at ({error!r})"
     if problem is None:
         return Finding(SECTION, hook.target, OK, hook.kind, hook.why)
-    return Finding(SECTION, hook.target, TROUBLE, problem, hook.why, FIX)
+    return Finding(SECTION, hook.target, TROUBLE, problem, hook.why, fix())

@@ -22,6 +22,7 @@ from sglang_lsa.launch_server import server_arguments, with_defaults
 from sglang_lsa.memory import mirror as host_mirror
 from sglang_lsa.memory.mirror import GB
 from sglang_lsa.patches import arguments
+from sglang_lsa.patches.resolved import resolved
 
 CUDA_CONTEXT_BYTES = GB // 2
 """Assumed to be gone from a GPU before weights are loaded."""
@@ -166,6 +167,11 @@ def plan_server(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     Raises:
         ValueError: the server would not start with so much memory, or its weights cannot be sized.
     """
+    with arguments.published(server_args):
+        return _planned(resolved(server_args), gpu, assumed)
+
+
+def _planned(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     model, config = server_args.get_model_config(), server_args.lsa_config
     dtype = arguments.kv_dtype(server_args, model)
     shape = {

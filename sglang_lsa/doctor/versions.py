@@ -7,7 +7,7 @@ import platform
 
 from sglang_lsa import __version__
 from sglang_lsa.doctor.findings import NOTE, OK, TROUBLE, Finding
-from sglang_lsa.patches.releases import NEWEST
+from sglang_lsa.patches.releases import nearest
 
 PACKAGE = "sglang-lsa"
 SECTION = "versions"
@@ -33,7 +33,7 @@ def version_findings(on_gpu: bool) -> list[Finding]:
     except importlib.metadata.PackageNotFoundError:
         why = "SGLang finds the plugin by it, in every process of a server"
         found.append(Finding(SECTION, PACKAGE, TROUBLE, f"{__version__}, not installed", why, "pip install sglang-lsa"))
-        return [*found, package_finding(f"sglang=={NEWEST}", on_gpu)]
+        return [*found, package_finding(f"sglang=={nearest(_installed_sglang())}", on_gpu)]
     right = installed == __version__
     found.append(
         Finding(
@@ -69,7 +69,16 @@ def package_finding(asked: str, on_gpu: bool) -> Finding:
     if requirement.specifier.contains(installed, prereleases=True):
         return Finding(SECTION, requirement.name, OK, installed)
     fix = f"pip install '{requirement.name}{requirement.specifier}'"
+    if requirement.name == "sglang":
+        fix = f"pip install 'sglang=={nearest(installed)}'"
     return Finding(SECTION, requirement.name, TROUBLE if needed else NOTE, installed, why, fix)
+
+
+def _installed_sglang() -> str | None:
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _python() -> Finding:

@@ -10,7 +10,7 @@ from serving import finished_request, generate
 
 from sglang_lsa.server_process import LSA, ServerProcess
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.release]
 
 FLAGS = [
     "--lsa-calibrate",

@@ -60,6 +60,7 @@ def answer_all(
     return answers
 
 
+@pytest.mark.release
 def test_full_budget_equals_stock(stock: ServerProcess, small: ServerProcess, model_path: str) -> None:
     """Budget 1.0 for all prompts; then LSA switched off in the request, for some."""
     everything = groups(model_path)

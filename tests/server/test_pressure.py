@@ -26,6 +26,7 @@ from sglang_lsa.server_process import ServerProcess
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
+@pytest.mark.release
 def test_dense_requests_are_retracted_and_finish(lsa: ServerProcess) -> None:
     """Three dense requests fit the pool as prompts and outgrow it as answers: one is retracted, none says less."""
     flush(lsa)
@@ -39,6 +40,7 @@ def test_dense_requests_are_retracted_and_finish(lsa: ServerProcess) -> None:
         differs_at_a_tie(alone, answer[:40])
 
 
+@pytest.mark.release
 def test_mixed_requests_leave_nothing_behind(lsa: ServerProcess) -> None:
     """120 requests: short, long, shared, pruned, dense, streamed and cut off, aborted, refused."""
     flush(lsa)
@@ -73,6 +75,7 @@ def test_mixed_requests_leave_nothing_behind(lsa: ServerProcess) -> None:
     flush(lsa)
 
 
+@pytest.mark.release
 def test_a_long_prompt_can_be_aborted_between_chunks(lsa: ServerProcess) -> None:
     flush(lsa)
     with ThreadPoolExecutor(2) as pool:

@@ -13,7 +13,7 @@ from serving import finished_request, generate
 from sglang_lsa.client import get_requests
 from sglang_lsa.server_process import ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 
 BAD_OPTIONS = {
     "unknown_key": ({"buget": 0.3}, "use policy, budget, enabled, prefill, sets"),

@@ -39,6 +39,7 @@ def test_more_context_than_device_memory(lsa: ServerProcess) -> None:
     print(f"{len(prompts) - ties} of {len(prompts)} equal, {ties} differ at a tie")
 
 
+@pytest.mark.release
 def test_prefix_that_left_the_device_comes_back(lsa: ServerProcess) -> None:
     """A cached document is evicted from the device by others; asking again recalls it and changes nothing."""
     flush(lsa)
@@ -54,6 +55,7 @@ def test_prefix_that_left_the_device_comes_back(lsa: ServerProcess) -> None:
     assert again["text"] == first["text"]
 
 
+@pytest.mark.release
 def test_shared_prefix_is_held_once(lsa: ServerProcess) -> None:
     """Two running requests over one prefix: one host copy, and the union of their resident sets on the device."""
     flush(lsa)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from release import MadeUp
 from simulated_gpu import LAYERS, SimulatedGPU
 
 from sglang_lsa.config import PAGE_SIZE
@@ -192,7 +193,7 @@ def request(
     """SGLang's request, as far as admission and prefill look at it; ``prefix``: pages that the radix tree has."""
     slots = torch.tensor([one * page + token for one in prefix for token in range(page)], dtype=torch.int64)
     parameters = SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=10_000)
-    return SimpleNamespace(
+    return MadeUp(
         rid=rid,
         origin_input_ids=list(range(tokens)),
         output_ids=[],

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from release import OfEveryRelease
 from simulated_cache import Node, keys_of
 from simulated_gpu import LAYERS
 
@@ -31,7 +32,7 @@ KV = torch.float64
 
 
 @dataclass(eq=False)
-class Req:
+class Req(OfEveryRelease):
     """SGLang's request, as far as our code reads it, and what the simulated scheduler remembers of it."""
 
     rid: str

@@ -220,8 +220,9 @@ def test_a_failing_calibration_serves_with_quest(caplog: pytest.LogCaptureFixtur
     pytest.importorskip("sglang")
     from sglang_lsa.patches.calibration import calibrated
 
+    one_rank = types.SimpleNamespace(tp_size=1)
     runner = types.SimpleNamespace(
-        model=torch.nn.Linear(2, 2), model_config=None, device="cpu", ps=types.SimpleNamespace(tp_size=1)
+        model=torch.nn.Linear(2, 2), model_config=None, device="cpu", ps=one_rank, server_args=one_rank
     )
     after = calibrated(LSAConfig(calibrate="cached"), runner)
     assert (after.policy, after.indexer, after.calibrate) == ("quest", None, "never")
@@ -268,12 +269,13 @@ def start(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(calibration, "model_shape", lambda runner: SHAPE)
     monkeypatch.setattr(calibration, "calibration_prompts", lambda tokenizer, chosen: [])
     monkeypatch.setattr(calibration, "_tokenizer", lambda server_args: None)
+    one_rank = types.SimpleNamespace(tp_size=1)
     runner = types.SimpleNamespace(
         model=torch.nn.Linear(2, 2),
         model_config=types.SimpleNamespace(context_len=8192),
         device="cpu",
-        ps=types.SimpleNamespace(tp_size=1),
-        server_args=None,
+        ps=one_rank,
+        server_args=one_rank,
     )
 
     def one(**values: object) -> LSAConfig:

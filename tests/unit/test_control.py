@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from release import MadeUp
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.runtime import LSARuntime
@@ -246,7 +247,7 @@ def test_a_change_is_shown_and_counted() -> None:
 
 def arrive(runtime: LSARuntime, tokens: int, **lsa: object) -> SimpleNamespace:
     parameters = SimpleNamespace(custom_params={"lsa": lsa} if lsa else None, max_new_tokens=10_000)
-    req = SimpleNamespace(
+    req = MadeUp(
         rid="a",
         origin_input_ids=[7] * tokens,
         full_untruncated_fill_ids=[7] * tokens,

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 import torch
+from release import RELEASE
 
-from sglang_lsa.patches import batch, reads, requests
+from sglang_lsa.patches import batch, reads, request_kv, requests
+from sglang_lsa.patches.releases import REQ, REQ_KV
 from sglang_lsa.patches.source import Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -62,10 +64,11 @@ def sglang_names(own: set[str]) -> set[str]:
     """Attributes that SGLang's classes have, and neither ours nor everybody's."""
     source = Source.installed()
     theirs: set[str] = set()
-    for symbol in CLASSES:
-        names = source.attributes(symbol)
-        assert names, f"{symbol} is not in SGLang's source"
-        theirs |= names
+    for symbol in (*CLASSES, *([REQ_KV] if RELEASE.has(REQ_KV) else ())):
+        for one in RELEASE.moved.get(f"{symbol}.*", symbol).split("|"):
+            names = source.attributes(one)
+            assert names, f"{one} is not in SGLang's source"
+            theirs |= names
     return theirs - own - {name for thing in PLAIN for name in dir(thing)}
 
 
@@ -92,7 +95,8 @@ def trees() -> dict[pathlib.Path, ast.Module]:
 def test_no_attribute_of_sglangs_objects_is_read(trees: dict[pathlib.Path, ast.Module]) -> None:
     assert {file.parent.name for file in FILES} >= set(FOLDERS)
     names = sglang_names(own_names(trees.values()))
-    assert {"kv_committed_len", "origin_input_ids", "sampling_params", "prefix_indices", "seq_lens_cpu"} <= names
+    prefix = RELEASE.symbols([f"{REQ}.prefix_indices"])[0].rpartition(".")[2]
+    assert {"kv_committed_len", "origin_input_ids", "sampling_params", prefix, "seq_lens_cpu"} <= names
     found = [f"{file.relative_to(ROOT)}, {seen}" for file, tree in trees.items() for seen in sightings(tree, names)]
     assert found == []
 
@@ -134,8 +138,8 @@ def attributes_of(tree: ast.Module, variables: Sequence[str]) -> set[str]:
 def test_what_is_translated_is_listed() -> None:
     """So that a release that renames it is refused at start."""
     managers = "sglang.srt.managers.schedule_batch"
-    tree = ast.parse(pathlib.Path(requests.__file__).read_text())
-    assert attributes_of(tree, ["req"]) == set(requests.READS[f"{managers}.Req"])
+    tree = ast.parse("".join(pathlib.Path(str(one.__file__)).read_text() for one in (request_kv, requests)))
+    assert attributes_of(tree, ["req"]) - ELSEWHERE == set(requests.READS[f"{managers}.Req"])
     assert attributes_of(tree, ["node"]) == set(requests.READS["sglang.srt.mem_cache.radix_cache.TreeNode"])
     tree = ast.parse(pathlib.Path(batch.__file__).read_text())
     assert attributes_of(tree, ["batch"]) == set(batch.READS[f"{managers}.ScheduleBatch"])
@@ -146,10 +150,12 @@ def test_what_is_translated_is_listed() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "patches").glob("*.py")), ids=lambda file: file.stem)
 def test_hooks_read_of_requests_what_is_listed(file: pathlib.Path) -> None:
-    of_req = set(reads.READS["sglang.srt.managers.schedule_batch.Req"]) | CALLED
+    of_req = set(reads.READS["sglang.srt.managers.schedule_batch.Req"]) | CALLED | ELSEWHERE
     assert attributes_of(ast.parse(file.read_text()), ["req", "other"]) <= of_req
 
 
+ELSEWHERE = {"kv", "prefix_len"}
+"""Where newer releases have what is listed; see ``Release.moved``."""
 CALLED = {"init_next_round_input", "set_finish_with_abort"}
 """Methods of requests that hooks call, whose source is compared with what it was (``relies_on``)."""
 

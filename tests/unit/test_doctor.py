@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from sglang_lsa import SGLANG_VERSION
 from sglang_lsa.cli import main
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.doctor import command, kernels, machine, versions
@@ -39,6 +38,7 @@ from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
 from sglang_lsa.engine.sizing import MemoryPlan
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.releases import RELEASES
 
 EIGHT_B = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,6 +58,7 @@ SLIDING = {**EIGHT_B, "architectures": ["Gemma2ForCausalLM"], "model_type": "gem
 NAMES_ONE = {**EIGHT_B, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
 """A window that SGLang's model ignores."""
 
+RELEASE = RELEASES[importlib.metadata.version("sglang")]
 COMMANDS: dict[str, list[str]] = {
     # the model's folder is added, and --json
     "80 GB": ["8b", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200", "--context-tokens", "32768", "131072"],
@@ -163,9 +164,10 @@ def test_every_hook_of_the_table_is_told(found: dict[str, Any]) -> None:
     from sglang_lsa.patches.table import INTAKE, SERVING
 
     told = {f["name"]: f["status"] for f in found["80 GB"]["findings"] if f["section"] == "hooks"}
-    assert told == {"sglang": OK, **{hook.target: OK for hook in (*INTAKE, *SERVING)}}
+    assert told == {"sglang": OK, **{hook.target: OK for hook in (*INTAKE, *SERVING) if RELEASE.has(hook.target)}}
 
 
+@pytest.mark.skipif(RELEASE.resolves_late, reason="several ranks are refused with this SGLang")
 def test_a_rank_has_half_of_everything(found: dict[str, Any]) -> None:
     one, two = (found[name]["plan"] for name in ("80 GB", "two ranks"))
     assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -285,14 +287,14 @@ def test_the_versions_here_are_right() -> None:
     found = by_name(version_findings(on_gpu=False))
     assert {name for name, finding in found.items() if finding.status == TROUBLE} == set()
     assert {"python", "sglang-lsa", "plugin", *versions.ALWAYS_TOLD} <= found.keys()
-    assert found["sglang"].seen == SGLANG_VERSION
+    assert found["sglang"].seen == importlib.metadata.version("sglang")
 
 
 def test_another_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, sglang="0.5.18")
     sglang = by_name(version_findings(on_gpu=False))["sglang"]
     assert (sglang.status, sglang.seen) == (TROUBLE, "0.5.18")
-    assert "==0.5.17" in sglang.why
+    assert "!=0.5.18.*" in sglang.why
     assert sglang.fix == "pip install 'sglang==0.5.17'"
 
 
@@ -382,7 +384,7 @@ def test_the_release_of_the_hooks(installed: str | None, words: str, monkeypatch
     pretend(monkeypatch, sglang=installed)
     sglang, other = hook_findings([hook("json.dumps", "obj")])
     assert (sglang.status, sglang.seen) == (TROUBLE, words)
-    assert "pip install sglang==0.5.17" in sglang.fix
+    assert f"pip install sglang=={'0.5.23' if installed else '0.5.17'}" in sglang.fix
     assert other.status == OK
 
 

@@ -13,11 +13,15 @@ LAYERS = ("kernels", "memory", "engine", "attend", "serve", "radix_ext", "patche
 """Folders of a server; each imports those before it only,"""
 BUT = {
     ("sglang_lsa.engine.runtime", "sglang_lsa.serve.control"),
-    ("sglang_lsa.radix_ext.exact_tokens", "sglang_lsa.patches.requests"),
-    ("sglang_lsa.radix_ext.radix_cache", "sglang_lsa.patches.requests"),
-    ("sglang_lsa.radix_ext.unified_cache", "sglang_lsa.patches.requests"),
+    ("sglang_lsa.radix_ext.radix_cache", "sglang_lsa.patches.releases"),
+    *(
+        (f"sglang_lsa.radix_ext.{name}", f"sglang_lsa.patches.{of_requests}")
+        for name in ("checkpoint_cache", "exact_tokens", "finishing_cache", "unified_cache")
+        for of_requests in ("requests", "request_kv")
+    ),
 }
-"""but for what a change of the configuration is, and for what SGLang's requests look like, which one file knows."""
+"""but for what a change of the configuration is, for what SGLang's requests look like, which two files know, and for
+which release it is."""
 
 
 def modules() -> dict[str, pathlib.Path]:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 
 import pytest
+from packaging.requirements import Requirement
 
 import sglang_lsa
 from sglang_lsa.patches.releases import RELEASES
@@ -144,14 +145,15 @@ def pinned() -> dict[str, str]:
 
 
 def test_versions_agree() -> None:
-    assert pinned().keys() >= {"sglang", "torch", "transformers"}
-    assert pinned()["sglang"] == sglang_lsa.SGLANG_VERSION
+    assert pinned() == {}, "SGLang says which torch and transformers it runs with"
     assert PROJECT["version"] == sglang_lsa.__version__
 
 
-@pytest.mark.parametrize("name", pinned())
-def test_pin_is_installed(name: str) -> None:
-    assert importlib.metadata.version(name).split("+")[0] == pinned()[name], "run `make setup`"
+def test_the_releases_that_pip_may_take_are_those_in_the_table() -> None:
+    (asked,) = [asked for text in PROJECT["dependencies"] if (asked := Requirement(text)).name == "sglang"]
+    micros = [f"0.5.{number}" for number in range(40)]
+    assert [release for release in micros if asked.specifier.contains(release)] == list(RELEASES)
+    assert asked.specifier.contains(importlib.metadata.version("sglang")), "run `make setup`"
 
 
 def test_python_range_is_the_same_everywhere() -> None:
@@ -173,7 +175,9 @@ MAY_IMPORT_SGLANG = {
     "sglang_lsa/launch_server.py",
     "sglang_lsa/stock_server.py",
     "radix_ext/allocator.py",
+    "radix_ext/checkpoint_cache.py",
     "radix_ext/exact_tokens.py",
+    "radix_ext/finishing_cache.py",
     "radix_ext/radix_cache.py",
     "radix_ext/swa_allocator.py",
     "radix_ext/unified_cache.py",

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from release import RELEASE, TreeDriver
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.request import Asked, Request
@@ -22,9 +22,12 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.page_index import PageIndex
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_spanned
-from sglang_lsa.patches.requests import choose, promise, slots_up_from
+from sglang_lsa.patches.request_kv import slots_up_from
+from sglang_lsa.patches.requests import choose, promise
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-from sglang_lsa.radix_ext.radix_cache import LSAChunkCache, build_tree_cache
+from sglang_lsa.radix_ext.radix_cache import build_tree_cache
+
+pytestmark = pytest.mark.release
 
 WAITS = {
     "cpu",
@@ -80,27 +83,24 @@ class Server:
         self.table = torch.zeros((ROWS, CONTEXT), dtype=torch.int32).as_subclass(self.kind)
         self.runtime = LSARuntime(LSAConfig(debug=not guarded), self.pager, self.table, 2, 1.0)
         pool = SimpleNamespace(req_to_token=self.table, write=self.table.__setitem__)
+        pool.free = lambda req: setattr(req.kv, "req_pool_idx", None)
         params = CacheInitParams(
             disable=disable, req_to_token_pool=pool, token_to_kv_pool_allocator=self.allocator, page_size=PAGE_SIZE
         )
         self.tree = build_tree_cache(params, self.runtime)
+        self.driver = TreeDriver(self.tree)
         self.index = self.pager.page_index
         self.rows = list(range(1, ROWS))
         self.running: list[Any] = []
 
-    def come(self, rid: str, tokens: list[int], chunk: int | None = None, blind: bool = False) -> Any:
+    def come(
+        self, rid: str, tokens: list[int], chunk: int | None = None, blind: bool = False, salt: str | None = None
+    ) -> Any:
         """A prompt is matched, admitted and prefilled, in chunks if asked for. ``blind``: it finds nothing."""
-        req = SimpleNamespace(rid=rid, lsa_key=rid, origin_input_ids=array("q", tokens), extra_key=None)
-        req.finished = lambda: False
-        req.output_ids = array("q")
-        found = self.tree.match_prefix(
-            MatchPrefixParams(key=RadixKey(req.origin_input_ids[: 0 if blind else -1], None))
-        )
-        req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
-        req.cache_protected_len, req.req_pool_idx, req.priority = len(req.prefix_indices), self.rows.pop(), 0
+        req = self.driver.request(rid, array("q", tokens), self.rows.pop(), salt)
+        req.prefix_indices = self.driver.match(req, req.origin_input_ids[: 0 if blind else -1])
         prefix = self.index.matched(req.prefix_indices, slots_up_from(req.last_node))
         assert prefix.tolist() == [slot // PAGE_SIZE for slot in seen(req.prefix_indices[::PAGE_SIZE])]
-        self.tree.inc_lock_ref(req.last_node)
         self.write(req, 0, req.prefix_indices)
         self.runtime.requests[rid] = Request(rid, req.req_pool_idx, Asked("quest", 0.5), pages=prefix)
         self.running.append(req)
@@ -108,9 +108,7 @@ class Server:
         begin = len(req.prefix_indices)
         for end in ends:
             self.extend(req, begin, end)
-            req.get_fill_ids = lambda end=end: req.origin_input_ids[:end]
-            req.extend_range = SimpleNamespace(end=end)
-            self.tree.cache_unfinished_req(req, chunked=end < len(tokens))
+            self.driver.computed(req, end, chunked=end < len(tokens))
             begin = end
         return req
 
@@ -135,10 +133,11 @@ class Server:
     def end(self, req: Any, is_insert: bool = True) -> None:
         self.allocator.free_group_begin()
         length = len(req.origin_input_ids) + len(req.output_ids)
-        self.tree.cache_finished_req(req, is_insert=is_insert, kv_len_to_handle=length)
+        row = req.req_pool_idx
+        self.driver.release(req, length, is_insert)
         self.allocator.free_group_end()
         self.running.remove(req)
-        self.rows.append(req.req_pool_idx)
+        self.rows.append(row)
 
     def nodes(self) -> list[Any]:
         found, todo = [], [] if self.tree.disable else list(self.tree.root_node.children.values())
@@ -193,12 +192,10 @@ def test_admission_waits_for_nothing(running: int) -> None:
     server = Server(guarded=True)
     server.end(server.come("a", text(1, 300)))
     tokens = array("q", text(1, 300) + text(2, 100))
-    found = server.tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, None)))
     parameters = SimpleNamespace(custom_params=None, max_new_tokens=10)
-    req = SimpleNamespace(
-        rid="b", full_untruncated_fill_ids=tokens, origin_input_ids=tokens, sampling_params=parameters
-    )
-    req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
+    req = server.driver.request("b", tokens, 1)
+    req.full_untruncated_fill_ids, req.sampling_params = tokens, parameters
+    req.prefix_indices = server.driver.match(req, tokens)
     admitted = choose(server.runtime.admission, req, running, [], 512)
     assert (admitted is None) == (server.runtime.admission.waits == 1) == (running > 0)
     if admitted is not None:
@@ -280,10 +277,23 @@ def test_any_sequence(server: Server, seed: int) -> None:
     assert len(server.allocator.free_pages) == VIRTUAL
 
 
+def test_salts_are_apart_and_share_with_themselves(server: Server) -> None:
+    """Requests that share a prefix while both run: holds move to the tree's pages before SGLang frees the others."""
+    one = server.come("a", text(1, 300), salt="x")
+    two = server.come("b", text(1, 300), blind=True, salt="x")
+    other = server.come("c", text(1, 300), salt="y")
+    pages = {rid: server.runtime.requests[rid].pages[:4].tolist() for rid in ("a", "b", "c")}
+    assert pages["a"] == pages["b"]
+    assert not set(pages["a"]).intersection(pages["c"])
+    server.check()
+    for req in (one, two, other):
+        server.end(req)
+        server.check()
+
+
 def test_without_a_tree() -> None:
     server = Server(guarded=True, disable=True)
-    assert isinstance(server.tree, LSAChunkCache)
-    server.tree.inc_lock_ref = lambda node: None
+    assert type(server.tree).__name__ == ("LSACheckpointCache" if RELEASE.checkpoints else "LSAChunkCache")
     req = server.come("a", text(1, 300), chunk=128)
     server.answer(req, text(2, 50))
     server.check()

@@ -11,7 +11,9 @@ import inspect
 import json
 import logging
 import multiprocessing
+import os
 import pathlib
+import pickle
 import re
 import runpy
 import subprocess
@@ -21,9 +23,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from release import HERE, HOOKS, RELEASE, MadeUp, in_force, prepared
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.doctor.findings import OK
@@ -49,6 +53,7 @@ from sglang_lsa.patches import (
 )
 from sglang_lsa.patches.compatibility import (
     REFUSED_FLAGS,
+    REFUSED_SINCE_0_5_22,
     Unsupported,
     apply_defaults,
     attach,
@@ -59,16 +64,20 @@ from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.models import shape_of
 from sglang_lsa.patches.prefill_adder_add_chunked_req import add_chunked_req
 from sglang_lsa.patches.prefill_adder_add_one_req import add_one_req
-from sglang_lsa.patches.releases import NEWEST, IncompatibleSGLang
+from sglang_lsa.patches.releases import IncompatibleSGLang
 from sglang_lsa.patches.requests import promise
+from sglang_lsa.patches.resolved import proof_of_life, remember
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass
 from sglang_lsa.patches.table import INTAKE, SERVING
 from sglang_lsa.patches.table import install as install_hooks
 
+pytestmark = pytest.mark.release
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-ALL = (*INTAKE, *SERVING)
+ALL = HOOKS
+WITH_SUPPORT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "support"), *sys.path])}
 TARGETS = sorted(hook.target for hook in ALL)
-INTAKE_TARGETS = sorted(hook.target for hook in INTAKE)
+INTAKE_TARGETS = sorted(hook.target for hook in INTAKE if hook in HOOKS)
 
 
 # --- probe "stock": a process without flags, and installations that must fail ----------------------------------------
@@ -108,7 +117,15 @@ def installed() -> list[str]:
 
 def wrapped() -> list[str]:
     """Targets of our hooks that are wrapped in this process."""
-    return sorted(hook.target for hook in ALL if hook.function in wrappers(hook.target))
+    return sorted(hook.target for hook in ALL if hook.function in wrappers(hook.target) or is_set(hook))
+
+
+def is_set(hook: Any) -> bool:
+    """Whether an attribute of a class has our value in this process."""
+    owner, _, name = hook.target.rpartition(".")
+    module, _, name_of_class = owner.rpartition(".")
+    value = getattr(getattr(sys.modules.get(module), name_of_class, None), name, None)
+    return hook.kind == "attribute" and getattr(value, "__module__", None) == hook.function.__module__
 
 
 def lost() -> list[str]:
@@ -187,7 +204,7 @@ def stock_probe() -> dict[str, Any]:
     sys.argv = ["/usr/bin/sglang", "serve", "--lsa-budget", "0.2"]
     sglang.__version__ = "0.5.18"
     found["version"] = failure(load_plugins_again)
-    sglang.__version__ = NEWEST
+    sglang.__version__ = HERE
 
     changed = dataclasses.replace(SERVING[-1], parameters=("self", "no_such_parameter"))
     found["signature"] = failure(lambda: install((*ALL[:-1], changed)))
@@ -268,7 +285,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--lsa-config /does/not/exist.json", "--lsa-config /does/not/exist.json: cannot be read .*give an existing"),
     ("--tp-size 2 --page-size 16", "(?s)--page-size 16: .*--tp-size 2: "),  # every problem at once
     # SGLang's own checks come first:
-    ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout requires"),
+    ("--enable-page-major-kv-layout", "--enable-page-major-kv-layout (requires|without)"),
     ("--enable-deterministic-inference", "deterministic inference"),
     ("--enable-prefill-cp", "--enable-prefill-cp is enabled"),
     ("--attn-cp-size 2", "attn_cp_size"),
@@ -306,25 +323,27 @@ def flags_probe() -> dict[str, Any]:
     HookRegistry.apply_hooks()
     found["lost later"] = lost()
 
-    from sglang.srt.server_args import ServerArgs, prepare_server_args
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.server_args import prepare_server_args
 
     from sglang_lsa.embedded_model import embedded_model_path
 
     model = str(embedded_model_path())
     common = ["--model-path", model, "--log-level", "warning"]
     server_args = prepare_server_args([*common, *ACCEPTED["plain"]])
+    in_force(server_args)
     parent, child = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=flags_child, args=(child, server_args))
     process.start()
 
     for name, flags in ACCEPTED.items():
-        found[name] = describe(prepare_server_args([*common, *flags]))
+        found[name] = describe(prepared([*common, *flags]))
     for given, _ in REFUSED:
         argv = [*common, "--lsa-budget", "0.25", *given.split()]
-        found[given] = failure(partial(prepare_server_args, argv))["text"]
-    found["engine"] = describe(ServerArgs(model_path=model, lsa_config={"budget": 0.25}))
-    found["stock engine"] = describe(ServerArgs(model_path=model, device="cpu"))
-    found["bad engine"] = failure(lambda: ServerArgs(model_path=model, lsa_config={"budgets": 0.25}))
+        found[given] = failure(partial(prepared, argv))["text"]
+    found["engine"] = describe(in_force(Engine.server_args_class(model_path=model, lsa_config={"budget": 0.25})))
+    found["stock engine"] = describe(in_force(Engine.server_args_class(model_path=model, device="cpu")))
+    found["bad engine"] = failure(lambda: Engine.server_args_class(model_path=model, lsa_config={"budgets": 0.25}))
     found["model code"] = [name for name in sys.modules if name == "sglang.srt.models.llama"]
     found["child"] = parent.recv()
     process.join()
@@ -347,7 +366,7 @@ def flags_child(pipe: Any, server_args: Any) -> None:
             "before": before,
             "wrapped": wrapped(),
             "backends": backends,
-            **describe(server_args),
+            **describe(in_force(server_args)),
         }
     )
 
@@ -363,7 +382,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     for name in ("flags", "stock"):
         log = (folder / f"{name}.log").open("w")
         command = [sys.executable, __file__, name, str(folder / f"{name}.json")]
-        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=WITH_SUPPORT)
     found: dict[str, dict[str, Any]] = {}
 
     def result(name: str) -> dict[str, Any]:
@@ -458,6 +477,64 @@ def test_refusals_come_before_anything_is_loaded(flags: dict[str, Any]) -> None:
     assert flags["model code"] == []
 
 
+# what is new
+
+
+@pytest.mark.skipif(not RELEASE.resolves_late, reason="this SGLang has none of it")
+@pytest.mark.parametrize("name", [name for name, _, _ in REFUSED_SINCE_0_5_22])
+def test_what_is_new_is_refused(name: str) -> None:
+    fine = dict((flag, value) for flag, value, _ in REFUSED_SINCE_0_5_22)[name]
+    with pytest.raises(Unsupported, match=f"--{name.replace('_', '-')} "):
+        attach(arguments(**{name: not fine if isinstance(fine, bool) else 2}), LSAConfig())
+
+
+@pytest.mark.skipif(not RELEASE.resolves_late, reason="this SGLang has none of it")
+def test_what_is_new_and_no_flag_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported, match="--radix-eviction-policy tlru"):
+        attach(arguments(radix_eviction_policy="tlru"), LSAConfig())
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(Unsupported, match="SGLANG_RUST_SERVER"):
+        attach(arguments(), LSAConfig())
+
+
+@pytest.mark.skipif(RELEASE.deepseek_v4, reason="this SGLang's can be paged")
+def test_deepseek_v4_is_refused_and_told_which_release_has_it() -> None:
+    other = SimpleNamespace(architectures=["DeepseekV4ForCausalLM"])
+    with pytest.raises(Unsupported, match=r"use SGLang 0\.5\.17"):
+        attach(arguments(model={"hf_config": other}), LSAConfig())
+
+
+def test_a_dead_hook_is_found_by_proof_of_life() -> None:
+    """A hook can be installed on what SGLang never calls: a Struct has no use for its ``__init__``."""
+    import msgspec
+
+    class Arguments(msgspec.Struct, dict=True):
+        model_path: str
+
+    called = []
+    Arguments.__init__ = lambda self, *_, **__: called.append(self)  # type: ignore[method-assign]
+    made = Arguments("model")
+    assert called == [], "it is dead"
+    with pytest.raises(IncompatibleSGLang, match=r"from_cli_args was never called through its hook: the --lsa flags"):
+        proof_of_life(made)
+    remember(made, "lsa_config", LSAConfig())
+    with pytest.raises(IncompatibleSGLang, match=r"resolve_once was never called .*these arguments were not checked"):
+        proof_of_life(made)
+    remember(made, "lsa_checked", True)
+    assert proof_of_life(pickle.loads(pickle.dumps(SimpleNamespace(**vars(made))))).lsa_config == LSAConfig()
+
+
+def test_processes_that_have_nothing_to_do_get_nothing() -> None:
+    script = (
+        "import sys; from setproctitle import setproctitle; setproctitle(sys.argv[1])\n"
+        "sys.argv[1:] = ['--lsa-budget=1']\n"
+        "from sglang_lsa.plugin import register; register(); print('sglang_lsa.patches.table' in sys.modules)"
+    )
+    for title, expected in (("sglang::detokenizer", "False"), ("sglang::data_parallel_controller", "False")):
+        done = subprocess.run([sys.executable, "-c", script, title], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+
+
 # no flags
 
 
@@ -488,7 +565,11 @@ def test_every_hook_target_exists(stock: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "kind", "words"),
     [
-        ("version", "SystemExit", "sglang-lsa: sglang is version 0.5.18; sglang-lsa was written for SGLang 0.5.17"),
+        (
+            "version",
+            "SystemExit",
+            "sglang-lsa: sglang is version 0.5.18; .* written for SGLang 0.5.17 or 0.5.23",
+        ),
         ("signature", "IncompatibleSGLang", r"takes \(self, .*\), not 'no_such_parameter'"),
         ("method", "IncompatibleSGLang", "_gone not found"),
         ("module", "IncompatibleSGLang", "sglang.srt.gone.Class.method not found"),
@@ -548,7 +629,7 @@ def words_of(name: str) -> list[str]:
 def test_record(hook: Hook) -> None:
     (module,) = (module for module in hook_modules() if module.HOOK is hook)
     assert module.__file__ is not None
-    assert hook.kind in ("before", "after", "around")
+    assert hook.kind in ("before", "after", "around", "attribute")
     assert min(len(hook.why), len(hook.until)) > 20
 
     # one file per symbol, named after it; words may be left out of a long method name
@@ -562,7 +643,7 @@ def test_record(hook: Hook) -> None:
 
     # the wrapper takes what it says it relies on
     parameters = inspect.signature(hook.function).parameters
-    leading = {"before": (), "after": ("result",), "around": ("original",)}[hook.kind]
+    leading = {"before": (), "after": ("result",), "around": ("original",), "attribute": ("original",)}[hook.kind]
     assert tuple(parameters)[: len(leading)] == leading
     assert set(hook.parameters) <= set(parameters)
 
@@ -573,7 +654,8 @@ def test_record(hook: Hook) -> None:
 
 
 def test_every_hook_file_is_in_the_table() -> None:
-    assert sorted(module.HOOK.target for module in hook_modules()) == TARGETS
+    listed = sorted(hook.target for hook in (*INTAKE, *SERVING))
+    assert sorted(module.HOOK.target for module in hook_modules()) == listed
     assert len(set(TARGETS)) == len(TARGETS)
 
 
@@ -633,7 +715,7 @@ class Adder(SimpleNamespace):
 
 
 def prompt(pages: int, rid: str = "a") -> SimpleNamespace:
-    return SimpleNamespace(
+    return MadeUp(
         rid=rid,
         full_untruncated_fill_ids=[7] * pages * PAGE_SIZE,
         prefix_indices=torch.zeros(0, dtype=torch.int64),
@@ -893,14 +975,16 @@ def arguments(**changed: Any) -> SimpleNamespace:
         num_hidden_layers=30,
     )
     vars(model).update(changed.pop("model", {}))
-    values = {name: fine for name, fine, _ in REFUSED_FLAGS}
+    values = {name: fine for name, fine, _ in (*REFUSED_FLAGS, *REFUSED_SINCE_0_5_22)}
     values |= {
+        "radix_eviction_policy": "lru",
         "kv_cache_dtype": "auto",
         "device": "cpu",
         "attention_backend": "torch_native",
         "prefill_attention_backend": None,
         "decode_attention_backend": None,
         "get_model_config": lambda: model,
+        "_model_config": model,  # where 0.5.23 keeps it
     }
     return SimpleNamespace(**{**values, **changed})
 
@@ -910,6 +994,7 @@ def test_arguments_that_fit() -> None:
     assert attach(arguments(), config).lsa_config is config
 
 
+@pytest.mark.skipif(RELEASE.resolves_late, reason="refused with this SGLang")
 def test_several_http_workers_fit() -> None:
     attach(arguments(tokenizer_worker_num=4), LSAConfig())
 
@@ -937,7 +1022,8 @@ def test_http_workers_serve_our_application() -> None:
     assert callable(getattr(importlib.import_module(module), function))
     assert uvicorn_run.serve_our_application(object(), host="here") is None
     source = inspect.getsource(importlib.import_module("sglang.srt.entrypoints.http_server")._setup_and_run_http_server)
-    assert f'"{uvicorn_run.SGLANG_APP}",' in source, "what SGLang tells uvicorn"
+    if HERE == "0.5.17":  # 0.5.23 is refused with several workers
+        assert f'"{uvicorn_run.SGLANG_APP}",' in source, "what SGLang tells uvicorn"
 
 
 # the hook that refuses
@@ -1345,6 +1431,34 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: pathlib.Path) -> N
     config = LSAConfig(record=str(tmp_path / "file"))
     with pytest.raises(Unsupported, match=r"--lsa-record .*file: cannot be written \(File exists\): give a folder"):
         attach(arguments(), config)
+
+
+def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens when memory has run out alone: a parameter of another name would be found by a user."""
+    from sglang.srt.disaggregation import utils
+    from sglang.srt.mem_cache import common
+
+    release = mock.create_autospec(common.release_kv_cache)
+    monkeypatch.setattr(common, "release_kv_cache", release)
+    monkeypatch.setattr(utils, "prepare_abort", lambda req, message, status: setattr(req, "message", message))
+    sent: list[Any] = []
+    req = SimpleNamespace(rid="a", finished=lambda: False, is_retracted=False)
+    req.finished_reason = SimpleNamespace(to_json=lambda: {"type": "abort"})
+    pager = SimpleNamespace(make_equal=lambda: None)
+    scheduler = SimpleNamespace(
+        tree_cache="tree",
+        chunked_req=req,
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(pager=pager))),
+        ipc_channels=SimpleNamespace(
+            send_to_tokenizer=SimpleNamespace(send_output=lambda output, of: sent.append(output.rid))
+        ),
+    )
+    batch = SimpleNamespace(reqs=[req], launch_ts=None)
+    scheduler_run_batch.give_up(scheduler, batch, MemoryError("no more"))
+    kept_out = {"checkpoint" if RELEASE.checkpoints else "is_insert": False}
+    release.assert_called_once_with(req, "tree", **kept_out)
+    assert (sent, scheduler.chunked_req) == (["a"], None)
+    assert "no more" in req.message
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from release import MadeUp
 
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.arrival import Prompt
@@ -16,6 +17,8 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.prefill_adder_add_one_req import choose_after_preemption, preemptible
 from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import Pass, get_new_batch_prefill
+
+pytestmark = pytest.mark.release
 
 DEVICE_PAGES = 24
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -101,8 +104,8 @@ class Adder(SimpleNamespace):
 
     possible = choose
 
-    def preempt_to_schedule(self, req: Any, server_args: Any) -> bool:
-        first = preemptible(self, req, server_args)[0]
+    def preempt_to_schedule(self, req: Any, *server_args: Any) -> bool:
+        first = preemptible(self, req, self.tree_cache.scheduling_pass.server_args)[0]
         pages = self.pager.ledger.held_by(first.rid)
         self.pager.forget(first.rid)
         self.pager.ledger.release(pages)
@@ -114,7 +117,7 @@ class Adder(SimpleNamespace):
         def look(tree: Any) -> None:
             self.looked_again += 1
 
-        return SimpleNamespace(
+        return MadeUp(
             rid="high",
             priority=100,
             full_untruncated_fill_ids=[],
@@ -150,13 +153,14 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
     queue: list[str] = []
     scheduler = SimpleNamespace(
         tree_cache=SimpleNamespace(),
-        server_args="arguments",
+        server_args=SimpleNamespace(mark="arguments"),
+        waiting_queue=[],
         enable_priority_preemption=True,
         _add_request_to_queue=lambda req: queue.append(req.rid),
     )
 
     def without_memory(self: Any) -> tuple[None, str]:
-        assert self.tree_cache.scheduling_pass.server_args == "arguments"
+        assert self.tree_cache.scheduling_pass.server_args.mark == "arguments"
         self.tree_cache.scheduling_pass.adder = SimpleNamespace(preempt_list=[running("a", 0), running("b", 0)])
         return None, "running"
 

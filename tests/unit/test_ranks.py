@@ -170,13 +170,14 @@ def test_ranks_that_cannot_serve_together_are_refused(other: Any, words: str, mo
 
 
 def test_ranks_with_different_options_are_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = SimpleNamespace(ps=SimpleNamespace(tp_size=2), server_args=SimpleNamespace(lsa_config=LSAConfig()))
+    server_args = SimpleNamespace(lsa_config=LSAConfig(), tp_size=2)
+    runner = SimpleNamespace(ps=SimpleNamespace(tp_size=2), server_args=server_args)  # as either release has it
     for other in (LSAConfig(), LSAConfig(budget=0.5)):
         monkeypatch.setattr(load_model, "ranks", lambda size, other=other: Told(repr(other)))
         refused = pytest.raises(ValueError, match=r"rank 0 has LSAConfig.*, rank 1 has .*budget=0.5.*the same flags")
         with refused if other.budget == 0.5 else nullcontext():
             load_model.compare_options(runner)
-    runner.ps.tp_size = 1
+    runner.ps.tp_size = server_args.tp_size = 1
     load_model.compare_options(runner)  # has nobody to ask
 
 

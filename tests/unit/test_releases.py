@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -12,19 +13,21 @@ import zipfile
 from collections.abc import Callable, Mapping
 
 import pytest
+from release import HERE, READS, RELEASE, SYMBOLS
 
 from sglang_lsa.doctor.findings import OK, TROUBLE
 from sglang_lsa.doctor.hooks import hook_findings
 from sglang_lsa.patches import releases, relied, table
 from sglang_lsa.patches.fingerprint import fingerprint
-from sglang_lsa.patches.reads import READS, together
+from sglang_lsa.patches.reads import together
 from sglang_lsa.patches.releases import NEWEST, RELEASES, IncompatibleSGLang, check_version
-from sglang_lsa.patches.relied import BEYOND_HOOKS, FOLDER, Fingerprints, changed, symbols_of
+from sglang_lsa.patches.relied import FOLDER, Fingerprints, changed
 from sglang_lsa.patches.source import Source, fingerprints, is_unchanged, missing_attributes
-from sglang_lsa.patches.table import INTAKE, SERVING
+from sglang_lsa.patches.table import SERVING
+
+pytestmark = pytest.mark.release
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SYMBOLS = sorted({*symbols_of((*INTAKE, *SERVING)), *BEYOND_HOOKS})
 
 
 def source(files: Mapping[str, str]) -> Source:
@@ -39,8 +42,21 @@ def test_releases_are_let_in_and_others_are_told_which(monkeypatch: pytest.Monke
         check_version(release)
     monkeypatch.setitem(releases.RELEASES, "0.9.1", RELEASES[NEWEST])
     check_version("0.9.1")
-    with pytest.raises(IncompatibleSGLang, match=r"sglang is version 0\.9\.0; .* SGLang 0\.5\.17 or 0\.9\.1\. Install"):
+    with pytest.raises(
+        IncompatibleSGLang, match=r"is version 0\.9\.0; .* SGLang 0\.5\.17 or 0\.5\.23 or 0\.9\.1\. Install"
+    ):
         check_version("0.9.0")
+
+
+@pytest.mark.parametrize(
+    ("installed", "nearest"),
+    [("0.5.16", "0.5.17"), ("0.5.19", "0.5.17"), ("0.5.20", "0.5.23"), ("0.5.24.post1", "0.5.23"), ("mine", "0.5.17")],
+)
+def test_the_nearest_release_is_named(installed: str, nearest: str) -> None:
+    with pytest.raises(
+        IncompatibleSGLang, match=rf"0\.5\.17 or 0\.5\.23\. .*pip install sglang=={re.escape(nearest)}\)"
+    ):
+        check_version(installed)
 
 
 def test_every_release_has_fingerprints() -> None:
@@ -201,7 +217,7 @@ def test_looking_at_a_release_as_it_is_parses_nothing(monkeypatch: pytest.Monkey
     def parse(*_: object, **__: object) -> None:
         raise AssertionError("parsed")
 
-    known = Fingerprints.load(NEWEST)
+    known = Fingerprints.load(HERE)
     monkeypatch.setattr(ast, "parse", parse)
     start = time.perf_counter()
     assert changed(Source.installed(), known, SYMBOLS, READS) == {}
@@ -280,8 +296,8 @@ def test_a_server_on_another_source_is_refused_and_nothing_is_wrapped(monkeypatc
     with pytest.raises(IncompatibleSGLang) as caught:
         table.install([hook])
     assert f"\n  {PREEMPT} has changed" in str(caught.value)
-    assert str(caught.value).startswith(f"SGLang calls itself {NEWEST}, but is not what sglang-lsa was written for:")
-    fix = f"(pip install --force-reinstall --no-deps sglang=={NEWEST}), or start without --lsa flags."
+    assert str(caught.value).startswith(f"SGLang calls itself {HERE}, but is not what sglang-lsa was written for:")
+    fix = f"(pip install --force-reinstall --no-deps sglang=={HERE}), or start without --lsa flags."
     assert str(caught.value).endswith(fix)
     assert table._wrapped == before
     (finding,) = [f for f in hook_findings([]) if f.name == PREEMPT]
@@ -313,14 +329,15 @@ def imports_of_sglang() -> dict[str, str]:
 
 
 def test_what_is_imported_has_a_fingerprint() -> None:
-    known = Fingerprints.load(NEWEST).symbols
-    seen = {fingerprints(Source.installed(), [symbol])[symbol]: file for symbol, file in imports_of_sglang().items()}
+    known = Fingerprints.load(HERE).symbols
+    imported = {symbol: file for symbol, file in imports_of_sglang().items() if RELEASE.has(symbol)}
+    seen = {fingerprints(Source.installed(), [symbol])[symbol]: file for symbol, file in imported.items()}
     missing = {symbol: file for symbol, file in seen.items() if symbol not in known.values()}
-    assert not missing, {s: f for s, f in imports_of_sglang().items() if f in missing.values()}
+    assert not missing, {s: f for s, f in imported.items() if f in missing.values()}
 
 
 def test_base_classes_have_fingerprints() -> None:
-    known, stock = Fingerprints.load(NEWEST).symbols, "sglang.srt.layers.attention.flashinfer_backend."
+    known, stock = Fingerprints.load(HERE).symbols, "sglang.srt.layers.attention.flashinfer_backend."
     for name in ("FlashInferAttnBackend", "FlashInferIndicesUpdaterDecode", "FlashInferIndicesUpdaterPrefill"):
         assert stock + name in known
     assert "uvicorn.run" not in known

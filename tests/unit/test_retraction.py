@@ -14,11 +14,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from release import RELEASE
 
 from sglang_lsa.patches.scheduler_batch_result_processor_process_batch_result_prefill import keep_logprobs_in_step
 from sglang_lsa.patches.scheduler_output_streamer_stream_output import stream_output
 
 pytest.importorskip("sglang.srt.managers.schedule_batch")
+from sglang.srt import runtime_context
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.schedule_batch import Req
@@ -45,7 +47,7 @@ class Scheduler:
         self.streamer = output_streamer.SchedulerOutputStreamer(
             send_to_detokenizer=SimpleNamespace(send_output=self._take),
             tree_cache=SimpleNamespace(),
-            ps=SimpleNamespace(dp_rank=0, attn_tp_rank=0),
+            **({} if RELEASE.checkpoints else {"ps": SimpleNamespace(dp_rank=0, attn_tp_rank=0)}),
             server_args=SimpleNamespace(),
             is_generation=True,
             spec_algorithm=SpeculativeAlgorithm.NONE,
@@ -62,12 +64,13 @@ class Scheduler:
             | {
                 "is_generation": True,
                 "enable_overlap": True,
-                "server_args": SimpleNamespace(),
+                "model_config": MagicMock(self_opened_think_start_ids=None),
                 "logprob_result_processor": logprob_result_processor.SchedulerLogprobResultProcessor(
                     model_config=SimpleNamespace(vocab_size=VOCABULARY)
                 ),
                 "output_streamer": SimpleNamespace(stream_output=stream),
             }
+            | ({"server_args": SimpleNamespace()} if "server_args" in names else {})
         )
 
     def _take(self, payload: Any) -> None:
@@ -110,13 +113,27 @@ class Scheduler:
         self.processor.process_batch_result_prefill(batch, result)
 
 
+class Unset:
+    """Arguments of which none is set, in groups of any name."""
+
+    def __getattr__(self, name: str) -> Unset:
+        return self
+
+    def __bool__(self) -> bool:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def _serving(monkeypatch: pytest.MonkeyPatch) -> None:
-    serving = SimpleNamespace(stream_interval=1)
+    if RELEASE.checkpoints:  # all others that SGLang asks for
+        monkeypatch.setattr(runtime_context.RuntimeContext, "config_bag", lambda self, name: Unset())
+        monkeypatch.setattr(output_streamer, "get_parallel", lambda: SimpleNamespace(dp_rank=0, attn_tp_rank=0))
+    serving = SimpleNamespace(stream_interval=1, weight_version=None)
     monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
     observability = SimpleNamespace(enable_request_time_stats_logging=False, enable_metrics=False)
     monkeypatch.setattr(output_streamer, "get_observability", lambda: observability)
-    monkeypatch.setattr(batch_result_processor, "maybe_cache_unfinished_req", lambda req, tree: None)
+    checkpoint = "checkpoint_kv_cache" if RELEASE.checkpoints else "maybe_cache_unfinished_req"
+    monkeypatch.setattr(batch_result_processor, checkpoint, lambda req, tree: None)
     features = SimpleNamespace(features=SimpleNamespace(enable_mis=False))
     monkeypatch.setattr(logprob_result_processor, "get_exec", lambda: features)
     memory = SimpleNamespace(enable_hisparse=False)
@@ -168,11 +185,11 @@ def test_prompt_logprobs_are_of_this_prompt() -> None:
 
 
 def test_sglang_still_needs_both() -> None:
-    """Where this fails, SGLang's own classes have learned it, and the hooks can go."""
+    """Where this fails, SGLang's own classes have learned it, and the hooks can go; 0.5.23 has learned the first."""
     scheduler = Scheduler(hooks=False)
     lost, last = prompt("lost", 3, True), prompt("last", 5, True)
     lost.reset_for_retract()
     scheduler.prefill(lost, last)
     assert scheduler.told["lost"] == ([], [])
-    assert lost.send_output_token_logprobs_offset == 1
+    assert lost.send_output_token_logprobs_offset == (0 if RELEASE.checkpoints else 1)
     assert scheduler.prompts["last"] == [None, -0.0, -1.0, -2.0, -10.0]

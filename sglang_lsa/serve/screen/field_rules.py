@@ -105,6 +105,13 @@ def delimiters(name: str, value: Any, request: Any, server: Server) -> Any:
     return value
 
 
+def pooled(name: str, value: Any, request: Any, server: Server) -> Any:
+    """The same, and refused where it would be left out: the answer would be of another position."""
+    if value is not None and not server.delimiters:
+        raise Refused(name, value, "start the server with --enable-mis, or leave it out")
+    return delimiters(name, value, request, server)
+
+
 def objects_only(name: str, value: Any, request: Any, server: Server) -> Any:
     """What JSON cannot say; programs around an Engine pass objects of SGLang's own type."""
     if value is not None and type(value) not in server.resident:

@@ -16,6 +16,9 @@ REQUEST: dict[str, str] = {
     "video_data": MULTIMODAL,
     "audio_data": MULTIMODAL,
     "mm_hashes": MULTIMODAL,
+    "mm_content_hashes": MULTIMODAL,
+    "mm_processor_kwargs": MULTIMODAL,
+    "video_config": MULTIMODAL,
     "use_audio_in_video": MULTIMODAL,
     "modalities": MULTIMODAL,
     "max_dynamic_patch": MULTIMODAL,
@@ -26,9 +29,12 @@ REQUEST: dict[str, str] = {
     "sampling_params": "each of its keys has a row",
     "return_logprob": TYPED,
     "return_sampling_mask": CHECKED,
+    "sampling_logprobs_mode": CHECKED,
+    "kv_hints": CHECKED,
     "return_text_in_logprobs": ANSWER,
     "return_flat_raw_top_logprobs": ANSWER,
     "return_flat_raw_top_logprobs_b64": ANSWER,
+    "return_flat_raw_output_top_logprobs": ANSWER,
     "stream": TYPED,
     "log_metrics": TYPED,
     "return_hidden_states": CHECKED,
@@ -38,6 +44,7 @@ REQUEST: dict[str, str] = {
     "lora_path": CHECKED,
     "custom_logit_processor": "refused unless --enable-custom-logit-processor, which lets clients run any code",
     "routed_dp_rank": CHECKED,
+    "data_parallel_rank": "another name of routed_dp_rank",
     "disagg_prefill_dp_rank": "read only by disaggregated servers, which are refused at start",
     "conversation_id": "read by nothing behind the HTTP process",
     "background": TYPED,
@@ -50,7 +57,7 @@ REQUEST: dict[str, str] = {
     "return_prompt_token_ids": ANSWER,
     "external_trace_header": "read only with --enable-trace",
 }
-"""Fields of ``GenerateReqInput``."""
+"""Fields of ``GenerateReqInput``, or what clients of an older release call them."""
 
 PROTOCOLS: dict[str, str] = {
     "model": "compared with names, or named in the answer",
@@ -84,6 +91,9 @@ PROTOCOLS: dict[str, str] = {
     "return_cached_tokens_details": ANSWER,
     "return_token_ids": ANSWER,
     "return_meta_info": ANSWER,
-    "data_parallel_rank": "another name of routed_dp_rank",
+    "return_spec_tokens_details": ANSWER,
+    "return_input_ids_in_sglext": ANSWER,
+    "return_output_ids_in_sglext": ANSWER,
+    "thinking": TRANSLATED,
 }
 """Fields of the OpenAI protocols that have no namesake in ``GenerateReqInput`` or ``SamplingParams``."""

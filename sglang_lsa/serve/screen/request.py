@@ -31,7 +31,7 @@ ONE_EACH = (
 """Fields that are a list for a batch of prompts. For one prompt SGLang would hand the list itself to its scheduler."""
 UNCHECKED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, AssertionError, re.error)
 """What reading a malformed request raises in code that expects a well-formed one."""
-SAMPLING_NAMES = frozenset(row.sampling for row in SAMPLING)
+DROPPED_NAMES = frozenset(row.sampling for row in SAMPLING if row.rule is rules.dropped)
 
 
 @contextmanager
@@ -86,9 +86,10 @@ def screen_sampling(parameters: Any, request: Any, server: Server) -> dict[str, 
     """The sampling parameters to pass on; the ones given are left as they are, since a batch shares them."""
     if not isinstance(parameters, dict):
         raise Refused("sampling_params", parameters, "use an object")
-    unknown = [name for name in parameters if name not in SAMPLING_NAMES]
+    known = known_names(server)
+    unknown = [name for name in parameters if name not in known and name not in DROPPED_NAMES]
     if unknown:
-        raise Refused("sampling_params has the key", unknown[0], f"use {', '.join(known_names())}")
+        raise Refused("sampling_params has the key", unknown[0], f"use {', '.join(known)}")
     kept: dict[str, Any] = {}
     for row in SAMPLING:
         name = str(row.sampling)
@@ -97,8 +98,10 @@ def screen_sampling(parameters: Any, request: Any, server: Server) -> dict[str, 
     return kept
 
 
-def known_names() -> list[str]:
-    return [str(row.sampling) for row in SAMPLING if row.rule is not rules.dropped]
+def known_names(server: Server) -> list[str]:
+    """Keys of ``sampling_params`` that clients of this server may use."""
+    names = [str(row.sampling) for row in SAMPLING if row.rule is not rules.dropped]
+    return [name for name in names if server.sampling is None or name in server.sampling]
 
 
 def row_of(field: str, rows: Sequence[Row] = (*SAMPLING, *FIELDS)) -> Row | None:

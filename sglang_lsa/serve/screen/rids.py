@@ -37,18 +37,23 @@ def only(asked: str, requests: Iterable[Any]) -> Iterator[None]:
             request.rid = rid
 
 
+def life_of(state: Any) -> object:
+    """What tells a request from a later one of the same name: its samples share it, where SGLang gives them one."""
+    return getattr(state, "lifecycle_id", state)
+
+
 def owned(rids: dict[str, object], states: dict[str, Any], samples: dict[str, set[str]]) -> list[str]:
     """Those of ``rids`` that still are of the request that they were given to.
 
     Args:
         rids: each with the token of the life that it began.
-        states: SGLang's, by rid; each has the ``lifecycle_id`` of its request.
+        states: SGLang's, by rid.
         samples: rids of the samples of each rid that has some.
     """
 
     def lives(rid: str, life: object) -> bool:
         state = states.get(rid)
-        return state is not None and state.lifecycle_id is life
+        return state is not None and life_of(state) is life
 
     return [
         rid

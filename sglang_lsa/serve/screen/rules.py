@@ -36,6 +36,8 @@ class Server:
     """Whether prompts of several items are scored (``--enable-mis`` or a delimiter token)."""
     labels: frozenset[str] = field(default_factory=frozenset)
     """Of metrics, that clients may set."""
+    sampling: frozenset[str] | None = None
+    """Keys of ``sampling_params`` that this release of SGLang has; None for all that any has."""
     resident: frozenset[type] = field(default_factory=frozenset)
     """Types that only a program around an Engine can pass, never JSON."""
 
@@ -92,6 +94,11 @@ def _not_null(name: str, value: Any, request: Any, server: Server) -> Any:
 def flag(name: str, value: Any, request: Any, server: Server) -> Any:
     """Anything, by its truth as in Python; the tokenizer wants a real bool."""
     return None if value is None else bool(value)
+
+
+def passed(name: str, value: Any, request: Any, server: Server) -> Any:
+    """As it is: SGLang checks it."""
+    return value
 
 
 def dropped(name: str, value: Any, request: Any, server: Server) -> Any:

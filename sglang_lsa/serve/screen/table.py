@@ -105,6 +105,11 @@ SAMPLING: tuple[Row, ...] = (
     ),
     _sampling("sampling_seed", "a number", ERROR, FINITE, also=("seed",)),
     _sampling("custom_params", "anything; `lsa` as in configuration.md", TYPED, sampling_rules.custom_params),
+    _sampling(
+        "beam_width", "1; null (0.5.23)", "refused with pages", rules.number(1, 1, "leave it out: no beam search")
+    ),
+    _sampling("ebnf_full_assistant", "anything, by its truth (0.5.23)", TYPED, rules.flag),
+    _sampling("watermark", "as SGLang checks it (0.5.23)", "HTTP 400", rules.passed),
     _sampling("stop_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_regex_strs", "not the client's: dropped", INTERNAL, rules.dropped),
     _sampling("stop_str_max_len", "not the client's: dropped", INTERNAL, rules.dropped),
@@ -140,6 +145,12 @@ FIELDS: tuple[Row, ...] = (
     Row("token_ids_logprob", "token ids, in any company", ENDS_TOGETHER, field_rules.given_logprobs),
     Row("positional_embed_overrides", "not in JSON", ENDS, field_rules.objects_only, '{"embeds": []}'),
     Row("multi_item_delimiter_indices", "positions; dropped unless `--enable-mis`", ENDS, field_rules.delimiters),
+    Row(
+        "token_indices_to_pool",
+        "positions in the prompt; not given unless `--enable-mis` (0.5.23)",
+        ENDS,
+        field_rules.pooled,
+    ),
     Row("custom_labels", "labels that the server's metrics have; others are left out", ENDS, field_rules.known_labels),
     Row("received_time", "a time of this server's clock, else dropped", INTERNAL, field_rules.timestamp),
     Row("http_worker_ipc", "not the client's: dropped", "the answer goes elsewhere", rules.dropped),
