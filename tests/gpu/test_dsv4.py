@@ -7,7 +7,9 @@ All servers have the same drawn weights (``dsv4_plugin``) and start at the same 
 - ``lsa``: CUDA graphs, SGLang's own kernels throughout, a small device pool whose free pages hold NaN.
 - ``ordered``: without graphs, a pool of little more than one prompt; attention adds up in the order of ``masked``.
 
-What a difference means is measured first, between answers of SGLang without LSA.
+What a difference means is measured first, between answers of SGLang without LSA. ``masked`` repeats itself to the bit,
+and ``ordered`` must then repeat it; SGLang's own top-k hands on what it selects in any order, so that answers of
+``stock`` to long prompts differ from run to run, and those of ``lsa`` may differ as much.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from sglang_lsa.server_process import LSA, ServerProcess
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 READY_SECONDS = 540
 VIRTUAL_PAGES, DEVICE_PAGES, FEW_PAGES = 2048, 320, 96
-MIRROR_GB = (VIRTUAL_PAGES + 1.5) * PAGE_BYTES / 1e9
+MIRROR_GB = (VIRTUAL_PAGES + 1.5) * PAGE_BYTES / 2**30
 CHUNK = 8192
 """A chunk of so many tokens is scored over gathered keys, a shorter one over pages."""
 COMMON = ["--max-total-tokens", str(VIRTUAL_PAGES * PAGE_TOKENS), "--chunked-prefill-size", str(CHUNK)]
@@ -165,20 +167,27 @@ def nothing_is_left(servers: Servers) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def noise(servers: Servers) -> Noise:
     """Of SGLang without LSA, against itself."""
-    server = servers["stock"]
+    lengths = (300, 1500, 3000, 4100, 5000, 6000, 9000, 12_000)
+    prompts = [random_ids(length, length) for length in lengths]
 
-    def alone() -> list[Said]:
-        flush_cache(server)
-        return [ask(server, prompt, 24) for prompt in prompts]
+    def repeats(server: ServerProcess) -> float:
+        return largest(*(answers(server, [*prompts, random_ids(LONG, 1)], 24) for _ in range(2)))
 
-    prompts = [random_ids(length, length) for length in (300, 1500, 3000, 4100, 5000, 6000, 9000, 12_000)]
-    first, second = alone(), alone()
-    flush_cache(server)
-    together = ask_together(server, prompts, 24)
-    found = [
-        max(Difference.between(*pair).mean for pair in zip(first, other, strict=True)) for other in (second, together)
-    ]
-    return Noise(*found)
+    with ThreadPoolExecutor(2) as pool:
+        repeated, ordered = pool.map(repeats, (servers["stock"], servers["masked"]))
+    first = answers(servers["stock"], prompts, 24)
+    flush_cache(servers["stock"])
+    return Noise(repeated, largest(first, ask_together(servers["stock"], prompts, 24)), ordered)
+
+
+def largest(first: list[Said], second: list[Said]) -> float:
+    return max(Difference.between(*pair).mean for pair in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def everything(servers: Servers) -> Said:
+    """What the longest prompt is answered where nothing is left out."""
+    return ask(servers["masked"], random_ids(LONG, 1), 128)
 
 
 def answers(server: ServerProcess, prompts: list[list[int]], tokens: int, **lsa: Any) -> list[Said]:
@@ -187,10 +196,10 @@ def answers(server: ServerProcess, prompts: list[list[int]], tokens: int, **lsa:
     return [ask(server, prompt, tokens, **lsa) for prompt in prompts]
 
 
-def check_all(noise: Noise, name: str, expected: list[Said], seen: list[Said]) -> None:
+def check_all(noise: Noise, name: str, expected: list[Said], seen: list[Said], of: str = "repeated") -> None:
     print()
     for number, pair in enumerate(zip(expected, seen, strict=True)):
-        noise.check(f"{name}, {number}", *pair)
+        noise.check(f"{name}, {number}", *pair, of)
 
 
 # -- 0 and 1: what a difference means, and everything read ------------------------------------------------------------
@@ -198,8 +207,9 @@ def check_all(noise: Noise, name: str, expected: list[Said], seen: list[Said]) -
 
 def test_the_noise_of_stock(noise: Noise) -> None:
     """Small enough for the others to say something."""
-    print(f"\nrepeated {noise.repeated:.2e}, together {noise.together:.2e}: tolerance {noise.tolerance:.2e}")
-    assert noise.tolerance < 0.1
+    print(f"\n{noise}")
+    assert noise.repeated < 0.1
+    assert noise.ordered < 1e-4
 
 
 @pytest.mark.parametrize("lengths", [BOUNDARIES, (LONG, 65_536)], ids=["boundaries", "long"])
@@ -216,7 +226,7 @@ def test_full_budget_equals_stock(
 def test_full_budget_equals_stock_without_graphs(masked: ServerProcess, ordered: ServerProcess, noise: Noise) -> None:
     prompts = [random_ids(length, length) for length in (*BOUNDARIES, LONG)]
     expected, seen = on_both(masked, ordered, lambda server: answers(server, prompts, 16, budget=1.0))
-    check_all(noise, "budget 1.0, without graphs", expected, seen)
+    check_all(noise, "budget 1.0, without graphs", expected, seen, "ordered")
 
 
 def test_batches_equal_stock(stock: ServerProcess, lsa: ServerProcess, noise: Noise) -> None:
@@ -228,7 +238,7 @@ def test_batches_equal_stock(stock: ServerProcess, lsa: ServerProcess, noise: No
         return ask_together(server, prompts, 40, lsa=[{"budget": 1.0}] * len(prompts))
 
     expected, seen = on_both(stock, lsa, question)
-    check_all(noise, "together", expected, seen)
+    check_all(noise, "together", expected, seen, "together")
 
 
 # -- 2: named sets -----------------------------------------------------------------------------------------------------
@@ -245,10 +255,19 @@ SETS = {
 }
 
 
+def first_token_of_less(sets: str) -> int:
+    """Which token of the answer is the first one that cannot look at everything."""
+    parts = (part.split(":") for part in sets.split(";"))
+    return next(int(begins) for begins, tail_start, _ in parts if int(tail_start)) - LONG
+
+
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("which", ["ordered", "lsa"])
-def test_a_named_set_is_a_mask(which: str, name: str, servers: Servers, masked: ServerProcess, noise: Noise) -> None:
-    """Of the index, in the decode steps from the set's token on; the answer crosses a page."""
+def test_a_named_set_is_a_mask(
+    which: str, name: str, servers: Servers, masked: ServerProcess, everything: Said, noise: Noise
+) -> None:
+    """Of the index, in the decode steps from the set's token on; the answer crosses a page. With graphs the answer is
+    nearer to that of the mask than what is left out has moved it; in order it is the same."""
     server, prompt, rid = servers[which], random_ids(LONG, 1), f"{which}-{name}"
 
     def question(of: ServerProcess) -> Said:
@@ -257,12 +276,13 @@ def test_a_named_set_is_a_mask(which: str, name: str, servers: Servers, masked: 
 
     expected, seen = on_both(masked, server, question)
     print()
-    noise.check(f"{which}, {name}", expected, seen)
+    found = noise.check(f"{which}, {name}", expected, seen, "ordered" if which == "ordered" else "repeated")
     assert finished_request(server, rid)["sets"] == SETS[name]
-    everything = ask(masked, prompt, 128)
-    shown = Difference.between(everything, expected)
+    begins = first_token_of_less(SETS[name])
+    shown = Difference.between(everything.since(begins), expected.since(begins))
     print(f"what the set leaves out: {shown}")
-    assert shown.mean > 3 * noise.tolerance, "this model does not show what it reads"
+    assert shown.mean > 10 * noise.tolerance("ordered"), "this model does not show what it reads"
+    assert found.mean < shown.mean / 2
 
 
 def test_recalled_pages_are_the_same(masked: ServerProcess, ordered: ServerProcess, noise: Noise) -> None:
@@ -275,7 +295,7 @@ def test_recalled_pages_are_the_same(masked: ServerProcess, ordered: ServerProce
         return [ask(of, prompt, 80, sets=SETS["half, then a third"]) for prompt in (first, other, first)]
 
     expected, seen = on_both(masked, ordered, question)
-    check_all(noise, "from the host", expected, seen)
+    check_all(noise, "from the host", expected, seen, "ordered")
     assert seen[2].cached >= expected[2].cached > LONG - 2 * PAGE_TOKENS
     recalled = ordered.get("/lsa/status")["recalls"]["pages"] - before
     print(f"{recalled} pages recalled, {recalled * PAGE_BYTES} bytes")
@@ -305,7 +325,7 @@ def test_free_pages_hold_nan_and_nobody_reads_them(
     for rid, prompt, answer in list(zip(rids, prompts, seen, strict=True))[::2]:
         sets = finished_request(lsa, rid)["sets"]
         assert len(sets.split(";")) >= 3
-        noise.check(rid, ask(ordered, prompt, 200, sets=sets), answer)
+        noise.check(rid, ask(ordered, prompt, 200, sets=sets), answer, "together")
 
 
 # -- 4: memory ---------------------------------------------------------------------------------------------------------
@@ -321,6 +341,8 @@ def test_the_same_slots_take_fewer_bytes(folder: pathlib.Path, stock: ServerProc
     assert status["page_bytes"] == PAGE_BYTES
     paged = ("c4_kv_pool", "c4_indexer_kv_pool")
     for name, size in pools[0].items():
+        if name == "layer_mapping":
+            continue  # the entries of both kinds once more, by layer
         expected = size * (DEVICE_PAGES + 1) / (VIRTUAL_PAGES + 1) if name in paged else size
         assert pools[1][name] == pytest.approx(expected, rel=0.02), name
     kept = sum(status["physical"]["overhead_bytes"].values())
@@ -352,7 +374,7 @@ def test_prefixes_are_found_as_in_stock(stock: ServerProcess, lsa: ServerProcess
         return [*said, ask(server, together + questions[0], 20, budget=1.0)]
 
     expected, seen = on_both(stock, lsa, question)
-    check_all(noise, "shared", expected, seen)
+    check_all(noise, "shared", expected, seen, "together")
     cached = [[answer.cached for answer in said] for said in (expected, seen)]
     print(f"cached tokens: {cached[0]}, with LSA {cached[1]}")
     one_by_one = list(zip(*cached, strict=True))[: -3 - 1]

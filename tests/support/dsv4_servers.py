@@ -79,6 +79,10 @@ class Said:
     def finite(self) -> bool:
         return all(np.isfinite(list(best.values())).all() for best in self.chances)
 
+    def since(self, token: int) -> Said:
+        """Without the tokens before this one, counted from 0."""
+        return Said(self.tokens[token:], self.chances[token:], self.cached)
+
 
 def ask(server: ServerProcess, prompt: list[int], tokens: int, rid: str | None = None, **lsa: Any) -> Said:
     """Exactly so many tokens. A server without LSA ignores what LSA is asked."""
@@ -158,31 +162,28 @@ class Difference:
 
 @dataclass(frozen=True)
 class Noise:
-    """How far two answers of SGLang without LSA are from each other.
+    """How far two answers of SGLang without LSA are from each other: largest mean differences.
 
     Attributes:
-        repeated: the same request again, alone; the largest mean difference.
+        repeated: the same request again, alone, from an empty cache.
         together: beside other requests, whose company changes the order in which kernels add up.
+        ordered: the same request again, where the order of selections is fixed.
     """
 
     repeated: float
     together: float
+    ordered: float
 
-    @property
-    def tolerance(self) -> float:
-        """Mean difference that shows nothing."""
-        return 2 * max(self.repeated, self.together) + 1e-3
-
-    @property
-    def tie(self) -> float:
-        """How much likelier a token may be than the one that another order of summation chose in its place."""
-        return 20 * self.tolerance
-
-    def check(self, name: str, expected: Said, seen: Said) -> Difference:
-        """Print, and see whether two answers differ by no more than that."""
-        found = Difference.between(expected, seen)
+    def check(self, name: str, expected: Said, seen: Said, of: str = "repeated") -> Difference:
+        """Print, and see whether two answers differ by no more than twice the noise ``of`` one kind."""
+        found, tolerance = Difference.between(expected, seen), self.tolerance(of)
         print(f"{name}: {found}{' (to the bit)' if found.most == 0 else ''}")
         assert seen.finite, f"{name}: log-probabilities that are no numbers"
-        assert found.mean <= self.tolerance, f"{name}: log-probabilities are {found.mean:.2e} apart"
-        assert found.gap <= self.tie, f"{name}: the answers part where the first one leaves no doubt"
+        assert found.mean <= tolerance, f"{name}: log-probabilities are {found.mean:.2e} apart, noise {tolerance:.2e}"
+        # A token may be so much likelier than the one that another order of summation chose in its place.
+        assert found.gap <= 20 * tolerance, f"{name}: the answers part where the first one leaves no doubt"
         return found
+
+    def tolerance(self, of: str) -> float:
+        """Mean difference that shows nothing."""
+        return 2 * float(getattr(self, of)) + 1e-3

@@ -89,11 +89,11 @@ def test_differences_end_where_answers_part() -> None:
 
 
 def test_noise_decides() -> None:
-    noise = Noise(repeated=0.0, together=0.01)
-    noise.check("within", said([1, 2]), said([1, 2], 0.02))
-    for seen in (said([1, 2], 0.03), said([1, 2], float("nan"))):
+    noise = Noise(repeated=0.005, together=0.01, ordered=0.0)
+    noise.check("within", said([1, 2]), said([1, 2], 0.02), "together")
+    for seen, of in ((0.03, "together"), (0.02, "repeated"), (0.002, "ordered"), (float("nan"), "together")):
         with pytest.raises(AssertionError):
-            noise.check("beyond", said([1, 2]), seen)
+            noise.check("beyond", said([1, 2]), said([1, 2], seen), of)
 
 
 class Scored:
