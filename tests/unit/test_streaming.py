@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sglang_lsa.demo.client import Request, ask_at_once, ask_in_sequence
+from sglang_lsa.demo.client import ANSWER_TOKENS, Request, ask_at_once, ask_in_sequence
 from sglang_lsa.evaluation.client import Answer, Endpoint, EndpointFailed
 from sglang_lsa.streaming import RequestFailed, Stream, event_of, session
 from sglang_lsa.texts.document import FACTS, Document, Question
@@ -168,7 +168,7 @@ def test_questions_of_the_demo(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == (40, 32, 3)
         assert answer.ttft > 0 <= answer.tpot
     stock, ours = Says.bodies[:2]
-    assert (stock["messages"], stock["max_tokens"], stock["ignore_eos"]) == (QUESTION.messages, 20, False)
+    assert (stock["messages"], stock["max_tokens"], stock["ignore_eos"]) == (QUESTION.messages, ANSWER_TOKENS, False)
     assert "custom_params" not in stock
     assert (ours["custom_params"], ours["max_tokens"], ours["ignore_eos"]) == ({"lsa": {"policy": "quest"}}, 64, True)
 
