@@ -33,6 +33,7 @@ BACKENDS = {
     "lsa": None,
     "lsa-fa3": "fa3",
     "lsa-flashinfer": "flashinfer",
+    "lsa-groups": None,
 }
 """That are named by a flag."""
 
@@ -92,7 +93,12 @@ def test_backends_are_those_that_the_server_chose(inside: dict[str, Any], facts:
 
 def test_systems_by_default() -> None:
     assert DEFAULT_SYSTEMS == ("stock", "stock-flashinfer", "lsa")
-    assert [name for name, system in SYSTEMS.items() if system.lsa] == ["lsa", "lsa-fa3", "lsa-flashinfer"]
+    assert [name for name, system in SYSTEMS.items() if system.lsa] == [
+        "lsa",
+        "lsa-fa3",
+        "lsa-flashinfer",
+        "lsa-groups",
+    ]
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
