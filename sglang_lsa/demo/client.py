@@ -14,7 +14,7 @@ from sglang_lsa.streaming import RequestFailed, Stream, encoded, follow, median_
 from sglang_lsa.texts.document import Question
 
 MODEL = "SmolLM2-135M-Instruct"
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 20
 """Enough for a sentence with the number; the small model rambles on after it."""
 TIMEOUT_SECONDS = 900.0
 

@@ -10,7 +10,7 @@ from sglang_lsa.commands import Commands, add_command
 
 
 def add_parser(commands: Commands) -> None:
-    text = "compare LSA with stock SGLang on hidden facts, on any machine (about 5 minutes on 2 CPU cores)"
+    text = "compare LSA with stock SGLang on hidden facts, on any machine (about 3 minutes on 2 CPU cores)"
     command = add_command(commands, "demo", text)
     command.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("demo-output"), metavar="DIR", help="default: demo-output"

@@ -144,4 +144,4 @@ SAMPLES = {
     "longgen-passage": "803e24a7ed338951",
 }
 RUNNING = "9a70af85b861eb5c"
-DOCUMENTS = "a75842b43bba7cdf"
+DOCUMENTS = "a75aa4d25f9804d2"
