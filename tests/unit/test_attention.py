@@ -17,12 +17,15 @@ from sglang_lsa.attend.torch_native import (
     attend_part,
 )
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.grouping import Grouping
-from sglang_lsa.engine.groups import Group
+from sglang_lsa.engine.grouping import Grouping, Groups
+from sglang_lsa.engine.groups import Group, GroupRules
 from sglang_lsa.engine.reading import Reading
-from sglang_lsa.engine.step import Step
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.step import DECODE, Batch, Step
 from sglang_lsa.kernels.merge_states import merge_states
 from sglang_lsa.memory.layout.mha import MhaLayout
+from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.staging import Staging
 
@@ -148,6 +151,59 @@ def test_attention_in_groups(kv_heads: int, group: int, dim: int, dtype: torch.d
         torch.testing.assert_close(out[place : place + 1].double(), expected, rtol=0, atol=TOLERANCE[dtype])
     alone = attend(q[1:2], keys[own[1]], values[own[1]], dim**-0.5)
     assert torch.equal(out[1:2], alone), "a request in no group says what it said, to the bit"
+
+
+def test_the_backend_decodes_in_groups() -> None:
+    """From what requests chose to what they say: their tables, groups, slots, and attention, compared with attention to
+    the pages that each is said to read; one of them reads everything, and two read pages that they did not choose."""
+    pages, dim, kv_heads = 12, 16, 2
+    keys, values = (random((pages + 1) * PAGE_SIZE, kv_heads, dim, dtype=torch.float32, seed=seed) for seed in (2, 3))
+    ledger = Ledger(virtual_pages=pages, physical_pages=pages)
+    ledger.v2p[1:] = np.random.default_rng(0).permutation(pages) + 1
+    sets = ResidentSets(ResidentTable(6, pages, PAGE_SIZE), ledger)
+    req_to_token, memory = torch.zeros(6, 8 * PAGE_SIZE, dtype=torch.int32), [1, 2, 3, 4, 5]
+    chosen = [([0, 2], 5, 20), ([0, 3], 5, 64), ([], 0, 1), ([2, 3], 5, 63)]
+    requests, lengths = [], []
+    for number, (positions, tail_start, more) in enumerate(chosen):
+        request = Request(f"r{number}", number + 1, Asked("quest", 0.5), prompt_tokens=5 * PAGE_SIZE + 3)
+        request.pages = np.array([*memory, 6 + number], dtype=np.int64)
+        slots = (torch.from_numpy(request.pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+        req_to_token[request.row, : len(slots)] = slots
+        sets.enter(request.row)
+        sets.remap(request, np.array(positions, dtype=np.int64), tail_start)
+        requests.append(request)
+        lengths.append(5 * PAGE_SIZE + more)
+    grouping = Groups(sets, GroupRules(least_saved=0.5)).of(requests)
+    assert grouping is not None and grouping.groups[0].members == (0, 1, 3)
+    assert grouping.groups[0].positions.tolist() == [0, 2, 3] and grouping.groups[0].added_reads == 3
+
+    backend = object.__new__(LSATorchBackend)  # SGLang's part of it needs a model runner
+    batch = Batch(DECODE, tuple(request.key for request in requests), tuple(lengths), tuple(n - 1 for n in lengths))
+    backend.use_sliding_window_kv_pool = False
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
+    backend.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda _: keys, get_value_buffer=lambda _: values)
+    backend.lsa = SimpleNamespace(
+        step=Step.of(batch, requests, grouping=grouping),
+        table=sets.table,
+        pager=SimpleNamespace(page=PAGE_SIZE, v2p=torch.from_numpy(ledger.v2p)),
+        observer=SimpleNamespace(slot_of_layer={}),
+        recorder=None,
+    )
+    mode = SimpleNamespace(is_decode=lambda: True, is_extend=lambda: False)
+    rows = torch.tensor([request.row for request in requests])
+    forward = SimpleNamespace(forward_mode=mode, req_pool_indices=rows, seq_lens=torch.tensor(lengths))
+    backend.init_forward_metadata(forward)
+    q = random(4, 2 * kv_heads, dim, dtype=torch.float32, seed=1)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=4, qk_head_dim=dim, v_head_dim=dim, scaling=dim**-0.5)
+    out = backend.forward_decode(q.flatten(1), None, None, layer, forward, save_kv_cache=False)
+    for place, request in enumerate(requests):
+        read = sorted({*chosen[place][0], *([0, 2, 3] if place != 2 else range(5))})
+        tail = torch.arange(lengths[place] - 5 * PAGE_SIZE) + int(ledger.v2p[request.pages[5]]) * PAGE_SIZE
+        physical = torch.from_numpy(ledger.v2p[request.pages[read]])
+        slots = torch.cat(((physical[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(), tail))
+        expected = naive(q[place : place + 1], keys[slots], values[slots], dim**-0.5)
+        seen = out[place].view(1, 4, dim).double()
+        torch.testing.assert_close(seen, expected, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_the_future_cannot_be_seen() -> None:
