@@ -77,6 +77,13 @@ def test_every_field_has_a_row_or_a_reason() -> None:
     assert not [name for name in harmless.REQUEST if any(name == row.field for row in ROWS)], "both a row and a reason"
 
 
+def test_keys_are_those_of_this_release() -> None:
+    server = dataclasses.replace(SERVER, sampling=frozenset({"top_p", "watermark"}))
+    assert screened({"top_p": 0.5, "watermark": None}, server).sampling_params == {"top_p": 0.5, "watermark": None}
+    with pytest.raises(Refused, match=r"beam_width.*use top_p, watermark"):
+        screened({"beam_width": 1}, server)
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 EXAMPLES = [(row, row.example) for row in ROWS if row.example]
