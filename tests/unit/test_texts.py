@@ -144,4 +144,4 @@ SAMPLES = {
     "longgen-passage": "803e24a7ed338951",
 }
 RUNNING = "9a70af85b861eb5c"
-DOCUMENTS = "a75aa4d25f9804d2"
+DOCUMENTS = "a315ef3a5075bbb8"
