@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -188,7 +189,7 @@ def key_table(kind: str) -> list[str]:
     lines.append("| --- | --- | --- | --- |" if values else "| --- | --- | --- |")
     for field in fields_of(kind):
         default, allows = (
-            "" if field.default is None else f"`{field.default}`",
+            "" if field.default is None else f"`{json.dumps(field.default)}`",
             f"{allowed(field)} | " if values else "",
         )
         lines.append(f"| `{field.name}` | {allows}{default} | {field.metadata['help']} |")

@@ -95,11 +95,11 @@ prepare_venv() {
 }
 
 install() {
+  grep -q "^    \"$sglang\": Release(" patches/releases.py ||
+    die "SGLANG=$sglang is none of the releases that sglang-lsa was written for: see patches/releases.py"
   check_disk
   prepare_venv
   rm -f "$stamp"
-  grep -q "^    \"$sglang\": Release(" patches/releases.py ||
-    die "SGLANG=$sglang is none of the releases that sglang-lsa was written for: see patches/releases.py"
   say "Installing SGLang $sglang, PyTorch and sglang-lsa into $venv (about 9 GB)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"

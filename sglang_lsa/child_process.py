@@ -19,7 +19,16 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PYTHON = sys.executable
-_beginner = ThreadPoolExecutor(1, thread_name_prefix="child-processes")
+_beginner: ThreadPoolExecutor
+
+
+def _renew() -> None:
+    global _beginner
+    _beginner = ThreadPoolExecutor(1, thread_name_prefix="child-processes")
+
+
+_renew()
+os.register_at_fork(after_in_child=_renew)
 
 
 def begin(command: Sequence[str], ends_by: signal.Signals, **options: Any) -> subprocess.Popen[bytes]:

@@ -35,6 +35,11 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
                 f"--output {folder} is in use by {holder or 'another process'}: wait for it, end it, or use another "
                 "folder"
             ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise ValueError(
+                f"--output {folder} cannot be locked ({error.strerror}): use a folder of a file system with flock"
+            ) from None
         if _is_at(path, descriptor):
             break
         os.close(descriptor)  # of a run that has just ended, and took its file with it

@@ -32,7 +32,9 @@ def flag_of(name: str) -> str:
     return "--lsa-" + name.replace("_", "-")
 
 
-_BY_KEY = "give the key {} in --lsa-config FILE.json, or change it on the running server with POST /lsa/config"
+_BY_KEY = (
+    "give the key {} in --lsa-config (a JSON file or object), or change it on the running server with POST /lsa/config"
+)
 _BY_REQUEST = _BY_KEY + ", or in a request's custom_params.lsa"
 
 REMOVED: dict[str, str] = {

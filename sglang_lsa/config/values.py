@@ -200,7 +200,12 @@ class LSAConfig:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:
-        """Build from a plain mapping (parsed JSON, keyword arguments). Unknown keys and wrong types are refused."""
+        """Build from a plain mapping (parsed JSON, keyword arguments). Unknown keys and wrong types are refused, and
+        constants that are not what they are, so that what a server says of itself can be given back to one."""
+        constants = {
+            field.name: field.default for field in dataclasses.fields(cls) if field.metadata["kind"] == CONSTANT
+        }
+        values = {name: value for name, value in values.items() if name not in constants or value != constants[name]}
         fields = {field.name: field for field in dataclasses.fields(cls) if field.metadata["kind"] != CONSTANT}
         unknown = sorted(set(values) - set(fields))
         if unknown and (advice := REMOVED.get(unknown[0])) is not None:
@@ -248,7 +253,7 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
             f"--lsa-config {path}: cannot be read ({error.strerror}): give an existing JSON file"
         ) from None
     except ValueError as error:
-        raise ValueError(f"--lsa-config {path}: not JSON ({error}): write an object like {{'budget': 0.1}}") from None
+        raise ValueError(f'--lsa-config {path}: not JSON ({error}): write an object like {{"budget": 0.1}}') from None
     if not isinstance(values, dict):
         raise ValueError(f"--lsa-config {path}: holds a {type(values).__name__}: write a JSON object")
     return values

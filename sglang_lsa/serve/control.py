@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from sglang_lsa.config import LSAConfig, coerce, looks_at_index, offered
+from sglang_lsa.config.kinds import FLAG, KEY, REMOVED, flag_of
 
 Value = int | float | str | None
 
@@ -108,9 +109,11 @@ def _checked(name: str, value: Any) -> Value:
     if name not in _FIELDS:
         raise ValueError(f"unknown key {name!a:.80}: use one or more of {', '.join(CHANGEABLE)}")
     if name not in CHANGEABLE:
+        kind = _FIELDS[name].metadata["kind"]
+        restart = {FLAG: f"restart it with {flag_of(name)}", KEY: f"restart it with the key {name} in --lsa-config"}
+        advice = restart[kind] if kind in restart else REMOVED[name]
         raise ValueError(
-            f"{name} cannot change while the server runs: restart it with --lsa-{name.replace('_', '-')}; "
-            f"what can change is {', '.join(CHANGEABLE)}"
+            f"{name} cannot change while the server runs: {advice}; what can change is {', '.join(CHANGEABLE)}"
         )
     choices = _FIELDS[name].metadata["choices"]
     if choices and isinstance(value, str) and value not in choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from release import MadeUp
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.config.kinds import FLAG, flag_of
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -75,10 +77,16 @@ def test_bad_bodies_are_refused(body: bytes, words: str) -> None:
     str(refused.value).encode()
 
 
+FLAGS = [field.name for field in dataclasses.fields(LSAConfig) if field.metadata["kind"] == FLAG]
+
+
 @pytest.mark.parametrize("name", sorted({field.name for field in dataclasses.fields(LSAConfig)} - set(CHANGEABLE)))
 def test_what_a_running_server_cannot_change(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name} cannot change while the server runs: restart it with --lsa-"):
+    with pytest.raises(ValueError, match=f"^{name} cannot change while the server runs: ") as refused:
         check_changes({name: getattr(LSAConfig(), name)})
+    flags = set(re.findall(r"--lsa-[a-z-]+", str(refused.value)))
+    assert flags <= {"--lsa-config", *map(flag_of, FLAGS)}
+    assert (flag_of(name) in flags) == (name in FLAGS)
 
 
 def test_good_bodies() -> None:
