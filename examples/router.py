@@ -1,6 +1,6 @@
 """Agents over several servers: SGLang's router sends every turn to the server that has the agent's memory.
 
-    pip install 'sglang-lsa[router]'
+    pip install 'sglang-lsa[router]' sglang==0.5.17
     python -m sglang_lsa.launch_server --port 30000 --lsa-min-context 1024        # in another terminal
     python -m sglang_lsa.launch_server --port 30001 --lsa-min-context 1024        # in a third one
     python examples/router.py --url http://127.0.0.1:30000 --url http://127.0.0.1:30001

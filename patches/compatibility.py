@@ -38,6 +38,8 @@ FLASH_ATTENTION_ASKS = ("kv_cache_dtype", "base_gpu_id")
 MAX_RUNNING_REQUESTS = 256
 CPU_CHUNK = 2048
 MOST_RANKS = 8
+YES = ("1", "true", "yes", "y", "t", "on")
+"""What SGLang takes for yes in a variable of the environment."""
 
 BF16 = ("bfloat16", "bf16")
 NO_GPU = "--device cuda: torch sees no NVIDIA GPU here"
@@ -84,6 +86,7 @@ REFUSED_SINCE_0_5_22: tuple[tuple[str, Any, str], ...] = (
     ("attn_dp_size", 1, "remove --attn-dp-size"),
     ("tp_size", 1, f"use --tp-size 1, or SGLang {DEFAULT}"),
     ("enable_nvidia_megakernel", False, "remove --enable-nvidia-megakernel"),
+    ("startup_weight_load_mode", "serial", "remove --startup-weight-load-mode: LSA looks at weights when they load"),
     ("tokenizer_worker_num", 1, f"use one worker, or SGLang {DEFAULT}: its workers would serve without LSA"),
 )
 
@@ -158,8 +161,14 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
     if installed().resolves_late:
         if server_args.radix_eviction_policy == "tlru":
             problems.append("--radix-eviction-policy tlru: not supported with LSA yet: use lru or lfu")
-        if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        if os.environ.get("SGLANG_RUST_SERVER", "").lower() in YES:
             problems.append("SGLANG_RUST_SERVER: that server has no place for LSA's routes and checks: unset it")
+        if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "").lower() in YES:
+            problems.append(
+                "SGLANG_ENABLE_METADATA_GLUE_GRAPH: a graph would not see that resident sets change: unset it"
+            )
+        if server_args.device == "cuda":
+            logger.warning("LSA has not run on a GPU with this SGLang yet; SGLang %s is what was measured", DEFAULT)
     if not other:
         problems += device_problems(server_args, config)
     elif server_args.device == "cuda" and not _cuda():

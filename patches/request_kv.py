@@ -5,6 +5,7 @@ Imports no SGLang.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,7 @@ class InRecord:
         return index.matched(slots[: req.prefix_len], path)
 
 
+@functools.cache
 def _of_release() -> type[OnRequest] | type[InRecord]:
     return InRecord if installed().checkpoints else OnRequest
 

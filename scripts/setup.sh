@@ -94,6 +94,15 @@ prepare_venv() {
   "$python" -m venv "$venv"
 }
 
+# Another release than the one that is there is asked for by name, or not at all.
+same_release() {
+  local there
+  [[ -f $stamp && -z ${SGLANG:-} ]] || return 0
+  there=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("sglang"))' 2>/dev/null) || return 0
+  [[ $there == "$sglang" ]] ||
+    die "$venv has SGLang $there: say SGLANG=$there to go on with it, or SGLANG=$sglang to change it"
+}
+
 install() {
   grep -q "^    \"$sglang\": Release(" patches/releases.py ||
     die "SGLANG=$sglang is none of the releases that sglang-lsa was written for: see patches/releases.py"
@@ -118,6 +127,7 @@ install_with_uv() {
 }
 
 trap 'exit 130' INT
+same_release
 if [[ ! -f $stamp || $(fingerprint) != "$(cat "$stamp")" ]]; then
   install
 fi

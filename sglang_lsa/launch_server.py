@@ -49,9 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree
 
+    from sglang_lsa.patches.releases import IncompatibleSGLang
+
     try:
         server_args = server_arguments(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, IncompatibleSGLang) as error:
         raise SystemExit(f"sglang-lsa: {error}") from error
     try:
         run_server(server_args)

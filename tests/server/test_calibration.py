@@ -22,10 +22,6 @@ FLAGS = [
     "0.5",
     "--lsa-min-context",
     "512",
-    "--dtype",
-    "float32",
-    "--json-model-override-args",
-    '{"num_hidden_layers": 6}',
 ]
 
 

@@ -73,6 +73,7 @@ def test_shell_of_the_dockerfile() -> None:
 def test_versions_of_the_image() -> None:
     given = arguments()
     assert given["SGLANG_VERSION"] == DEFAULT
+    assert '"/src[gpu]" "sglang==${SGLANG_VERSION}"' in DOCKERFILE.read_text()
     assert given["BASE"] == f"nvidia/cuda:{given['CUDA_VERSION']}-runtime-ubuntu24.04"
     major_minor = ".".join(given["CUDA_VERSION"].split(".")[:2])
     assert given["CUDA_PACKAGES"] == major_minor.replace(".", "-")
