@@ -29,7 +29,7 @@ from soak import FLAGS, LSA_CONFIG
 from tqdm import tqdm
 
 from sglang_lsa.serve.control import CHANGEABLE
-from sglang_lsa.serve.screen.request import SAMPLING_NAMES
+from sglang_lsa.serve.screen.table import SAMPLING
 from sglang_lsa.server_process import LSA, ServerProcess
 
 ANSWERS = {200, 400, 401, 403, 404, 405, 413, 415, 422}
@@ -133,7 +133,7 @@ class Fuzz:
         if path == "/generate" and inside < 0.45:
             parameters = body.get("sampling_params")
             if isinstance(parameters, dict):
-                name = rng.choice(sorted(map(str, SAMPLING_NAMES)))
+                name = rng.choice(sorted({str(row.sampling) for row in SAMPLING}))
                 parameters[name] = value(rng, [PARAMETERS.get(name, "string")])
                 return
         if path != "/lsa/config" and inside > 0.9:
