@@ -76,6 +76,13 @@ def add_serving(kinds: Commands) -> None:
     add_several(command, "--arms", ARMS, "prompts, or batches x prompts, among them")
     text = "LSA is measured with each; random changes nearly the whole resident set every window"
     add_several(command, "--policies", ("quest", "random", "recency"), text, ("quest", "random"))
+    text = "ranks of every server (tensor parallelism); pools are those of all ranks together; default: 1"
+    command.add_argument("--tp-size", type=int, default=1, metavar="N", dest="tp", help=text)
+    text = (
+        "start the servers of all systems at once and measure one after the other: saves their starts, needs GPU "
+        "memory for all of them (--server-args '--mem-fraction-static F') and cores that servers may wait on"
+    )
+    command.add_argument("--together", action="store_true", help=text)
     add_common(command)
     command.set_defaults(run=run_serving)
 
@@ -87,8 +94,11 @@ def run_serving(args: argparse.Namespace) -> int:
     from sglang_lsa.bench.serving import run
     from sglang_lsa.provenance import command_line
 
-    names = ("models", "workloads", "arms", "systems", "policies", "kv_dtype", "resume", "server_args")
-    run(args.output, Console(width=200), command=command_line(), **{name: getattr(args, name) for name in names})
+    if args.tp < 1:
+        raise ValueError(f"--tp-size {args.tp}: use 1 rank or more")
+    names = ("models", "workloads", "arms", "systems", "policies", "kv_dtype", "resume", "tp", "together")
+    asked = {name: getattr(args, name) for name in (*names, "server_args")}
+    run(args.output, Console(width=200), command=command_line(), **asked)
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sglang_lsa.bench.systems import SYSTEMS, Comparison, Row, backends, compare, is_lsa, upgraded
 
-ARM = ("model", "workload", "context", "batch", "kv_dtype", "gpu")
+ARM = ("model", "workload", "context", "batch", "kv_dtype", "tp", "gpu")
 """What rows must have in common to be compared."""
 Draw = Callable[[pathlib.Path, Sequence[Row]], None]
 
@@ -89,6 +89,11 @@ class Results:
         return {self.identity(row) for row in self.read(folder)} if resume else set()
 
 
+def with_ranks(row: Row) -> Row:
+    """A row as it is written now: before rows named them, every server had one rank."""
+    return {"tp": 1} | upgraded(row)
+
+
 def gain(stock: Row, lsa: Row) -> float:
     """How much better LSA is: time per token for ``tpot``, tokens a second otherwise."""
     return cost(stock) / cost(lsa)
@@ -111,7 +116,7 @@ def ratios_text(found: Comparison, join: str = "\n") -> str:
 def table(rows: Sequence[Row]) -> Table:
     """What a reader wants first: every system of an arm, and LSA against each of stock's."""
     shown = Table(title="stock SGLang and LSA" + "".join(f", {gpu}" for gpu in sorted({row["gpu"] for row in rows})))
-    for name in ("model", "workload", "batch x context", "system", "backend", "KV", "page", "policy"):
+    for name in ("model", "TP", "workload", "batch x context", "system", "backend", "KV", "page", "policy"):
         shown.add_column(name)
     for name in ("running", "tokens/s", "TPOT p50 ms", "p99 ms", "gain over", "KV GB"):
         shown.add_column(name, justify="right")
@@ -121,6 +126,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in sorted(rows, key=lambda row: (*(str(row[column]).zfill(8) for column in ARM), is_lsa(row))):
         shown.add_row(
             row["model"],
+            str(row["tp"]),
             row["workload"],
             f"{row['batch']} x {row['context']:,}",
             row["system"],
@@ -161,7 +167,8 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 def _label(row: Row) -> str:
     kind = "" if row["kv_dtype"] == "bfloat16" else f", {row['kv_dtype']}"
-    return f"{row['system']} ({backends(row)}{kind})"
+    ranks = "" if row["tp"] == 1 else f", TP {row['tp']}"
+    return f"{row['system']} ({backends(row)}{kind}{ranks})"
 
 
 def _draw_pace(axis: Any, rows: Sequence[Row]) -> None:
@@ -196,4 +203,4 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-SERVING = Results("serving", (*ARM, "system", "policy"), "gain", comparisons, plot)
+SERVING = Results("serving", (*ARM, "system", "policy"), "gain", comparisons, plot, with_ranks)

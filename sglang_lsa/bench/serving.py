@@ -11,6 +11,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,16 @@ def run(
     policies: Sequence[str],
     kv_dtype: str,
     resume: bool,
+    tp: int,
+    together: bool,
     server_args: str,
     command: str,
 ) -> list[Row]:
     """Measure everything that was asked for; every row is written at once, so that nothing is lost.
+
+    Args:
+        tp: ranks of every server.
+        together: start all servers of a pool at once; they are measured one after the other all the same.
 
     Returns:
         The new rows.
@@ -57,16 +64,23 @@ def run(
     failures = Failures(console.print)
     rows: list[Row] = []
     with SERVING.drawn(output):
-        for group in chosen(models, workloads, arms, kv_dtype):
-            for name in systems:
-                system = SYSTEMS[name]
-                left = [
+        for group in chosen(models, workloads, arms, kv_dtype, tp):
+            left = {
+                system: [
                     one for one in plan(group, system, policies) if identity(group, system, *one, facts) not in done
                 ]
-                measured = measure(group, system, left, server_args, output, console) if left else ()
-                for row in failures.go_on(system.name, group.model, measured):
-                    rows.append(row | facts)
-                    SERVING.keep(output, [rows[-1]])
+                for system in map(SYSTEMS.__getitem__, systems)
+            }
+            left = {system: planned for system, planned in left.items() if planned}
+            with ExitStack() as stack:
+                begun = {system: begin(group, system, server_args, output, stack) for system in left if together}
+                for system, planned in left.items():
+                    server = begun.get(system) or begin(group, system, server_args, output, stack)
+                    for row in failures.go_on(
+                        system.name, group.model, measure(server, group, system, planned, console)
+                    ):
+                        rows.append(row | facts)
+                        SERVING.keep(output, [rows[-1]])
     console.print(table(SERVING.read(output)))
     failures.finish()
     return rows
@@ -89,36 +103,38 @@ def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
     flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
     flags += ["--cuda-graph-max-bs-decode", str(largest), "--max-running-requests", str(largest)]
     flags += ["--context-length", str(CONTEXT), "--stream-interval", "1" if largest == 1 else "4"]
+    flags += ["--tp-size", str(group.tp)] if group.tp > 1 else []
     return system.arguments(flags, group.kv_dtype, group.pool_tokens, group.host_gb() if system.lsa else 0)
 
 
+def begin(group: Group, system: System, server_args: str, output: pathlib.Path, stack: ExitStack) -> ServerProcess:
+    """The server that measures the group; it runs as long as the stack at most."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
+    flags = [*arguments(group, system, model), *shlex.split(server_args)]
+    ranks = "" if group.tp == 1 else f"-tp{group.tp}"
+    log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}{ranks}.log"
+    return stack.enter_context(ServerProcess(system.module, flags, log))
+
+
 def measure(
-    group: Group,
-    system: System,
-    planned: Iterable[tuple[Arm, str]],
-    server_args: str,
-    output: pathlib.Path,
-    console: Console,
+    server: ServerProcess, group: Group, system: System, planned: Iterable[tuple[Arm, str]], console: Console
 ) -> Iterator[Row]:
-    """Start one server and run these arms on it, each with its policy."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
-        flags = [*arguments(group, system, model), *shlex.split(server_args)]
-        log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}.log"
-        began = time.perf_counter()
-        with ServerProcess(system.module, flags, log) as server:
-            server.wait_until_ready(READY_SECONDS)
-            facts = server_facts(server.get("/server_info"))
-            console.print(f"{system.name} {group.model}: up after {time.perf_counter() - began:.0f} s, {facts}")
-            warm_up(server, group)
-            for arm, policy in planned:
-                row = run_arm(server, group, arm, system, policy, facts)
-                console.print(
-                    f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
-                    f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
-                    f"TTFT {row['ttft_s']:.1f} s"
-                )
-                yield row
+    """Run these arms, each with its policy, on a server that has begun; it ends with them."""
+    began = time.perf_counter()
+    with server:
+        server.wait_until_ready(READY_SECONDS)
+        facts = server_facts(server.get("/server_info"))
+        console.print(f"{system.name} {group.model}: up after {time.perf_counter() - began:.0f} s, {facts}")
+        warm_up(server, group)
+        for arm, policy in planned:
+            row = run_arm(server, group, arm, system, policy, facts)
+            console.print(
+                f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
+                f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
+                f"TTFT {row['ttft_s']:.1f} s"
+            )
+            yield row
 
 
 def warm_up(server: ServerProcess, group: Group) -> None:
@@ -138,6 +154,7 @@ def labels(group: Group, system: System, arm: Arm, policy: str) -> Row:
         "policy": policy or None,
         "context": arm.context,
         "batch": arm.batch,
+        "tp": group.tp,
     }
 
 
@@ -169,7 +186,7 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: System, polic
         "lsa_overhead_gpu_bytes": 0,
         "host_bytes": 0,
     }
-    return row | (lsa_figures(before, after, figures) if system.lsa else {})
+    return row | (lsa_figures(before, after, figures, group.tp) if system.lsa else {})
 
 
 def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int, page: int) -> int:
@@ -178,8 +195,14 @@ def stock_kv_bytes(group: Group, arm: Arm, running: int, decoded: int, page: int
     return (own + pages_spanned(arm.shared, page)) * page * group.token_bytes
 
 
-def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:
-    """What the server's status says about one arm."""
+def lsa_figures(before: dict, after: dict, figures: Plateau, ranks: int = 1) -> dict[str, Any]:
+    """What the server's status says about one arm.
+
+    Args:
+        ranks: of the server. Its status is that of the first; bytes here are of all of them, which copy at the same
+            time as many each.
+    """
+    page_bytes = after["page_bytes"] * ranks
     pages = after["recalls"]["pages"] - before["recalls"]["pages"]
     seconds = after["recalls"]["seconds"] - before["recalls"]["seconds"]
     prefetched, late = (after["recalls"][n] - before["recalls"][n] for n in ("prefetched_pages", "late_pages"))
@@ -188,12 +211,12 @@ def lsa_figures(before: dict, after: dict, figures: Plateau) -> dict[str, Any]:
     each = {name: seconds / max(1, refreshes) for name, seconds in busy.items()}
     windows = figures.tokens / after["window"]  # every request is refreshed once a window
     return {
-        "kv_gpu_bytes": held_bytes(before, after),
-        "lsa_overhead_gpu_bytes": sum(after["physical"]["overhead_bytes"].values()),
-        "host_bytes": after["host"]["mirror_bytes"],
-        "recalled_bytes": pages * after["page_bytes"],
-        "recall_gbps": pages * after["page_bytes"] / seconds / 1e9 if seconds else None,
-        "prefetched_bytes": prefetched * after["page_bytes"],
+        "kv_gpu_bytes": held_bytes(before, after, page_bytes),
+        "lsa_overhead_gpu_bytes": sum(after["physical"]["overhead_bytes"].values()) * ranks,
+        "host_bytes": after["host"]["mirror_bytes"] * ranks,
+        "recalled_bytes": pages * page_bytes,
+        "recall_gbps": pages * page_bytes / seconds / 1e9 if seconds else None,
+        "prefetched_bytes": prefetched * page_bytes,
         "recall_hidden_fraction": 1 - late / prefetched if prefetched else None,
         "refreshes": refreshes,
         "refresh_fraction": sum(each.values()) * windows / figures.seconds,
@@ -215,14 +238,14 @@ def group_figures(before: dict | None, after: dict | None) -> dict[str, float]:
     return {"group_steps": seen["steps"], **each, "group_forms": seen["formed"], "group_form_host_ms": host_ms}
 
 
-def held_bytes(before: dict, after: dict) -> int | None:
+def held_bytes(before: dict, after: dict, page_bytes: int) -> int | None:
     """Device KV that the requests needed while as many decoded as ever did between the two statuses: the mean of the
     server's own samples; None where it took none. Nothing is asked while the arm runs: stock is not asked either."""
     for running in sorted(map(int, after["decoding"]), reverse=True):
         now, then = after["decoding"][str(running)], before["decoding"].get(str(running), {})
         samples, pages = (now[name] - then.get(name, 0) for name in ("samples", "held_pages"))
         if samples:
-            return round(pages * after["page_bytes"] / samples)
+            return round(pages * page_bytes / samples)
     return None
 
 

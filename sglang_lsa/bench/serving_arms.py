@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Group:
-    """What one server measures: a model with a KV pool of ``pool_gb``."""
+    """What one server measures: a model with a KV pool of ``pool_gb``, of all its ranks together."""
 
     model: str
     pool_gb: float
@@ -61,6 +61,8 @@ class Group:
     kv_dtype: str = "auto"
     room: int = 0
     """Requests that the server takes at once, when that is more than those of ``arms``."""
+    tp: int = 1
+    """Ranks of the server."""
 
     @property
     def largest(self) -> int:
@@ -122,11 +124,13 @@ GROUPS = (
 ARMS = tuple(dict.fromkeys(arm.name for group in GROUPS for arm in group.arms))
 
 
-def chosen(models: Sequence[str], workloads: Sequence[str], arms: Sequence[str], kv_dtype: str) -> Iterator[Group]:
+def chosen(
+    models: Sequence[str], workloads: Sequence[str], arms: Sequence[str], kv_dtype: str, tp: int = 1
+) -> Iterator[Group]:
     """The groups with what of them was asked for; their servers have room for all of the group, so that rows of short
     runs can be compared with those of long ones."""
     for group in GROUPS:
         left = tuple(arm for arm in group.arms if arm.workload in workloads and arm.name in arms)
         if group.model in models and left:
             room = group.of_kv_dtype(kv_dtype).largest
-            yield dataclasses.replace(group, arms=left).of_kv_dtype(kv_dtype).with_room(room)
+            yield dataclasses.replace(group, arms=left, tp=tp).of_kv_dtype(kv_dtype).with_room(room)

@@ -281,6 +281,15 @@ def test_lsa_figures_are_what_the_arm_added() -> None:
     }
 
 
+def test_bytes_are_those_of_all_ranks() -> None:
+    """A status is that of the first, which copies at the same time as the others."""
+    before, after = status(100, 50, 9, 30, 5, _2=(1, 10)), status(600, 250, 59, 130, 8, _2=(3, 30))
+    one, two = lsa_figures(before, after, FIGURES), lsa_figures(before, after, FIGURES, 2)
+    twice = {name for name in one if name.endswith("_bytes") or name == "recall_gbps"}
+    assert {name: value for name, value in two.items() if name in twice} == {name: 2 * one[name] for name in twice}
+    assert all(two[name] == one[name] for name in set(one) - twice)
+
+
 def test_figures_of_groups_are_by_step_with_groups() -> None:
     before = {"steps": 10, "saved_reads": 1000, "added_reads": 100, "formed": 4, "host_seconds": 0.5}
     after = {"steps": 30, "saved_reads": 5000, "added_reads": 300, "formed": 14, "host_seconds": 0.52}
@@ -302,8 +311,8 @@ def test_held_bytes_are_those_while_most_requests_decoded() -> None:
     """Of this arm: another one before it had more."""
     before = status(0, 0, 0, 0, 0, _2=(5, 10), _8=(4, 900))
     after = status(0, 0, 0, 0, 0, _2=(9, 20), _3=(4, 120), _8=(4, 900))
-    assert held_bytes(before, after) == 30_000
-    assert held_bytes(after, after) is None
+    assert held_bytes(before, after, 1000) == 30_000
+    assert held_bytes(after, after, 1000) is None
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -317,6 +326,7 @@ def row(system: str, policy: str | None = None, **other: Any) -> dict[str, Any]:
         "policy": policy,
         "context": 60_000,
         "batch": 13,
+        "tp": 1,
         "running_requests": 4,
         "decode_tokens_per_s": 200.0,
         "tpot_ms_p50": 20.0,
@@ -419,7 +429,7 @@ def test_gain_is_time_for_tpot_and_throughput_otherwise(workload: str, ratio: fl
 def test_the_table_holds_all_systems_and_the_gain_over_each() -> None:
     text = io.StringIO()
     unmeasured = row("lsa", "random", kv_gpu_bytes=None)
-    Console(file=text, width=220).print(report.table([LSA, STOCK, unmeasured, FLASHINFER]))
+    Console(file=text, width=240).print(report.table([LSA, STOCK, unmeasured, FLASHINFER]))
     assert "GPU of a test" in text.getvalue()
     stock, flashinfer, quest, more, random, _ = (
         line for line in text.getvalue().splitlines() if "13 x 60,000" in line or "x stock-" in line

@@ -163,11 +163,17 @@ class Bench:
         for module, name in ((serving, "SERVING"), (prefill, "PREFILL")):  # pictures take a second each
             results = dataclasses.replace(getattr(module, name), draw=self.draw)
             monkeypatch.setattr(module, name, results)
+        self.begun: list[str] = []
+        monkeypatch.setattr(serving, "begin", self.begin)
         monkeypatch.setattr(serving, "measure", self.measure_serving)
         monkeypatch.setattr(prefill, "measure", self.measure_prefill)
 
     def draw(self, path: pathlib.Path, rows: Any) -> None:
         self.drawn.append(len(rows))
+
+    def begin(self, group: Group, system: System, *_: Any) -> str:
+        self.begun.append(system.name)
+        return f"server of {system.name}"
 
     def note(self, system: System, names: list[str]) -> Iterator[str]:
         self.seen.append((system.name, []))
@@ -177,7 +183,11 @@ class Bench:
             self.seen[-1][1].append(name)
             yield name
 
-    def measure_serving(self, group: Group, system: System, planned: Any, *_: Any) -> Iterator[dict[str, Any]]:
+    def measure_serving(
+        self, server: Any, group: Group, system: System, planned: Any, *_: Any
+    ) -> Iterator[dict[str, Any]]:
+        assert server == f"server of {system.name}"
+        self.begun.append(f"measures {system.name}")
         figures = dict.fromkeys(("running_requests", "decode_tokens_per_s", "tpot_ms_p50", "tpot_ms_p99"), 1.0)
         planned = list(planned)
         names = [f"{arm.name} {policy}".strip() for arm, policy in planned]
@@ -199,8 +209,8 @@ class Bench:
 
     def serving(self, **asked: Any) -> list[tuple[str, list[str]]]:
         chosen: dict[str, Any] = {"models": ["8b"], "workloads": ["tpot"], "arms": ["1k", "256k"], "resume": False}
-        chosen |= {"systems": ["stock", "lsa"], "policies": ["quest"], "kv_dtype": "auto", **asked}
-        self.seen = []
+        chosen |= {"systems": ["stock", "lsa"], "policies": ["quest"], "kv_dtype": "auto", "tp": 1, "together": False}
+        self.seen, self.begun, chosen = [], [], chosen | asked
         serving.run(self.output, Console(quiet=True), server_args="", command="", **chosen)
         return self.seen
 
@@ -227,6 +237,21 @@ def test_a_run_that_is_resumed_measures_what_is_missing(bench: Bench) -> None:
     assert bench.serving(resume=True, systems=["lsa-fa3"]) == [("lsa-fa3", ["1k quest", "256k quest"])]
     assert bench.serving() == both, "without being told so"
     assert len(SERVING.read(bench.output)) == 14
+
+
+def test_servers_start_one_after_the_other_or_together(bench: Bench) -> None:
+    bench.serving()
+    assert bench.begun == ["stock", "measures stock", "lsa", "measures lsa"]
+    bench.serving(together=True)
+    assert bench.begun == ["stock", "lsa", "measures stock", "measures lsa"]
+
+
+def test_rows_of_several_ranks_are_rows_of_their_own(bench: Bench) -> None:
+    bench.serving()
+    assert len(bench.serving(resume=True, tp=2)) == 2
+    assert sorted(row["tp"] for row in SERVING.read(bench.output)) == [1] * 4 + [2] * 4
+    (group,) = serving_arms.chosen(["8b"], ["tpot"], ["1k"], "auto", 2)
+    assert "--tp-size 2" in " ".join(serving.arguments(group, SYSTEMS["lsa"], pathlib.Path("model")))
 
 
 def test_rows_of_another_type_of_kv_are_not_taken_for_those_asked_for(
