@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import shlex
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from families import SMALL, TINY, Size, write_model
+from gpu_servers import AS_LSA_ATTENDS
 
 from sglang_lsa import launch_server
 from sglang_lsa.engine.prefill import Prefill
@@ -75,12 +77,16 @@ CPU = Place(
     exact=True,
 )
 GPUS = Place(
-    flags=(*FLAGS, "--dtype", "bfloat16", "--max-running-requests", "16", "--mem-fraction-static", "0.3"),
+    flags=(
+        *FLAGS,
+        *("--dtype", "bfloat16", "--max-running-requests", "16", "--mem-fraction-static", "0.3"),
+        *shlex.split(os.environ.get("SGLANG_LSA_TEST_SERVER_ARGS", "")),
+    ),
     environment={},
     sizes={"llama": SMALL, "qwen2.5": Size(layers=4, q_heads=14, kv_heads=2, head_dim=64, sharpness=1.2)},
     dtype=torch.bfloat16,
     exact=False,
-    stock=("--page-size", "64", "--attention-backend", "flashinfer", "--cuda-graph-backend-prefill", "disabled"),
+    stock=(*AS_LSA_ATTENDS, "--page-size", "64", "--cuda-graph-backend-prefill", "disabled"),
     seconds=600,
 )
 
