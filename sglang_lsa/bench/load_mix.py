@@ -94,9 +94,7 @@ class Mix:
         draw = np.random.default_rng((SEED, name, round(rate * 1e6), turn))
         times = arrivals(rate, seconds, draw)
         if not len(times):
-            raise ValueError(
-                f"at {rate:g} requests/s none arrives in {seconds:g} s: use more --seconds or higher --rates"
-            )
+            raise ValueError(f"at {rate:g} requests/s none arrives in {seconds:g} s: use more --seconds or --rates")
         own = np.exp(draw.uniform(np.log(self.own[0]), np.log(self.own[1]), len(times))).round().astype(int)
         answers = draw.integers(self.answer[0], self.answer[1] + 1, len(times))
         memories: list[int | None] = [None] * len(times)

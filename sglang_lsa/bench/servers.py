@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sglang_lsa.bench.shapes import Shape
 from sglang_lsa.bench.systems import Row, System, server_facts
-from sglang_lsa.server_process import ServerProcess
+from sglang_lsa.server_process import STOCK, ServerProcess
 
 READY_SECONDS = 600
 DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup")
@@ -36,7 +36,14 @@ def begin(
     """
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     model = shape.write(pathlib.Path(folder) / shape.name, context)
-    return stack.enter_context(ServerProcess(system.module, arguments(model), log))
+    return stack.enter_context(ServerProcess(module_of(system), arguments(model), log))
+
+
+def module_of(system: System) -> str:
+    """What ``python -m`` runs. Without a GPU SGLang's own launcher does not start stock: ours for CPUs does."""
+    import torch
+
+    return system.module if system.lsa or torch.cuda.is_available() else STOCK
 
 
 def ready(server: ServerProcess, what: str, console: Console) -> Row:
