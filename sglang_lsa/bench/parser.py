@@ -150,7 +150,7 @@ def add_load(kinds: Commands) -> None:
     command.add_argument("--seconds", type=float, default=60.0, metavar="S", help=text)
     text = "KV on the device, of all systems; default: 16 for 8b, 4 for 1b, 0.02 for tiny"
     command.add_argument("--pool-gb", type=float, metavar="GB", help=text)
-    text = "of the agents; LSA keeps them in host memory (10 GB each on average for 8b); default: 16"
+    text = "of the agents; LSA keeps them in host memory (9 GB each on average for 8b); default: 16"
     command.add_argument("--memories", type=int, default=16, metavar="N", help=text)
     text = "requests that a server runs at once; default: 64"
     command.add_argument("--max-running", type=int, default=64, metavar="N", help=text)
