@@ -20,7 +20,7 @@ from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, MOST, Dsv4Arm, D
 from sglang_lsa.bench.dsv4_report import DSV4, table
 from sglang_lsa.bench.dsv4_shapes import DSV4_SHAPES, ENVIRONMENT, Dsv4Shape
 from sglang_lsa.bench.plateau import Plateau, plateau
-from sglang_lsa.bench.serving import READY_SECONDS, gpu_name
+from sglang_lsa.bench.servers import READY_SECONDS, gpu_name
 from sglang_lsa.bench.systems import Failures, Row
 from sglang_lsa.memory.layout.dsv4 import PAGE_TOKENS
 from sglang_lsa.provenance import commit

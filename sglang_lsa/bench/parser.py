@@ -32,6 +32,32 @@ class Several(argparse.Action):
         setattr(namespace, self.dest, found if self.among else [int(part) for part in found])
 
 
+class Rates(argparse.Action):
+    """Numbers above 0 that blanks or commas separate, each once; ``auto`` alone stands for none."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, auto: bool = False, **more: Any):
+        super().__init__(option_strings, dest, nargs="+", **more)
+        self.auto = auto
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        parts = [part for value in values for part in value.split(",")]
+        if self.auto and parts == ["auto"]:
+            return setattr(namespace, self.dest, [])
+        for part in parts:
+            if not positive(part):
+                fix = "give numbers above 0" + (", or auto alone" if self.auto else "")
+                parser.error(f"argument {self.option_strings[0]}: {part!r}: {fix}")
+        setattr(namespace, self.dest, list(dict.fromkeys(map(float, parts))))
+
+
+def positive(text: str) -> bool:
+    """Whether it is a finite number above 0."""
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def add_several(
     command: argparse.ArgumentParser, flag: str, among: Sequence[str], text: str, default: Sequence[str] | None = None
 ) -> None:
@@ -61,7 +87,8 @@ def add_parser(commands: Commands) -> None:
         "bench", help="measure LSA, against stock SGLang on this machine's GPU or against itself"
     )
     kinds = command.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    for add in (add_serving, add_prefill, add_dsv4, add_resident, add_selectors, add_calibration, add_overhead):
+    against_stock = (add_serving, add_load, add_prefill, add_dsv4)
+    for add in (*against_stock, add_resident, add_selectors, add_calibration, add_overhead):
         add(kinds)
 
 
@@ -99,6 +126,58 @@ def run_serving(args: argparse.Namespace) -> int:
     names = ("models", "workloads", "arms", "systems", "policies", "kv_dtype", "resume", "tp", "together")
     asked = {name: getattr(args, name) for name in (*names, "server_args")}
     run(args.output, Console(width=200), command=command_line(), **asked)
+    return 0
+
+
+def add_load(kinds: Commands) -> None:
+    text = (
+        "throughput, latencies and goodput while requests arrive by a Poisson process, with dummy weights and the same "
+        "pool: agents (questions of 1K tokens over cached memories of 32K to 128K) and documents (new prompts of 8K to "
+        "64K), answers of 200 to 800 tokens. Requests, lengths and arrivals are the same for all systems"
+    )
+    command = add_command(kinds, "load", text)
+    text = "shapes of Llama; tiny divides all lengths by 64 and runs on any machine"
+    add_several(command, "--models", ("8b", "1b", "tiny"), text, ("8b",))
+    add_several(command, "--mixes", ("agents", "documents"), "kinds of traffic")
+    text = (
+        "requests a second, or auto (the default): stock's saturation is searched first (the rate is doubled until "
+        "clearly less is completed than arrives; the most that was completed a second is it), and --times that measured"
+    )
+    command.add_argument("--rates", action=Rates, auto=True, default=[], metavar="RATE", help=text)
+    text = "with --rates auto: multiples of stock's saturation; default: 0.5 1 2"
+    command.add_argument("--times", action=Rates, default=[0.5, 1.0, 2.0], metavar="FACTOR", help=text)
+    text = "during which requests arrive, at every rate and in every step of the search; default: 60"
+    command.add_argument("--seconds", type=float, default=60.0, metavar="S", help=text)
+    text = "KV on the device, of all systems; default: 16 for 8b, 4 for 1b, 0.02 for tiny"
+    command.add_argument("--pool-gb", type=float, metavar="GB", help=text)
+    text = "of the agents; LSA keeps them in host memory (9 GB each on average for 8b); default: 16"
+    command.add_argument("--memories", type=int, default=16, metavar="N", help=text)
+    text = "requests that a server runs at once; default: 64"
+    command.add_argument("--max-running", type=int, default=64, metavar="N", help=text)
+    text = "of the objective: most seconds from arrival to first token; default: 5"
+    command.add_argument("--ttft", type=float, default=5.0, metavar="S", help=text)
+    text = "of the objective: most milliseconds a token on average over an answer; default: 30"
+    command.add_argument("--tpot", type=float, default=30.0, metavar="MS", help=text)
+    add_common(command)
+    command.set_defaults(run=run_load)
+
+
+@failing("bench", RuntimeError, ValueError)  # no GPU, too little memory, a server that failed, nothing arrives
+def run_load(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.bench.load import run
+    from sglang_lsa.bench.load_figures import Objective
+    from sglang_lsa.provenance import command_line
+
+    for flag in ("seconds", "pool_gb", "memories", "max_running", "ttft", "tpot"):
+        value = getattr(args, flag)
+        if value is not None and not positive(str(value)):
+            raise ValueError(f"--{flag.replace('_', '-')} {value:g}: use a number above 0")
+    names = ("models", "mixes", "systems", "rates", "times", "seconds", "pool_gb", "memories", "max_running")
+    asked = {name: getattr(args, name) for name in (*names, "kv_dtype", "resume", "server_args")}
+    objective = Objective(args.ttft, args.tpot)
+    run(args.output, Console(width=240), objective=objective, command=command_line(), **asked)
     return 0
 
 

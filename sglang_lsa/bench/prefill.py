@@ -8,15 +8,15 @@ import pathlib
 import shlex
 import statistics
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from sglang_lsa.bench import servers
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.prefill_groups import (
     CHUNK,
@@ -30,16 +30,9 @@ from sglang_lsa.bench.prefill_groups import (
     groups,
 )
 from sglang_lsa.bench.prefill_report import PREFILL, table
-from sglang_lsa.bench.serving import READY_SECONDS, gpu_name
+from sglang_lsa.bench.servers import DUMMY, gpu_name, ready
 from sglang_lsa.bench.shapes import SHAPES, Shape
-from sglang_lsa.bench.systems import (
-    SYSTEMS,
-    Failures,
-    Row,
-    System,
-    kv_name,
-    server_facts,
-)
+from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
 from sglang_lsa.memory.mirror import GB, require_host_memory
 from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import ServerProcess
@@ -127,7 +120,7 @@ def labels(
 
 def arguments(group: Group, shape: Shape, system: System, model: pathlib.Path) -> list[str]:
     """Of the server that measures the group."""
-    flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
+    flags = ["--model-path", str(model), *DUMMY]
     flags += ["--cuda-graph-max-bs-decode", "2", "--max-running-requests", "2"]
     flags += ["--context-length", str(group.context), "--chunked-prefill-size", str(CHUNK)]
     host_gb = round(group.host_tokens * shape.token_bytes(group.kv_dtype) / GB + 0.1, 1)
@@ -144,22 +137,21 @@ def measure(
     console: Console,
 ) -> Iterator[Row]:
     """Start one server and measure the group's prompts and questions on it."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = shape.write(pathlib.Path(folder) / shape.name, group.context)
-        flags = [*arguments(group, shape, system, model), *shlex.split(server_args)]
-        began = time.perf_counter()
-        log = output / f"{system.name}-{group.name}-{group.pool_tokens}-{group.kv_dtype}.log"
-        with ServerProcess(system.module, flags, log) as server:
-            server.wait_until_ready(READY_SECONDS)
-            facts = server_facts(server.get("/server_info"))
-            console.print(f"{system.name} {group.name}: up after {time.perf_counter() - began:.0f} s, {facts}")
-            bench = Measurement(server, group, shape, system, facts, console)
-            bench.first_token(bench.text(2 * CHUNK, 0))  # compiles what is compiled at first use
-            for tokens in group.prompts:
-                count = repeats if tokens <= PROMPT else 1
-                yield bench.row("ttft", tokens, [partial(bench.new_prompt, tokens, number) for number in range(count)])
-            if group.questions:
-                yield from bench.questions(repeats)
+
+    def flags(model: pathlib.Path) -> list[str]:
+        return [*arguments(group, shape, system, model), *shlex.split(server_args)]
+
+    log = output / f"{system.name}-{group.name}-{group.pool_tokens}-{group.kv_dtype}.log"
+    with ExitStack() as stack:
+        server = servers.begin(system, shape, group.context, flags, log, stack)
+        facts = ready(server, f"{system.name} {group.name}", console)
+        bench = Measurement(server, group, shape, system, facts, console)
+        bench.first_token(bench.text(2 * CHUNK, 0))  # compiles what is compiled at first use
+        for tokens in group.prompts:
+            count = repeats if tokens <= PROMPT else 1
+            yield bench.row("ttft", tokens, [partial(bench.new_prompt, tokens, number) for number in range(count)])
+        if group.questions:
+            yield from bench.questions(repeats)
 
 
 class Measurement:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import pathlib
 import shlex
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,16 +15,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from sglang_lsa.bench import servers
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.report import SERVING, table
+from sglang_lsa.bench.servers import DUMMY, gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import CONTEXT, Arm, Group, chosen
-from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name, server_facts
+from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.provenance import commit
 from sglang_lsa.server_process import ServerProcess
-
-READY_SECONDS = 600
 
 
 def run(
@@ -100,7 +98,7 @@ def identity(group: Group, system: System, arm: Arm, policy: str, facts: Row) ->
 def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
     """Of the server that measures the group."""
     largest = group.largest
-    flags = ["--model-path", str(model), "--load-format", "dummy", "--skip-tokenizer-init", "--skip-server-warmup"]
+    flags = ["--model-path", str(model), *DUMMY]
     flags += ["--cuda-graph-max-bs-decode", str(largest), "--max-running-requests", str(largest)]
     flags += ["--context-length", str(CONTEXT), "--stream-interval", "1" if largest == 1 else "4"]
     flags += ["--tp-size", str(group.tp)] if group.tp > 1 else []
@@ -109,24 +107,22 @@ def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
 
 def begin(group: Group, system: System, server_args: str, output: pathlib.Path, stack: ExitStack) -> ServerProcess:
     """The server that measures the group; it runs as long as the stack at most."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    model = group.shape.write(pathlib.Path(folder) / group.model, CONTEXT)
-    flags = [*arguments(group, system, model), *shlex.split(server_args)]
     ranks = "" if group.tp == 1 else f"-tp{group.tp}"
     log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}{ranks}.log"
-    return stack.enter_context(ServerProcess(system.module, flags, log))
+
+    def flags(model: pathlib.Path) -> list[str]:
+        return [*arguments(group, system, model), *shlex.split(server_args)]
+
+    return servers.begin(system, group.shape, CONTEXT, flags, log, stack)
 
 
 def measure(
     server: ServerProcess, group: Group, system: System, planned: Iterable[tuple[Arm, str]], console: Console
 ) -> Iterator[Row]:
     """Run these arms, each with its policy, on a server that has begun; it ends with them."""
-    began = time.perf_counter()
     with server:
-        server.wait_until_ready(READY_SECONDS)
-        facts = server_facts(server.get("/server_info"))
-        console.print(f"{system.name} {group.model}: up after {time.perf_counter() - began:.0f} s, {facts}")
-        warm_up(server, group)
+        facts = ready(server, f"{system.name} {group.model}", console)
+        warm_up(server, group.shape.vocabulary)
         for arm, policy in planned:
             row = run_arm(server, group, arm, system, policy, facts)
             console.print(
@@ -135,14 +131,6 @@ def measure(
                 f"TTFT {row['ttft_s']:.1f} s"
             )
             yield row
-
-
-def warm_up(server: ServerProcess, group: Group) -> None:
-    """Compile what is compiled at first use."""
-    for length in (100, 9000):
-        prompt = np.random.default_rng(2).integers(10, group.shape.vocabulary, length).tolist()
-        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 150, "ignore_eos": True, "temperature": 0}}
-        server.post("/generate", body)
 
 
 def labels(group: Group, system: System, arm: Arm, policy: str) -> Row:
@@ -247,16 +235,3 @@ def held_bytes(before: dict, after: dict, page_bytes: int) -> int | None:
         if samples:
             return round(pages * page_bytes / samples)
     return None
-
-
-def gpu_name() -> str:
-    """The GPU that is measured.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RuntimeError("sglang-lsa bench serving needs an NVIDIA GPU: torch sees none on this machine")
-    return torch.cuda.get_device_name()

@@ -97,14 +97,24 @@ class Group:
             ValueError: it has too little for a mirror of the pool.
         """
         tokens = max(arm.shared + arm.batch * (arm.context - arm.shared + arm.tokens + PAGE_SIZE) for arm in self.arms)
+        return self.mirror_gb(tokens + CONTEXT // 8, "choose other --models or --workloads")
+
+    def mirror_gb(self, tokens: int, otherwise: str) -> float:
+        """Mirror for so many tokens and at least the pool, as far as this machine has memory.
+
+        Args:
+            otherwise: what else to do if it has too little.
+
+        Raises:
+            ValueError: it has too little for a mirror of the pool.
+        """
         least = (self.pool_tokens + 2 * PAGE_SIZE) * self.token_bytes / GB
-        wanted = max((tokens + CONTEXT // 8) * self.token_bytes / GB, least)
+        wanted = max(tokens * self.token_bytes / GB, least)
         free = available_host_memory() / GB - HOST_SPARE_GB
         if free < least:
             raise ValueError(
                 f"the {self.model} benchmark with {self.pool_gb:g} GB of KV needs {least + HOST_SPARE_GB:.0f} GB "
-                f"of host memory, {free + HOST_SPARE_GB:.0f} GB are free: free some, or choose other --models or "
-                "--workloads"
+                f"of host memory, {free + HOST_SPARE_GB:.0f} GB are free: free some, or {otherwise}"
             )
         return math.ceil(min(wanted, free) * 100) / 100
 
