@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,12 +36,28 @@ class Refresher:
         self.scorer, self.counts = scorer, counts
         self.on_their_way: dict[str, Request] = {}
 
-    def start(self, request: Request, predict: bool = False) -> None:
-        """Queue what predicts the next resident set.
+    def start(self, requests: Sequence[Request], predict: bool = False) -> None:
+        """Queue what predicts the next resident sets of these requests, of all in one go.
 
         Args:
-            predict: also where the request names its sets itself; those stay for their time.
+            predict: also where a request names its sets itself; those stay for their time.
         """
+        begun = [(request, self._begin(request, predict)) for request in requests]
+        predicted = [(request, new) for request, new in begun if new.state is State.QUEUED and self._predicts(request)]
+        fetched = self.scorer.score_all([request for request, _ in predicted], [new.complete for _, new in predicted])
+        for (_, new), scores in zip(predicted, fetched, strict=True):
+            new.scores = scores
+            new.due += self.clock.lag
+        for request, new in begun:
+            request.resident.next = new
+            self.on_their_way[request.key] = request
+        self._advance([request for request, new in begun if new.due <= self.clock.step])
+
+    def advance(self) -> None:
+        """Take every refresh as far as it can go now."""
+        self._advance([request for request in self.on_their_way.values() if self._can_advance(request)])
+
+    def _begin(self, request: Request, predict: bool) -> Refresh:
         request.window += 1
         self.counts.refreshes += 1
         complete, context = (count(request.computed, self.pager.page) for count in (pages_complete, pages_spanned))
@@ -50,22 +66,42 @@ class Refresher:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
             new.state = State.CHOSEN
-        elif not request.asked.dense and (
-            request.resident.incomplete or request.tokens >= self.rules.config.min_context
-        ):
-            new.scores = self.scorer.score(request, complete)
-            new.due += self.clock.lag
-        request.resident.next = new
-        self.on_their_way[request.key] = request
-        if new.due <= self.clock.step:
-            self.advance(request)
+        return new
 
-    def advance(self, request: Request) -> None:
-        """Take the refresh of ``request`` as far as it can go now."""
-        self._attempt(request, self._choose)
-        self._attempt(request, self._load)
-        if request.steps_left <= 0:
-            self._attempt(request, self._switch_if_held)
+    def _predicts(self, request: Request) -> bool:
+        """Whether the next set of ``request``, which names none, is chosen by scores; it reads everything else."""
+        incomplete = request.resident.incomplete
+        return not request.asked.dense and (incomplete or request.tokens >= self.rules.config.min_context)
+
+    def _can_advance(self, request: Request) -> bool:
+        new = request.resident.next
+        if new is None or new.state is State.CHOSEN:
+            return True
+        return new.due <= self.clock.step if new.state is State.QUEUED else request.steps_left <= 0
+
+    def _advance(self, requests: Sequence[Request]) -> None:
+        """Sets are chosen for all; then each takes its pages in turn, as what is left depends on who comes first."""
+        failed = self._choose_all(requests)
+        for request in requests:
+            if request.key in failed:
+                self._fail(request, failed[request.key])
+                continue
+            self._attempt(request, self._load)
+            if request.steps_left <= 0:
+                self._attempt(request, self._switch_if_held)
+
+    def _choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
+        """Choose the sets of these; returns what went wrong, by request."""
+        failed: dict[str, Exception] = {}
+        for request in requests:
+            try:
+                if request.resident.next is not None:
+                    self._choose(request, request.resident.next)
+            except LedgerError:
+                raise
+            except Exception as error:
+                failed[request.key] = error
+        return failed
 
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
@@ -84,7 +120,7 @@ class Refresher:
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
         if request.resident.next is None:
-            self.start(request)
+            self.start([request])
         for last in (False, True):
             if (new := request.resident.next) is not None and not new.held:
                 self.load_now(request, urgent=last)
@@ -263,9 +299,13 @@ class Refresher:
         except LedgerError:
             raise
         except Exception as error:
-            self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
-            self.counts.failures += 1
-            request.story.failures += 1
-            logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
-            self.pager.retain(request.key, request.read_pages())
-            self._end(request)
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """A stage has raised ``error``."""
+        self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
+        self.counts.failures += 1
+        request.story.failures += 1
+        logger.error("LSA: refreshing %s failed; it keeps the pages that it has", request.rid, exc_info=error)
+        self.pager.retain(request.key, request.read_pages())
+        self._end(request)
