@@ -1,4 +1,4 @@
-"""score: asks the policies of requests. What they say comes later; one that fails costs a window its prediction only."""
+"""score: asks the policies of requests. What they say comes later; one that fails costs a window its prediction."""
 
 from __future__ import annotations
 
