@@ -1,169 +1,88 @@
-"""page_score: how much the next tokens are expected to attend to each page."""
+"""page_score: how much the next tokens are expected to attend to each page, and how requests are scored together."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-MANY_PAGES = 8192
-"""Above this, the kernel takes pages in larger blocks."""
 PAGES_AT_ONCE = 4096
 """Pages whose logits the torch reference holds in memory at a time."""
+SPAN, ENDLESS = 5, 1 << 30
+"""Numbers that say of a request what is scored; more pages than any has."""
+PARTIAL_BYTES = 1 << 25
+"""Device bytes of partial sums that one call keeps, but those of one request at least."""
+BLOCKS_OF_TILE = 64
+"""Blocks whose sums are added up at a time."""
 
 
-def bound_score(queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor, scale: float) -> torch.Tensor:
-    """Score pages by Quest's upper bound on their attention logits, the best vote of any head counting.
+@dataclass(frozen=True)
+class Ragged:
+    """Requests whose pages are scored by one call, however many each has.
 
-    For every query the bound of a page is ``sum_d max(q_d * min_d, q_d * max_d)``, the largest logit that any key
-    inside the page's box could have. Bounds are normalised over pages with a softmax, so that heads of different
-    scale can be compared, and a page's score is its maximum over positions, layers and heads: on a dense model a few
-    retrieval heads carry the answer, and an average would lose them.
-
-    Args:
-        queries: ``[positions, layers, q_heads, head_dim]``, post-RoPE, the recent positions of one request.
-        table: ``[virtual_pages + 1, layers, 2, kv_heads, head_dim]`` key bounds of every page, from
-            :func:`sglang_lsa.kernels.page_keys.store_key_bounds`.
-        pages: int64 ``[n]`` virtual ids of the request's pages.
-        scale: the model's softmax scale.
-
-    Returns:
-        ``[n]`` float32 in [0, 1].
-
-    Raises:
-        ValueError: the heads of queries and keys do not fit.
+    Attributes:
+        known: int64 ``[requests, SPAN]`` on the host. Of each request its row in the ring of recent queries, the place
+            of its first position there, its positions, where its pages begin in ``pages``, and how many it has.
+        spans: the same numbers where the kernels run.
+        pages: int64 ``[n]`` virtual ids of the pages of all requests, one after the other, where the kernels run.
     """
-    _, layers, q_heads, head_dim = queries.shape
-    kv_heads = table.shape[3]
-    if q_heads % kv_heads or table.shape[1] != layers or table.shape[4] != head_dim:
-        raise ValueError(f"queries {tuple(queries.shape)} do not fit key bounds {tuple(table.shape)}")
-    if len(queries) == 0 or len(pages) == 0:
-        return torch.zeros(len(pages), dtype=torch.float32, device=table.device)
-    return (_bound_score_triton if table.is_cuda else bound_score_reference)(queries, table, pages, scale)
 
+    known: torch.Tensor
+    spans: torch.Tensor
+    pages: torch.Tensor
 
-def bound_score_reference(queries, table, pages, scale) -> torch.Tensor:
-    """See :func:`bound_score`. Two passes over the pages, so that memory does not grow with the context."""
-    positions, layers, q_heads, head_dim = queries.shape
-    kv_heads = table.shape[3]
-    q = queries.float().view(positions, layers, kv_heads, q_heads // kv_heads, head_dim)
-    blocks = pages.split(PAGES_AT_ONCE)
+    @classmethod
+    def alone(cls, positions: int, pages: torch.Tensor) -> Ragged:
+        """One request: the only row of a ring of just its positions."""
+        known = torch.tensor([[0, 0, positions, 0, len(pages)]])
+        spans = known.pin_memory().to(pages.device, non_blocking=True) if pages.is_cuda else known
+        return cls(known, spans, pages)
 
-    def logits(block: torch.Tensor) -> torch.Tensor:
-        low, high = table[block].float().unbind(dim=2)  # [pages, layers, kv_heads, head_dim]
-        # max(q * low, q * high) is q+ * high + q- * low, which is two matrix products.
-        sums = torch.einsum("tlkgd,plkd->tlkgp", q.clamp(min=0), high)
-        sums += torch.einsum("tlkgd,plkd->tlkgp", q.clamp(max=0), low)
-        return sums * scale
+    def __len__(self) -> int:
+        return len(self.known)
 
-    if len(blocks) == 1:
-        return logits(pages).softmax(dim=-1).amax(dim=(0, 1, 2, 3))
-    normaliser = torch.stack([logits(block).logsumexp(dim=-1) for block in blocks]).logsumexp(dim=0)
-    return torch.cat([(logits(block) - normaliser[..., None]).exp().amax(dim=(0, 1, 2, 3)) for block in blocks])
+    @property
+    def sizes(self) -> list[int]:
+        """Pages of each request."""
+        return self.known[:, 4].tolist()
 
+    def recent(self, ring: torch.Tensor, index: int) -> torch.Tensor:
+        """What ``ring [rows, places, ...]`` has of one request, ``[positions, ...]`` in no particular order."""
+        row, first, positions = self.known[index, :3].tolist()
+        if positions == ring.shape[1]:
+            return ring[row]
+        return ring[row, torch.arange(first, first + positions, device=ring.device) % ring.shape[1]]
 
-def _bound_score_triton(queries, table, pages, scale) -> torch.Tensor:
-    positions, layers, q_heads, head_dim = queries.shape
-    kv_heads, n = table.shape[3], len(pages)
-    queries = queries.contiguous()
-    group = q_heads // kv_heads
-    block_pages = 64 if n <= MANY_PAGES else 128
-    blocks = triton.cdiv(n, block_pages)
-    voters = positions * group
-    block_voters = max(16, min(128, triton.next_power_of_2(voters)))
-    voter_blocks = triton.cdiv(voters, block_voters)
-    grid = (blocks, layers * kv_heads, voter_blocks)
-    partial = torch.empty(
-        (layers * kv_heads, 2, blocks, voter_blocks * block_voters), dtype=torch.float32, device=table.device
-    )
-    scores = torch.zeros(n, dtype=torch.float32, device=table.device)
-    for last in (False, True):
-        _bound_score_kernel[grid](
-            queries,
-            table,
-            pages,
-            partial,
-            scores,
-            scale,
-            n,
-            blocks,
-            voters,
-            LAYERS=layers,
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            DIM=head_dim,
-            VOTERS=voter_blocks * block_voters,
-            BLOCK_VOTERS=block_voters,
-            BLOCK_PAGES=block_pages,
-            BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
-            PRECISE=queries.dtype == torch.float32,
-            LAST=last,
-        )
-    return scores
+    def pages_of(self, index: int) -> torch.Tensor:
+        """Virtual ids of the pages of one request."""
+        start, count = self.known[index, 3:].tolist()
+        return self.pages[start : start + count]
 
+    def blocks(self, block_pages: int, least: int = 1, most: int = ENDLESS) -> int:
+        """Blocks of the longest request that has between ``least`` and ``most`` pages."""
+        return max((-(-n // block_pages) for n in self.sizes if least <= n <= most), default=0)
 
-# One compilation serves every context length, so that none happens while serving.
-@triton.jit(do_not_specialize=["scale", "n", "blocks", "voters"], do_not_specialize_on_alignment=["pages"])
-def _bound_score_kernel(
-    queries,  # [positions, LAYERS, KV_HEADS * GROUP, DIM]
-    table,  # [virtual_pages + 1, LAYERS, 2, KV_HEADS, DIM]
-    pages,  # int64 [n]
-    partial,  # float32 [LAYERS * KV_HEADS, 2, blocks, VOTERS]: maximum, and sum of exponentials, of each block
-    scores,  # float32 [n], zeros at first
-    scale,
-    n,
-    blocks,
-    voters,  # positions * GROUP
-    LAYERS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    VOTERS: tl.constexpr,
-    BLOCK_VOTERS: tl.constexpr,
-    BLOCK_PAGES: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    PRECISE: tl.constexpr,
-    LAST: tl.constexpr,  # first launch: what a softmax over pages needs; second: the scores
-):
-    block = tl.program_id(0)
-    layer = tl.program_id(1) // KV_HEADS
-    head = tl.program_id(1) % KV_HEADS
-    voter = tl.program_id(2) * BLOCK_VOTERS + tl.arange(0, BLOCK_VOTERS)  # a position and a head of this group
-    index = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-    d = tl.arange(0, BLOCK_DIM)
-    votes = voter < voters
-    row = (voter // GROUP) * LAYERS + layer
-    q_at = queries + (row * KV_HEADS * GROUP + head * GROUP + voter % GROUP)[:, None] * DIM + d[None, :]
-    q = tl.load(q_at, mask=votes[:, None] & (d < DIM)[None, :], other=0.0)
-    page = tl.load(pages + index, mask=index < n, other=0)
-    k_at = table + (((page * LAYERS + layer) * 2) * KV_HEADS + head)[None, :] * DIM + d[:, None]
-    real = (index < n)[None, :] & (d < DIM)[:, None]
-    low = tl.load(k_at, mask=real, other=0.0)
-    high = tl.load(k_at + KV_HEADS * DIM, mask=real, other=0.0)
-    zero = tl.zeros_like(q)
-    if PRECISE:
-        logits = tl.dot(tl.where(q > 0, q, zero), high, input_precision="ieee")
-        logits = tl.dot(tl.where(q < 0, q, zero), low, logits, input_precision="ieee")
-    else:
-        logits = tl.dot(tl.where(q > 0, q, zero), high)
-        logits = tl.dot(tl.where(q < 0, q, zero), low, logits)
-    logits = tl.where((index < n)[None, :], logits * scale, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES]
-    maxima = partial + tl.program_id(1) * 2 * blocks * VOTERS + voter
-    sums = maxima + blocks * VOTERS
-    if LAST:
-        most = tl.load(maxima)
-        for other in range(1, blocks):
-            most = tl.maximum(most, tl.load(maxima + other * VOTERS))
-        total = tl.zeros_like(most)
-        for other in range(blocks):
-            total += tl.load(sums + other * VOTERS) * tl.exp(tl.load(maxima + other * VOTERS) - most)
-        share = tl.exp(logits - most[:, None]) / total[:, None]
-        best = tl.max(tl.where(votes[:, None], share, 0.0), axis=0)
-        tl.atomic_max(scores + index, best, mask=index < n)
-    else:
-        most = tl.max(logits, axis=1)
-        tl.store(maxima + block * VOTERS, most)
-        tl.store(sums + block * VOTERS, tl.sum(tl.exp(logits - most[:, None]), axis=1))
+    def parts(
+        self, block_pages: int, block_bytes: int, least: int = 1, most: int = ENDLESS
+    ) -> Iterator[tuple[int, int, Ragged]]:
+        """All requests in as few parts as the memory for partial sums allows, mostly one.
+
+        Args:
+            block_bytes: of partial sums that a block of ``block_pages`` pages has.
+
+        Returns:
+            Of each part its first request, the blocks of its longest one, and the part; none without such a request.
+        """
+        blocks = self.blocks(block_pages, least, most)
+        step = max(1, PARTIAL_BYTES // max(1, blocks * block_bytes))
+        for first in range(0, len(self) if blocks else 0, step):
+            part = slice(first, first + step)
+            found = Ragged(self.known[part], self.spans[part], self.pages)
+            if blocks := found.blocks(block_pages, least, most):
+                yield first, blocks, found
 
 
 def page_score(
@@ -186,12 +105,7 @@ def page_score(
     Raises:
         ValueError: queries and keys do not fit, or keys are of another type.
     """
-    if table.dtype != torch.uint8:
-        raise ValueError(f"page keys are {table.dtype}: use what to_8_bits returns")
-    if queries.shape[-1] != table.shape[-1] or len(queries) != len(key_of_head):
-        raise ValueError(
-            f"queries {tuple(queries.shape)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
-        )
+    _fit(queries.shape, table, key_of_head)
     if not queries.shape[1] or not len(pages):
         return torch.zeros((len(queries), len(pages)), dtype=torch.float32, device=table.device)
     return (_page_score_triton if table.is_cuda else page_score_reference)(queries, table, pages, key_of_head)
@@ -238,53 +152,139 @@ def attention_shares(logits: torch.Tensor) -> torch.Tensor:
     return logits.flatten(2).softmax(dim=-1).view_as(logits).sum(dim=-1).amax(dim=1)
 
 
-def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
-    heads, positions, dim = queries.shape
-    _, key_heads, sub_keys, _ = table.shape
-    n = len(pages)
-    queries = queries.contiguous()
-    block_voters = max(16, min(64, triton.next_power_of_2(positions)))
-    voter_blocks = triton.cdiv(positions, block_voters)
-    block_pages = max(1, 128 // sub_keys)
-    blocks = triton.cdiv(n, block_pages)
-    partial = torch.empty((heads, blocks, voter_blocks * block_voters), dtype=torch.float32, device=table.device)
-    normaliser = torch.empty(0, dtype=torch.float32, device=table.device)
-    shares = torch.zeros((heads, n), dtype=torch.float32, device=table.device)
-    for last in (False, True):
-        _page_score_kernel[(blocks, heads, voter_blocks)](
-            queries,
-            table,
-            pages,
-            key_of_head,
-            normaliser if last else partial,
-            shares,
-            n,
-            blocks,
-            positions,
-            KEY_HEADS=key_heads,
-            SUB_KEYS=sub_keys,
-            DIM=dim,
-            VOTERS=voter_blocks * block_voters,
-            BLOCK_VOTERS=block_voters,
-            BLOCK_PAGES=block_pages,
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-            LAST=last,
+def page_scores(queries: torch.Tensor, table: torch.Tensor, asked: Ragged, key_of_head: torch.Tensor) -> torch.Tensor:
+    """:func:`page_score` of several requests in one call: each gets the shares that it would get alone, bit for bit.
+
+    Args:
+        queries: ``[requests, heads, places, dim]``; of each request its positions, and whatever after them.
+        table, key_of_head: as for :func:`page_score`.
+        asked: the requests, their positions and their pages.
+
+    Returns:
+        ``[heads, pages]`` float32 in [0, 1], one request after the other.
+
+    Raises:
+        ValueError: as from :func:`page_score`.
+    """
+    _fit(queries.shape[1:], table, key_of_head)
+    if not queries.shape[2] or not len(asked.pages):
+        return torch.zeros((queries.shape[1], len(asked.pages)), dtype=torch.float32, device=table.device)
+    return (_page_scores_triton if table.is_cuda else page_scores_reference)(queries, table, asked, key_of_head)
+
+
+def page_scores_reference(queries, table, asked, key_of_head) -> torch.Tensor:
+    """See :func:`page_scores`."""
+    positions = asked.known[:, 2].tolist()
+    own = [queries[i, :, :count].contiguous() for i, count in enumerate(positions)]
+    return torch.cat([page_score(q, table, asked.pages_of(i), key_of_head) for i, q in enumerate(own)], dim=1)
+
+
+def _fit(queries: torch.Size, table: torch.Tensor, key_of_head: torch.Tensor) -> None:
+    if table.dtype != torch.uint8:
+        raise ValueError(f"page keys are {table.dtype}: use what to_8_bits returns")
+    if queries[-1] != table.shape[-1] or queries[0] != len(key_of_head):
+        raise ValueError(
+            f"queries {tuple(queries)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
         )
-        normaliser = partial.logsumexp(dim=1)
+
+
+def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
+    return _page_scores_triton(queries[None], table, Ragged.alone(queries.shape[1], pages), key_of_head)
+
+
+def _page_scores_triton(queries, table, asked, key_of_head) -> torch.Tensor:
+    _, heads, places, dim = queries.shape
+    _, key_heads, sub_keys, _ = table.shape
+    total = len(asked.pages)
+    queries = queries.contiguous()
+    block_voters = max(16, min(64, triton.next_power_of_2(places)))
+    voter_blocks = triton.cdiv(places, block_voters)
+    voters = voter_blocks * block_voters
+    block_pages = max(1, 128 // sub_keys)
+    shares = torch.zeros((heads, total), dtype=torch.float32, device=table.device)
+    for first, blocks, part in asked.parts(block_pages, heads * voters * 4):
+        partial = torch.empty((len(part), heads, blocks, voters), dtype=torch.float32, device=table.device)
+        sums = torch.empty((len(part), heads, voters), dtype=torch.float32, device=table.device)
+        for last in (False, True):
+            _page_score_kernel[(blocks, heads, len(part) * voter_blocks)](
+                queries[first:],
+                table,
+                part.pages,
+                part.spans,
+                key_of_head,
+                sums if last else partial,
+                shares,
+                total,
+                blocks,
+                PLACES=places,
+                KEY_HEADS=key_heads,
+                SUB_KEYS=sub_keys,
+                DIM=dim,
+                VOTERS=voters,
+                BLOCK_VOTERS=block_voters,
+                BLOCK_PAGES=block_pages,
+                BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
+                SPAN=SPAN,
+                LAST=last,
+            )
+            if not last:
+                _normalise_kernel[(len(part), heads, voter_blocks)](
+                    partial,
+                    part.spans,
+                    sums,
+                    blocks,
+                    VOTERS=voters,
+                    BLOCK_VOTERS=block_voters,
+                    BLOCK_PAGES=block_pages,
+                    TILE=BLOCKS_OF_TILE,
+                    SPAN=SPAN,
+                )
     return shares
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "positions"], do_not_specialize_on_alignment=["pages"])
+@triton.jit(do_not_specialize=["most_blocks"], do_not_specialize_on_alignment=["spans"])
+def _normalise_kernel(
+    partial,  # float32 log-sum-exp of each block [requests, heads, most_blocks, VOTERS]
+    spans,  # int64 [requests, SPAN]
+    sums,  # float32 log-sum-exp of all pages [requests, heads, VOTERS]
+    most_blocks,
+    VOTERS: tl.constexpr,
+    BLOCK_VOTERS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """By hand, tile after tile of blocks: torch sums in an order that depends on what is summed beside."""
+    request = tl.program_id(0).to(tl.int64)
+    at = request * tl.num_programs(1) + tl.program_id(1)
+    blocks = (tl.load(spans + request * SPAN + 4) + BLOCK_PAGES - 1) // BLOCK_PAGES
+    if blocks == 0:
+        return
+    voter = tl.program_id(2) * BLOCK_VOTERS + tl.arange(0, BLOCK_VOTERS)
+    own = partial + at * most_blocks * VOTERS + voter
+    most = tl.full((BLOCK_VOTERS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_VOTERS,), tl.float32)
+    for first in range(0, blocks, TILE):
+        block = first + tl.arange(0, TILE)
+        value = tl.load(own[None, :] + block[:, None] * VOTERS, mask=(block < blocks)[:, None], other=float("-inf"))
+        higher = tl.maximum(most, tl.max(value, axis=0))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher[None, :]), axis=0)
+        most = higher
+    tl.store(sums + at * VOTERS + voter, most + tl.log(total))
+
+
+@triton.jit(do_not_specialize=["total", "most_blocks"], do_not_specialize_on_alignment=["queries", "pages", "spans"])
 def _page_score_kernel(
-    queries,  # [heads, positions, DIM]
+    queries,  # [requests, heads, PLACES, DIM]
     table,  # uint8 [virtual_pages + 1, KEY_HEADS, SUB_KEYS, DIM]
-    pages,  # int64 [n]
+    pages,  # int64 [total], of all requests
+    spans,  # int64 [requests, SPAN] of Ragged
     key_of_head,  # int64 [heads]
-    sums,  # float32 log-sum-exp of each block [heads, blocks, VOTERS]; LAST: of all pages [heads, VOTERS]
-    shares,  # float32 [heads, n], zeros at first
-    n,
-    blocks,
-    positions,
+    sums,  # float32 log-sum-exp of each block [requests, heads, most_blocks, VOTERS]; LAST: of all, without most_blocks
+    shares,  # float32 [heads, total], zeros at first
+    total,
+    most_blocks,
+    PLACES: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SUB_KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -292,29 +292,36 @@ def _page_score_kernel(
     BLOCK_VOTERS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    SPAN: tl.constexpr,
     LAST: tl.constexpr,  # first launch: what a softmax over pages needs; second: the shares
 ):
     block = tl.program_id(0)
     head = tl.program_id(1)
-    voter = tl.program_id(2) * BLOCK_VOTERS + tl.arange(0, BLOCK_VOTERS)
+    request = (tl.program_id(2) // (VOTERS // BLOCK_VOTERS)).to(tl.int64)
+    positions = tl.load(spans + request * SPAN + 2)
+    start, n = tl.load(spans + request * SPAN + 3), tl.load(spans + request * SPAN + 4)
+    if block * BLOCK_PAGES >= n:
+        return
+    voter = tl.program_id(2) % (VOTERS // BLOCK_VOTERS) * BLOCK_VOTERS + tl.arange(0, BLOCK_VOTERS)
+    of_head = request * tl.num_programs(1) + head
     key = tl.arange(0, BLOCK_PAGES * SUB_KEYS)
     index = block * BLOCK_PAGES + key // SUB_KEYS
     d = tl.arange(0, BLOCK_DIM)
-    q_at = queries + (head * positions + voter)[:, None] * DIM + d[None, :]
+    q_at = queries + (of_head * PLACES + voter)[:, None] * DIM + d[None, :]
     q = tl.load(q_at, mask=(voter < positions)[:, None] & (d < DIM)[None, :], other=0.0)
-    page = tl.load(pages + index, mask=index < n, other=0)
+    page = tl.load(pages + start + index, mask=index < n, other=0)
     row = (page * KEY_HEADS + tl.load(key_of_head + head)) * SUB_KEYS + key % SUB_KEYS
     real = (index < n)[None, :] & (d < DIM)[:, None]
     bits = tl.load(table + row[None, :] * DIM + d[:, None], mask=real, other=0).to(tl.int32)
     logits = tl.dot(q, from_8_bits_kernel(bits).to(q.dtype), input_precision="ieee")
     logits = tl.where((index < n)[None, :], logits, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES * SUB_KEYS]
     if LAST:
-        share = tl.exp(logits - tl.load(sums + head * VOTERS + voter)[:, None])
+        share = tl.exp(logits - tl.load(sums + of_head * VOTERS + voter)[:, None])
         of_page = tl.sum(tl.reshape(share, (BLOCK_VOTERS, BLOCK_PAGES, SUB_KEYS)), axis=2)
         best = tl.max(tl.where((voter < positions)[:, None], of_page, 0.0), axis=0)
         at = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-        tl.atomic_max(shares + head * n + at, best, mask=at < n)
+        tl.atomic_max(shares + head.to(tl.int64) * total + start + at, best, mask=at < n)
     else:
         most = tl.max(logits, axis=1)
-        total = tl.sum(tl.exp(logits - most[:, None]), axis=1)
-        tl.store(sums + (head * blocks + block) * VOTERS + voter, most + tl.log(total))
+        summed = tl.sum(tl.exp(logits - most[:, None]), axis=1)
+        tl.store(sums + (of_head * most_blocks + block) * VOTERS + voter, most + tl.log(summed))

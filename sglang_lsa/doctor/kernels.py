@@ -68,6 +68,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
 
     from sglang_lsa.kernels import (
         attention_mass,
+        bound_score,
         compact_table,
         merge_shared,
         merge_states,
@@ -75,9 +76,11 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         page_move,
         page_score,
         page_table,
+        project_queries,
         record,
         retriever_score,
         retriever_score_paged,
+        weigh_heads,
     )
 
     def random(device: str, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -110,8 +113,8 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
     def bounds(device: str) -> Outputs:
         queries, table = random("cpu", 3, 2, 4, 16), random("cpu", 6, 2, 2, 2, 16, seed=1).sort(dim=2).values
         pages = ids("cpu", [5, 1, 2])
-        expected = page_score.bound_score_reference(queries, table, pages, 0.25)
-        seen = page_score._bound_score_triton(queries.to(device), table.to(device), pages.to(device), 0.25)
+        expected = bound_score.bound_score_reference(queries, table, pages, 0.25)
+        seen = bound_score._bound_score_triton(queries.to(device), table.to(device), pages.to(device), 0.25)
         return seen, expected, LIMIT
 
     def score(device: str) -> Outputs:
@@ -120,6 +123,19 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         expected = page_score.page_score_reference(queries, table, pages, key_of_head)
         moved = (tensor.to(device) for tensor in (queries, table, pages, key_of_head))
         return page_score._page_score_triton(*moved), expected, LIMIT
+
+    def projected(device: str) -> Outputs:
+        ring, heads, tower = random("cpu", 2, 4, 2, 3, 16), ids("cpu", [5, 1]), random("cpu", 2, 16, 8, seed=1)
+        spans = ids("cpu", [1, 0, 4, 0, 0, 0, 0, 4, 0, 0]).view(2, 5)
+        asked = (page_score.Ragged(spans, spans.to(where), spans[:0].to(where)) for where in ("cpu", device))
+        expected = project_queries.project_queries_reference(ring, next(asked), heads, tower)
+        moved = [tensor.to(device) for tensor in (ring, heads, tower)]
+        return project_queries._project_queries_triton(moved[0], next(asked), *moved[1:]), expected, LIMIT
+
+    def weighed(device: str) -> Outputs:
+        shares, weights = random("cpu", 3, 300), random("cpu", 3, seed=1)
+        expected = weigh_heads.weigh_heads_reference(shares, weights, 1.5)
+        return weigh_heads._weigh_heads_triton(shares.to(device), weights.to(device), 1.5), expected, LIMIT
 
     def table(device: str) -> Outputs:
         def indices(where: str, run: Callable[..., None]) -> torch.Tensor:
@@ -213,6 +229,8 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         "page_keys": keys,
         "bound_score": bounds,
         "page_score": score,
+        "project_queries": projected,
+        "weigh_heads": weighed,
         "decode_indices": table,
         "decode_pages": pages,
         "physical_slots": slots,

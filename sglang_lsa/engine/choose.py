@@ -102,7 +102,8 @@ def choose(
     for name in ("recent_pages", "prompt_pages"):
         sizes[name] = min(sizes[name], bound // 4)
     wanted = scores.copy()
-    wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
+    if len(first):
+        wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
     positions = select(wanted, context, budget=share, min_pages=size, threshold=rules.threshold(policy), **sizes)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ def wait_for(event: Any, who: str = "this rank", timeout: float = TIMEOUT) -> No
 
 
 class Fetch:
-    """Scores of one refresh, on their way from the device; or already here."""
+    """Scores of one refresh, or of several that began together, on their way from the device; or already here."""
 
     def __init__(self) -> None:
         self.scores: np.ndarray | torch.Tensor = np.zeros(0)
@@ -44,9 +44,13 @@ class Fetch:
         self.failed = False
         """They are not the policy's, which failed."""
         self.instead: Callable[[], np.ndarray] | None = None
-        """Of several ranks: the last of the scores says whether the policy failed on any, and this what counts then."""
+        """Of several ranks: a number beside the scores says whether the policy failed on any; then this counts."""
+        self.shared = False
+        """Other ranks have a part in them."""
         self.who = "this rank"
         """Which of them waits."""
+        self._of: tuple[Fetch, int, int, int] | None = None
+        """The one that this is a part of, where its scores begin and end there, and where that number is."""
         self._began: torch.cuda.Event | None = None
         self._ended: torch.cuda.Event | None = None
 
@@ -73,17 +77,38 @@ class Fetch:
         if fetch._ended is not None:
             fetch._ended.record()
 
+    def parts(self, sizes: Sequence[int]) -> list[Fetch]:
+        """Those of each refresh, of so many pages each, if these are of several, one after the other.
+
+        Where they are of several ranks, numbers that say of each whether its policy failed come after all scores.
+        """
+        found, start, total = [], 0, sum(sizes)
+        for index, size in enumerate(sizes):
+            part = Fetch()
+            part._of = self, start, start + size, total + index
+            part.who = self.who
+            found.append(part)
+            start += size
+        return found
+
     def values(self) -> np.ndarray:
         """The scores, float ``[n]``; waits for them if they are not here yet."""
+        if self._of is not None:
+            self._take(*self._of)
+            self._of = None
         if self._began is not None and self._ended is not None:
-            if self.instead is not None:
+            if self.shared:
                 wait_for(self._ended, self.who)
             self._ended.synchronize()
             self.device_seconds = self._began.elapsed_time(self._ended) / 1000
             self._began = self._ended = None
-        scores = self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+        return self.scores.numpy() if isinstance(self.scores, torch.Tensor) else self.scores
+
+    def _take(self, whole: Fetch, start: int, end: int, failed: int) -> None:
+        scores = whole.values()
+        self.scores = scores[start:end]
+        self.device_seconds = whole.device_seconds * (end - start) / max(1, len(scores))
         if self.instead is not None:
-            instead, self.instead = self.instead, None
-            self.failed = bool(scores[-1] > 0)
-            self.scores = scores = instead() if self.failed else scores[:-1]
-        return scores
+            self.failed = bool(scores[failed] > 0)
+            if self.failed:
+                self.scores = self.instead()

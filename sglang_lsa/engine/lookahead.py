@@ -70,8 +70,7 @@ class Lookahead:
         self.clock.step += 1
         if self.refresher.on_their_way:
             with self.counts.timed():
-                for request in list(self.refresher.on_their_way.values()):
-                    self.refresher.advance(request)
+                self.refresher.advance()
 
     def complete_first(self, decoding: Iterable[str]) -> None:
         """These requests are about to decode: those that cannot be read whole get their first set now."""
@@ -87,11 +86,10 @@ class Lookahead:
         return self.clock.end_step(requests)
 
     def refresh(self, requests: Sequence[Request]) -> None:
-        """Predict the next resident set of each of these."""
+        """Predict the next resident sets of these, of all in one go."""
         if requests:
             with self.counts.timed():
-                for request in requests:
-                    self.refresher.start(request)
+                self.refresher.start(requests)
 
     def shrink(self, requests: Sequence[Request], wanted: int) -> None:
         """Make resident sets smaller until ``wanted`` device pages are let go; see :class:`Pressure`."""

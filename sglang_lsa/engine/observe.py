@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.request import Request
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.kernels.page_keys import store_key_bounds
+from sglang_lsa.kernels.page_score import SPAN, Ragged
 from sglang_lsa.kernels.record import record
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.transfer import ids_on
@@ -52,6 +54,21 @@ class QueryObserver:
             return self.buffer[row]
         wanted = torch.arange(first, length, device=self.buffer.device)
         return self.buffer[row, wanted % self.positions]
+
+    def asked(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> Ragged:
+        """What is scored of several requests, brought to the device in one copy.
+
+        Args:
+            pages: of each request the virtual ids of its complete pages, int64 ``[n]``.
+        """
+        spans = np.zeros((len(requests), SPAN), dtype=np.int64)
+        for span, request, own in zip(spans, requests, pages, strict=True):
+            first = max(request.first_observed, request.tokens - self.positions)
+            whole = request.first_observed <= request.tokens - self.positions
+            span[:] = request.row, 0 if whole else first % self.positions, request.tokens - first, 0, len(own)
+        spans[:, 3] = np.cumsum(spans[:, 4]) - spans[:, 4]
+        moved = ids_on(self.buffer.device, np.concatenate((spans.ravel(), *pages)))
+        return Ragged(torch.from_numpy(spans), moved[: spans.size].view(spans.shape), moved[spans.size :])
 
     @property
     def nbytes(self) -> int:

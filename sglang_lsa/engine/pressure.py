@@ -65,7 +65,7 @@ class Pressure:
 
     def _prune_now(self, request: Request) -> None:
         if request.resident.next is None:
-            self.refresher.start(request, predict=True)
+            self.refresher.start([request], predict=True)
         self.refresher.load_now(request, urgent=True)
         if request.resident.next is not None and request.resident.next.held:
             request.steps_left = 0  # of those that were to read everything

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,13 +35,31 @@ class Refresher:
         self.rules, self.clock, self.pager, self.sets = rules, clock, pager, sets
         self.scorer, self.counts = scorer, counts
         self.on_their_way: dict[str, Request] = {}
+        self.together = False
+        """Pages are sent for by :meth:`_send`."""
 
-    def start(self, request: Request, predict: bool = False) -> None:
-        """Queue what predicts the next resident set.
+    def start(self, requests: Sequence[Request], predict: bool = False) -> None:
+        """Queue what predicts the next resident sets of these requests, of all in one go.
 
         Args:
-            predict: also where the request names its sets itself; those stay for their time.
+            predict: also where a request names its sets itself; those stay for their time.
         """
+        begun = [(request, self._begin(request, predict)) for request in requests]
+        predicted = [(request, new) for request, new in begun if new.state is State.QUEUED and self._predicts(request)]
+        fetched = self.scorer.score_all([request for request, _ in predicted], [new.complete for _, new in predicted])
+        for (_, new), scores in zip(predicted, fetched, strict=True):
+            new.scores = scores
+            new.due += self.clock.lag
+        for request, new in begun:
+            request.resident.next = new
+            self.on_their_way[request.key] = request
+        self._advance([request for request, new in begun if new.due <= self.clock.step])
+
+    def advance(self) -> None:
+        """Take every refresh as far as it can go now."""
+        self._advance([request for request in self.on_their_way.values() if self._can_advance(request)])
+
+    def _begin(self, request: Request, predict: bool) -> Refresh:
         request.window += 1
         self.counts.refreshes += 1
         complete, context = (count(request.computed, self.pager.page) for count in (pages_complete, pages_spanned))
@@ -50,22 +68,87 @@ class Refresher:
             given = request.given.popleft()
             new.positions, new.tail_start = np.array(given.positions, dtype=np.int64), given.tail_start
             new.state = State.CHOSEN
-        elif not request.asked.dense and (
-            request.resident.incomplete or request.tokens >= self.rules.config.min_context
-        ):
-            new.scores = self.scorer.score(request, complete)
-            new.due += self.clock.lag
-        request.resident.next = new
-        self.on_their_way[request.key] = request
-        if new.due <= self.clock.step:
-            self.advance(request)
+        return new
 
-    def advance(self, request: Request) -> None:
-        """Take the refresh of ``request`` as far as it can go now."""
-        self._attempt(request, self._choose)
-        self._attempt(request, self._load)
-        if request.steps_left <= 0:
-            self._attempt(request, self._switch_if_held)
+    def _predicts(self, request: Request) -> bool:
+        """Whether the next set of ``request``, which names none, is chosen by scores; it reads everything else."""
+        incomplete = request.resident.incomplete
+        return not request.asked.dense and (incomplete or request.tokens >= self.rules.config.min_context)
+
+    def _can_advance(self, request: Request) -> bool:
+        new = request.resident.next
+        if new is None or new.state is State.CHOSEN:
+            return True
+        return new.due <= self.clock.step if new.state is State.QUEUED else request.steps_left <= 0
+
+    def _advance(self, requests: Sequence[Request]) -> None:
+        """Sets are chosen for all, and for those whose window begins the table changes in one go. Then each takes its
+        pages in turn, as what is left depends on who comes first; what is not there is sent for together."""
+        failed = self._choose_all(requests)
+        self._write_table(requests)
+        loading: list[Request] = []
+        for request in requests:
+            if request.key in failed:
+                self._fail(request, failed[request.key])
+                continue
+            new = request.resident.next
+            if new is not None and new.state is State.CHOSEN:
+                self.together = len(requests) > 1
+                self._attempt(request, self._load)
+                self.together = False
+                loading += [request] * new.held
+            if request.steps_left <= 0:
+                self._send(loading)
+                self._attempt(request, self._switch_if_held)
+        self._send(loading)
+
+    def _write_table(self, requests: Sequence[Request]) -> None:
+        """Let decode read the sets of those whose window begins and that hold them; the rest of :meth:`_switch` comes
+        in their turn. Where the table refuses, so do they, each for itself."""
+        ready = [
+            (request, new)
+            for request in requests
+            if request.steps_left <= 0
+            and (new := request.resident.next)
+            and new.held
+            and not request.resident.incomplete
+        ]
+        if len(ready) > 1:
+            try:
+                self.sets.write_all([(request, new.positions, new.tail_start) for request, new in ready])
+                for _, new in ready:
+                    new.written = True
+            except Exception:
+                logger.warning("LSA: the table refused %d sets at once; one by one", len(ready), exc_info=True)
+
+    def _send(self, loading: list[Request]) -> None:
+        """Send for the pages of these requests in one copy; if that fails, for those of each."""
+        try:
+            self.pager.send([request.key for request in loading])
+        except LedgerError:
+            raise
+        except Exception as error:
+            self.pager.ranks.failed_together(f"recall for {len(loading)} requests: {kind_and_place(error)}")
+            logger.warning("LSA: sending for pages of %d requests at once failed; one by one", len(loading))
+            for request in loading:
+                assert request.resident.next is not None
+                request.resident.next.state = State.CHOSEN
+            for request in loading:
+                self._attempt(request, self._load)
+        loading.clear()
+
+    def _choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
+        """Choose the sets of these; returns what went wrong, by request."""
+        failed: dict[str, Exception] = {}
+        for request in requests:
+            try:
+                if request.resident.next is not None:
+                    self._choose(request, request.resident.next)
+            except LedgerError:
+                raise
+            except Exception as error:
+                failed[request.key] = error
+        return failed
 
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
@@ -84,7 +167,7 @@ class Refresher:
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
         if request.resident.next is None:
-            self.start(request)
+            self.start([request])
         for last in (False, True):
             if (new := request.resident.next) is not None and not new.held:
                 self.load_now(request, urgent=last)
@@ -183,7 +266,13 @@ class Refresher:
         """
         if new.tail_start == request.resident.tail_start == 0 and not request.resident.incomplete:
             return True  # it holds all of its pages
-        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
+        return self._hold_all(request, new)
+
+    def _hold_all(self, request: Request, new: Refresh) -> bool:
+        needed, spare = new.needed(request.pages), self._spare(request)
+        if self.together:
+            return self.pager.hold_if_spare(request.key, needed, spare, together=True)
+        return self.pager.hold_if_spare(request.key, needed, spare)
 
     def _hold_less(self, request: Request, new: Refresh) -> bool:
         """The same with what fits: the best of the new pages and, in place of the others, the best of the old set.
@@ -207,7 +296,7 @@ class Refresher:
         new.positions, new.ranks = positions[kept][order], ranks[kept][order]
         request.story.shrunk += 1
         self.counts.shrunk += 1
-        return self.pager.hold_if_spare(request.key, new.needed(request.pages), self._spare(request))
+        return self._hold_all(request, new)
 
     def _spare(self, request: Request) -> int:
         return 0 if request.window == 0 else self.clock.running
@@ -228,7 +317,7 @@ class Refresher:
     def _switch(self, request: Request, new: Refresh) -> None:
         """Let go of the old set and let decode attention read the new one, from the next kernel on."""
         self.pager.require(new.needed(request.pages))
-        self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched)
+        self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched, written=new.written)
         request.resident.set_asked = new.asked
         if new.tail_start:
             self.pager.retain(request.key, new.needed(request.pages))
@@ -263,9 +352,15 @@ class Refresher:
         except LedgerError:
             raise
         except Exception as error:
-            self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
-            self.counts.failures += 1
-            request.story.failures += 1
-            logger.exception("LSA: refreshing %s failed; it keeps the pages that it has", request.rid)
-            self.pager.retain(request.key, request.read_pages())
-            self._end(request)
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """A stage has raised ``error``."""
+        self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
+        self.counts.failures += 1
+        request.story.failures += 1
+        logger.error("LSA: refreshing %s failed; it keeps the pages that it has", request.rid, exc_info=error)
+        if request.resident.next is not None and request.resident.next.written:
+            self.sets.restore(request)
+        self.pager.retain(request.key, request.read_pages())
+        self._end(request)

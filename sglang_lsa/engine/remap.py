@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sglang_lsa.engine.request import Request, Window
@@ -37,11 +39,15 @@ class ResidentSets:
         tail_start: int,
         ranks: np.ndarray | None = None,
         watched: Watched | None = None,
+        written: bool = False,
     ) -> None:
-        """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on."""
+        """Let decode attention read the pages at ``positions`` and everything from ``tail_start`` pages on.
+
+        ``written``: the table has that already, from :meth:`write_all`.
+        """
         self.changes += 1
         still_dense = request.resident.tail_start == tail_start == 0
-        if not still_dense:
+        if not still_dense and not written:
             self.table.remap(request.row, self.ledger.v2p[request.pages[positions]], tail_start)
         request.resident.positions, request.resident.tail_start, request.resident.ranks = positions, tail_start, ranks
         if request.resident.incomplete:
@@ -50,6 +56,24 @@ class ResidentSets:
         if request.story.windows and not request.story.windows[-1].tokens:
             request.story.windows.pop()  # no step has read it
         request.story.windows.append(Window(tail_start, positions, watched=watched))
+
+    def write_all(self, sets: Sequence[tuple[Request, np.ndarray, int]]) -> None:
+        """The table's part of :meth:`remap` for several requests, in one copy.
+
+        Args:
+            sets: of each request its positions and where its tail starts.
+        """
+        changed = [one for one in sets if one[0].resident.tail_start or one[2]]  # others stay dense
+        self.table.remap_all(
+            np.array([request.row for request, _, _ in changed], dtype=np.int64),
+            [self.ledger.v2p[request.pages[positions]] for request, positions, _ in changed],
+            np.array([tail_start for _, _, tail_start in changed], dtype=np.int64),
+        )
+
+    def restore(self, request: Request) -> None:
+        """The table has another set than the request, which goes on with its own."""
+        own = request.resident
+        self.table.remap(request.row, self.ledger.v2p[request.pages[own.positions]], own.tail_start)
 
     def moved(self, request: Request) -> None:
         """The same tokens of this request are in other pages now."""

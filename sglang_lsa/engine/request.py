@@ -57,6 +57,8 @@ class Refresh:
     watched: Watched | None = None
     urgent: bool = False
     """The request cannot decode without it."""
+    written: bool = False
+    """The resident table has it already."""
     asked: int = 0
     """Forward passes that had started when it was predicted."""
 

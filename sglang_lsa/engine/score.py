@@ -1,9 +1,10 @@
-"""score: asks a request's policy. What it says comes later; that it fails costs a window its prediction, no more."""
+"""score: asks the policies of requests. What they say comes later; one that fails costs a window its prediction."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,10 +40,43 @@ class Scorer:
         """For a policy that fails."""
 
     def score(self, request: Request, complete: int) -> Fetch:
-        """Queue the scores of the first ``complete`` pages; those of the most recent pages if the policy fails."""
-        pages = request.pages[:complete]
-        if self.scores.shared:
-            return self._shared(request, pages)
+        """The same of one request."""
+        return self.score_all([request], [complete])[0]
+
+    def score_all(self, requests: Sequence[Request], complete: Sequence[int]) -> list[Fetch]:
+        """Queue the scores of the first ``complete`` pages of each; those of its most recent pages if its policy fails.
+
+        Requests that ask the same policy are scored in one call, and their scores are one copy to the host, and one
+        exchange between ranks.
+        """
+        found: dict[int, Fetch] = {}
+        asking: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            asking.setdefault(request.asked.policy, []).append(index)
+        for name, places in asking.items():
+            group = [requests[place] for place in places]
+            pages = [request.pages[: complete[place]] for request, place in zip(group, places, strict=True)]
+            score = self._shared if self.scores.shared else self._alone
+            found.update(zip(places, score(name, group, pages), strict=True))
+        return [found[index] for index in range(len(requests))]
+
+    def _alone(self, name: str, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> list[Fetch]:
+        try:
+            with Fetch.timed(self.device) as fetch:
+                policy, sizes = self.policies[name], [len(own) for own in pages]
+                own = self._together(policy, requests, pages)
+                if own is not None:
+                    fetch.scores = _finish(policy, self.scores.reduce(own, policy.across_ranks), sizes)
+            if own is not None:
+                return fetch.parts(sizes)
+        except Exception:
+            if len(requests) == 1:
+                return [self._stand_in(requests[0], pages[0])]
+            logger.warning("LSA: scoring %d requests at once with %s failed; one by one", len(requests), name)
+        return [self._one(request, own) for request, own in zip(requests, pages, strict=True)]
+
+    def _one(self, request: Request, pages: np.ndarray) -> Fetch:
+        """The same of a policy that scores one at a time, or of requests of which one cannot be scored."""
         try:
             with Fetch.timed(self.device) as fetch:
                 policy = self.policies[request.asked.policy]
@@ -50,10 +84,14 @@ class Scorer:
                 fetch.scores = policy.finish(self.scores.reduce(own, policy.across_ranks))
             return fetch
         except Exception:
-            self._count_failure(request, exception=True)
-            fetch = Fetch.of(self.stands_in.score(request, pages))
-            fetch.failed = True
-            return fetch
+            return self._stand_in(request, pages)
+
+    def _stand_in(self, request: Request, pages: np.ndarray) -> Fetch:
+        """Called where its policy has raised."""
+        self._count_failure(request, exception=True)
+        fetch = Fetch.of(self.stands_in.score(request, pages))
+        fetch.failed = True
+        return fetch
 
     def _own(self, policy: Policy, request: Request, pages: np.ndarray) -> np.ndarray | torch.Tensor:
         own = policy.score(request, pages)
@@ -61,31 +99,71 @@ class Scorer:
             raise ValueError(f"{len(own)} scores for {len(pages)} pages")
         return own
 
-    def _shared(self, request: Request, pages: np.ndarray) -> Fetch:
+    def _together(
+        self, policy: Policy, requests: Sequence[Request], pages: Sequence[np.ndarray]
+    ) -> torch.Tensor | None:
+        if not policy.together("score"):
+            return None
+        own, wanted = policy.score_all(requests, pages), sum(map(len, pages))
+        if own is not None and len(own) != wanted:
+            raise ValueError(f"{len(own)} scores for {wanted} pages")
+        return own
+
+    def _shared(self, name: str, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> list[Fetch]:
         """The same where several ranks score: a rank comes to them in any case, and a policy that fails on one of them
         has failed on all."""
-        name = request.asked.policy
-        how = self.policies[name].across_ranks if name in self.policies else Reduction.SAME
-        least = 0.0 if how is Reduction.SUM else float("-inf")
+        policy = self.policies.get(name)
+        how = Reduction.SAME if policy is None else policy.across_ranks
+        sizes = [len(own) for own in pages]
+        total = sum(sizes)
         with Fetch.timed(self.device) as fetch:
-            packed = torch.zeros(len(pages) + 1, dtype=torch.float32, device=self.device)
+            packed = torch.zeros(total + len(requests), dtype=torch.float32, device=self.device)
+            self._pack(packed, name, requests, pages, how)
+            fetch.scores = packed = self.scores.reduce(packed, how)
+            if policy is not None:
+                packed[:total] = torch.as_tensor(_finish(policy, packed[:total], sizes))
+        fetch.shared, fetch.who = True, self.scores.who
+        parts = fetch.parts(sizes)
+        for part, request, own in zip(parts, requests, pages, strict=True):
+            part.instead = functools.partial(self._instead, request, own)
+        return parts
+
+    def _pack(
+        self,
+        packed: torch.Tensor,
+        name: str,
+        requests: Sequence[Request],
+        pages: Sequence[np.ndarray],
+        how: Reduction,
+    ) -> None:
+        """Write the scores of all requests, and after them whether the policy failed for each."""
+        total, least = sum(map(len, pages)), 0.0 if how is Reduction.SUM else float("-inf")
+
+        def known(own: np.ndarray | torch.Tensor) -> torch.Tensor:
+            found = torch.as_tensor(own, device=self.device).float()
+            return found if how is Reduction.SUM else found.nan_to_num(nan=least, posinf=None, neginf=least)
+
+        try:
+            together = self._together(self.policies[name], requests, pages)
+            if together is not None:
+                packed[:total] = known(together)
+                return
+        except Exception:
+            if len(requests) > 1:
+                logger.warning("LSA: scoring %d requests at once with %s failed; one by one", len(requests), name)
+        start = 0
+        for index, (request, own) in enumerate(zip(requests, pages, strict=True)):
+            place = slice(start, start + len(own))
             try:
-                own = torch.as_tensor(self._own(self.policies[name], request, pages), device=self.device).float()
-                packed[:-1] = own if how is Reduction.SUM else own.nan_to_num(nan=least, posinf=None, neginf=least)
+                packed[place] = known(self._own(self.policies[name], request, own))
             except Exception:
                 logger.exception("LSA: scoring %s with %s failed on this rank", request.rid, name)
-                packed[:-1], packed[-1] = least, 1.0
-            total = self.scores.reduce(packed, how)
-            if name in self.policies:
-                total[:-1] = torch.as_tensor(self.policies[name].finish(total[:-1]))
-            fetch.scores = total
+                packed[place], packed[total + index] = least, 1.0
+            start += len(own)
 
-        def instead() -> np.ndarray:
-            self._count_failure(request)
-            return self.stands_in.score(request, pages)
-
-        fetch.instead, fetch.who = instead, self.scores.who
-        return fetch
+    def _instead(self, request: Request, pages: np.ndarray) -> np.ndarray:
+        self._count_failure(request)
+        return self.stands_in.score(request, pages)
 
     def _count_failure(self, request: Request, exception: bool = False) -> None:
         self.counts.fallbacks += 1
@@ -95,3 +173,9 @@ class Scorer:
             request.asked.policy,
             exc_info=exception,
         )
+
+
+def _finish(policy: Policy, scores: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> np.ndarray | torch.Tensor:
+    """Scores of the model, one request after the other."""
+    how = type(policy).finish_all if policy.together("finish") else Policy.finish_all
+    return how(policy, scores, sizes)

@@ -107,10 +107,19 @@ def select(
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
-    latest_first = candidates[::-1]
-    best_first = latest_first[np.argsort(-usable[latest_first], kind="stable")]
-    keep[best_first[: bound - int(keep.sum())]] = True
+    keep[_best(candidates, usable[candidates], bound - int(keep.sum()))] = True
     return np.flatnonzero(keep[:complete])
+
+
+def _best(pages: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of ``pages``, ascending, with the highest scores, of equal ones the last; in no particular order."""
+    if count >= len(pages):
+        return pages
+    if count <= 0:
+        return pages[:0]
+    lowest = np.partition(scores, len(pages) - count)[len(pages) - count]  # which one is all that must be known
+    higher, equal = pages[scores > lowest], pages[scores == lowest]
+    return np.concatenate((higher, equal[len(equal) - (count - len(higher)) :]))
 
 
 def watched(pages: Sequence[int], scores: np.ndarray, positions: np.ndarray, stays: np.ndarray) -> Watched:

@@ -11,8 +11,8 @@ from sglang_lsa.engine.native_index import IndexKeys, IndexObserver
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.kernels.bound_score import MANY_PAGES
 from sglang_lsa.kernels.merge_states import merge_states
-from sglang_lsa.kernels.page_score import MANY_PAGES
 from sglang_lsa.kernels.page_table import decode_indices, decode_pages, lanes_for, physical_slots
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,9 @@ from torch.nn.functional import pad, softplus
 
 from sglang_lsa.config import PAGE_SIZE, RUNS
 from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config
-from sglang_lsa.kernels.page_score import attention_shares, from_8_bits, page_score, to_8_bits
+from sglang_lsa.kernels.page_score import Ragged, attention_shares, from_8_bits, page_score, page_scores, to_8_bits
+from sglang_lsa.kernels.project_queries import project_queries
+from sglang_lsa.kernels.weigh_heads import weigh_heads
 
 AGES = 16
 """Ages of pages that are told apart: 1, 2-3, 4-7, ... pages back."""
@@ -135,8 +139,13 @@ class MemoryIndexer(nn.Module):
     def ask(self, queries: torch.Tensor) -> torch.Tensor:
         """``[positions, layers, q_heads, head_dim]`` -> ``[heads, positions, key_dim]``, scaled."""
         chosen = queries.flatten(1, 2).index_select(1, self.q_at).transpose(0, 1).float()
+        return chosen @ self.scaled_query
+
+    @property
+    def scaled_query(self) -> torch.Tensor:
+        """The query adapter with the softmax scale in it, ``[heads, head_dim, key_dim]``."""
         scale = self.config.model.head_dim**-0.5 * self.sharpness.exp()
-        return chosen @ (self.query * scale[:, None, None])
+        return self.query * scale[:, None, None]
 
     def page_keys(self, keys: torch.Tensor) -> torch.Tensor:
         """``[pages, page, layers, kv_heads, head_dim]`` -> ``[pages, key_heads, sub_keys, key_dim]``."""
@@ -178,6 +187,26 @@ class MemoryIndexer(nn.Module):
             asked = asked.bfloat16()  # for matrix units; keys are numbers of this type
         return self.part(page_score(asked, table, pages, self.key_of_head))
 
+    def score_parts(self, ring: torch.Tensor, table: torch.Tensor, asked: Ragged) -> torch.Tensor:
+        """:meth:`score_part` of several requests in one call: each gets what it would get alone, bit for bit.
+
+        Args:
+            ring: ``[rows, places, layers, q_heads, head_dim]`` recent queries of each row.
+            table: as for :meth:`score_part`.
+            asked: the requests, their places in the ring and their pages.
+
+        Returns:
+            ``[n]`` float32, one request after the other.
+        """
+        if not len(self.q_at):
+            return torch.zeros(len(asked.pages), device=table.device)
+        if not table.is_cuda:
+            every = range(len(asked))
+            return torch.cat([self.score_part(asked.recent(ring, i), table, asked.pages_of(i)) for i in every])
+        queries = project_queries(ring, asked, self.q_at, self.scaled_query).bfloat16()
+        shares = page_scores(queries, table, asked, self.key_of_head)
+        return weigh_heads(shares, softplus(self.weight), math.log(2) * self.all_heads)
+
     def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""
         logits = torch.einsum("htd,nhsd->htns", asked, keys[:, self.key_of_head])
@@ -196,6 +225,23 @@ class MemoryIndexer(nn.Module):
         before, after = softplus(self.neighbour)
         own = own + before * pad(own[:-1], (1, 0)) + after * pad(own[1:], (0, 1))
         return own + softplus(self.age)[ages(len(own), own.device)]
+
+    def finish_all(self, own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """:meth:`finish` of several requests, of so many pages each, one after the other.
+
+        The same sums in the same order: a page at an end has a neighbour that is worth nothing.
+        """
+        if len(sizes) == 1 or not len(own):
+            return self.finish(own)
+        before, after = softplus(self.neighbour)
+        ends = itertools.accumulate(sizes)
+        parts = [own[end - size : end] for end, size in zip(ends, sizes, strict=True) if size]
+        nothing = own.new_zeros(1)
+        earlier = torch.cat([piece for part in parts for piece in (nothing, part[:-1])])
+        later = torch.cat([piece for part in parts for piece in (part[1:], nothing)])
+        own = own + before * earlier + after * later
+        longest = ages(max(sizes), own.device)
+        return own + softplus(self.age)[torch.cat([longest[len(longest) - size :] for size in sizes])]
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ from sglang_lsa.engine.step import Step
 from sglang_lsa.indexer.model import key_runs
 from sglang_lsa.indexer.recording import BLOCK, write_recording
 from sglang_lsa.kernels.attention_mass import attention_mass
-from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.kernels.bound_score import bound_score
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 

@@ -16,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sglang_lsa.config import PAGE_SIZE, RUNS
 from sglang_lsa.indexer.model import key_runs, slow_dimensions
 from sglang_lsa.kernels.attention_mass import attention_mass
-from sglang_lsa.kernels.page_score import bound_score, page_score, to_8_bits
+from sglang_lsa.kernels.bound_score import bound_score
+from sglang_lsa.kernels.page_score import page_score, to_8_bits
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,19 @@ class Heat:
         """At most ``count`` of ``pages`` that were ever selected, hottest first."""
         hot = pages[self.values[pages] > 0]
         return hot[np.argsort(-self.values[hot], kind="stable")][:count]
+
+
+def lowest(pages: np.ndarray, first: np.ndarray, then: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``pages``, those with the lowest numbers, lowest first.
+
+    Args:
+        first, then: by page, what they are ordered by; those that are equal in both, by themselves.
+    """
+    if 0 < count < len(pages):  # only those that may be among them are worth sorting
+        numbers = first[pages]
+        most = np.partition(numbers, count - 1)[count - 1]
+        below, equal = pages[numbers < most], pages[numbers == most]
+        left = count - len(below)
+        tie = np.partition(then[equal], left - 1)[left - 1]
+        pages = np.concatenate((below, equal[then[equal] <= tie]))
+    return pages[np.lexsort((pages, then[pages], first[pages]))][:count]

@@ -26,6 +26,10 @@ def broken_invariant(ledger: Any) -> str | None:
         ((pins == ledger._pins).all(), "the hold counts are wrong"),
         ((ledger.v2p[ledger._pins > 0] > 0).all(), "a held page is not on the device"),
         (
+            (ledger._idle == (ledger._mirrored & (ledger._pins == 0) & (ledger.v2p > 0))[ledger.p2v]).all(),
+            "what is idle is wrong",
+        ),
+        (
             (ledger._mirrored | (ledger.v2p > 0) | ~ledger._has_content())[ledger._allocated].all(),
             "a page is nowhere",
         ),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sglang_lsa.memory.device_pages import DevicePages, LedgerError, Pages, distinct, ids
-from sglang_lsa.memory.heat import Heat
+from sglang_lsa.memory.heat import Heat, lowest
 from sglang_lsa.memory.invariants import broken_invariant
 
 __all__ = ["NEVER", "Ledger", "LedgerError", "Pages", "Plan"]
@@ -77,6 +77,9 @@ class Ledger(DevicePages):
         self._allocated = np.zeros(self.virtual_pages + 1, dtype=bool)
         self._mirrored = np.zeros(self.virtual_pages + 1, dtype=bool)
         self._pins = np.zeros(self.virtual_pages + 1, dtype=np.int32)
+        self._idle = np.zeros(self.physical_pages + 1, dtype=bool)
+        """Device pages with content that is mirrored and that nobody holds. It follows from the others, but a pool has
+        tens of thousands of pages, which are looked through whenever somebody wants one."""
         self._last_use = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._last_reader = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._recalled = np.full(self.virtual_pages + 1, NEVER, dtype=np.int64)
@@ -168,6 +171,7 @@ class Ledger(DevicePages):
         held.update(added)
         claimed = int((self._pins[added] == 0).sum())
         self._pins[added] += 1
+        self._idle[self.v2p[added]] = False
         self._clock += 1
         self._last_use[v] = self._clock
         recall = absent[self._mirrored[absent]]
@@ -233,6 +237,7 @@ class Ledger(DevicePages):
         if not (self._allocated[v].all() and (self.v2p[v] > 0).all()):
             raise LedgerError(f"mirrored without a device copy: {v[self.v2p[v] == 0].tolist()}")
         self._mirrored[v] = True
+        self._note_idle(v)
 
     # -- questions -----------------------------------------------------------------------------------------------
 
@@ -313,21 +318,21 @@ class Ledger(DevicePages):
 
     def _evictable(self) -> Pages:
         """Virtual pages that can be given up now, in no particular order."""
-        v = self.p2v[(self.p2v > 0) & (self._copies == 0)]
-        return v[(self._pins[v] == 0) & self._mirrored[v] & (self._last_reader[v] <= self._finished)]
+        p = np.flatnonzero(self._idle)
+        v = self.p2v[p]
+        return v[(self._last_reader[v] <= self._finished) & (self._copies[p] == 0)]
 
     def _victims(self, count: int, keep: Pages) -> Pages:
         """At most ``count`` evictable pages outside ``keep``, the coldest first, of those the least recently used."""
         kept = np.zeros(self.virtual_pages + 1, dtype=bool)
         kept[keep] = True
         candidates = self._evictable()
-        candidates = candidates[~kept[candidates]]
-        order = np.lexsort((candidates, self._last_use[candidates], self.heat.values[candidates]))
-        return candidates[order][:count]
+        return lowest(candidates[~kept[candidates]], self.heat.values, self._last_use, count)
 
     def _unpin(self, holder: str, held: set[int], gone: list[int]) -> int:
         held.difference_update(gone)
         self._pins[gone] -= 1
+        self._note_idle(np.array(gone, dtype=np.int64))
         self._last_reader[gone] = np.maximum(self._last_reader[gone], self._started)
         if not held:
             del self._holders[holder]
@@ -336,14 +341,21 @@ class Ledger(DevicePages):
     def _map(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p
         self.p2v[p] = v
+        self._note_idle(v)
         self._note_moved(v)
 
     def _detach(self, v: Pages) -> Pages:
         p = self.v2p[v]
         self.v2p[v] = 0
         self.p2v[p] = 0
+        self._idle[p] = False
         self._note_moved(v)
         return p
+
+    def _note_idle(self, v: Pages) -> None:
+        """Who holds these pages, where they are, or what the mirror has of them has changed."""
+        self._idle[self.v2p[v]] = self._mirrored[v] & (self._pins[v] == 0)
+        self._idle[0] = False  # where those are that are not on the device
 
     def _note_moved(self, v: Pages) -> None:
         self._moved[v] = True

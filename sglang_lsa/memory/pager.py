@@ -70,6 +70,8 @@ class Pager:
         """Pages recalled because past requests over the same prefix selected them."""
         self.late_pages = 0
         """Of these, pages that were not known to be there when their window began; the device waited for them."""
+        self._gathered: list[tuple[np.ndarray, np.ndarray]] = []
+        """Pages to be recalled with the next :meth:`send`, virtual and physical."""
         self._recall_of = np.zeros(layout.physical_pages + 1, dtype=np.int64)
         """By device page: the last recall that brought its content, as :meth:`Transfer.recall` numbers them."""
         self._passes: list[tuple[int, Any]] = []
@@ -143,7 +145,14 @@ class Pager:
 
     # -- residency -----------------------------------------------------------------------------------------------
 
-    def hold(self, holder: str, pages: Iterable[int], for_later: bool = False, layer_by_layer: bool = False) -> bool:
+    def hold(
+        self,
+        holder: str,
+        pages: Iterable[int],
+        for_later: bool = False,
+        layer_by_layer: bool = False,
+        together: bool = False,
+    ) -> bool:
         """Make ``pages`` resident for ``holder`` and bring in the content of those that were not.
 
         The content may arrive later: see :meth:`arrived` and :meth:`require`. Returns False, with nothing changed,
@@ -152,6 +161,7 @@ class Pager:
         Args:
             for_later: they are for a window that has not begun.
             layer_by_layer: the next forward pass can begin before all layers are there, see :meth:`require`.
+            together: they are sent for by :meth:`send`, with those of others.
         """
         plan = self.ledger.hold(holder, pages)
         if plan is None:
@@ -161,16 +171,38 @@ class Pager:
         if len(virtual):
             self.prefetched_pages += for_later * len(virtual)
             self.ledger.copy_started(physical, arriving=True)
-            try:
-                self._recall_of[physical] = self.transfer.recall(
-                    physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
-                )
-            except Exception:
-                undo_recall(self.ledger, holder, virtual, physical)
-                raise
+            if together:
+                self._gathered.append((virtual, physical))
+            else:
+                self._recall([holder], virtual, physical, layer_by_layer)
         return True
 
-    def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int) -> bool:
+    def send(self, holders: Iterable[str]) -> None:
+        """Send for all pages that were held to be sent for together, in one copy.
+
+        Args:
+            holders: all who did so.
+
+        Raises:
+            Exception: whatever queueing raised. Then none of them holds any page of those any more.
+        """
+        if self._gathered:
+            virtual, physical = (np.concatenate(pages) for pages in zip(*self._gathered, strict=True))
+            self._gathered = []
+            self._recall(holders, virtual, physical)
+
+    def _recall(
+        self, holders: Iterable[str], virtual: np.ndarray, physical: np.ndarray, layer_by_layer: bool = False
+    ) -> None:
+        try:
+            self._recall_of[physical] = self.transfer.recall(
+                physical, virtual, lambda: self.ledger.copy_finished(physical, arriving=True), layer_by_layer
+            )
+        except Exception:
+            undo_recall(self.ledger, holders, virtual, physical)
+            raise
+
+    def hold_if_spare(self, holder: str, pages: np.ndarray, spare: int, together: bool = False) -> bool:
         """Like :meth:`hold`, but never takes pages promised to others, nor the last ``spare`` ones.
 
         For what can wait: a resident set that is not brought in costs a window, a page to write to costs a request.
@@ -178,7 +210,7 @@ class Pager:
         wanted = int((~self.ledger.is_held(pages)).sum())
         if wanted and wanted + spare > self.room_for(holder):
             return False
-        return self.hold(holder, pages, for_later=True)
+        return self.hold(holder, pages, for_later=True, together=together)
 
     def fits_later(self, holder: str, pages: np.ndarray, spare: int) -> bool:
         """Whether :meth:`hold_if_spare` would take them if everything in flight were done; does not depend on how fast

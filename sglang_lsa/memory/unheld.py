@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ def forget_unheld(ledger: Any) -> None:
     ledger._clock = 1
 
 
-def undo_recall(ledger: Any, holder: str, virtual: np.ndarray, physical: np.ndarray) -> None:
+def undo_recall(ledger: Any, holders: Iterable[str], virtual: np.ndarray, physical: np.ndarray) -> None:
     """The copy that was to bring these pages of a ``Ledger`` was not queued: they are not on the device after all, and
-    ``holder``, for whom alone they came, does not hold them."""
+    ``holders``, for whom alone they came, do not hold them."""
     ledger.copy_finished(physical, arriving=True)
-    ledger.drop(holder, virtual)
+    for holder in holders:
+        ledger.drop(holder, virtual)
     ledger._free.extend(ledger._detach(virtual).tolist())

@@ -497,8 +497,7 @@ def test_kernels_equal_their_references() -> None:
     folder = pathlib.Path(kernels.__file__).parents[1] / "kernels"
     modules = {file.stem for file in folder.glob("*.py")}
     tables = dict.fromkeys(("decode_indices", "decode_pages", "physical_slots"), "page_table")
-    aliases = {"bound_score": "page_score", **tables}
-    assert {aliases.get(finding["name"], finding["name"]) for finding in found} == modules
+    assert {tables.get(finding["name"], finding["name"]) for finding in found} == modules
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sglang_lsa.memory import heat as heat_module
-from sglang_lsa.memory.heat import HALF_LIFE, Heat
+from sglang_lsa.memory.heat import HALF_LIFE, Heat, lowest
 
 
 def ids(*pages: int) -> np.ndarray:
@@ -137,3 +137,13 @@ def test_hottest(pages: list[int], count: int, expected: list[int]) -> None:
 def test_of_equally_hot_pages_the_first_given_come_first() -> None:
     heat = heat_of((1, 2, 3, 4))
     assert heat.hottest(ids(3, 1, 4, 2), 3).tolist() == [3, 1, 4]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_lowest_are_the_first_of_all_in_order(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    first, then = chance.integers(0, 1 + seed % 4 * 5, 60) / 4, chance.integers(0, 1 + seed % 3 * 9, 60)
+    pages = chance.permutation(60)[: chance.integers(0, 61)]
+    in_order = sorted(pages.tolist(), key=lambda page: (first[page], then[page], page))
+    for count in range(len(pages) + 2):
+        assert lowest(pages, first, then, count).tolist() == in_order[:count]

@@ -17,12 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_lsa.kernels import bound_score as bound_score_module
 from sglang_lsa.kernels import page_score
 from sglang_lsa.kernels.attention_mass import attention_mass
+from sglang_lsa.kernels.bound_score import bound_score
 from sglang_lsa.kernels.merge_states import base_2, merge_states
 from sglang_lsa.kernels.page_keys import key_bounds
 from sglang_lsa.kernels.page_move import pages_from_host, pages_to_host
-from sglang_lsa.kernels.page_score import bound_score
 from sglang_lsa.kernels.page_table import decode_indices, decode_pages, physical_slots, resident_slots
 from sglang_lsa.kernels.record import record
 
@@ -283,7 +284,7 @@ def test_many_pages_are_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     table, ids = scattered(torch.stack((keys.amin(dim=2), keys.amax(dim=2)), dim=2))
     whole = bound_score(queries, table, ids, 0.5)
     for at_once in (1, 4, 16, 17):
-        monkeypatch.setattr(page_score, "PAGES_AT_ONCE", at_once)
+        monkeypatch.setattr(bound_score_module, "PAGES_AT_ONCE", at_once)
         torch.testing.assert_close(bound_score(queries, table, ids, 0.5), whole, rtol=0, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import harness
 import numpy as np
@@ -1607,3 +1608,118 @@ def test_a_request_forgotten_before_its_first_set() -> None:
     server.lookahead.begin_step()
     server.lookahead.complete_first(["a"])
     assert server.pager.ledger.holders() == []
+
+
+# --- requests whose windows end in the same step ---------------------------------------------------------------------
+
+
+class Several(Server):
+    """Three requests of 6 pages that decode together; their first windows begin in step 3. The pages that their second
+    windows add have only their copy in the mirror."""
+
+    def __init__(self) -> None:
+        super().__init__(LEAD, LAG, window=LONG)
+        self.wanted.positions = [1]
+        self.all = [self.prefill(name, 6 * PAGE_SIZE) for name in "abc"]
+        while any(not one.resident.tail_start for one in self.all):
+            self.step()
+        self.old = [self.read(one) for one in self.all]
+        self.push_off()
+        self.late(stores=False)
+        self.wanted.positions = [3]
+        self.new = [[0, 3]] * 3
+
+    def step(self) -> None:
+        for request in self.all:
+            request.tokens += 1
+            if request.tokens % PAGE_SIZE == 1:
+                request.pages = np.append(request.pages, self.allocate(1))
+                self.hold(request.rid, request.pages[-1:])
+                self.write(self.slots_of(request.pages[-1:]))
+        self.lookahead.begin_step()
+        self.lookahead.refresh(self.lookahead.end_step(self.all))
+
+    def to_the_next_window(self) -> None:
+        while any(len(one.story.windows) + one.story.failures < 2 for one in self.all):
+            self.step()
+            self.gpu.arrive()
+
+    def reads(self) -> list[list[int]]:
+        """What each reads, which its table, its records and the ledger agree about."""
+        for request in self.all:
+            assert self.read(request) == request.resident.positions.tolist()
+            assert self.held_positions(request) == [*request.resident.positions, *range(request.resident.tail_start, 7)]
+        self.pager.ledger.check()
+        return [self.read(request) for request in self.all]
+
+
+def raises(when: Callable[..., bool], otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """``otherwise``, but for what it cannot do."""
+
+    def instead(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments):
+            raise RuntimeError("injected")
+        return otherwise(*arguments, **options)
+
+    return instead
+
+
+def test_pages_of_requests_that_refresh_together_come_in_one_copy() -> None:
+    server = Several()
+    while not server.gpu.recalling:
+        server.step()
+    (recall,) = server.gpu.recalling
+    assert sorted(recall.virtual.tolist()) == [int(one.pages[3]) for one in server.all]
+    writes = []
+    server.table.remap_all = raises(lambda rows, *_: writes.append(rows.tolist()), server.table.remap_all)  # type: ignore
+    server.table.remap = fail  # type: ignore[method-assign]
+    server.to_the_next_window()
+    assert server.reads() == server.new
+    assert writes == [[1, 2, 3]], "and the table changes in one"
+    assert server.lookahead.counts.failures == server.pager.late_pages == 0
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1, 2])
+def test_a_copy_of_many_that_fails_is_tried_for_each(broken: int | None) -> None:
+    """One that fails again costs its own request a window."""
+    server = Several()
+    page = None if broken is None else int(server.all[broken].pages[3])
+    server.gpu.recall = raises(lambda _, virtual, *__: len(virtual) > 1 or page in virtual, server.gpu.recall)  # type: ignore
+    server.to_the_next_window()
+    expected = [server.old[index] if index == broken else server.new[index] for index in range(3)]
+    assert server.reads() == expected
+    assert [one.story.failures for one in server.all] == [int(index == broken) for index in range(3)]
+
+
+@pytest.mark.parametrize("broken", [None, 0, 2])
+def test_a_table_that_refuses_many_rows_is_given_each(broken: int | None) -> None:
+    server = Several()
+    server.table.remap_all = fail  # type: ignore[method-assign]
+    server.table.remap = raises(  # type: ignore[method-assign]
+        lambda row, *_: broken is not None and row == server.all[broken].row, server.table.remap
+    )
+    server.to_the_next_window()
+    assert server.reads() == [server.old[index] if index == broken else server.new[index] for index in range(3)]
+    assert [one.story.failures for one in server.all] == [int(index == broken) for index in range(3)]
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_window_that_cannot_begin_leaves_the_table_as_it_was(broken: int) -> None:
+    server = Several()
+    page = server.all[broken].pages[3]
+    server.pager.require = raises(lambda pages, *_: page in pages, server.pager.require)  # type: ignore[method-assign]
+    server.to_the_next_window()
+    assert server.reads() == [server.old[index] if index == broken else server.new[index] for index in range(3)]
+    assert [one.story.failures for one in server.all] == [int(index == broken) for index in range(3)]
+
+
+def test_a_request_that_ends_while_others_refresh_with_it() -> None:
+    server = Several()
+    while not server.gpu.recalling:
+        server.step()
+    gone = server.all.pop(1)
+    server.pager.forget(gone.rid)
+    server.lookahead.forget(gone)
+    server.to_the_next_window()
+    assert server.reads() == server.new[:2]
+    assert not server.pager.ledger.held_by(gone.rid)

@@ -15,8 +15,8 @@ from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.step import DECODE, EXTEND, Step
 from sglang_lsa.indexer.recorder import Recorder
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, read_recording, write_recording
+from sglang_lsa.kernels.bound_score import bound_score_reference
 from sglang_lsa.kernels.page_keys import key_bounds
-from sglang_lsa.kernels.page_score import bound_score_reference
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.patches.requests import is_complete, text_of
 

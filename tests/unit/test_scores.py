@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -12,9 +14,11 @@ import torch
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.choose import choose
 from sglang_lsa.engine.deferred_scores import Fetch
-from sglang_lsa.engine.policies import REGISTRY
+from sglang_lsa.engine.policies import REGISTRY, Quest
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.scores import Reduction, Scores
@@ -49,7 +53,7 @@ class Ranks:
         return Door()
 
 
-def rank_of(rank: int, ranks: int, scores: Scores | None = None) -> LSARuntime:
+def rank_of(rank: int, ranks: int, scores: Scores | None = None, **options: object) -> LSARuntime:
     """A rank with its part of the heads of one model, which has seen its part of one prompt."""
     chance = torch.Generator().manual_seed(7)
     slots = (PAGES + 1) * PAGE_SIZE
@@ -57,7 +61,8 @@ def rank_of(rank: int, ranks: int, scores: Scores | None = None) -> LSARuntime:
     queries = [torch.randn(TOKENS, Q_HEADS, DIM, generator=chance) for _ in range(LAYERS)]
     own = [pool.chunk(ranks, dim=1)[rank].contiguous() for pool in keys]
     pager = Pager(MhaLayout(own, [torch.zeros_like(pool) for pool in own], PAGE_SIZE), 2 * PAGES)
-    config = LSAConfig(observe_layers=(0, 1), query_tokens=8, min_context=256, min_pages=2, recent_pages=1)
+    defaults = {"observe_layers": (0, 1), "query_tokens": 8, "min_context": 256, "min_pages": 2, "recent_pages": 1}
+    config = LSAConfig(**{**defaults, **options})
     rows = torch.zeros((3, TOKENS + PAGE_SIZE), dtype=torch.int32)
     runtime = LSARuntime(config, pager, rows, Q_HEADS // ranks, DIM**-0.5, scores=scores)
     pages = np.arange(1, PAGES + 1)
@@ -103,7 +108,7 @@ def test_what_every_rank_has_is_not_exchanged(policy: str) -> None:
 def test_a_policy_that_failed_has_nothing_to_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(RANKS)
     runtime = rank_of(0, RANKS, ranks.door(0))
-    monkeypatch.setattr(type(runtime.policies["quest"]), "score", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(type(runtime.policies["quest"]), "score_all", lambda *_: torch.zeros(1))
     assert score(runtime).failed
     assert ranks.asked == [], "not with so many scores"
 
@@ -146,3 +151,136 @@ def test_one_rank_has_what_it_scored() -> None:
     scores = torch.rand(3)
     for how in Reduction:
         assert Scores().reduce(scores, how) is scores
+
+
+# --- several requests at once ----------------------------------------------------------------------------------------
+
+
+def several(runtime: LSARuntime, *asked: str) -> tuple[list[Request], list[int]]:
+    """Requests with such policies, in rows of their own; of different lengths, and observed for different times."""
+    chance = np.random.default_rng(5)
+    requests, complete = [], []
+    for number, policy in enumerate(asked):
+        pages = int(chance.integers(0, PAGES + 1)) if number else PAGES
+        request = Request(f"r{number}", 1 + number % 2, Asked(policy, 0.5), tokens=TOKENS - number)
+        request.first_observed = 0 if number % 3 else max(0, request.tokens - int(chance.integers(0, 8)))
+        request.pages = chance.permutation(np.arange(1, PAGES + 1))[:pages]
+        requests.append(request)
+        complete.append(pages)
+    return requests, complete
+
+
+@pytest.fixture
+def with_indexer(tmp_path: pathlib.Path) -> LSARuntime:
+    """A server that offers all policies of a dense model, and has seen a prompt in each of two rows."""
+    shape = ModelShape(64, LAYERS, Q_HEADS, KV_HEADS, DIM)
+    made = MemoryIndexer(IndexerConfig(shape, ((0, 1), (1, 0), (1, 7)), sub_keys=4, key_dim=4, positions=8))
+    for number, parameter in enumerate(made.requires_grad_(False).parameters()):
+        parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.3
+    made.save(tmp_path)
+    runtime = rank_of(0, 1, indexer=str(tmp_path), observe_layers=None)
+    runtime.observer.buffer[2] = runtime.observer.buffer[1].flip(0) * 1.5
+    return runtime
+
+
+MIXED = ("quest", "indexer", "random", "quest", "recency", "indexer", "indexer", "quest", "quest", "indexer")
+
+
+def test_scores_of_many_are_those_of_each(with_indexer: LSARuntime) -> None:
+    """Bit for bit, whatever policy they ask, however long they are, and however much of them was observed."""
+    requests, complete = several(with_indexer, *MIXED)
+    scorer = with_indexer.lookahead.scorer
+    alone = [scorer.score(*one).values() for one in zip(requests, complete, strict=True)]
+    for found, expected in zip(scorer.score_all(requests, complete), alone, strict=True):
+        assert not found.failed
+        np.testing.assert_array_equal(found.values(), expected)
+    assert {len(own) for own in alone} >= {0, PAGES}, "of no pages, too"
+    assert scorer.score_all([], []) == []
+
+
+def test_requests_of_a_policy_are_scored_by_one_call(with_indexer: LSARuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name, kernel in (
+        ("quest", "policies.quest.bound_scores"),
+        ("indexer", "policies.indexer.MemoryIndexer.score_parts"),
+    ):
+        monkeypatch.setattr(
+            f"sglang_lsa.engine.{kernel}",
+            lambda *given, name=name: (
+                calls.append(name) or torch.zeros(sum(given[-2 if name == "quest" else -1].sizes))
+            ),
+        )
+    with_indexer.lookahead.scorer.score_all(*several(with_indexer, *MIXED))
+    assert calls == ["quest", "indexer"]
+
+
+@pytest.mark.parametrize("which", ["quest", "indexer"])
+def test_a_request_that_cannot_be_scored_fails_alone(
+    which: str, with_indexer: LSARuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests, complete = several(with_indexer, *MIXED)
+    scorer, broken = with_indexer.lookahead.scorer, MIXED.index(which)
+    expected = [scorer.score(*one).values() for one in zip(requests, complete, strict=True)]
+    requests[broken].row = 77
+    expected[broken] = np.arange(1, complete[broken] + 1) / max(1, complete[broken])
+    before = with_indexer.lookahead.counts.fallbacks
+    found = scorer.score_all(requests, complete)
+    for index, fetch in enumerate(found):
+        assert fetch.failed == (index == broken)
+        np.testing.assert_array_equal(fetch.values(), expected[index])
+    assert with_indexer.lookahead.counts.fallbacks == before + 1
+    assert f"scoring {requests[broken].rid} with {which} failed" in caplog.text
+
+
+@pytest.mark.parametrize("failed", [(), (1,), (0, 1)])
+def test_ranks_come_together_once_for_all_requests(failed: tuple[int, ...]) -> None:
+    """And a policy that cannot score one request on one of them has failed for that one, on all of them."""
+    ranks = Shared(RANKS)
+    servers = [rank_of(rank, RANKS, ranks.door(rank)) for rank in range(RANKS)]
+    given = [several(server, *["quest"] * 4) for server in servers]
+    for rank in failed:
+        given[rank][0][2].row = 77
+    with ThreadPoolExecutor(RANKS) as pool:
+        fetched = list(
+            pool.map(lambda one: one[0].lookahead.scorer.score_all(*one[1]), zip(servers, given, strict=True))
+        )
+    assert ranks.asked == [Reduction.MAX] * RANKS
+    whole = rank_of(0, 1)
+    requests, complete = several(whole, *["quest"] * 4)
+    for index in range(4):
+        expected = whole.lookahead.scorer.score(requests[index], complete[index]).values()
+        if failed and index == 2:
+            expected = np.arange(1, complete[2] + 1) / max(1, complete[2])
+        for server, found in zip(servers, fetched, strict=True):
+            np.testing.assert_allclose(found[index].values(), expected, rtol=1e-6)
+            assert found[index].failed == bool(failed and index == 2)
+            assert server.lookahead.counts.fallbacks == bool(failed and index >= 2)
+
+
+class Halved(Quest):
+    """An extension's: it changes what one request gets, and does not know of several."""
+
+    def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
+        return super().score(request, pages) / 2
+
+
+class Finished(Halved):
+    def finish(self, scores: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        return scores - scores[:1]
+
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor:
+        return Quest.score_all(self, requests, pages) / 2
+
+
+@pytest.mark.parametrize("kind", [Halved, Finished])
+def test_policies_of_extensions_are_asked_as_they_say(kind: type[Quest]) -> None:
+    runtime = rank_of(0, 1)
+    policy = runtime.policies["quest"]
+    assert isinstance(policy, Quest) and policy.together("score")
+    made = kind(policy.observer, policy.keys, policy.scale)
+    assert (made.together("score"), made.together("finish")) == (kind is Finished, kind is Halved)
+    runtime.lookahead.scorer.policies = {"quest": made}
+    requests, complete = several(runtime, *["quest"] * 4)
+    for found, request in zip(runtime.lookahead.scorer.score_all(requests, complete), requests, strict=True):
+        scores = policy.score(request, request.pages) / 2
+        np.testing.assert_array_equal(found.values(), (scores - scores[:1] if kind is Finished else scores).numpy())

@@ -86,6 +86,19 @@ def test_ties_go_to_the_more_recent_page() -> None:
     assert chosen([1] * 10, budget=0.5) == [0, 6, 7, 8, 9]
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_best_are_the_first_of_all_in_order(seed: int) -> None:
+    """Higher scores first, of equal ones the more recent page; infinite ones, too."""
+    chance = np.random.default_rng(seed)
+    scores = chance.integers(0, 1 + seed % 5 * 4, 50).astype(np.float64)
+    scores[chance.random(50) < 0.1] = np.inf
+    scores[chance.random(50) < 0.2] = -np.inf
+    for size in range(2, 50):
+        free = sorted(range(1, 49), key=lambda page: (-scores[page], -page))
+        best = [page for page in free if scores[page] > -np.inf][: size - 2]
+        assert chosen(scores, budget=1e-9, min_pages=size) == sorted([0, *best, 49])
+
+
 def test_scores_at_or_below_the_threshold_are_left_out() -> None:
     scores = [0, 1, 2, 3, 4, 5, 6, 0]
     assert chosen(scores, budget=0.75, threshold=3.0) == [0, 4, 5, 6, 7]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-import numpy as np
 import pytest
 from simulated_ranks import LateCopies, RankSimulation, failures_of
 from simulation import Scores, Simulation
@@ -62,15 +61,15 @@ def test_it_finds_a_policy_that_fails_on_one_rank_and_keeps_away(monkeypatch: py
     shared, score = Scorer._shared, Scores.score
     own: dict[Any, Any] = {}
 
-    def eager(self: Scorer, request: Any, pages: np.ndarray) -> Any:
-        policy = self.policies[request.asked.policy]
+    def eager(self: Scorer, name: str, requests: Any, pages: Any) -> Any:
+        policy = self.policies[name]
         if isinstance(policy, Scores):
             try:
-                own[policy] = score(policy, request, pages)
+                own[policy] = {one.key: score(policy, one, of_it) for one, of_it in zip(requests, pages, strict=True)}
             except RuntimeError:
-                return Fetch.of(self.stands_in.score(request, pages))
-        return shared(self, request, pages)
+                return [Fetch.of(self.stands_in.score(*one)) for one in zip(requests, pages, strict=True)]
+        return shared(self, name, requests, pages)
 
     monkeypatch.setattr(Scorer, "_shared", eager)
-    monkeypatch.setattr(Scores, "score", lambda self, request, pages: own[self])
+    monkeypatch.setattr(Scores, "score", lambda self, request, pages: own[self][request.key])
     assert "come together for different things" in "".join(failures(SEEDS, EQUAL))

@@ -14,6 +14,13 @@ import pytest
 import torch
 
 from sglang_lsa.kernels.attention_mass import _attention_mass_triton, attention_mass_reference
+from sglang_lsa.kernels.bound_score import (
+    _bound_score_triton,
+    _bound_scores_triton,
+    bound_score,
+    bound_score_reference,
+    bound_scores_reference,
+)
 from sglang_lsa.kernels.compact_table import (
     _compact_table_triton,
     _to_physical_triton,
@@ -25,10 +32,9 @@ from sglang_lsa.kernels.merge_states import _merge_states_triton, merge_states_r
 from sglang_lsa.kernels.page_keys import _store_key_bounds_triton, store_key_bounds_reference
 from sglang_lsa.kernels.page_move import move_pages_reference, move_pages_triton, moves
 from sglang_lsa.kernels.page_score import (
-    _bound_score_triton,
+    Ragged,
     _page_score_triton,
-    bound_score,
-    bound_score_reference,
+    _page_scores_triton,
     page_score,
     page_score_reference,
     to_8_bits,
@@ -41,8 +47,10 @@ from sglang_lsa.kernels.page_table import (
     decode_pages_reference,
     physical_slots_reference,
 )
+from sglang_lsa.kernels.project_queries import _project_queries_triton, project_queries_reference
 from sglang_lsa.kernels.record import _record_triton, record_reference
 from sglang_lsa.kernels.retriever_score import _retriever_score_triton, pack_keys, retriever_score_reference
+from sglang_lsa.kernels.weigh_heads import _weigh_heads_triton, weigh_heads_reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -333,6 +341,100 @@ def test_votes_against_every_page_but_one() -> None:
     scores = _bound_score_triton(queries, table, ids(range(1, 71)), 1.0)
     assert float(scores[69]) == pytest.approx(1.0)
     assert float(scores[:69].max()) < 1e-6
+
+
+# --- several requests at once ----------------------------------------------------------------------------------------
+
+PLACES = 12
+"""Of the ring of each request."""
+TOGETHER = [
+    # (row, first place, positions, pages) of each request
+    pytest.param([(1, 0, PLACES, 70)], id="1 request"),
+    pytest.param([(3, 0, PLACES, 9), (1, 0, PLACES, 130), (2, 0, PLACES, 64)], id="3 lengths"),
+    pytest.param([(2, 7, 9, 5), (1, 11, 2, 90), (3, 0, PLACES, 33)], id="parts of rings, over their end"),
+    pytest.param([(1, 0, PLACES, 0), (2, 3, 0, 10), (3, 0, PLACES, 65)], id="no pages, no positions"),
+    pytest.param([(row % 4, 0, PLACES, 1 + 11 * row % 40) for row in range(7)], id="7 requests"),
+]
+
+
+def together(requests: Sequence[tuple[int, int, int, int]]) -> tuple[Ragged, list[Ragged]]:
+    """Requests over some pages of 200, and each of them alone."""
+    spans, pages = [], []
+    for number, (row, first, positions, count) in enumerate(requests):
+        spans.append([row, first, positions, len(pages), count])
+        pages += some(count, 200, seed=number)
+    known = torch.tensor(spans)
+    every = Ragged(known, known.to(DEVICE), ids(pages))
+    alone = []
+    for index, (row, first, positions, count) in enumerate(requests):
+        own = torch.tensor([[row, first, positions, 0, count]])
+        alone.append(Ragged(own, own.to(DEVICE), every.pages_of(index)))
+    return every, alone
+
+
+@pytest.fixture(params=[1 << 25, 1], ids=["1 call", "a call for each"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", request.param)
+
+
+@pytest.mark.parametrize("requests", TOGETHER)
+@pytest.mark.parametrize("many", [8192, 60], ids=["small blocks", "small and large blocks"])
+def test_bound_scores(
+    requests: Sequence[tuple[int, int, int, int]], many: int, calls: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a bit depends on who else is scored."""
+    monkeypatch.setattr("sglang_lsa.kernels.bound_score.MANY_PAGES", many)
+    ring, table = random(4, PLACES, 2, 6, 16), random(201, 2, 2, 2, 16, seed=1).sort(dim=2).values.contiguous()
+    every, alone = together(requests)
+    scores = _bound_scores_triton(ring, table, every, 0.25)
+    torch.testing.assert_close(scores, bound_scores_reference(ring, table, every, 0.25), rtol=0, atol=1e-5)
+    assert_same(scores, torch.cat([_bound_scores_triton(ring, table, one, 0.25) for one in alone]))
+
+
+@pytest.mark.parametrize("sub_keys", [1, 8], ids=["1 key a page", "8 keys a page"])
+@pytest.mark.parametrize("requests", TOGETHER)
+def test_page_scores(requests: Sequence[tuple[int, int, int, int]], sub_keys: int, calls: None) -> None:
+    """Not a bit depends on who else is scored, nor what lies behind a request's positions."""
+    table = to_8_bits(random(201, 2, sub_keys, 16, seed=1))
+    heads = ids([0, 1, 1])
+    queries = random(len(requests), 3, PLACES, 16) * 0.5
+    every, alone = together(requests)
+    for index, (_, _, positions, _) in enumerate(requests):
+        queries[index, :, positions:] = NAN
+    shares = _page_scores_triton(queries, table, every, heads)
+    expected = [
+        page_score_reference(queries[index, :, :positions], table, one.pages, heads)
+        if positions and len(one.pages)
+        else torch.zeros(3, len(one.pages), device=DEVICE)
+        for index, ((_, _, positions, _), one) in enumerate(zip(requests, alone, strict=True))
+    ]
+    torch.testing.assert_close(shares, torch.cat(expected, dim=1), rtol=0, atol=1e-5)
+    own = [_page_scores_triton(queries[i : i + 1], table, one, heads) for i, one in enumerate(alone)]
+    assert_same(shares, torch.cat(own, dim=1))
+
+
+@pytest.mark.parametrize("requests", TOGETHER)
+@pytest.mark.parametrize(("head_dim", "dim"), [(16, 16), (80, 8)], ids=["16 to 16", "80 to 8"])
+@pytest.mark.parametrize("dtype", SCORE_DTYPES)
+def test_project_queries(
+    requests: Sequence[tuple[int, int, int, int]], head_dim: int, dim: int, dtype: torch.dtype
+) -> None:
+    ring = random(4, PLACES, 2, 3, head_dim, dtype=dtype)
+    given = ids([5, 0]), random(2, head_dim, dim, seed=1)
+    every, alone = together(requests)
+    found, expected = _project_queries_triton(ring, every, *given), project_queries_reference(ring, every, *given)
+    for index, (_, _, positions, _) in enumerate(requests):
+        own = found[index, :, :positions]
+        torch.testing.assert_close(own, expected[index, :, :positions], rtol=1e-5, atol=1e-4)
+        assert_same(own, _project_queries_triton(ring, alone[index], *given)[0, :, :positions])
+
+
+@pytest.mark.parametrize(("heads", "pages"), [(1, 1), (8, 700), (3, 0)])
+def test_weigh_heads(heads: int, pages: int) -> None:
+    shares, weights = random(heads, pages), random(heads, seed=1)
+    found = _weigh_heads_triton(shares, weights, 1.5)
+    torch.testing.assert_close(found, weigh_heads_reference(shares, weights, 1.5), rtol=0, atol=1e-5)
+    assert_same(found[:5], _weigh_heads_triton(shares[:, :5], weights, 1.5))
 
 
 # --- attention_mass --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -101,7 +102,40 @@ class Policy(ABC):
         """Scores of the model, ``[n]``, when those of its heads together are ``scores``."""
         return scores
 
+    def finish_all(self, scores: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> np.ndarray | torch.Tensor:
+        """:meth:`finish` of several requests, of so many pages each, one after the other."""
+        if type(self).finish is Policy.finish:
+            return scores
+        ends = np.cumsum(sizes)
+        found = [self.finish(scores[end - size : end]) for end, size in zip(ends.tolist(), sizes, strict=True)]
+        return torch.cat([torch.as_tensor(part) for part in found])
+
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor | None:
+        """:meth:`score` of several requests, whose windows end in the same step, in one call.
+
+        Each must get what it would get alone, bit for bit: which pages a request reads does not depend on its company.
+
+        Args:
+            pages: of each request, as for :meth:`score`.
+
+        Returns:
+            float ``[n]``, one request after the other; None from a policy that scores one at a time.
+        """
+        return None
+
+    def together(self, stage: str) -> bool:
+        """Whether a stage of several requests, ``score`` or ``finish``, is of the same class as that of one, and not of
+        an ancestor whose numbers are others."""
+        return _newest(self, f"{stage}_all") >= _newest(self, stage)
+
     @abstractmethod
     def score(self, request: Request, pages: np.ndarray) -> np.ndarray | torch.Tensor:
         """``pages``: virtual ids of the complete pages, int64 ``[n]``. Returns float ``[n]``, on the host or, queued
         behind the forward pass, on the device."""
+
+
+def _newest(policy: Policy, name: str) -> int:
+    """How far from the root of its class's ancestors a policy's method is defined; farthest if it is its own."""
+    ancestors = type(policy).__mro__
+    own = name in vars(policy)
+    return len(ancestors) + 1 if own else len(ancestors) - next(at for at, c in enumerate(ancestors) if name in vars(c))

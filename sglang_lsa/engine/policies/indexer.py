@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -67,12 +69,18 @@ class Indexer(Policy):
             self.table[v] = to_8_bits(self.indexer.page_keys(keys))
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
-        queries = self.observer.queries(request.row, request.first_observed, request.tokens)
-        return self.indexer.score_part(queries, self.table, ids_on(self.table.device, pages))
+        return self.score_all([request], [pages])
+
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor:
+        asked = self.observer.asked(requests, pages)
+        return self.indexer.score_parts(self.observer.buffer, self.table, asked)
 
     def finish(self, scores: np.ndarray | torch.Tensor) -> torch.Tensor:
+        return self.finish_all(scores, [len(scores)])
+
+    def finish_all(self, scores: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         assert isinstance(scores, torch.Tensor)
-        return self.indexer.finish(scores)
+        return self.indexer.finish_all(scores, sizes)
 
     @property
     def nbytes(self) -> int:

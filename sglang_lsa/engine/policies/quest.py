@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.policies.base import Parts, Policy
 from sglang_lsa.engine.request import Request
-from sglang_lsa.kernels.page_score import bound_score
+from sglang_lsa.kernels.bound_score import bound_scores
 from sglang_lsa.memory.scores import Reduction
-from sglang_lsa.memory.transfer import ids_on
 
 
 class Quest(Policy):
@@ -30,5 +31,8 @@ class Quest(Policy):
         return cls(parts.observer, parts.page_keys, parts.softmax_scale)
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
-        queries = self.observer.queries(request.row, request.first_observed, request.tokens)
-        return bound_score(queries, self.keys.table, ids_on(self.keys.table.device, pages), self.scale)
+        return self.score_all([request], [pages])
+
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor:
+        asked = self.observer.asked(requests, pages)
+        return bound_scores(self.observer.buffer, self.keys.table, asked, self.scale)

@@ -1,0 +1,106 @@
+"""Requests whose windows end in the same step are refreshed together, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from simulation import Simulation
+
+from sglang_lsa.engine.policies import Policy
+from sglang_lsa.engine.request import Refresh, Request
+from sglang_lsa.memory.scores import Reduction
+
+
+class Company(Policy):
+    """Scores by the request, its window and its length; some windows have none, or no numbers, or an error."""
+
+    name = "quest"
+    queries = True
+    across_ranks = Reduction.MAX
+
+    def __init__(self) -> None:
+        self.together_with: list[int] = []
+
+    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
+        chance = np.random.default_rng((zlib.crc32(request.key.encode()), request.window + 2, len(pages)))
+        scores = chance.random(len(pages)).round(2)  # with ties
+        what = chance.random()
+        if what < 0.05:
+            raise RuntimeError("injected: no scores")
+        if what < 0.1:
+            scores[::2] = np.nan
+        elif what < 0.15:
+            scores[:] = -np.inf
+        return scores
+
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor:
+        self.together_with.append(len(requests))
+        return torch.cat([torch.from_numpy(self.score(*one)) for one in zip(requests, pages, strict=True)])
+
+
+class Watched(Simulation):
+    """Writes down after every step what each request reads, where every page is, and what was counted."""
+
+    def __init__(self, seed: int, alone: bool, **options: Any):
+        super().__init__(seed, **options)
+        self.company = Company()
+        self.runtime.lookahead.scorer.policies = {**self.runtime.lookahead.scorer.policies, "quest": self.company}
+        self.seen: list[Any] = []
+        refresher = self.runtime.lookahead.refresher
+
+        def copies_apart(request: Request, new: Refresh) -> bool:
+            """One copy for all comes at another time, and by that admission decides."""
+            return self.pager.hold_if_spare(request.key, new.needed(request.pages), refresher._spare(request))
+
+        refresher._hold_all = copies_apart  # type: ignore[method-assign]
+        if alone:
+            start, advance = refresher.start, refresher._advance
+
+            def start_each(requests: Sequence[Request], predict: bool = False) -> None:
+                for request in requests:
+                    start([request], predict)
+
+            def advance_each() -> None:
+                for request in list(refresher.on_their_way.values()):
+                    advance([request])
+
+            refresher.start, refresher.advance = start_each, advance_each  # type: ignore[method-assign]
+
+    def step(self) -> bool:
+        ran = super().step()
+        counts, ledger = vars(self.runtime.lookahead.counts).copy(), self.pager.ledger
+        counts.pop("host_seconds")
+        reads = [
+            (
+                key,
+                one.resident.positions.tolist(),
+                one.resident.tail_start,
+                one.window,
+                one.steps_left,
+                one.story.stalls,
+            )
+            for key, one in self.runtime.requests.items()
+        ]
+        self.seen.append((reads, ledger.v2p.tobytes(), ledger.held_pages, ledger.recalls, counts))
+        return ran
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_each_gets_what_it_would_get_alone(part: int) -> None:
+    """To the last page and count, whatever policy, budget and length they have, whether they name their sets, and
+    whoever fails, ends, is aborted, retracted or preempted in the same step."""
+    groups = 0
+    for seed in range(part, 40, 4):
+        both = [Watched(seed, alone) for alone in (False, True)]
+        for one in both:
+            one.run()
+        for step, (seen, expected) in enumerate(zip(both[0].seen, both[1].seen, strict=True)):
+            assert seen == expected, f"seed {seed}, step {step}"
+        assert max(both[1].company.together_with, default=1) == 1
+        groups += sum(count > 1 for count in both[0].company.together_with)
+    assert groups > 10
