@@ -170,9 +170,12 @@ class Measurement:
         """Requests at this rate; the server is idle before and after them.
 
         Raises:
-            RuntimeError: the server ended, or does not come to rest.
+            RuntimeError: no request arrives, the server ended, or does not come to rest.
         """
-        requests = self.mix.requests(rate, self.plan.seconds, self.plan.vocabulary, turn)
+        try:
+            requests = self.mix.requests(rate, self.plan.seconds, self.plan.vocabulary, turn)
+        except ValueError as error:  # of a rate that was found
+            raise RuntimeError(f"{self.mix.name}: {error}") from error
         load = asyncio.run(offer(self.server.url, requests, self.memories, self.plan.seconds, patience))
         if self.server.process.poll() is not None:
             raise RuntimeError(f"the server ended at {rate:g} requests/s:\n{self.server.log_tail()}")

@@ -522,6 +522,53 @@ def test_others_are_not_started_where_stock_could_not_be_searched(tmp_path: path
     assert list(tmp_path.iterdir()) == []
 
 
+class Resting:
+    """Stands for a server whose load is as told, one after the other; the last for ever."""
+
+    def __init__(self, *loads: tuple[int, int]):
+        self.loads, self.asked = list(loads), 0
+
+    def get(self, path: str) -> dict[str, Any]:
+        assert path.startswith("/v1/loads")
+        self.asked += 1
+        running, waiting = self.loads.pop(0) if len(self.loads) > 1 else self.loads[0]
+        return {"loads": [{"num_running_reqs": running, "num_waiting_reqs": waiting}]}
+
+
+def on(server: Any, **other: Any) -> load.Measurement:
+    return load.Measurement(plan(rates=(), **other), SEARCHED, DOCUMENTS, server, Console(quiet=True))
+
+
+def test_a_server_is_at_rest_when_it_says_so_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
+    server = Resting((0, 0), (3, 0), (0, 2), (0, 0))
+    on(server).wait_until_idle()
+    assert server.asked == 5
+    monkeypatch.setattr(load, "IDLE_SECONDS", -1)
+    with pytest.raises(RuntimeError, match="3 requests still run"):
+        on(Resting((1, 2))).wait_until_idle()
+
+
+def test_a_search_does_not_wait_for_what_is_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, float, int]] = []
+
+    def offer(self: load.Measurement, rate: float, patience: float, turn: int) -> Load:
+        """The server completes one request a second at most."""
+        asked.append((rate, patience, turn))
+        ends = np.linspace(1, 30, min(30, round(rate * 30)))
+        unfinished = [sent(0.0, [], answer=1)] * max(0, round(rate * 30) - 30)
+        return Load(30.0, [*(sent(0.0, [end]) for end in ends.tolist()), *unfinished])
+
+    monkeypatch.setattr(load.Measurement, "offer", offer)
+    assert on(None, seconds=30.0).search() == 1.0
+    assert asked[-1][0] == 2.0 and {one[1:] for one in asked} == {(0.0, 1)}, (
+        "and sends other requests than are measured"
+    )
+    with pytest.raises(RuntimeError, match="documents: at 1e-09 requests/s none arrives in 30 s"):
+        monkeypatch.undo()
+        on(None, seconds=30.0).offer(1e-9, 0.0, 0)
+
+
 def test_a_rate_at_which_nothing_arrives_is_refused_before_anything_starts(bench: Bench) -> None:
     with pytest.raises(ValueError, match="none arrives"):
         bench.run(rates=[1.0, 1e-6])
