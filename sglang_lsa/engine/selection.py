@@ -104,12 +104,26 @@ def select(
     if bound >= context_pages:
         return np.arange(complete, dtype=np.int64)
     keep = always_kept(context_pages, bound, sink_pages, recent_pages, prompt, prompt_pages)
+    return filled(scores, keep, bound, threshold)
+
+
+def filled(scores: np.ndarray, stay: np.ndarray, size: int, threshold: float = float("-inf")) -> np.ndarray:
+    """A set of ``size`` pages: those that stay, and the best of the others above ``threshold``.
+
+    Args:
+        scores: as for :func:`select`.
+        stay: bool ``[context_pages]``, see :func:`always_kept`.
+
+    Returns:
+        Sorted positions in ``[0, complete_pages)``, int64.
+    """
+    keep, complete = stay.copy(), len(scores)
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
     latest_first = candidates[::-1]
     best_first = latest_first[np.argsort(-usable[latest_first], kind="stable")]
-    keep[best_first[: bound - int(keep.sum())]] = True
+    keep[best_first[: max(0, size - int(keep.sum()))]] = True
     return np.flatnonzero(keep[:complete])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
@@ -130,21 +131,38 @@ def make_indexer(model: ModelShape, found: Heads, seen: Sequence[Seen], key_dim:
         indexer.weight.copy_(torch.tensor([math.log(math.expm1(max(w, 1e-3) * math.log(2))) for w in found.weights]))
         indexer.age.fill_(-20.0)
         threshold, coverage = find_threshold(indexer, seen)
-    indexer.config = dataclasses.replace(config, threshold=threshold, coverage=coverage)
+        expectation = find_expectation(indexer, seen)
+    indexer.config = dataclasses.replace(config, threshold=threshold, coverage=coverage, expectation=expectation)
     return indexer.eval().requires_grad_(False)
 
 
-def find_threshold(indexer: MemoryIndexer, seen: Sequence[Seen], target: float = TARGET) -> tuple[float, float]:
-    """The largest score above which pages together get ``target`` of what the heads pay to pages that may be left out,
-    and what they get; 0 and 1 where there is nothing to keep. All prompts weigh the same."""
+def told_and_paid(indexer: MemoryIndexer, seen: Sequence[Seen]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each prompt, what the indexer tells of pages that may be left out before the answer, and what share of the
+    attention to them its heads then pay to each; prompts in which that is nothing are left out."""
     layers, heads = zip(*indexer.config.heads, strict=True)
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for part in seen:
         far = free(part.told.shape[2])
         score = indexer.combine(part.told[layers, heads])[far].numpy()
         paid = part.paid[layers, heads].mean(dim=0)[far].numpy()
         if paid.sum() > 0:
-            scored.append((score, paid / paid.sum()))
+            found.append((score, paid / paid.sum()))
+    return found
+
+
+def find_expectation(indexer: MemoryIndexer, seen: Sequence[Seen]) -> Expectation | None:
+    """What sets of this indexer cover, on the prompts on which its heads were found, and so rather too good; None where
+    there is nothing to cover."""
+    scored = told_and_paid(indexer, seen)
+    if not scored:
+        return None
+    return Expectation.measured(([one] for one in scored), f"the {len(scored)} prompts of the calibration at start")
+
+
+def find_threshold(indexer: MemoryIndexer, seen: Sequence[Seen], target: float = TARGET) -> tuple[float, float]:
+    """The largest score above which pages together get ``target`` of what the heads pay to pages that may be left out,
+    and what they get; 0 and 1 where there is nothing to keep. All prompts weigh the same."""
+    scored = told_and_paid(indexer, seen)
     if not scored:
         return 0.0, 1.0
     candidates = np.unique(np.concatenate([score for score, _ in scored]))
