@@ -19,6 +19,7 @@ from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.step import Step
 from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.pager import Pager
 
 SEEDS = range(200)
 
@@ -94,19 +95,15 @@ def test_sets_that_are_as_large_as_they_need_to_be(monkeypatch: pytest.MonkeyPat
         assert total[what] > 0, (what, total)
 
 
-def test_it_finds_a_prompt_that_reads_more_than_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its prefix, as much as a set may have at most, where what a set is expected to have was promised."""
+def test_it_finds_sets_that_grow_into_what_others_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that needs more than was promised takes the pages of a prompt that was admitted beside it."""
 
-    def largest(self: Prefill, request: Request) -> int:
-        return self.rules.set_pages(request.cached_pages, request.asked.budget)
+    def at_any_price(self: Pager, holder: str, pages: np.ndarray, spare: int) -> bool:
+        return self.hold(holder, pages, for_later=True)
 
-    def all_of_it(self: Prefill, request: Request) -> Any:
-        found = choose(self.rules, np.ones(request.cached_pages), request.cached_pages, request.asked.budget)
-        return found.positions, found.ranks
-
-    monkeypatch.setattr(Prefill, "_prefix_pages", largest)
-    monkeypatch.setattr(Prefill, "_chosen", all_of_it)
-    assert any(failure_of(seed, auto=True)[0] is not None for seed in range(2000, 2060))
+    monkeypatch.setattr(Pager, "hold_if_spare", at_any_price)
+    failed = (failure for seed in range(2000, 2060) if (failure := failure_of(seed, auto=True)[0]) is not None)
+    assert "more is promised than can be had" in next(failed, "nothing was found")
 
 
 def test_groups() -> None:
