@@ -97,7 +97,7 @@ class LSAConfig:
     target_coverage: float = key(
         0.5,
         "Share of attention that a set is to cover with --lsa-budget auto, as measured when its indexer was made: of "
-        "what a few heads pay to pages that may be left out, in the next window.",
+        "what the indexer's heads pay to all complete pages in the next window.",
     )
     max_budget: float = key(
         0.25, "Upper bound of a set with --lsa-budget auto, a fraction like it; buffers are sized for it."

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sglang_lsa.config import FULL, LSAConfig, no_auto
-from sglang_lsa.engine.selection import always_kept, budget_pages, expected_coverage, filled, widened
+from sglang_lsa.engine.selection import (
+    always_kept,
+    budget_pages,
+    expected_coverage,
+    filled,
+    needed_pages,
+    told_coverage,
+    widened,
+)
 from sglang_lsa.engine.sizing import expected_pages, set_bounds
 from sglang_lsa.indexer.expectation import NO_EXPECTATION, Expectation
 
@@ -85,7 +93,8 @@ class Chosen:
     widened: bool
     coverage: float | None
     expected: float | None = None
-    """The same as measured of sets that cover so much by their scores; None where that is not known."""
+    """Share of all attention, to pages that always stay too, that sets with as much of the scores were measured to
+    cover; None where that is not known."""
 
 
 def choose(
@@ -123,7 +132,7 @@ def choose(
     expectation = rules.expectations.get(policy)
     size, threshold = bound, rules.threshold(policy)
     if target is not None and expectation is not None:
-        size = widened(scores, stay, min(least, bound), bound, expectation.told_for(target))
+        size = needed_pages(scores, stay, least, bound, expectation.told_for(target))
         threshold = config.threshold or 0.0  # the indexer's own says what is worth a page of a fixed budget
     budgeted = size
     if policy in rules.thresholds and config.fallback_budget and target is None:
@@ -140,6 +149,6 @@ def choose(
     positions = filled(wanted, stay, size, threshold) if size < context else np.arange(len(scores), dtype=np.int64)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None
-    expected = expectation.covered(coverage) if expectation is not None and coverage is not None else None
+    expected = expectation.covered(told_coverage(scores, positions)) if expectation is not None else None
     ranks = np.where(stay[positions], np.inf, wanted[positions])
     return Chosen(positions, ranks, collapsed, size > budgeted, coverage, expected)

@@ -163,7 +163,7 @@ class Story:
     coverage: float | None = None
     """Share of attention that its newest set is expected to cover; None where its policy cannot tell."""
     expected: float | None = None
-    """The same as measured of sets that its policy tells so of; None where that is not known."""
+    """Share of all attention that its newest set is expected to cover, as measured; None where that is not known."""
     widened: int = 0
     """How often its set was made larger than its budget: expected to cover too little, or it repeats its prompt."""
     collapsed: int = 0

@@ -164,6 +164,35 @@ def expected_coverage(shares: np.ndarray, positions: np.ndarray, stay: np.ndarra
     return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
 
 
+def told_coverage(shares: np.ndarray, positions: np.ndarray) -> float:
+    """What a set has of all scores, pages that always stay included: in [0, 1], 0 when nothing is expected of any.
+
+    Args: as for :func:`expected_coverage`.
+    """
+    worth = np.where(np.isfinite(shares), np.maximum(shares, 0.0), 0.0)
+    return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
+
+
+def needed_pages(shares: np.ndarray, stay: np.ndarray, least: int, most: int, told: float) -> int:
+    """Pages of the smallest set that has so much of all scores, see :func:`told_coverage`.
+
+    Args:
+        shares, stay: as for :func:`expected_coverage`.
+        least, most: in pages, the growing last page included.
+        told: share of all scores.
+
+    Returns:
+        ``most`` when nothing is expected of any page.
+    """
+    worth = np.where(np.isfinite(shares), np.maximum(shares, 0.0), 0.0)
+    stays = stay[: len(shares)]
+    best = np.sort(worth[~stays])[::-1]
+    if (total := worth.sum()) <= 0:
+        return most
+    scored = int(np.searchsorted(worth[stays].sum() + np.cumsum(best), told * total * (1 - 1e-9))) + 1
+    return int(np.clip(int(stay.sum()) + min(scored, len(best)), min(least, most), most))
+
+
 def widened(shares: np.ndarray, stay: np.ndarray, bound: int, most: int, coverage: float) -> int:
     """Pages of the smallest set that is expected to cover enough: at least ``bound``, at most ``most``.
 

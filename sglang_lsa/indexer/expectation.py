@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Point = tuple[float, float, float]
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
 TOLD = np.linspace(0.0, 1.0, 51)
 """What sets are told to cover, at which a map is measured."""
 NO_EXPECTATION = (
@@ -20,11 +21,10 @@ NO_EXPECTATION = (
 class Expectation:
     """What was measured of sets that take pages in order of score until these are told to cover a share.
 
-    All shares are of pages that may be left out, those that always stay count for nothing.
-
     Attributes:
-        points: ``(told, covered, pages)``, ascending: share of the scores in a set, the mean share of the heads'
-            attention in the next window that its pages got, and the mean share of the pages that it took.
+        points: ``(told, covered, pages)``, ascending: share of all scores that a set has, pages that always stay
+            included; the mean share of the heads' attention in the next window that its pages got; and the mean share
+            that it took of the pages that may be left out.
         source: on what that was measured.
 
     Raises:
@@ -46,19 +46,19 @@ class Expectation:
             raise ValueError(f"expectation goes from {points[0, 0]:g} to {points[-1, 0]:g}: begin at 0, end at 1")
 
     @classmethod
-    def measured(cls, samples: Iterable[Sequence[tuple[np.ndarray, np.ndarray]]], source: str = "") -> Expectation:
+    def measured(cls, samples: Iterable[Sequence[Sample]], source: str = "") -> Expectation:
         """The mean over documents, in each of which all anchors weigh the same.
 
         Args:
-            samples: for each document ``(scores, mass)`` of its anchors, float ``[pages that may be left out]`` each:
-                what the indexer told before a window, and what its heads then paid.
+            samples: for each document ``(scores, mass, stay)`` of its anchors, all ``[complete pages]``: what the
+                indexer told before a window, what its heads then paid, and which pages always stay.
 
         Raises:
-            ValueError: nothing was paid to any page that may be left out.
+            ValueError: there is no anchor with attention, or none with pages that may be left out.
         """
         documents = []
         for anchors in samples:
-            found = [_curve(scores, mass) for scores, mass in anchors if len(mass) and mass.sum() > 0]
+            found = [_curve(*sample) for sample in anchors if not sample[2].all() and sample[1].sum() > 0]
             if found:
                 documents.append(np.mean(found, axis=0))
         if not documents:
@@ -70,7 +70,7 @@ class Expectation:
         return cls(tuple(points), source)
 
     def covered(self, told: float) -> float:
-        """Share of the attention that a set is expected to get whose scores are the share ``told`` of all."""
+        """Share of the attention that a set is expected to get which has the share ``told`` of all scores."""
         return float(np.interp(told, *self._columns(0, 1)))
 
     def told_for(self, target: float) -> float:
@@ -93,12 +93,14 @@ class Expectation:
         return points[:, first], points[:, second]
 
 
-def _curve(scores: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """``[2, told]``: share of ``mass``, and of pages, in the smallest set of best scores that has so much of them."""
-    best_first = np.argsort(-scores[::-1], kind="stable")
-    worth = np.cumsum(np.maximum(scores[::-1][best_first], 0.0))
-    paid = np.cumsum(mass[::-1][best_first])
+def _curve(scores: np.ndarray, mass: np.ndarray, stay: np.ndarray) -> np.ndarray:
+    """``[2, told]``: share of ``mass``, and of pages that may be left out, in the smallest set told so much."""
+    scores = np.maximum(scores, 0.0)
+    latest_first = np.flatnonzero(~stay)[::-1]
+    best_first = latest_first[np.argsort(-scores[latest_first], kind="stable")]
+    worth = scores[stay].sum() + np.concatenate(([0.0], np.cumsum(scores[best_first])))
+    paid = mass[stay].sum() + np.concatenate(([0.0], np.cumsum(mass[best_first])))
     if worth[-1] <= 0:  # it told nothing: whatever is asked for takes everything
         return np.ones((2, len(TOLD)))
-    last = np.minimum(np.searchsorted(worth, TOLD * worth[-1] * (1 - 1e-9)), len(worth) - 1)
-    return np.stack((paid[last] / paid[-1], (last + 1) / len(worth)))
+    taken = np.minimum(np.searchsorted(worth, TOLD * worth[-1] * (1 - 1e-9)), len(best_first))
+    return np.stack((paid[taken] / paid[-1], taken / len(best_first)))

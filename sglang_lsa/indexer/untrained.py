@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
-from sglang_lsa.indexer.expectation import Expectation
+from sglang_lsa.indexer.expectation import Expectation, Sample
 from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
@@ -136,33 +136,33 @@ def make_indexer(model: ModelShape, found: Heads, seen: Sequence[Seen], key_dim:
     return indexer.eval().requires_grad_(False)
 
 
-def told_and_paid(indexer: MemoryIndexer, seen: Sequence[Seen]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each prompt, what the indexer tells of pages that may be left out before the answer, and what share of the
-    attention to them its heads then pay to each; prompts in which that is nothing are left out."""
-    layers, heads = zip(*indexer.config.heads, strict=True)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for part in seen:
-        far = free(part.told.shape[2])
-        score = indexer.combine(part.told[layers, heads])[far].numpy()
-        paid = part.paid[layers, heads].mean(dim=0)[far].numpy()
-        if paid.sum() > 0:
-            found.append((score, paid / paid.sum()))
-    return found
-
-
 def find_expectation(indexer: MemoryIndexer, seen: Sequence[Seen]) -> Expectation | None:
     """What sets of this indexer cover, on the prompts on which its heads were found, and so rather too good; None where
     there is nothing to cover."""
-    scored = told_and_paid(indexer, seen)
-    if not scored:
+    layers, heads = zip(*indexer.config.heads, strict=True)
+    samples: list[list[Sample]] = []
+    for part in seen:
+        scores = indexer.combine(part.told[layers, heads]).numpy()
+        stay = np.ones(len(scores), dtype=bool)
+        stay[free(len(scores))] = False
+        samples.append([(scores, part.paid[layers, heads].mean(dim=0).numpy(), stay)])
+    try:
+        return Expectation.measured(samples, f"the {len(samples)} prompts of the calibration at start")
+    except ValueError:
         return None
-    return Expectation.measured(([one] for one in scored), f"the {len(scored)} prompts of the calibration at start")
 
 
 def find_threshold(indexer: MemoryIndexer, seen: Sequence[Seen], target: float = TARGET) -> tuple[float, float]:
     """The largest score above which pages together get ``target`` of what the heads pay to pages that may be left out,
     and what they get; 0 and 1 where there is nothing to keep. All prompts weigh the same."""
-    scored = told_and_paid(indexer, seen)
+    layers, heads = zip(*indexer.config.heads, strict=True)
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    for part in seen:
+        far = free(part.told.shape[2])
+        score = indexer.combine(part.told[layers, heads])[far].numpy()
+        paid = part.paid[layers, heads].mean(dim=0)[far].numpy()
+        if paid.sum() > 0:
+            scored.append((score, paid / paid.sum()))
     if not scored:
         return 0.0, 1.0
     candidates = np.unique(np.concatenate([score for score, _ in scored]))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sglang_lsa.indexer.expectation import Expectation
+from sglang_lsa.indexer.expectation import Expectation, Sample
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.training.data import Recording
 from sglang_lsa.training.recall import Rules, predict
@@ -56,20 +56,20 @@ def expect(
     """What sets of this indexer cover, measured on recordings that it was not trained on.
 
     Args:
-        rules: says which first and last pages stay in any case; they do not count.
+        rules: says which first and last pages stay in any case.
         source: what the recordings are, for whoever reads the checkpoint.
 
     Raises:
         ValueError: no page that may be left out gets any attention.
     """
 
-    def anchors(recording: Recording) -> list[tuple[np.ndarray, np.ndarray]]:
+    def anchors(recording: Recording) -> list[Sample]:
         keys = indexer.keys_of_runs(recording.runs.to(device))
         found = []
         for anchor in recording.anchors:
             free = recording.free_pages(anchor, 1.0, rules.min_pages, rules.sink_pages, rules.recent_pages)
             scores = predict(indexer, recording, anchor, keys).cpu().numpy()
-            found.append((scores[free], recording.label(anchor).numpy()[free]))
+            found.append((scores, recording.label(anchor).numpy(), ~free))
         return found
 
     return Expectation.measured((anchors(recording) for recording in recordings), source)

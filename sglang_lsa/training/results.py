@@ -20,7 +20,7 @@ from sglang_lsa.training.data import load_recordings
 from sglang_lsa.training.recall import Rules, measure, recall_table, summarise
 from sglang_lsa.training.sizes import measure_sizes, sizes_table, summarise_sizes
 
-TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """Shares of attention for which a calibration says what they take."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,9 @@ from sglang_lsa.training.data import Recording
 from sglang_lsa.training.recall import predict
 
 POLICY = "indexer"
-MEASURED = ("pages", "mass", "expected", "needed", "evidence")
+UNBOUNDED = 1 << 30
+"""Pages of the largest set: no device pool bounds it here."""
+MEASURED = ("pages", "covered", "expected", "mass", "needed", "evidence")
 
 
 def measure_sizes(
@@ -34,9 +35,10 @@ def measure_sizes(
     with this indexer chooses.
 
     ``pages`` is the share of the context's pages that are in the set, those that always stay and the growing one
-    included: so much of the KV's bytes. ``mass``, ``needed`` (pages that get ``golden`` of the attention or more) and
-    ``evidence`` are shares, as in ``recall.measure``, of pages that may be left out; ``expected`` is the ``mass`` that
-    was expected. None where there is nothing to keep. All are means over anchors.
+    included: so much of the KV's bytes. ``covered`` is the share of the heads' attention to all complete pages in the
+    next window, ``expected`` what was expected of that. ``mass``, ``needed`` (pages that get ``golden`` of the
+    attention or more) and ``evidence`` are shares, as in ``recall.measure``, of pages that may be left out, and None
+    where there is nothing to keep. All are means over anchors.
 
     Raises:
         ValueError: ``targets`` are given and the indexer does not know what its sets cover.
@@ -50,14 +52,14 @@ def measure_sizes(
     for recording in tqdm(recordings, desc="sizes", unit="recording", leave=False):
         keys = indexer.keys_of_runs(recording.runs.to(device))
         prompt = pages_spanned(recording.answer_begins, PAGE_SIZE)
-        sums = {config: np.zeros(8) for config in ways}
+        sums = {config: np.zeros(9) for config in ways}
         for anchor in recording.anchors:
             label = recording.label(anchor).numpy()
             scores = predict(indexer, recording, anchor, keys).cpu().numpy()
             context = pages_spanned(recording.position(anchor), PAGE_SIZE)
             for config in ways:
                 expectations = {} if known is None else {POLICY: known}
-                rules = Rules(config, math.inf, {POLICY: indexer.config.threshold}, expectations)
+                rules = Rules(config, UNBOUNDED, {POLICY: indexer.config.threshold}, expectations)
                 target = config.target_coverage if config.auto else None
                 found = choose(rules, scores, context, config.largest_budget, POLICY, prompt, target=target)
                 kept = np.zeros(len(label), dtype=bool)
@@ -69,6 +71,7 @@ def measure_sizes(
                 evidence &= free
                 sums[config] += (
                     (len(found.positions) + context - len(label)) / context,
+                    label[kept].sum() / label.sum() if label.sum() > 0 else 1.0,
                     label[kept & free].sum(),
                     label[free].sum(),
                     found.expected or 0.0,
@@ -77,17 +80,9 @@ def measure_sizes(
                     (kept & evidence).sum(),
                     evidence.sum(),
                 )
-        for config, (
-            pages,
-            got,
-            mass,
-            expected,
-            found_needed,
-            all_needed,
-            found_evidence,
-            all_evidence,
-        ) in sums.items():
-            anchors = len(recording.anchors)
+        anchors = len(recording.anchors)
+        for config, found_of in sums.items():
+            pages, covered, got, mass, expected, found_needed, all_needed, found_evidence, all_evidence = found_of
             rows.append(
                 {
                     "document": recording.entry.name,
@@ -96,8 +91,9 @@ def measure_sizes(
                     "budget": config.budget,
                     "target": config.target_coverage if config.auto else None,
                     "pages": float(pages) / anchors,
-                    "mass": _share(got, mass),
+                    "covered": float(covered) / anchors,
                     "expected": float(expected) / anchors if known is not None else None,
+                    "mass": _share(got, mass),
                     "needed": _share(found_needed, all_needed),
                     "evidence": _share(found_evidence, all_evidence),
                 }
