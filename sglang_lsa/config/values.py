@@ -95,7 +95,7 @@ class LSAConfig:
         "fallback_budget allows.",
     )
     target_coverage: float = key(
-        0.5,
+        0.6,
         "Share of attention that a set is to cover with --lsa-budget auto, as measured when its indexer was made: of "
         "what the indexer's heads pay to all complete pages in the next window.",
     )
@@ -334,12 +334,17 @@ def coerce(name: str, declared: str, value: Any, source: str) -> Any:
     if value is None and declared.endswith("| None"):
         return None
     accepted: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    accepted[SHARE] = (int, float, str)
+    if base == SHARE:
+        if value == AUTO:
+            return AUTO
+        if isinstance(value, str):
+            raise ValueError(f"{source}: {name} is {value!r}: use a number in (0, 1], or {AUTO}")
+        base = "float"
     if base.startswith("tuple"):
         if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
             return tuple(value)
     elif isinstance(value, accepted[base]) and (base == "bool" or not isinstance(value, bool)):
-        return float(value) if base.startswith("float") and not isinstance(value, str) else value
+        return float(value) if base == "float" else value
     raise ValueError(f"{source}: {name} is {value!r}: use a value of type {base}")
 
 
