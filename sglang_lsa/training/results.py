@@ -15,6 +15,7 @@ from sglang_lsa.indexer.checkpoint import checkpoint_folder, write_config
 from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.indexer.manifest import Manifest
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.provenance import command_line, commit, hardware
 from sglang_lsa.training.calibrate import describe, expect
 from sglang_lsa.training.data import load_recordings
 from sglang_lsa.training.recall import Rules, measure, recall_table, summarise
@@ -105,7 +106,8 @@ def measure_set_sizes(
     found = [row for by in ((), ("length",), ("family",)) for row in summarise_sizes(sized, by)]
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+        about = {"command": command_line(), "commit": commit(), "hardware": hardware(), "indexer": checkpoint.name}
+        output.write_text(json.dumps(about | {"rows": found}, indent=1) + "\n")
     return found
 
 

@@ -679,7 +679,7 @@ def test_what_a_set_is_expected_to_take_is_promised_not_the_most_that_it_may() -
     assert how(server.choose(request(90 * PAGE_SIZE))) == (STREAMED, 7, CHUNK)
     assert how(server.choose(request(90 * PAGE_SIZE, target_coverage=1.0))) == (STREAMED, 9, CHUNK)
     assert how(server.choose(request(90 * PAGE_SIZE, budget=0.5))) == (STREAMED, 12, CHUNK)
-    assert how(server.choose(request(90 * PAGE_SIZE, max_budget=0.07))) == (STREAMED, 6, CHUNK)
+    assert how(server.choose(request(90 * PAGE_SIZE, max_budget=0.07))) == (STREAMED, 5, CHUNK)
     assert how(Server().choose(request(90 * PAGE_SIZE))) == (STREAMED, 12, CHUNK)
 
 
