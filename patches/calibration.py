@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.indexer import calibrations, untrained
 from sglang_lsa.indexer.calibrations import Calibration
 from sglang_lsa.indexer.checkpoint import ModelShape
@@ -52,7 +52,7 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
     Args:
         runner: SGLang's ModelRunner, its model loaded.
     """
-    without = dataclasses.replace(config, policy="quest", calibrate="never")
+    without = dataclasses.replace(config, policy="quest", calibrate="never", **_fixed(config))
     if tp_size_of(runner) > 1:
         logger.warning("LSA: heads on %d ranks are not calibrated yet: Quest chooses pages", tp_size_of(runner))
         return without
@@ -78,6 +78,14 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         )
         return without
     return dataclasses.replace(config, policy="indexer", indexer=str(folder), calibrate="never")
+
+
+def _fixed(config: LSAConfig) -> dict[str, Any]:
+    """The budget of a server whose pages Quest chooses, which cannot tell how many it takes."""
+    if not config.auto:
+        return {}
+    logger.info("LSA: without heads for an indexer the budget is %s instead of %s", LSAConfig.budget, AUTO)
+    return {"budget": LSAConfig.budget}
 
 
 def model_shape(runner: Any) -> ModelShape:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.config import LSAConfig, looks_at_index, offered
+from sglang_lsa.config import FULL, LSAConfig, looks_at_index, offered
 from sglang_lsa.engine.observe import observed_layers
 from sglang_lsa.indexer.checkpoint import ModelShape
+from sglang_lsa.indexer.expectation import NO_EXPECTATION
 from sglang_lsa.indexer.model import MemoryIndexer
 
 WINDOWED = (
@@ -75,7 +76,10 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
         problems.append(f"--lsa-policy {config.policy}: {name} has no index of its own: use one of {others}")
     try:
         if config.indexer:
-            MemoryIndexer.load(config.indexer).config.require_model(shape_of(text))
+            of_indexer = MemoryIndexer.load(config.indexer).config
+            of_indexer.require_model(shape_of(text))
+            if config.auto and config.policy != FULL and of_indexer.expectation is None:
+                problems.append(f"--lsa-{NO_EXPECTATION}")
         observed_layers(config, text.num_hidden_layers)
     except ValueError as error:
         problems.append(str(error))

@@ -24,7 +24,11 @@ NOTE = "<!-- Written by scripts/make_docs.py from sglang_lsa/config; change it t
 REQUEST = {
     "enabled": ("`true`", "`true`, `false`", "`false`: every step reads all pages, as stock SGLang does."),
     "policy": ("the server's", "", "How this request's pages are chosen; `indexer` only where the server has one."),
-    "budget": ("the server's", "", "Upper bound of its resident sets, as a fraction of its pages."),
+    "budget": (
+        "the server's",
+        "a share in (0, 1], or `auto`",
+        "Upper bound of its resident sets, as a fraction of its pages; `auto` needs the policy `indexer`.",
+    ),
     "prefill": ("the server's", "", "How its prompt reads the prefix that the radix tree has."),
     "sets": (
         "none",
@@ -48,6 +52,12 @@ REQUEST = {
         "1 to 4",
         "How many times the pages of its budget its sets may have while it repeats its prompt; 1 does not widen them.",
     ),
+    "target_coverage": (
+        "the server's",
+        "a share in (0, 1]",
+        "With a budget of `auto`: share of attention that its sets are to cover.",
+    ),
+    "max_budget": ("the server's", "a share in (0, 1]", "With a budget of `auto`: upper bound of its sets."),
     "watch": (
         "`[]`",
         "page numbers, at most 256; a list, or text as `0,3,5`",

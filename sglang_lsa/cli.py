@@ -17,7 +17,7 @@ from sglang_lsa.doctor.parser import add_parser as add_doctor
 from sglang_lsa.embedded_model import MODEL_NAME, EmbeddedModelError, embedded_model_path
 from sglang_lsa.evaluation.parser import add_parser as add_eval
 from sglang_lsa.serve.view.parser import add_parser as add_view
-from sglang_lsa.training.parser import add_recall, add_record, add_train
+from sglang_lsa.training.parser import add_calibrate, add_recall, add_record, add_train
 
 INTERRUPTED = 130
 
@@ -69,6 +69,7 @@ COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_adapt,
     add_record,
     add_train,
+    add_calibrate,
     add_eval,
     add_recall,
     add_model,

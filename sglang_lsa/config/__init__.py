@@ -2,8 +2,9 @@
 
 from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument
 from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
-from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, offered
+from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, no_auto, offered
 from sglang_lsa.config.values import (
+    AUTO,
     MOST_LOOKED_UP,
     PAGE_SIZE,
     PREFILLS,
@@ -15,6 +16,7 @@ from sglang_lsa.config.values import (
 )
 
 __all__ = [
+    "AUTO",
     "FULL",
     "MOST_LOOKED_UP",
     "MOST_WATCHED",
@@ -33,5 +35,6 @@ __all__ = [
     "config_from_args",
     "config_from_argument",
     "looks_at_index",
+    "no_auto",
     "offered",
 ]

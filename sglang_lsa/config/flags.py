@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sglang_lsa.config.kinds import FLAG, REMOVED, flag_of
-from sglang_lsa.config.values import LSAConfig, read_json_object
+from sglang_lsa.config.values import AUTO, SHARE, LSAConfig, read_json_object
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -72,4 +72,13 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float, "tuple[int, ...]": _layers}
+def _share(text: str) -> float | str:
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget: use a number in (0, 1], or {AUTO}") from None
+
+
+_PARSERS: dict[str, Any] = {"str": str, "int": int, "float": float, "tuple[int, ...]": _layers, SHARE: _share}

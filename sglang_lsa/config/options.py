@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.policies import FULL, looks_at_index, offered
+from sglang_lsa.config.policies import FULL, looks_at_index, no_auto, offer_of, offered
 from sglang_lsa.config.values import (
+    AUTO,
     MOST_LOOKED_UP,
     MOST_WIDENED,
     PAGE_SIZE,
@@ -52,10 +53,12 @@ class RequestOptions:
         prompt_lookup: tokens at the end of its text that must have occurred before for what followed them to stay.
         widen: how many times the budget's pages its sets may have while it repeats its prompt; 1 does not widen.
         watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
+        target_coverage: share of attention that its sets are to cover where the budget is ``auto``.
+        max_budget: the largest share of its pages that its sets have then.
     """
 
     policy: str
-    budget: float
+    budget: float | str
     enabled: bool = True
     prefill: str = "exact"
     sets: tuple[GivenSet, ...] = ()
@@ -64,11 +67,23 @@ class RequestOptions:
     prompt_lookup: int = LSAConfig.prompt_lookup
     widen: float = LSAConfig.widen
     watch: tuple[int, ...] = ()
+    target_coverage: float = LSAConfig.target_coverage
+    max_budget: float = LSAConfig.max_budget
+
+    @property
+    def target(self) -> float | None:
+        """Share of attention that its sets are to cover; None where their size is fixed."""
+        return self.target_coverage if self.budget == AUTO else None
+
+    @property
+    def largest_budget(self) -> float:
+        """The largest share of its pages that a set of it has."""
+        return self.max_budget if isinstance(self.budget, str) else self.budget
 
     @property
     def dense(self) -> bool:
         """Whether this request reads all of its pages, whatever its length."""
-        full = not self.enabled or self.policy == FULL or self.budget >= 1.0 or self.record > 0
+        full = not self.enabled or self.policy == FULL or self.largest_budget >= 1.0 or self.record > 0
         return not self.sets and full
 
     @classmethod
@@ -92,6 +107,8 @@ class RequestOptions:
                 dense_steps=config.dense_steps,
                 prompt_lookup=config.prompt_lookup,
                 widen=config.widen,
+                target_coverage=config.target_coverage,
+                max_budget=config.max_budget,
             )
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(asked, dict):
@@ -103,19 +120,19 @@ class RequestOptions:
         if not isinstance(enabled, bool):
             raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
         budget = asked.get("budget", config.budget)
-        if isinstance(budget, bool) or not isinstance(budget, int | float):
-            raise ValueError(f"custom_params.lsa.budget is {budget!r}: use a number in (0, 1]")
-        require_fraction("custom_params.lsa.budget", budget)
+        if budget != AUTO:
+            budget = _fraction("budget", budget, f", or {AUTO}")
+        target = _fraction("target_coverage", asked.get("target_coverage", config.target_coverage))
+        most = _fraction("max_budget", asked.get("max_budget", config.max_budget))
         policy = asked.get("policy", config.policy)
-        require_choice(
-            "custom_params.lsa.policy",
-            policy,
-            # Whether calibration finds an indexer is known in the scheduler, which looks at every request again.
-            offered(
-                config.indexer or ("calibrated" if config.calibrates else None),
-                looks_at_index(config.policy) if index is None else index,
-            ),
-        )
+        # Whether calibration finds an indexer is known in the scheduler, which looks at every request again.
+        trained = config.indexer or ("calibrated" if config.calibrates else None)
+        names = offered(trained, looks_at_index(config.policy) if index is None else index)
+        require_choice("custom_params.lsa.policy", policy, names)
+        # What a request leaves open may have changed since this process was told of it: the scheduler looks again.
+        able = any(offer_of(name).expects for name in names) if "policy" not in asked else offer_of(policy).expects
+        if asked.get("budget") == AUTO and enabled and policy != FULL and not able:
+            raise ValueError(no_auto("custom_params.lsa.budget", str(policy)))
         prefill = asked.get("prefill", config.prefill)
         require_choice("custom_params.lsa.prefill", prefill, PREFILLS[:1] if index else PREFILLS)
         sets = _parse_sets(asked.get("sets", ""), page)
@@ -145,7 +162,15 @@ class RequestOptions:
                 f"use a list of at most {MOST_WATCHED} page numbers, or text as 0,3,5"
             )
         counts = (record, dense_steps, prompt_lookup)
-        return cls(str(policy), float(budget), enabled, prefill, sets, *counts, float(widen), tuple(watch))
+        found = cls(str(policy), budget, enabled, prefill, sets, *counts, float(widen), tuple(watch))
+        return dataclasses.replace(found, target_coverage=target, max_budget=most)
+
+
+def _fraction(name: str, value: Any, otherwise: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"custom_params.lsa.{name} is {value!r}: use a number in (0, 1]{otherwise}")
+    require_fraction(f"custom_params.lsa.{name}", value)
+    return float(value)
 
 
 def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:

@@ -15,15 +15,18 @@ class Offer(NamedTuple):
         trained: a checkpoint, trained for the model's weights (``--lsa-indexer``).
         attention: it looks at queries and keys of attention, which a model with an index of its own does not show.
         native_index: it looks at the model's own index.
+        expects: it may know how much of the attention a set will cover, so that its sets can be as large as they need
+            to be (budget auto); whether it does is in its checkpoint.
     """
 
     trained: bool = False
     attention: bool = False
     native_index: bool = False
+    expects: bool = False
 
 
 POLICIES: dict[str, Offer] = {
-    "indexer": Offer(trained=True, attention=True),
+    "indexer": Offer(trained=True, attention=True, expects=True),
     "retriever": Offer(trained=True, native_index=True),
     "quest": Offer(attention=True),
     "native": Offer(native_index=True),
@@ -49,7 +52,21 @@ def offered(indexer: str | None, index: bool | None = False) -> tuple[str, ...]:
     )
 
 
+def offer_of(policy: str | None) -> Offer:
+    """What a policy needs; nothing, of one that is not known."""
+    return POLICIES.get(policy or "", Offer())
+
+
+def no_auto(asked: str, policy: str) -> str:
+    """Why a budget of ``auto``, asked for as ``asked``, cannot go with this policy, and what can."""
+    able = [name for name, offer in POLICIES.items() if offer.expects]
+    return (
+        f"{asked} auto does not go with the policy {policy}, whose scores do not tell how much of the attention a set "
+        f"covers: use the policy {' or '.join(able)} (--lsa-indexer), or a budget that is a number, such as 0.135"
+    )
+
+
 def looks_at_index(policy: str | None) -> bool | None:
     """Whether a model that this policy fits has an index of its own; None for one that fits every model."""
-    offer = POLICIES.get(policy or "", Offer())
+    offer = offer_of(policy)
     return offer.native_index if offer.native_index or offer.attention else None

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.config.kinds import CONSTANT, FLAG, REMOVED, constant, flag_of, key, option
-from sglang_lsa.config.policies import POLICIES, looks_at_index, offered
+from sglang_lsa.config.policies import POLICIES, looks_at_index, no_auto, offer_of, offered
 
 PREFILLS = ("exact", "resident")
+AUTO = "auto"
+"""The budget of sets that are as large as they need to be."""
+SHARE = "float | str"
+"""Type of the field ``budget``: a number, or :data:`AUTO`."""
 CALIBRATE = ("never", "cached", "always")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
@@ -43,7 +47,12 @@ class LSAConfig:
         "--lsa-calibrate); else quest or native.",
         choices=POLICIES,
     )
-    budget: float = option(0.135, "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1].")
+    budget: float | str = option(
+        0.135,
+        "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1]; or auto: as many of the best "
+        "pages as it takes to cover target_coverage of the attention, at most max_budget. Auto needs an indexer that "
+        "knows what its sets cover, as the shipped ones do.",
+    )
     min_pages: int = constant(8, "A resident set is never bounded below this many pages.")
     window: int = option(64, "Decode steps during which a resident set stays fixed.")
     dense_steps: int = key(
@@ -84,6 +93,14 @@ class LSAConfig:
         0.5,
         "Share of attention that a set is to cover by the indexer's own estimate; sets below it are widened as far as "
         "fallback_budget allows.",
+    )
+    target_coverage: float = key(
+        0.6,
+        "Share of attention that a set is to cover with --lsa-budget auto, as measured when its indexer was made: of "
+        "what the indexer's heads pay to all complete pages in the next window.",
+    )
+    max_budget: float = key(
+        0.25, "Upper bound of a set with --lsa-budget auto, a fraction like it; buffers are sized for it."
     )
     threshold: float | None = key(
         None,
@@ -145,13 +162,25 @@ class LSAConfig:
         require_choice("policy", self.policy, tuple(POLICIES))
         require_choice("calibrate", self.calibrate, CALIBRATE)
         require_choice("prefill", self.prefill, PREFILLS)
-        require_fraction("budget", self.budget)
+        if not isinstance(self.budget, str):
+            require_fraction("budget", self.budget)
+        elif self.budget != AUTO:
+            raise ValueError(f"budget is {self.budget!r}: use a number in (0, 1], or {AUTO}")
+        require_fraction("target_coverage", self.target_coverage)
+        require_fraction("max_budget", self.max_budget)
+        if self.auto and not (offer_of(self.policy).expects or self.calibrates):
+            raise ValueError(no_auto("--lsa-budget", str(self.policy)))
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold nan is no number: use one")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"min_coverage {self.min_coverage} is out of range: use a share in [0, 1]")
         if self.fallback_budget is not None:
             require_fraction("fallback_budget", self.fallback_budget)
+            if isinstance(self.budget, str):
+                raise ValueError(
+                    f"fallback_budget {self.fallback_budget} does not go with --lsa-budget {AUTO}, whose sets are as "
+                    "large as they need to be: leave it out, and use target_coverage and max_budget"
+                )
             if self.fallback_budget < self.budget:
                 raise ValueError(
                     f"fallback_budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
@@ -185,6 +214,16 @@ class LSAConfig:
                 f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use "
                 f"{offered(None, looks_at_index(self.policy))[0]}"
             )
+
+    @property
+    def auto(self) -> bool:
+        """Sets of requests that ask for no budget are as large as they need to be."""
+        return self.budget == AUTO
+
+    @property
+    def largest_budget(self) -> float:
+        """The largest share of its pages that a set has of a request that asks for no budget."""
+        return self.max_budget if isinstance(self.budget, str) else self.budget
 
     @property
     def policy_is_default(self) -> bool:
@@ -295,6 +334,12 @@ def coerce(name: str, declared: str, value: Any, source: str) -> Any:
     if value is None and declared.endswith("| None"):
         return None
     accepted: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    if base == SHARE:
+        if value == AUTO:
+            return AUTO
+        if isinstance(value, str):
+            raise ValueError(f"{source}: {name} is {value!r}: use a number in (0, 1], or {AUTO}")
+        base = "float"
     if base.startswith("tuple"):
         if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
             return tuple(value)

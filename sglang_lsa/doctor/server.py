@@ -18,6 +18,8 @@ from sglang_lsa.doctor.machine import Gpu
 from sglang_lsa.doctor.weights import ASSUMED, MEASURED, Weights, shared, weights_of
 from sglang_lsa.engine import sizing
 from sglang_lsa.engine.sizing import MemoryPlan, plan_memory
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.launch_server import server_arguments, with_defaults
 from sglang_lsa.memory import mirror as host_mirror
 from sglang_lsa.memory.mirror import GB
@@ -134,7 +136,16 @@ class Server:
             max_requests=self.max_requests,
             on_gpu=self.device == "cuda",
             stock_tokens=self.stock_tokens if self.plan.page.whole_prompts else None,
+            expectations=self.expectations,
         )
+
+    @property
+    def expectations(self) -> dict[str, Expectation]:
+        """What sets of its policies cover, where that is in a checkpoint."""
+        if not self.config.auto or self.config.indexer is None:
+            return {}
+        measured = read_checkpoint_config(self.config.indexer).expectation
+        return {} if measured is None else {str(self.config.policy): measured}
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,14 @@ class Admission:
         return self._read_options(custom_params)[0]
 
     def _read_options(self, custom_params: Mapping[str, Any] | None) -> tuple[RequestOptions, str | None]:
+        problem: str | None
         try:
             index = not self.pager.layout.shows_keys
-            return RequestOptions.parse(custom_params, self.config, self.pager.page, index), None
+            options = RequestOptions.parse(custom_params, self.config, self.pager.page, index)
+            problem = self.rules.no_auto(options.policy) if options.target is not None and not options.dense else None
         except ValueError as error:
-            return RequestOptions.parse(None, self.config), str(error)
+            problem = str(error)
+        return (options, None) if problem is None else (RequestOptions.parse(None, self.config), problem)
 
     def longest(self, options: RequestOptions) -> int | None:
         """Tokens that a prompt may have at most because it must be whole on the device; None if it need not be."""
@@ -162,7 +165,7 @@ class Admission:
         prunable = not options.dense and tokens >= self.config.min_context
         least = pages_spanned(min(tokens - len(prefix) * self.pager.page, chunk_tokens or tokens), self.pager.page)
         chunk = min(least, self.pages // 2)
-        resident = self.rules.set_pages(pages, options.budget)
+        resident = self._expected(pages, options)
 
         def admit(how: str, demand: int, company: bool, chunk_pages: int | None = None) -> Admitted | None:
             if demand > room or not company:
@@ -174,13 +177,18 @@ class Admission:
         if prunable and options.prefill == "resident" and self._worth_it(len(prefix), resident):
             own = pages - len(prefix)
             # What the prompt reads of its prefix, and then its first set: neither is larger.
-            largest = max(resident, self.rules.set_pages(len(prefix), options.budget))
+            largest = max(resident, self._expected(len(prefix), options))
             if (demand := largest + own + 1) < self.pages:
                 return admit(RESIDENT, demand, all(other == RESIDENT for other in batch), chunk)
         in_place, one_pass = self._new_pages(prefix, pages), chunk_tokens is None and least > chunk
         if in_place <= room or one_pass or not prunable:
             return admit(IN_PLACE, in_place, all(other == IN_PLACE for other in batch))
         return admit(STREAMED, max(chunk + 1, resident), not batch, chunk)
+
+    def _expected(self, pages: int, options: RequestOptions) -> int:
+        """Pages of a set over so many pages that are promised: those that it is expected to take. A set that turns out
+        larger takes what can be had beside that, and is cut to it."""
+        return self.rules.expected_pages(pages, options.policy, options.largest_budget, options.target)
 
     def _worth_it(self, prefix: int, resident: int) -> bool:
         """Whether a resident set is less than the cached prefix, and that long enough to be pruned at all."""

@@ -133,7 +133,11 @@ def lookahead(
     """On a CPU a refresh happens at once; on a GPU it is begun some steps before its window."""
     lead, lag = (config.prefetch_steps, SCORE_LAG) if pager.device.type == "cuda" else (0, 0)
     thresholds = {name: policy.threshold for name, policy in policies.items() if policy.calibrated}
-    return Lookahead(config, pager, table, policies, lead, lag, thresholds, scores)
+    expectations = {name: told for name, policy in policies.items() if (told := policy.expectation) is not None}
+    found = Lookahead(config, pager, table, policies, lead, lag, thresholds, scores, expectations)
+    if config.auto and (problem := found.rules.no_auto(str(config.policy))) is not None:
+        raise ValueError(f"--lsa-{problem}")
+    return found
 
 
 def groups(config: LSAConfig, sets: ResidentSets) -> Groups | None:

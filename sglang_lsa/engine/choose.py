@@ -7,9 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.config import LSAConfig
-from sglang_lsa.engine.selection import always_kept, budget_pages, expected_coverage, select, widened
-from sglang_lsa.engine.sizing import set_bounds
+from sglang_lsa.config import FULL, LSAConfig, no_auto
+from sglang_lsa.engine.selection import (
+    always_kept,
+    budget_pages,
+    expected_coverage,
+    filled,
+    needed_pages,
+    told_coverage,
+    widened,
+)
+from sglang_lsa.engine.sizing import expected_pages, set_bounds
+from sglang_lsa.indexer.expectation import NO_EXPECTATION, Expectation
 
 
 @dataclass
@@ -20,11 +29,13 @@ class Rules:
         config: the configuration in force. Everything else reads it here, so that a change of it reaches all at once.
         largest_set: pages of the largest resident set that is predicted.
         thresholds: of the policies whose scores are shares of attention.
+        expectations: of those that know how much of it their sets cover.
     """
 
     config: LSAConfig
     largest_set: float
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    expectations: Mapping[str, Expectation] = field(default_factory=dict)
 
     def set_pages(self, context: int, budget: float) -> int:
         """Pages of the largest set that is predicted for a request of ``context`` pages, its last one included."""
@@ -33,6 +44,31 @@ class Rules:
     def bounds(self, context: int, budget: float) -> tuple[float, int]:
         """Budget and least pages of a set, within what the device pool is meant for."""
         return set_bounds(context, budget, self.config.min_pages, self.largest_set)
+
+    def expected_pages(self, context: int, policy: str, budget: float, target: float | None) -> int:
+        """Pages that a set of a request of ``context`` pages is expected to take: all that ``budget`` allows, or with a
+        ``target`` as many as it took on average where its policy's expectation was measured.
+
+        A number of its own for each request: what other requests choose does not enter.
+        """
+        bound = self.set_pages(context, budget)
+        if target is None or (expectation := self.expectations.get(policy)) is None:
+            return bound
+        stay = int(self.stays(context, bound, context).sum())
+        return expected_pages(expectation, target, context, stay, self.bounds(context, budget)[1], bound)
+
+    def stays(self, context: int, bound: int, prompt: int) -> np.ndarray:
+        """Pages that stay in a set of ``bound`` pages whatever their score, see :func:`always_kept`."""
+        config = self.config
+        return always_kept(context, bound, config.sink_pages, config.recent_pages, prompt, config.prompt_pages)
+
+    def no_auto(self, policy: str) -> str | None:
+        """Why this policy cannot have a budget of ``auto`` here; None if it can."""
+        if policy == FULL or policy in self.expectations:
+            return None
+        if policy in self.thresholds:
+            return NO_EXPECTATION
+        return no_auto("a budget of", policy)
 
     def threshold(self, policy: str) -> float:
         """Configured, or the policy's own."""
@@ -47,7 +83,7 @@ class Chosen:
         positions: ascending.
         ranks: scores, but infinite where a page stays whatever its score.
         collapsed: it could have had more pages, but none was worth it: only first and last ones are left.
-        widened: it is larger than the budget.
+        widened: it is larger than the budget, or than it needed to be by its score.
         coverage: share of attention that it is expected to cover; None where scores do not tell.
     """
 
@@ -56,6 +92,9 @@ class Chosen:
     collapsed: bool
     widened: bool
     coverage: float | None
+    expected: float | None = None
+    """Share of all attention, to pages that always stay too, that sets with as much of the scores were measured to
+    cover; None where that is not known."""
 
 
 def choose(
@@ -68,6 +107,7 @@ def choose(
     upcoming: Sequence[int] | np.ndarray = (),
     widen: float = 1.0,
     follows: int | None = None,
+    target: float | None = None,
 ) -> Chosen:
     """The best pages within the budget, and within what the device pool is meant for.
 
@@ -80,32 +120,36 @@ def choose(
         upcoming: pages that come before all that are there for their score, the first of them first.
         widen: how many times the budget's pages the set may have.
         follows: page from which on the added ones are taken; None takes them by their scores.
+        target: share of attention that the set is to cover, by the policy's expectation, in as few pages as that
+            takes; None, or a policy without one, takes as many as the budget allows.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
     share, least = rules.bounds(context, budget)
     bound = budget_pages(context, share, least)
-    sizes = {"sink_pages": config.sink_pages, "recent_pages": config.recent_pages}
-    sizes |= {"prompt": prompt, "prompt_pages": config.prompt_pages}
-    stay = always_kept(context, bound, **sizes)
-    size = bound
-    if policy in rules.thresholds and config.fallback_budget:
+    # What is added to a set is not for those that stay: as many of them as a set within the budget has.
+    stay = rules.stays(context, bound, prompt)
+    expectation = rules.expectations.get(policy)
+    size, threshold = bound, rules.threshold(policy)
+    if target is not None and expectation is not None:
+        size = needed_pages(scores, stay, least, bound, expectation.told_for(target))
+        threshold = config.threshold or 0.0  # the indexer's own says what is worth a page of a fixed budget
+    budgeted = size
+    if policy in rules.thresholds and config.fallback_budget and target is None:
         most = rules.set_pages(context, max(budget, config.fallback_budget))
         size = widened(scores, stay, bound, most, config.min_coverage)
     first = np.asarray(upcoming, dtype=np.int64)
     if widen > 1:
-        size = max(size, int(min(bound * widen, context, rules.largest_set)))
+        size = max(size, int(min(budgeted * widen, context, rules.largest_set)))
         if follows is not None:
-            ahead = np.arange(follows, min(len(scores), follows + size - bound))
+            ahead = np.arange(follows, min(len(scores), follows + size - budgeted))
             first = np.concatenate((first, np.setdiff1d(ahead, first)))
-    # What is added is not for those that stay: as many of them as a set within the budget has.
-    for name in ("recent_pages", "prompt_pages"):
-        sizes[name] = min(sizes[name], bound // 4)
     wanted = scores.copy()
     if len(first):
         wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
-    positions = select(wanted, context, budget=share, min_pages=size, threshold=rules.threshold(policy), **sizes)
-    collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < bound
+    positions = filled(wanted, stay, size, threshold) if size < context else np.arange(len(scores), dtype=np.int64)
+    collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None
+    expected = expectation.covered(told_coverage(scores, positions)) if expectation is not None else None
     ranks = np.where(stay[positions], np.inf, wanted[positions])
-    return Chosen(positions, ranks, collapsed, size > bound, coverage)
+    return Chosen(positions, ranks, collapsed, size > budgeted, coverage, expected)

@@ -15,6 +15,7 @@ from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.score import Scorer
 from sglang_lsa.engine.sizing import largest_set
 from sglang_lsa.engine.window import Clock
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.memory.scores import Scores
@@ -32,6 +33,7 @@ class Lookahead:
         lead: decode steps from the start of a refresh to the window that it is for.
         lag: forward passes after which scores are read.
         thresholds: of the policies whose scores are shares of attention.
+        expectations: of those that know what their sets cover.
         scores: what they pass through before anything is chosen by them; by default they stay what they are.
     """
 
@@ -45,9 +47,11 @@ class Lookahead:
         lag: int = 0,
         thresholds: Mapping[str, float] | None = None,
         scores: Scores | None = None,
+        expectations: Mapping[str, Expectation] | None = None,
     ):
         self.counts = Counts()
-        self.rules = Rules(config, largest_set(pager.ledger.physical_pages, table.max_pages), thresholds or {})
+        largest = largest_set(pager.ledger.physical_pages, table.max_pages)
+        self.rules = Rules(config, largest, thresholds or {}, expectations or {})
         self.clock = Clock(config.window, lead, lag)
         self.scorer = Scorer(policies, pager.device, self.counts, scores)
         self.sets = ResidentSets(table, pager.ledger)

@@ -211,7 +211,7 @@ class Prefill:
         """
         cached, ledger = request.cached_pages, self.pager.ledger
         prefix = request.pages[:cached]
-        bound = self.rules.set_pages(cached, request.asked.budget)
+        bound = self._prefix_pages(request)
         look = always_kept(cached, bound, self.config.sink_pages, self.config.recent_pages)
         room = max(0, bound // 2 - int(look.sum()))
         before = request.resident.prefix_positions[~look[request.resident.prefix_positions]]
@@ -225,6 +225,11 @@ class Prefill:
         hot = np.isin(prefix, ledger.heat.hottest(prefix, min(FIRST_LOOK_PAGES, room)))
         look |= hot & ledger.on_device(prefix) & ~ledger.arriving(prefix)
         return np.flatnonzero(look)
+
+    def _prefix_pages(self, request: Request) -> int:
+        """Most that a prompt reads of its cached prefix: what was promised to it, though its own sets may be larger."""
+        asked = request.asked
+        return self.rules.expected_pages(request.cached_pages, asked.policy, asked.budget, asked.target)
 
     def _here(self, request: Request, positions: np.ndarray) -> np.ndarray:
         """What a pass reads in place that reads ``positions`` of the cached prefix: bool, over the pages before it."""
@@ -276,7 +281,8 @@ class Prefill:
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        found = choose(self.rules, scores, cached, request.asked.budget, upcoming=request.resident.prefix_positions)
+        share = self._prefix_pages(request) / cached
+        found = choose(self.rules, scores, cached, share, upcoming=request.resident.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
         still_to_come = pages_spanned(request.prompt_tokens, self.pager.page) - len(request.pages)
         kept = np.sort(affordable(found.ranks, costs, max(0, self.pager.room_later(request.key) - still_to_come)))

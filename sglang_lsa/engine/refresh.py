@@ -204,13 +204,14 @@ class Refresher:
         name = "" if policy is None else request.asked.policy
         widen = request.asked.widen if repeated else 1.0
         follows = repeated.at // self.pager.page if repeated and repeated.jumps else None
-        budget = request.asked.budget
-        found = choose(self.rules, new.values, new.context, budget, name, prompt, upcoming, widen, follows)
+        asked = request.asked
+        sizes = (upcoming, widen, follows, asked.target)
+        found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, *sizes)
         new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
         if request.asked.watch:
             unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
             new.watched = watched(request.asked.watch, new.values, new.positions, unscored)
-        request.story.coverage = found.coverage
+        request.story.coverage, request.story.expected = found.coverage, found.expected
         request.story.widened += found.widened
         self.counts.widened += found.widened
         self.counts.collapsed += found.collapsed

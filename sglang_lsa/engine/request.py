@@ -99,6 +99,8 @@ class Asked:
             0 does not look.
         widen: how many times the budget's pages its sets may have while it repeats its prompt.
         watch: pages whose scores it asked for.
+        target: share of attention that its sets are to cover, in as few pages as that takes; ``budget`` is then the
+            most that they may have. None takes all that the budget allows.
     """
 
     policy: str
@@ -110,13 +112,14 @@ class Asked:
     prompt_lookup: int = 0
     widen: float = 1.0
     watch: tuple[int, ...] = ()
+    target: float | None = None
 
     @classmethod
     def of(cls, options: RequestOptions, seed: int) -> Asked:
         """From the options of a request."""
         return cls(
             options.policy,
-            options.budget,
+            options.largest_budget,
             options.dense,
             seed,
             options.record,
@@ -124,6 +127,7 @@ class Asked:
             options.prompt_lookup,
             options.widen,
             options.watch,
+            options.target,
         )
 
 
@@ -160,6 +164,8 @@ class Story:
     """How often its set was made smaller than its budget because the device pool was full."""
     coverage: float | None = None
     """Share of attention that its newest set is expected to cover; None where its policy cannot tell."""
+    expected: float | None = None
+    """Share of all attention that its newest set is expected to cover, as measured; None where that is not known."""
     widened: int = 0
     """How often its set was made larger than its budget: expected to cover too little, or it repeats its prompt."""
     collapsed: int = 0

@@ -143,6 +143,8 @@ class LSARuntime:
             ValueError: the configuration would be impossible; nothing was changed.
         """
         before, after = self.config, changed(self.config, values, self.index is not None)
+        if after.auto and (problem := self.lookahead.rules.no_auto(str(after.policy))) is not None:
+            raise ValueError(problem)
         self.lookahead.rules.config = after
         self.config_changes, self.config_changed_at = self.config_changes + 1, time.time()
         for name in values:

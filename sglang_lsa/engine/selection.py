@@ -104,10 +104,24 @@ def select(
     if bound >= context_pages:
         return np.arange(complete, dtype=np.int64)
     keep = always_kept(context_pages, bound, sink_pages, recent_pages, prompt, prompt_pages)
+    return filled(scores, keep, bound, threshold)
+
+
+def filled(scores: np.ndarray, stay: np.ndarray, size: int, threshold: float = float("-inf")) -> np.ndarray:
+    """A set of ``size`` pages: those that stay, and the best of the others above ``threshold``.
+
+    Args:
+        scores: as for :func:`select`.
+        stay: bool ``[context_pages]``, see :func:`always_kept`.
+
+    Returns:
+        Sorted positions in ``[0, complete_pages)``, int64.
+    """
+    keep, complete = stay.copy(), len(scores)
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
     candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
-    keep[_best(candidates, usable[candidates], bound - int(keep.sum()))] = True
+    keep[_best(candidates, usable[candidates], max(0, size - int(keep.sum())))] = True
     return np.flatnonzero(keep[:complete])
 
 
@@ -157,6 +171,35 @@ def expected_coverage(shares: np.ndarray, positions: np.ndarray, stay: np.ndarra
         return 1.0
     worth = np.where(free & np.isfinite(shares), shares, 0.0)
     return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
+
+
+def told_coverage(shares: np.ndarray, positions: np.ndarray) -> float:
+    """What a set has of all scores, pages that always stay included: in [0, 1], 0 when nothing is expected of any.
+
+    Args: as for :func:`expected_coverage`.
+    """
+    worth = np.where(np.isfinite(shares), np.maximum(shares, 0.0), 0.0)
+    return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
+
+
+def needed_pages(shares: np.ndarray, stay: np.ndarray, least: int, most: int, told: float) -> int:
+    """Pages of the smallest set that has so much of all scores, see :func:`told_coverage`.
+
+    Args:
+        shares, stay: as for :func:`expected_coverage`.
+        least, most: in pages, the growing last page included.
+        told: share of all scores.
+
+    Returns:
+        ``most`` when nothing is expected of any page.
+    """
+    worth = np.where(np.isfinite(shares), np.maximum(shares, 0.0), 0.0)
+    stays = stay[: len(shares)]
+    best = np.sort(worth[~stays])[::-1]
+    if (total := worth.sum()) <= 0:
+        return most
+    scored = int(np.searchsorted(worth[stays].sum() + np.cumsum(best), told * total * (1 - 1e-9))) + 1
+    return int(np.clip(int(stay.sum()) + min(scored, len(best)), min(least, most), most))
 
 
 def widened(shares: np.ndarray, stay: np.ndarray, bound: int, most: int, coverage: float) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.observe import observed_layers
 from sglang_lsa.engine.policies import bounds_needed, needed, positions
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.memory.mirror import GB, available_host_memory, require_host_memory
 from sglang_lsa.memory.pages import pages_spanned
@@ -127,6 +128,20 @@ def set_bounds(context_pages: int, budget: float, min_pages: int, largest: float
     return min(budget, largest / context_pages), min(min_pages, int(largest))
 
 
+def expected_pages(
+    expectation: Expectation, target: float, context_pages: int, stay: int, min_pages: int, most: int
+) -> int:
+    """Pages that a set is expected to take that is as large as it needs to be.
+
+    Args:
+        target: share of attention that it is to cover.
+        stay: pages that are in it whatever their score.
+        min_pages, most: bounds of it.
+    """
+    scored = math.ceil(expectation.pages_for(target) * max(0, context_pages - stay))
+    return min(most, max(min_pages, stay + scored))
+
+
 def longest_dense(physical_pages: int, page: int) -> int:
     """Requests of at least so many tokens are pruned, whatever ``min_context`` says: half of the device pool."""
     return physical_pages * page // 2
@@ -145,7 +160,7 @@ def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_to
     if batch == 0:
         return 0
     window = pages_spanned(config.window + config.prefetch_steps, page) + 1  # what a request may grow by meanwhile
-    budget = max(config.budget * config.widen, config.fallback_budget or 0.0)
+    budget = max(config.largest_budget * config.widen, config.fallback_budget or 0.0)
     least = int(config.min_pages * config.widen) * page
     resident = max(int(context_tokens * budget), least, config.min_context)
     return max(batch * min(context_tokens, resident + window * page), physical_tokens + batch)

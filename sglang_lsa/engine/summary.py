@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config import FULL
+from sglang_lsa.config import AUTO, FULL
 from sglang_lsa.engine.request import Request, Window
 from sglang_lsa.engine.selection import budget_pages
 
@@ -42,10 +42,11 @@ def describe(request: Request, min_pages: int) -> dict[str, Any]:
         "budget_pages": context if dense else budget_pages(context, request.asked.budget, min_pages),
         "window": request.window,
         "policy": FULL if dense else request.asked.policy,
-        "budget": request.asked.budget,
+        "budget": request.asked.budget if request.asked.target is None else AUTO,
         "stalls": request.story.stalls,
         "shrunk": request.story.shrunk,
         "coverage": request.story.coverage,
+        "expected_coverage": request.story.expected,
         "widened": request.story.widened,
         "collapsed": request.story.collapsed,
         "failures": request.story.failures,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.config import RECORDED_POSITIONS, RUNS
+from sglang_lsa.indexer.expectation import Expectation
 
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 """Trained indexers that come with the package, each a folder named after its model."""
@@ -38,6 +39,7 @@ class IndexerConfig:
         positions: recent tokens that vote.
         threshold: score above which pages are worth keeping; found on data not trained on, see ``training.calibrate``.
         coverage: share of the attention that was kept at that threshold, on the same data.
+        expectation: what its sets really cover, see ``indexer.expectation``; None where that was not measured.
         trained: it was; else it was calibrated at the start of a server, see ``indexer.untrained``.
 
     Raises:
@@ -52,6 +54,7 @@ class IndexerConfig:
     threshold: float = 0.0
     coverage: float = 1.0
     trained: bool = True
+    expectation: Expectation | None = None
 
     def __post_init__(self) -> None:
         model = self.model
@@ -141,6 +144,11 @@ def read_checkpoint_config(path: str | pathlib.Path) -> IndexerConfig:
         raise ValueError(f"--lsa-indexer {folder}: config.json is no indexer configuration ({_words(error)})") from None
 
 
+def write_config(folder: pathlib.Path, config: IndexerConfig) -> None:
+    """Write ``config.json`` of a checkpoint folder."""
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
@@ -150,4 +158,7 @@ def config_from_json(values: dict[str, Any]) -> IndexerConfig:
     given = {name: value for name, value in values.items() if name in known}
     model = ModelShape(**{field.name: int(values["model"][field.name]) for field in dataclasses.fields(ModelShape)})
     heads = tuple((int(layer), int(head)) for layer, head in values["heads"])
+    if (told := given.get("expectation")) is not None:
+        points = tuple(tuple(float(number) for number in point) for point in told["points"])
+        given["expectation"] = Expectation(points, str(told["source"]))  # type: ignore[arg-type]
     return IndexerConfig(**{**given, "model": model, "heads": heads})

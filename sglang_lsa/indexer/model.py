@@ -8,10 +8,8 @@ these heads, kept at a few keys a page and adapted by training, find pages that 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from torch import nn
 from torch.nn.functional import pad, softplus
 
 from sglang_lsa.config import PAGE_SIZE, RUNS
-from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config
+from sglang_lsa.indexer.checkpoint import IndexerConfig, checkpoint_folder, read_checkpoint_config, write_config
 from sglang_lsa.kernels.page_score import Ragged, attention_shares, from_8_bits, page_score, page_scores, to_8_bits
 from sglang_lsa.kernels.project_queries import project_queries
 from sglang_lsa.kernels.weigh_heads import weigh_heads
@@ -132,7 +130,7 @@ class MemoryIndexer(nn.Module):
         """Write ``config.json`` and ``model.safetensors`` into a folder, which :meth:`load` reads."""
         folder = pathlib.Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        write_config(folder, self.config)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
 

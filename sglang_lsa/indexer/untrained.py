@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.expectation import Expectation, Sample
 from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
@@ -130,8 +131,25 @@ def make_indexer(model: ModelShape, found: Heads, seen: Sequence[Seen], key_dim:
         indexer.weight.copy_(torch.tensor([math.log(math.expm1(max(w, 1e-3) * math.log(2))) for w in found.weights]))
         indexer.age.fill_(-20.0)
         threshold, coverage = find_threshold(indexer, seen)
-    indexer.config = dataclasses.replace(config, threshold=threshold, coverage=coverage)
+        expectation = find_expectation(indexer, seen)
+    indexer.config = dataclasses.replace(config, threshold=threshold, coverage=coverage, expectation=expectation)
     return indexer.eval().requires_grad_(False)
+
+
+def find_expectation(indexer: MemoryIndexer, seen: Sequence[Seen]) -> Expectation | None:
+    """What sets of this indexer cover, on the prompts on which its heads were found, and so rather too good; None where
+    there is nothing to cover."""
+    layers, heads = zip(*indexer.config.heads, strict=True)
+    samples: list[list[Sample]] = []
+    for part in seen:
+        scores = indexer.combine(part.told[layers, heads]).numpy()
+        stay = np.ones(len(scores), dtype=bool)
+        stay[free(len(scores))] = False
+        samples.append([(scores, part.paid[layers, heads].mean(dim=0).numpy(), stay)])
+    try:
+        return Expectation.measured(samples, f"the {len(samples)} prompts of the calibration at start")
+    except ValueError:
+        return None
 
 
 def find_threshold(indexer: MemoryIndexer, seen: Sequence[Seen], target: float = TARGET) -> tuple[float, float]:

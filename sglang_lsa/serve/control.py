@@ -16,7 +16,7 @@ from sglang_lsa.config.kinds import FLAG, KEY, REMOVED, flag_of
 
 Value = int | float | str | None
 
-OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps", "prompt_lookup", "widen")
+OF_A_REQUEST = ("policy", "budget", "prefill", "dense_steps", "prompt_lookup", "widen", "target_coverage", "max_budget")
 """A request that leaves these open takes them from the server when it arrives, and keeps them: by them it is refused or
 admitted, so changing them later would break what admission promised."""
 OF_A_SET = ("threshold", "fallback_budget", "min_coverage")

@@ -140,7 +140,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "Part of its pages that a running request reads in decode, mean of all requests; 0 when none runs",
         lambda now: resident_share(now.sizes),
     ),
-    Gauge("lsa_budget", "share", "Budget of requests that name none", lambda now: now.runtime.config.budget),
+    Gauge(
+        "lsa_budget",
+        "share",
+        "Largest share of its pages that a set of a request may have that names no budget",
+        lambda now: now.runtime.config.largest_budget,
+    ),
     Gauge(
         "lsa_coverage",
         "share",

@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang_lsa.engine.policies import Indexer
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.serve.metrics import measure
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
     values, pager, ledger = measure(runtime), runtime.pager, runtime.pager.ledger
     return {
         "policy": runtime.config.policy,
-        "budget": values["lsa_budget"],
+        "budget": runtime.config.budget,
         "window": runtime.config.window,
         **config_in_force(runtime),
         "indexer": indexer(runtime),
@@ -144,6 +145,20 @@ def indexer(runtime: LSARuntime) -> dict[str, Any] | None:
         "heads": [list(head) for head in config.heads],
         "threshold": config.threshold,
         "coverage": config.coverage,
+        "expectation": expectation(runtime, config.expectation),
+    }
+
+
+def expectation(runtime: LSARuntime, measured: Expectation | None) -> dict[str, Any] | None:
+    """What sets with a budget of ``auto`` are expected to take here; None where it is not known what sets cover."""
+    if measured is None:
+        return None
+    target = runtime.config.target_coverage
+    return {
+        "source": measured.source,
+        "target_coverage": target,
+        "told": round(measured.told_for(target), 4),
+        "pages": round(measured.pages_for(target), 4),
     }
 
 

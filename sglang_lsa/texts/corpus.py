@@ -71,19 +71,21 @@ def make_prompts(
     each: int,
     families: Sequence[str] = tuple(FAMILIES),
     texts: pathlib.Path | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[Prompt, Tokens]]:
     """Prompts of every family and length, the same ones every time, with their tokens.
 
     Args:
         lengths: tokens of a prompt at most; it is at least nine tenths as long.
         each: prompts of each family and length.
+        first: number of the first of them; those of lower numbers are other prompts.
 
     Raises:
         ValueError: see :class:`Texts`.
     """
     documents = Texts(split, texts)
     for length in lengths:
-        for number in range(each):
+        for number in range(first, first + each):
             for family in families:
                 yield _of_length(tokenizer, documents, family, split, length, number)
 

@@ -1,4 +1,5 @@
-"""Where to put the threshold, so that selection knows what is worth a page."""
+"""Where to put the threshold, so that selection knows what is worth a page; and what sets cover, so that it knows how
+many pages to take."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglang_lsa.indexer.expectation import Expectation, Sample
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.training.data import Recording
 from sglang_lsa.training.recall import Rules, predict
@@ -46,6 +48,42 @@ def calibrate(
     kept = np.mean([np.mean(shares, axis=0) for shares in by_recording.values()], axis=0)
     good = np.flatnonzero(kept >= target)
     return (float(thresholds[good[-1]]), float(kept[good[-1]])) if len(good) else (0.0, 1.0)
+
+
+def expect(
+    recordings: Sequence[Recording], indexer: MemoryIndexer, rules: Rules, source: str, device: str = "cpu"
+) -> Expectation:
+    """What sets of this indexer cover, measured on recordings that it was not trained on.
+
+    Args:
+        rules: says which first and last pages stay in any case.
+        source: what the recordings are, for whoever reads the checkpoint.
+
+    Raises:
+        ValueError: no page that may be left out gets any attention.
+    """
+
+    def anchors(recording: Recording) -> list[Sample]:
+        keys = indexer.keys_of_runs(recording.runs.to(device))
+        found = []
+        for anchor in recording.anchors:
+            free = recording.free_pages(anchor, 1.0, rules.min_pages, rules.sink_pages, rules.recent_pages)
+            scores = predict(indexer, recording, anchor, keys).cpu().numpy()
+            found.append((scores, recording.label(anchor).numpy(), ~free))
+        return found
+
+    return Expectation.measured((anchors(recording) for recording in recordings), source)
+
+
+def with_expectation(indexer: MemoryIndexer, expectation: Expectation) -> None:
+    """Put it into the indexer's configuration."""
+    indexer.config = dataclasses.replace(indexer.config, expectation=expectation)
+
+
+def describe(recordings: Sequence[Recording], split: str) -> str:
+    """What these recordings are, in one line."""
+    tokens = [recording.facts.tokens for recording in recordings]
+    return f"{len(recordings)} recordings of {min(tokens)} to {max(tokens)} tokens, split {split}"
 
 
 def with_threshold(indexer: MemoryIndexer, threshold: float, coverage: float) -> None:

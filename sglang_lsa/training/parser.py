@@ -24,6 +24,13 @@ def add_record(commands: Commands) -> None:
     command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
     command.add_argument("--each", type=int, default=4, metavar="N", help="prompts per family and length; default: 4")
     command.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of the first prompt per family and length, for others than those recorded before; default: 0",
+    )
+    command.add_argument(
         "--texts",
         type=pathlib.Path,
         metavar="DIR",
@@ -50,7 +57,7 @@ def add_record(commands: Commands) -> None:
 def run_record(args: argparse.Namespace) -> int:
     from sglang_lsa.training.record import record
 
-    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "layers", "server_args")
+    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "layers", "server_args", "first")
     count = record(
         args.output, args.model or str(embedded_model_path()), **{name: getattr(args, name) for name in names}
     )
@@ -98,6 +105,14 @@ def add_recall(commands: Commands) -> None:
     command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as recorded")
     command.add_argument("--golden", type=float, default=TrainSettings.golden, metavar="SHARE")
     command.add_argument("--output", type=pathlib.Path, metavar="FILE.json", help="results are added to this file")
+    command.add_argument(
+        "--targets",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="instead: what sets of a budget of auto cover with these targets, beside sets of --budgets",
+    )
+    command.add_argument("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.135], metavar="SHARE")
     command.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is one")
     command.set_defaults(run=run_recall)
 
@@ -108,11 +123,40 @@ def run_recall(args: argparse.Namespace) -> int:
         return 1
     from rich.console import Console
 
-    from sglang_lsa.training.results import measure_indexer
+    from sglang_lsa.training.results import measure_indexer, measure_set_sizes
 
+    if args.targets:
+        sizes = (args.budgets, args.targets, args.golden, device_of(args), Console(width=120), args.output)
+        measure_set_sizes(args.data, args.indexer, *sizes)
+        return 0
     measure_indexer(
         args.data, args.indexer, args.golden, device_of(args), Console(width=120), name=args.name, output=args.output
     )
+    return 0
+
+
+def add_calibrate(commands: Commands) -> None:
+    text = "measure what sets of a trained indexer cover, for a budget of auto (needs the extra: sglang-lsa[train])"
+    command = add_command(commands, "calibrate", text)
+    command.add_argument("data", type=pathlib.Path, metavar="RECORDINGS", help="that it was not trained on")
+    command.add_argument(
+        "--indexer", type=pathlib.Path, required=True, metavar="DIR", help="its config.json is written"
+    )
+    command.add_argument("--split", choices=("train", "held-out"), default="train", help="default: train")
+    command.add_argument("--golden", type=float, default=TrainSettings.golden, metavar="SHARE")
+    command.add_argument("--device", metavar="DEVICE", help="cpu or cuda; default: cuda where there is one")
+    command.set_defaults(run=run_calibrate)
+
+
+@failing("calibrate", ValueError, OSError)  # recordings or an indexer that cannot be used, or written
+def run_calibrate(args: argparse.Namespace) -> int:
+    if not can_train("calibrate"):
+        return 1
+    from rich.console import Console
+
+    from sglang_lsa.training.results import calibrate_indexer
+
+    calibrate_indexer(args.data, args.indexer, args.split, args.golden, device_of(args), Console(width=120))
     return 0
 
 

@@ -35,6 +35,7 @@ def record(
     new_tokens: int,
     layers: int,
     server_args: str,
+    first: int = 0,
 ) -> int:
     """Record what is not recorded yet.
 
@@ -46,6 +47,7 @@ def record(
         last: tokens at the end of a prompt that are recorded as if they had been generated.
         new_tokens: tokens that the model generates after each prompt, which are recorded too.
         layers: how many layers to observe.
+        first: number of the first prompt of each family and length, see ``make_prompts``.
 
     Returns:
         How many were recorded now.
@@ -66,7 +68,7 @@ def record(
     wanted = [
         (prompt, tokens)
         for split in splits
-        for prompt, tokens in make_prompts(tokenizer, split, lengths, each, families, texts)
+        for prompt, tokens in make_prompts(tokenizer, split, lengths, each, families, texts, first)
         if not manifest.has(prompt.name)
     ]
     if not wanted:

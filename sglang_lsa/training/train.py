@@ -21,7 +21,7 @@ from sglang_lsa.indexer.heads import Head, retrieval_heads
 from sglang_lsa.indexer.manifest import Manifest
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.recording import BadRecording
-from sglang_lsa.training.calibrate import calibrate, with_threshold
+from sglang_lsa.training.calibrate import calibrate, describe, expect, with_expectation, with_threshold
 from sglang_lsa.training.card import write_card
 from sglang_lsa.training.data import Batches, Recording, load_recordings, require_same
 from sglang_lsa.training.losses import PageLoss
@@ -61,6 +61,7 @@ def train(
         make_trainer(indexer, training, evaluator, settings, device, scratch).train()
     indexer.to(device).eval().requires_grad_(False)
     with_threshold(indexer, *calibrate(watched, indexer, rules, settings.coverage, device))
+    with_expectation(indexer, expect(watched, indexer, rules, describe(watched, "train, not trained on"), device))
     indexer.save(output)
     rows = measure(held_out, indexer, rules, device=device)
     seconds = time.monotonic() - began

@@ -62,6 +62,8 @@ OPTIONS = (
     "prompt_lookup",
     "widen",
     "watch",
+    "target_coverage",
+    "max_budget",
     "other",
 )
 SETTINGS = (*CHANGEABLE, "window", "other")

@@ -94,7 +94,10 @@ class LateCopies(RankSimulation):
 
 
 def failures_of(
-    seed: int, kinds: tuple[type[Simulation], ...] = (RankSimulation, RankSimulation), steps: int = 150
+    seed: int,
+    kinds: tuple[type[Simulation], ...] = (RankSimulation, RankSimulation),
+    steps: int = 150,
+    auto: bool = False,
 ) -> tuple[list[str], collections.Counter[str]]:
     """Run one seed on as many ranks as ``kinds``: what went wrong on each, and what happened how often."""
     meeting = Meeting(len(kinds))
@@ -103,7 +106,7 @@ def failures_of(
 
     def run(rank: int, kind: type[Simulation]) -> None:
         try:
-            simulation = kind(seed, ranks=MetRanks(meeting, len(kinds), rank))
+            simulation = kind(seed, ranks=MetRanks(meeting, len(kinds), rank), auto=auto)
             simulations.append(simulation)
             simulation.run(steps)
         except threading.BrokenBarrierError:

@@ -2,7 +2,7 @@
 runs.
 
     python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64] [--own-index]
-                                        [--groups]
+                                        [--groups] [--auto]
 
 What is real: the runtime with ledger, pager, lookahead, admission and prefill. What is a model: SGLang's loop with one
 result of delay (``simulated_scheduler``), its radix tree and allocator (``simulated_cache``), the passes of a model
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import logging
 import multiprocessing
 import random
@@ -32,11 +33,13 @@ from simulated_index import layout as index_layout
 from simulated_scheduler import Scheduler
 from simulated_work import Req
 
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.engine.groups import GroupRules
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.engine.window import Clock
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -54,6 +57,17 @@ CHANGES: tuple[tuple[str, list[Any]], ...] = (
     ("threshold", [None, 0.5]),
 )
 """What an administrator changes while the server runs."""
+SIZED_CHANGES: tuple[tuple[str, list[Any]], ...] = (
+    ("budget", [0.05, 0.3, AUTO, AUTO]),
+    ("target_coverage", [0.2, 0.9]),
+    ("max_budget", [0.1, 0.8]),
+    ("prefill", ["resident", "exact"]),
+)
+"""The same where sets are as large as they need to be."""
+FEW = Expectation(((0.0, 0.0, 0.0), (1.0, 1.0, 0.03)), "nothing")
+"""Promises far less than sets take whose scores are flat."""
+SURGE = 24
+"""Passes after which all requests need other sets: many pages for as many passes, then few."""
 INSTEAD = {"quest": "native", "resident": "exact"}
 """What a model with an index of its own is asked for."""
 IDLE_STEPS = 200
@@ -83,6 +97,22 @@ class Scores(Policy):
         return scores
 
 
+class Sized(Scores):
+    """Random shares: of nearly all pages the same for some passes, of one page nearly all for the next ones."""
+
+    across_ranks = Reduction.SUM
+    calibrated = True
+    expectation = FEW
+
+    def __init__(self, chance: random.Random, clock: Clock):
+        super().__init__(chance)
+        self.clock = clock
+
+    def score(self, request: Request, pages: np.ndarray) -> np.ndarray:
+        flat = self.clock.step // SURGE % 2
+        return super().score(request, pages) ** (0.01 if flat else 40.0)
+
+
 class Simulation:
     """One server from its start until everything that was asked is answered.
 
@@ -92,6 +122,7 @@ class Simulation:
         ranks: of which this is one. The world tells all of them the same; what its heads score is its own, and so is
             when its GPU comes to what is queued.
         groups: requests over one prefix read pages together, wherever that saves anything.
+        auto: sets are as large as they need to be, which is far more than was promised, of all requests at once.
     """
 
     def __init__(
@@ -104,6 +135,7 @@ class Simulation:
         own_index: bool = False,
         ranks: Ranks | None = None,
         groups: bool = False,
+        auto: bool = False,
     ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
@@ -145,6 +177,15 @@ class Simulation:
             policies["native"] = self.native = CheckedNative(policies["native"], self.gpu)
         else:
             policies["quest"] = Scores(own)
+        self.auto = auto
+        if auto:
+            policies["indexer"] = Sized(own, lookahead.clock)
+            lookahead.rules.expectations = {"indexer": FEW}
+            lookahead.rules.thresholds = {"indexer": 0.0}
+            sized = {"budget": AUTO, "target_coverage": 0.9, "max_budget": chance.choice([0.3, 0.8])}
+            in_force = dataclasses.replace(lookahead.rules.config, policy="indexer", indexer="simulated", **sized)
+            lookahead.rules.config = in_force
+            self.config |= sized
         lookahead.scorer.policies = policies
         self.scheduler = scheduler(self.runtime, self.gpu, chance, self.chunk, self.overlap)
         self.scheduler.memory.watch = Observed(self.runtime, self.gpu) if own_index else None
@@ -230,7 +271,7 @@ class Simulation:
             scheduler.abort_chunked()
             self.counts["aborted in a prompt"] += 1
         if chance.random() < 0.02:
-            name, values = chance.choice(CHANGES)
+            name, values = chance.choice(SIZED_CHANGES if self.auto else CHANGES)
             value = chance.choice(values)
             self.runtime.reconfigure({name: INSTEAD.get(value, value) if self.own_index else value})
             self.counts["reconfigured"] += 1
@@ -267,7 +308,7 @@ class Simulation:
         if chance.random() < 0.15:
             options["policy"] = "full"
         elif chance.random() < 0.3:
-            options["budget"] = chance.choice([0.05, 0.3, 0.8])
+            options["budget"] = chance.choice([AUTO, 0.3, AUTO] if self.auto else [0.05, 0.3, 0.8])
         if chance.random() < self.resident:
             options["prefill"] = "resident"
         if chance.random() < 0.15:
@@ -280,10 +321,10 @@ class Simulation:
 
 
 def failure_of(
-    seed: int, steps: int = 150, page: int = 64, own_index: bool = False, groups: bool = False
+    seed: int, steps: int = 150, page: int = 64, own_index: bool = False, groups: bool = False, auto: bool = False
 ) -> tuple[str | None, collections.Counter[str]]:
     """Run one seed: what went wrong (None: nothing), and what happened how often."""
-    simulation = Simulation(seed, page=page, own_index=own_index, groups=groups)
+    simulation = Simulation(seed, page=page, own_index=own_index, groups=groups, auto=auto)
     try:
         simulation.run(steps)
     except Exception:
@@ -305,12 +346,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=int, default=64, help="tokens of a page (64)")
     parser.add_argument("--own-index", action="store_true", help="a model with an index of its own; pages of 256")
     parser.add_argument("--groups", action="store_true", help="requests over one prefix read pages together")
+    parser.add_argument("--auto", action="store_true", help="sets are as large as they need to be")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     args = parser.parse_args(argv)
     began, total, failed = time.monotonic(), collections.Counter[str](), 0
     page = 256 if args.own_index else args.page
     work = [
-        (seed, args.steps, page, args.own_index, args.groups) for seed in range(args.first, args.first + args.seeds)
+        (seed, args.steps, page, args.own_index, args.groups, args.auto)
+        for seed in range(args.first, args.first + args.seeds)
     ]
     with multiprocessing.Pool(args.jobs, initializer=_quiet) as pool:
         for done, (failure, counts) in enumerate(pool.imap(_run, work), 1):
@@ -325,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _run(work: tuple[int, int, int, bool, bool]) -> tuple[str | None, collections.Counter[str]]:
+def _run(work: tuple[int, int, int, bool, bool, bool]) -> tuple[str | None, collections.Counter[str]]:
     return failure_of(*work)
 
 

@@ -21,6 +21,7 @@ from sglang_lsa.engine.admission import Admission, Admitted
 from sglang_lsa.engine.lookahead import Lookahead
 from sglang_lsa.engine.policies import Recency
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.patches.requests import choose, judge, key_of, options_of, promise, request_gone
@@ -658,3 +659,47 @@ def test_an_idle_server_admits_whatever_it_does_not_refuse(
         assert admitted.demand >= server.lookahead.rules.set_pages(pages_spanned(tokens, page), budget)
     promise(server.admission, req, admitted)
     assert server.pager.unpromised_pages >= 1
+
+
+# --- a budget of auto -------------------------------------------------------------------------------------------------
+
+FEW = Expectation(((0.0, 0.0, 0.0), (1.0, 1.0, 0.05)), "a test")
+
+
+def sized(expectation: Expectation | None = FEW, **options: object) -> Server:
+    server = Server(indexer="x", policy="indexer", **({"budget": "auto", "max_budget": 0.5} | options))
+    server.lookahead.rules.thresholds = {"indexer": 0.0}
+    server.lookahead.rules.expectations = {} if expectation is None else {"indexer": expectation}
+    return server
+
+
+def test_what_a_set_is_expected_to_take_is_promised_not_the_most_that_it_may() -> None:
+    """90 pages: 12 at most, half of the pool; first and last ones, and what covers 0.6 of the attention, are 7."""
+    server = sized()
+    assert how(server.choose(request(90 * PAGE_SIZE))) == (STREAMED, 7, CHUNK)
+    assert how(server.choose(request(90 * PAGE_SIZE, target_coverage=1.0))) == (STREAMED, 9, CHUNK)
+    assert how(server.choose(request(90 * PAGE_SIZE, budget=0.5))) == (STREAMED, 12, CHUNK)
+    assert how(server.choose(request(90 * PAGE_SIZE, max_budget=0.07))) == (STREAMED, 5, CHUNK)
+    assert how(Server().choose(request(90 * PAGE_SIZE))) == (STREAMED, 12, CHUNK)
+
+
+def test_a_resident_prefix_is_what_is_expected_too() -> None:
+    server = sized(prefill="resident")
+    pages = server.memory_in_the_mirror_only(60)
+    req = request(61 * PAGE_SIZE, prefix=pages)
+    fixed = Server(prefill="resident")
+    same = request(61 * PAGE_SIZE, prefix=fixed.memory_in_the_mirror_only(60))
+    found, whole = server.choose(req), fixed.choose(same)
+    assert found is not None and whole is not None and found.how == whole.how == RESIDENT
+    assert found.demand == 6 + 1 + 1 and whole.demand == 12 + 1 + 1
+
+
+def test_auto_is_refused_where_nobody_knows_what_sets_cover() -> None:
+    server = sized()
+    assert judge(server.admission, request(100)) is None
+    assert judge(server.admission, request(100, policy="full")) is None
+    reason = judge(server.admission, request(100, policy="recency"))
+    assert reason is not None and "auto does not go with the policy recency" in reason
+    assert judge(server.admission, request(100, policy="recency", budget=0.2)) is None
+    reason = judge(sized(None, budget=0.2).admission, request(100, budget="auto"))
+    assert reason is not None and "has no expectation: add it with sglang-lsa calibrate" in reason

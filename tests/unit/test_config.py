@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sglang_lsa.config import (
+    AUTO,
     PREFILLS,
     GivenSet,
     LSAConfig,
@@ -62,6 +63,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "prompt_pages": (["1"], 1),
     "fallback_budget": (["0.5"], 0.5),
     "min_coverage": (["0.75"], 0.75),
+    "target_coverage": (["0.8"], 0.8),
+    "max_budget": (["0.4"], 0.4),
     "threshold": (["-0.5"], -0.5),
     "min_context": (["0"], 0),
     "query_tokens": (["7"], 7),
@@ -119,7 +122,9 @@ def test_a_key_that_is_gone_says_what_to_do(name: str, tmp_path: pathlib.Path) -
 
 def test_what_is_gone_is_what_is_no_flag() -> None:
     """And what an advice says of a number is that number."""
-    assert (set(NAMES[KEY]) | set(NAMES[CONSTANT])) - {"groups", "widen"} <= set(REMOVED)
+    assert (set(NAMES[KEY]) | set(NAMES[CONSTANT])) - {"groups", "widen", "target_coverage", "max_budget"} <= set(
+        REMOVED
+    )
     assert not set(NAMES[FLAG]) & set(REMOVED)
     for name in ("min_pages", "prefetch_steps", "recent_pages", "prompt_pages", "query_tokens", "staging_pages"):
         assert re.search(rf"\b{getattr(LSAConfig, name)}\b", REMOVED[name]), name
@@ -246,7 +251,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": 1.5}, r"budget 1\.5 is out of range: use a number in \(0, 1\]"),
     ({"budget": -0.1}, r"budget -0\.1 is out of range: use a number"),
     ({"budget": float("nan")}, "budget nan is out of range: use a number"),
-    ({"budget": "0.5"}, "budget is '0.5': use a value of type float"),
+    ({"budget": "0.5"}, "budget is '0.5': use a number in"),
     ({"budget": True}, "budget is True: use a value of type float"),
     ({"budget": None}, "budget is None: use a value of type float"),
     ({"policy": "best"}, "policy is 'best': use one of indexer, retriever, quest, native, recency, random, full"),
@@ -325,7 +330,7 @@ def test_infinite_memory_is_refused(name: str) -> None:
         ("{budget: 1}", "not JSON .*: write an object like"),
         ("[1]", "holds a list: write a JSON object"),
         ('{"lsa_budget": 0.5}', "unknown key 'lsa_budget': use one of"),
-        ('{"budget": "half"}', "budget is 'half': use a value of type float"),
+        ('{"budget": "half"}', r"budget is 'half': use a number in \(0, 1\], or auto"),
     ],
 )
 def test_bad_files_are_refused(text: str | None, words: str, tmp_path: pathlib.Path) -> None:
@@ -405,7 +410,7 @@ def test_request_options(custom_params: Any, expected: RequestOptions) -> None:
         ({"window": 8}, "unknown key 'window'"),
         ({"enabled": 1}, r"custom_params\.lsa\.enabled is 1: use true or false"),
         ({"enabled": None}, r"custom_params\.lsa\.enabled is None: use true or false"),
-        ({"budget": "0.5"}, r"custom_params\.lsa\.budget is '0\.5': use a number in \(0, 1\]"),
+        ({"budget": "0.5"}, r"custom_params\.lsa\.budget is '0\.5': use a number in \(0, 1\], or auto"),
         ({"budget": True}, r"custom_params\.lsa\.budget is True: use a number"),
         ({"budget": None}, r"custom_params\.lsa\.budget is None: use a number"),
         ({"budget": 0}, r"custom_params\.lsa\.budget 0 is out of range: use a number in \(0, 1\]"),
@@ -649,3 +654,65 @@ def test_recorded_requests_read_everything() -> None:
 def test_bad_recording_options_are_refused(asked: dict[str, Any], config: LSAConfig, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RequestOptions.parse({"lsa": asked}, config)
+
+
+# --- a budget of auto -------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_a_budget_of_a_server_with_an_indexer() -> None:
+    config = parse("--lsa-budget", "auto", "--lsa-indexer", "x", "--lsa-config", '{"max_budget": 0.3}')
+    assert config == LSAConfig(budget=AUTO, indexer="x", max_budget=0.3)
+    assert config.auto and config.largest_budget == 0.3
+    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert (LSAConfig().auto, LSAConfig().largest_budget) == (False, LSAConfig.budget)
+    assert LSAConfig(budget=AUTO, calibrate="cached").auto  # calibration may find an indexer
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {},
+            r"--lsa-budget auto does not go with the policy quest.*use the policy indexer.*or a budget",
+        ),
+        ({"policy": "recency", "indexer": "x"}, "auto does not go with the policy recency"),
+        ({"policy": "retriever", "indexer": "x"}, "auto does not go with the policy retriever"),
+        (
+            {"indexer": "x", "fallback_budget": 0.5},
+            "fallback_budget 0.5 does not go with --lsa-budget auto",
+        ),
+        ({"indexer": "x", "target_coverage": 0.0}, r"target_coverage 0.0 is out of range: use a number in \(0, 1\]"),
+        ({"indexer": "x", "max_budget": 1.5}, r"max_budget 1.5 is out of range: use a number in \(0, 1\]"),
+    ],
+)
+def test_auto_is_refused_where_it_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LSAConfig(budget=AUTO, **options)
+    with pytest.raises(ValueError, match=r"budget is 'much': use a number in \(0, 1\], or auto"):
+        LSAConfig(budget="much")
+
+
+def test_a_request_may_ask_for_auto() -> None:
+    server = LSAConfig(indexer="x", budget=0.2)
+    options = RequestOptions.parse({"lsa": {"budget": "auto", "target_coverage": 0.9}}, server)
+    assert (options.target, options.largest_budget, options.dense) == (0.9, LSAConfig.max_budget, False)
+    assert RequestOptions.parse({"lsa": {"budget": 0.3}}, LSAConfig(indexer="x", budget=AUTO)).target is None
+    inherited = RequestOptions.parse(None, LSAConfig(indexer="x", budget=AUTO, max_budget=0.4))
+    assert (inherited.target, inherited.largest_budget) == (LSAConfig.target_coverage, 0.4)
+    assert RequestOptions.parse({"lsa": {"policy": "full"}}, LSAConfig(indexer="x", budget=AUTO)).dense
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"budget": "auto"}, "custom_params.lsa.budget auto does not go with the policy quest"),
+        ({"max_budget": 0}, r"custom_params\.lsa\.max_budget 0 is out of range"),
+        ({"target_coverage": "all"}, r"custom_params\.lsa\.target_coverage is 'all': use a number in \(0, 1\]"),
+    ],
+)
+def test_bad_sizes_of_a_request_are_refused(asked: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RequestOptions.parse({"lsa": asked}, SERVER)
+    with pytest.raises(ValueError, match="auto does not go with the policy recency"):
+        RequestOptions.parse({"lsa": {"budget": "auto", "policy": "recency"}}, LSAConfig(indexer="x"))

@@ -16,6 +16,7 @@ from release import MadeUp
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.config.kinds import FLAG, flag_of
 from sglang_lsa.engine.runtime import LSARuntime
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.requests import choose, judge, options_of
@@ -53,7 +54,7 @@ BAD_BODIES = {
         "unknown key 'buget': use one or more of policy, budget, prefill, dense_steps, prompt_lookup, widen",
     ),
     "odd_key": (b'{"\\ud800": 0.2}', "unknown key '\\ud800'"),
-    "budget_text": (b'{"budget": "0.2"}', "POST /lsa/config: budget is '0.2': use a value of type float"),
+    "budget_text": (b'{"budget": "0.2"}', "POST /lsa/config: budget is '0.2': use a number in (0, 1], or auto"),
     "budget_true": (b'{"budget": true}', "budget is True: use a value of type float"),
     "budget_null": (b'{"budget": null}', "budget is None: use a value of type float"),
     "budget_list": (b'{"budget": [0.2]}', "budget is [0.2]: use a plain value"),
@@ -235,6 +236,23 @@ def test_no_part_keeps_a_stale_configuration() -> None:
     assert runtime.config.budget == 0.4
     assert runtime.config.min_context == 20 * PAGE_SIZE, "what was made fit at start stays so"
     assert runtime.admission.config is runtime.prefill.config is runtime.config
+
+
+def test_auto_is_refused_on_a_server_that_cannot() -> None:
+    runtime = make_runtime()
+    with pytest.raises(ValueError, match="auto does not go with the policy quest"):
+        runtime.reconfigure({"budget": "auto"})
+    runtime.lookahead.rules.config = LSAConfig(indexer="x")
+    runtime.lookahead.rules.thresholds = {"indexer": 0.0}
+    with pytest.raises(ValueError, match="has no expectation: add it with sglang-lsa calibrate"):
+        runtime.reconfigure({"budget": "auto"})
+    known = Expectation(((0.0, 0.0, 0.0), (1.0, 1.0, 0.05)), "a test")
+    runtime.lookahead.rules.expectations = {"indexer": known}
+    runtime.reconfigure({"budget": "auto", "max_budget": 0.4})
+    assert runtime.config.auto and status(runtime)["budget"] == "auto" and measure(runtime)["lsa_budget"] == 0.4
+    with pytest.raises(ValueError, match="auto does not go with the policy quest"):
+        runtime.reconfigure({"policy": "quest"})
+    runtime.reconfigure({"policy": "quest", "budget": 0.2})
 
 
 def test_a_change_is_shown_and_counted() -> None:

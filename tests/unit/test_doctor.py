@@ -36,6 +36,7 @@ from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
 from sglang_lsa.doctor.versions import package_finding, version_findings
 from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
 from sglang_lsa.engine.sizing import MemoryPlan
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.releases import RELEASES
@@ -596,6 +597,7 @@ def contexts(
     requests: int = 10_000,
     overhead: int = 0,
     on_gpu: bool = True,
+    expectations: dict[str, Expectation] | None = None,
     **options: Any,
 ) -> Fit:
     """With KV of one byte a token, and a mirror that is never the limit unless ``virtual`` says so."""
@@ -609,6 +611,7 @@ def contexts(
         chunk_tokens=chunk,
         max_requests=requests,
         on_gpu=on_gpu,
+        expectations=expectations,
     )
 
 
@@ -641,6 +644,14 @@ def test_each_context_holds_its_resident_set_and_a_page_to_grow_into() -> None:
 def test_what_limits_contexts_of_100_pages(options: dict[str, Any], lsa: int, limit: str) -> None:
     found = contexts(6400, **options)
     assert (found.lsa, found.limit) == (lsa, limit)
+
+
+def test_of_a_budget_of_auto_what_sets_are_expected_to_take_is_counted() -> None:
+    known = {"indexer": Expectation(((0.0, 0.0, 0.0), (1.0, 1.0, 0.05)), "a test")}
+    auto = {"budget": "auto", "indexer": "x", "policy": "indexer", "max_budget": 0.5}
+    assert contexts(6400, **auto, expectations=known).resident_pages == 5 + 3  # 0.6 of a twentieth of 95 pages
+    assert contexts(6400, **auto, target_coverage=1.0, expectations=known).resident_pages == 5 + 5
+    assert contexts(6400, **auto).resident_pages == 50, "nobody knows"
 
 
 def test_pruning_starts_at_half_of_a_small_pool() -> None:

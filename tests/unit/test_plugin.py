@@ -1146,6 +1146,16 @@ def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None
         attach(arguments(), config)
 
 
+def test_auto_needs_an_indexer_that_knows_what_its_sets_cover(tmp_path: pathlib.Path) -> None:
+    write_indexer(tmp_path)
+    config = LSAConfig(indexer=str(tmp_path), budget="auto")
+    with pytest.raises(Unsupported, match="--lsa-budget auto needs an indexer that knows"):
+        attach(arguments(), config)
+    points = {"points": [[0, 0, 0], [1, 1, 1]], "source": "a test"}
+    (tmp_path / "config.json").write_text(json.dumps({**CHECKPOINT, "expectation": points}))
+    assert attach(arguments(), config).lsa_config.auto
+
+
 @pytest.mark.parametrize(
     ("given", "kv_heads", "head_dim"),
     [

@@ -40,6 +40,26 @@ def test_ranks_have_the_same_records_after_every_step(kinds: Kinds) -> None:
     assert total["compare records"] > 1500
 
 
+@pytest.mark.parametrize("kinds", [EQUAL, ONE_LATE], ids=["two", "one is late"])
+def test_ranks_have_the_same_sets_where_these_are_as_large_as_they_need_to_be(kinds: Kinds) -> None:
+    total = collections.Counter[str]()
+    for seed in range(100, 110):
+        found, counts = failures_of(seed, kinds, auto=True)
+        assert not found, "\n".join(found)
+        total += counts
+    for what in ("recalled", "shrunk", "streamed", "score pages", "agree on what is finished"):
+        assert total[what] > 0, (what, total)
+
+
+def test_it_finds_ranks_that_size_sets_by_their_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(self: Any, scores: Any, how: Any) -> Any:
+        return scores
+
+    monkeypatch.setattr(ranks._AllHeads, "reduce", own)
+    found = next((found for seed in range(100, 110) if (found := failures_of(seed, EQUAL, auto=True)[0])), [])
+    assert "ranks have different records" in "".join(found)
+
+
 def test_it_finds_ranks_that_do_not_agree_on_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(self: Any, seen: Done) -> Done:
         return seen

@@ -16,9 +16,10 @@ from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.refresh import Refresher
-from sglang_lsa.engine.request import Refresh, Request
+from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.step import Step
 from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.pager import Pager
 
 SEEDS = range(200)
 
@@ -57,7 +58,8 @@ def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) 
         chosen(self, request, new)
 
     def wider(*asked: Any) -> Chosen:
-        found = choose(*asked[:-2], 4.0, asked[2] // 3 if asked[2] % 2 else None) if later[0] else choose(*asked)
+        widened_by = (4.0, asked[2] // 3 if asked[2] % 2 else None, asked[-1])
+        found = choose(*asked[:-3], *widened_by) if later[0] else choose(*asked)
         widened[0] += found.widened
         return found
 
@@ -65,6 +67,43 @@ def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sglang_lsa.engine.refresh.choose", wider)
     assert failures(range(1000, 1050)) == []
     assert widened[0] > 500
+
+
+def test_sets_that_are_as_large_as_they_need_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far larger than was promised, and of all requests at once: nobody reads what is not there, nobody starves."""
+    chosen = Refresher._choose
+    above, at_most, sets = [0], [0], [0]
+
+    def noted(self: Refresher, request: Request, new: Refresh) -> None:
+        queued = new.state is State.QUEUED
+        chosen(self, request, new)
+        asked, scored = request.asked, queued and new.state is State.CHOSEN and new.ranks is not None
+        if scored and asked.target is not None and request.story.coverage is not None:
+            pages, expected = len(new.positions) + new.context - new.complete, (new.context, asked.policy, asked.budget)
+            sets[0] += 1
+            above[0] += pages > self.rules.expected_pages(*expected, asked.target)
+            at_most[0] += pages == self.rules.set_pages(new.context, asked.budget)
+
+    monkeypatch.setattr(Refresher, "_choose", noted)
+    total = collections.Counter[str]()
+    for seed in range(2000, 2060):
+        failure, counts = failure_of(seed, auto=True)
+        assert failure is None, failure
+        total += counts
+    assert sets[0] > above[0] > 1000 and at_most[0] > 500, (sets, above, at_most)
+    for what in ("shrunk", "streamed", "resident", "recalled", "evicted", "retracted"):
+        assert total[what] > 0, (what, total)
+
+
+def test_it_finds_sets_that_grow_into_what_others_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that needs more than was promised takes the pages of a prompt that was admitted beside it."""
+
+    def at_any_price(self: Pager, holder: str, pages: np.ndarray, spare: int) -> bool:
+        return self.hold(holder, pages, for_later=True)
+
+    monkeypatch.setattr(Pager, "hold_if_spare", at_any_price)
+    failed = (failure for seed in range(2000, 2060) if (failure := failure_of(seed, auto=True)[0]) is not None)
+    assert "more is promised than can be had" in next(failed, "nothing was found")
 
 
 def test_groups() -> None:

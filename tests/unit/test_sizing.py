@@ -314,6 +314,7 @@ def test_columns_of_the_resident_table(context: int, physical: int, pages: int) 
         pytest.param({"widen": 2.0}, 4, 4096, 4 * (26_214 + 3 * 64), id="wider sets"),
         pytest.param({"min_context": 0, "min_pages": 300, "widen": 1.5}, 4, 0, 4 * (28_800 + 3 * 64), id="wider least"),
         pytest.param({"budget": 0.7, "widen": 2.0}, 4, 4096, 4 * 131_072, id="wider than the context"),
+        pytest.param({"budget": "auto", "indexer": "x", "max_budget": 0.3}, 4, 0, 4 * (39_321 + 3 * 64), id="auto"),
         pytest.param({"min_context": 1024}, 2, 40_000, 40_000 + 2, id="device pool"),
     ],
 )

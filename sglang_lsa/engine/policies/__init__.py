@@ -42,7 +42,9 @@ def register(policy: type[Policy]) -> type[Policy]:
     if policy.name in REGISTRY or policy.name in POLICIES:
         raise ValueError(f"there is a policy {policy.name!r} already: give {policy.__name__} another name")
     REGISTRY[policy.name] = policy
-    POLICIES[policy.name] = Offer(attention=policy.queries and not policy.index, native_index=policy.index)
+    POLICIES[policy.name] = Offer(
+        attention=policy.queries and not policy.index, native_index=policy.index, expects=policy.calibrated
+    )
     return policy
 
 

@@ -14,6 +14,7 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex
 from sglang_lsa.engine.observe import PageKeys, QueryObserver
 from sglang_lsa.engine.request import Request
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.ranks import Ranks
 from sglang_lsa.memory.scores import Reduction
@@ -54,6 +55,7 @@ class Policy(ABC):
         calibrated: its scores are shares of attention, so that they can be added up, and have a threshold.
         across_ranks: how scores of ranks with some of the heads each become those of the model.
         threshold: of a calibrated one: score from which on a page is worth keeping, unless configured.
+        expectation: of a calibrated one: what its sets really cover, measured; None where that is not known.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,7 @@ class Policy(ABC):
     calibrated: ClassVar[bool] = False
     across_ranks: ClassVar[Reduction] = Reduction.SAME
     threshold: float = 0.0
+    expectation: Expectation | None = None
 
     @classmethod
     def build(cls, parts: Parts) -> Policy:

@@ -41,7 +41,7 @@ class Indexer(Policy):
         config = indexer.config
         shape = (virtual_pages + 1, len(indexer.k_at), config.sub_keys, config.key_dim)
         self.table = torch.zeros(shape, dtype=torch.uint8, device=layout.device)
-        self.threshold = config.threshold
+        self.threshold, self.expectation = config.threshold, config.expectation
 
     @classmethod
     def build(cls, parts: Parts) -> Indexer:
