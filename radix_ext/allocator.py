@@ -51,11 +51,13 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
         return self._track(extend)
 
     def alloc_decode(self, seq_lens, seq_lens_cpu, last_loc):
+        opens_page = seq_lens_cpu % self.page_size == 1
+        if not opens_page.any():  # most steps, which then need no kernel of their own
+            return last_loc.to(torch.int64) + 1
         if self.device != "cpu":
             return self._track(lambda: super(VirtualPageAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc))
 
         def decode():
-            opens_page = seq_lens % self.page_size == 1
             pages = int(opens_page.sum())
             if pages > len(self.free_pages):
                 return None

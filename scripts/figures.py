@@ -3,7 +3,7 @@
 python scripts/figures.py          # write them
 python scripts/figures.py --check  # fail if they are not what would be written
 
-* Pictures, with the digest of what they show; ``serving.csv``, ``prefill.csv``; ``quality.md``, ``quality-60.md``.
+* Pictures, with the digest of what they show; ``serving.csv``, ``prefill.csv``; ``quality*.md``.
 * ``runs.json``: which command, on which machine, at which commit, made how many rows of a file.
 * Tables between marks in a page.
 * Numbers of README and pages: ``docs/promises.md`` says which row each is of. A number that a new result changes is
@@ -200,6 +200,8 @@ def tables() -> dict[str, str]:
         "runs": result_runs.table(result_runs.of(RESULTS)),
         "ruler_60": quality_tables.ruler_60(rows_of("quality-60.json")),
         "ruler": quality_tables.ruler(quality),
+        "fp8": quality_tables.fp8(rows_of("quality-fp8.json")),
+        "calibrated": quality_tables.calibrated(rows_of("quality-calibrated.json")),
         "differences": quality_tables.differences(quality),
         "ablation_gpu": ablation("H100"),
         "ablation_cpu": ablation("2 CPU cores", without=("seed", "steps", "loss")),
@@ -265,7 +267,7 @@ def files() -> dict[pathlib.Path, str]:
         for results in (SERVING, PREFILL):
             (folder / f"{results.name}.json").write_text((RESULTS / f"{results.name}.json").read_text())
             results.keep(folder, [])
-        for quality in ("quality", "quality-60"):
+        for quality in ("quality", "quality-60", "quality-fp8", "quality-calibrated"):
             write_markdown(folder / f"{quality}.md", rows_of(f"{quality}.json"))
         made = [path for path in folder.iterdir() if path.suffix in (".json", ".csv", ".md")]
         return {RESULTS / path.name: path.read_bytes().decode() for path in made}

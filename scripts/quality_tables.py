@@ -10,6 +10,8 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 NAMES = {4096: "4K", 8192: "8K", 16384: "16K", 32000: "32,000"}
 INDEXER, ALONE = "lsa_look", "lsa"
 """Arms: the indexer with prompt lookup, which is the default, and without."""
+INDEXER_OF_A_SERVER = "lsa"
+"""The arm with what a server does by itself: since prompt lookup is the default, with it."""
 
 
 def ruler_60(rows: Sequence[Row]) -> str:
@@ -38,6 +40,25 @@ def ruler(rows: Sequence[Row]) -> str:
         accuracies = [f"{average(rows, length, arm, 0.1)['accuracy']:.1f}" for length in NAMES]  # type: ignore[index]
         lines.append(line(label, percent(0.1), *accuracies))
     return "\n".join(lines)
+
+
+def fp8(rows: Sequence[Row]) -> str:
+    """KV in FP8, with and without every page, averages at 16K."""
+    lines = table("KV in FP8, 16K", "points", "difference to full attention in FP8")
+    arms = {"full": "full", "indexer": INDEXER_OF_A_SERVER, "Quest": "quest", "random": "random", "recency": "recency"}
+    return "\n".join([*lines, *_averages(rows, arms)])
+
+
+def calibrated(rows: Sequence[Row]) -> str:
+    """Heads found without training beside a trained indexer, averages at 16K."""
+    lines = table("16K, budget 10 %", "points", "difference to full attention of the same server")
+    arms = {"trained indexer": INDEXER_OF_A_SERVER, "calibrated at start": "lsa_calibrated", "Quest": "quest"}
+    return "\n".join([*lines, *_averages(rows, arms)])
+
+
+def _averages(rows: Sequence[Row], arms: dict[str, str]) -> list[str]:
+    found = {label: average(rows, 16384, arm, 1.0 if arm == "full" else 0.1) for label, arm in arms.items()}
+    return [line(label, with_memory(row), apart(row)) for label, row in found.items()]
 
 
 def differences(rows: Sequence[Row]) -> str:

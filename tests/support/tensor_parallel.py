@@ -80,10 +80,15 @@ GPUS = Place(
     flags=(
         *FLAGS,
         *("--dtype", "bfloat16", "--max-running-requests", "16", "--mem-fraction-static", "0.3"),
+        "--enforce-disable-flashinfer-allreduce-fusion",  # multicast over NVLink, which not every machine has
         *shlex.split(os.environ.get("SGLANG_LSA_TEST_SERVER_ARGS", "")),
     ),
     environment={},
-    sizes={"llama": SMALL, "qwen2.5": Size(layers=4, q_heads=14, kv_heads=2, head_dim=64, sharpness=1.2)},
+    sizes={
+        "llama": SMALL,
+        "qwen2.5": Size(layers=4, q_heads=14, kv_heads=2, head_dim=64, sharpness=1.2),
+        "qwen3-moe": SMALL,
+    },
     dtype=torch.bfloat16,
     exact=False,
     stock=(*AS_LSA_ATTENDS, "--page-size", "64", "--cuda-graph-backend-prefill", "disabled"),

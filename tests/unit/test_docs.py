@@ -60,7 +60,7 @@ def test_every_feature_names_tests_that_exist(row: list[str]) -> None:
 
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-GENERATED = ("quality.md", "quality-60.md")
+GENERATED = ("quality.md", "quality-60.md", "quality-fp8.md", "quality-calibrated.md")
 """Tables of one suite after the other."""
 
 
