@@ -52,7 +52,17 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
     Args:
         runner: SGLang's ModelRunner, its model loaded.
     """
-    without = dataclasses.replace(config, policy="quest", calibrate="never", **_fixed(config))
+    after = _calibrated(config, runner)
+    if config.auto and not after.auto:
+        logger.warning(
+            "LSA: Quest does not tell how many pages a set needs: the budget is %s instead of %s", after.budget, AUTO
+        )
+    return after
+
+
+def _calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
+    fixed = {"budget": LSAConfig.budget} if config.auto else {}
+    without = dataclasses.replace(config, policy="quest", calibrate="never", **fixed)  # type: ignore[arg-type]
     if tp_size_of(runner) > 1:
         logger.warning("LSA: heads on %d ranks are not calibrated yet: Quest chooses pages", tp_size_of(runner))
         return without
@@ -78,14 +88,6 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         )
         return without
     return dataclasses.replace(config, policy="indexer", indexer=str(folder), calibrate="never")
-
-
-def _fixed(config: LSAConfig) -> dict[str, Any]:
-    """The budget of a server whose pages Quest chooses, which cannot tell how many it takes."""
-    if not config.auto:
-        return {}
-    logger.info("LSA: without heads for an indexer the budget is %s instead of %s", LSAConfig.budget, AUTO)
-    return {"budget": LSAConfig.budget}
 
 
 def model_shape(runner: Any) -> ModelShape:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.config import AUTO, PAGE_SIZE, LSAConfig, RequestOptions
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.evaluation.questions import Question
 from sglang_lsa.memory.pages import pages_spanned
@@ -136,10 +136,12 @@ def _variant(given: str) -> tuple[str, str]:
             f"--variant {given}: write NAME=JSON, a name of small letters and digits and options of a request, such as "
             """first='{"dense_steps": 16}'"""
         )
-    if {"policy", "budget"} & set(extra):
-        raise ValueError(f"--variant {given}: leave policy and budget to --arms and --budgets")
+    if "policy" in extra or extra.get("budget", AUTO) != AUTO:
+        raise ValueError(
+            f"--variant {given}: leave policy and budget to --arms and --budgets, but for a budget of auto"
+        )
     try:
-        RequestOptions.parse({"lsa": extra}, LSAConfig())
+        RequestOptions.parse({"lsa": extra}, LSAConfig(indexer="the server's"))
     except ValueError as error:
         raise ValueError(f"--variant {given}: {error}") from None
     return name, json.dumps(extra, sort_keys=True)

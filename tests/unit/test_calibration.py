@@ -228,6 +228,19 @@ def test_a_failing_calibration_serves_with_quest(caplog: pytest.LogCaptureFixtur
     assert (after.policy, after.indexer, after.calibrate) == ("quest", None, "never")
     assert "calibration failed" in caplog.text
     assert observed_layers(after, 16)
+    sized = calibrated(LSAConfig(calibrate="cached", budget="auto"), runner)
+    assert (sized.policy, sized.budget) == ("quest", LSAConfig.budget)
+    assert "Quest does not tell how many pages a set needs: the budget is 0.135 instead of auto" in caplog.text
+
+
+def test_a_calibrated_indexer_knows_what_its_sets_cover() -> None:
+    """So that a budget of auto goes with it."""
+    parts = [seen(number, {(0, 2): 0.8, (2, 1): 0.4}) for number in range(4)]
+    known = untrained.make_indexer(SHAPE, untrained.find_heads(parts), parts).config.expectation
+    assert known is not None and known.source == "the 4 prompts of the calibration at start"
+    assert known.covered(0.1) < known.covered(0.9) and 0 < known.pages_for(0.8) < 0.5
+    nothing = [dataclasses.replace(part, paid=part.paid * 0) for part in parts]
+    assert untrained.make_indexer(SHAPE, untrained.find_heads(parts), nothing).config.expectation is None
 
 
 def test_the_written_form_is_plain_json(tmp_path: pathlib.Path) -> None:

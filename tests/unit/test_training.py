@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,18 +17,18 @@ pytest.importorskip("sentence_transformers")
 
 from rich.console import Console
 
-from sglang_lsa.config import RUNS
+from sglang_lsa.config import RUNS, LSAConfig
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape, shipped_indexers
 from sglang_lsa.indexer.heads import retrieval_heads
 from sglang_lsa.indexer.manifest import Entry, Manifest
 from sglang_lsa.indexer.model import MemoryIndexer, slow_dimensions
 from sglang_lsa.indexer.recording import BLOCK, BadRecording, write_recording
 from sglang_lsa.kernels.page_score import from_8_bits, to_8_bits
-from sglang_lsa.training.calibrate import calibrate
+from sglang_lsa.training.calibrate import calibrate, with_threshold
 from sglang_lsa.training.data import Batches, load_recordings
 from sglang_lsa.training.losses import LOSSES, PageLoss
 from sglang_lsa.training.recall import Rules, measure, predict, summarise
-from sglang_lsa.training.results import measure_indexer
+from sglang_lsa.training.results import calibrate_indexer, measure_indexer, measure_set_sizes
 from sglang_lsa.training.settings import TrainSettings
 from sglang_lsa.training.towers import as_sentence_transformer, scores
 from sglang_lsa.training.train import config_for, split_off, train
@@ -176,6 +177,30 @@ def test_the_threshold_covers_what_it_says(trained: Trained, data: pathlib.Path)
             kept.append(sum(shares) / len(shares))
         assert sum(kept) / len(kept) == pytest.approx(coverage, abs=1e-5)
         assert coverage >= target
+
+
+def test_what_sets_cover_is_measured_when_training_ends_and_again_when_asked_for(
+    trained: Trained, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    known = MemoryIndexer.load(trained[0]).config.expectation
+    assert known is not None and known.source.startswith("8 recordings of ") and "not trained on" in known.source
+    shutil.copytree(trained[0], tmp_path / "indexer")
+    quiet = Console(quiet=True)
+    found = calibrate_indexer(data, tmp_path / "indexer", "held-out", 0.3, "cpu", quiet)
+    again = MemoryIndexer.load(tmp_path / "indexer")
+    assert again.config == dataclasses.replace(MemoryIndexer.load(trained[0]).config, expectation=found)
+    assert found.source.endswith("split held-out") and found.covered(0.2) <= found.covered(0.8)
+    sizes = ([0.1, 0.3], [0.3, 0.6], 0.3, "cpu", quiet, tmp_path / "sizes.json")
+    rows = {row["sets"]: row for row in measure_set_sizes(data, tmp_path / "indexer", *sizes)[:4]}
+    assert list(rows) == ["10.0%", "30.0%", "auto 0.3", "auto 0.6"]
+    assert rows["10.0%"]["pages"] < rows["30.0%"]["pages"] and rows["10.0%"]["mass"] <= rows["30.0%"]["mass"]
+    assert rows["auto 0.3"]["pages"] <= rows["auto 0.6"]["pages"] <= LSAConfig.max_budget + 0.01
+    assert json.loads((tmp_path / "sizes.json").read_text())["rows"][:4] == list(rows.values())
+    with_threshold(again, 0.1, 0.9)
+    again.config = dataclasses.replace(again.config, expectation=None)
+    again.save(tmp_path / "indexer")
+    with pytest.raises(ValueError, match=r"--targets: the indexer does not know .*: run sglang-lsa calibrate first"):
+        measure_set_sizes(data, tmp_path / "indexer", *sizes)
 
 
 def test_the_same_seed_gives_the_same_indexer(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
