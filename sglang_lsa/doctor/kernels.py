@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         page_keys,
         page_move,
         page_score,
+        page_score_single,
         page_table,
         project_queries,
         record,
@@ -117,12 +119,11 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         seen = bound_score._bound_score_triton(queries.to(device), table.to(device), pages.to(device), 0.25)
         return seen, expected, LIMIT
 
-    def score(device: str) -> Outputs:
+    def score(kernel: Callable[..., torch.Tensor], device: str) -> Outputs:
         queries, pages = random("cpu", 4, 3, 16), ids("cpu", [5, 1, 2])
         table, key_of_head = page_score.to_8_bits(random("cpu", 6, 2, 8, 16, seed=1)), ids("cpu", [0, 0, 1, 1])
         expected = page_score.page_score_reference(queries, table, pages, key_of_head)
-        moved = (tensor.to(device) for tensor in (queries, table, pages, key_of_head))
-        return page_score._page_score_triton(*moved), expected, LIMIT
+        return kernel(*(tensor.to(device) for tensor in (queries, table, pages, key_of_head))), expected, LIMIT
 
     def projected(device: str) -> Outputs:
         ring, heads, tower = random("cpu", 2, 4, 2, 3, 16), ids("cpu", [5, 1]), random("cpu", 2, 16, 8, seed=1)
@@ -228,7 +229,8 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         "page_move": move,
         "page_keys": keys,
         "bound_score": bounds,
-        "page_score": score,
+        "page_score": functools.partial(score, page_score._page_score_triton),
+        "page_score_single": functools.partial(score, page_score_single.page_score_single),
         "project_queries": projected,
         "weigh_heads": weighed,
         "decode_indices": table,
