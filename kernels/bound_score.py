@@ -92,7 +92,9 @@ def _fit(queries: torch.Size, table: torch.Tensor) -> None:
 
 
 def _bound_score_triton(queries, table, pages, scale) -> torch.Tensor:
-    return _bound_scores_triton(queries[None].contiguous(), table, Ragged.alone(len(queries), pages), scale)
+    places = triton.next_power_of_2(len(queries))  # so few kernels are compiled, whatever positions there are
+    ring = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, 0, places - len(queries)))[None].contiguous()
+    return _bound_scores_triton(ring, table, Ragged.alone(len(queries), pages), scale)
 
 
 def _bound_scores_triton(ring, table, asked, scale) -> torch.Tensor:

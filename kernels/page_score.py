@@ -199,7 +199,8 @@ def _page_scores_triton(queries, table, asked, key_of_head) -> torch.Tensor:
         sums = torch.empty((len(part), heads, voters), dtype=torch.float32, device=table.device)
         for last in (False, True):
             _page_score_kernel[(blocks, heads, len(part) * voter_blocks)](
-                queries[first:],
+                queries,
+                first,
                 table,
                 part.pages,
                 part.spans,
@@ -265,9 +266,10 @@ def _normalise_kernel(
     tl.store(sums + at * VOTERS + voter, most + tl.log(total))
 
 
-@triton.jit(do_not_specialize=["total", "most_blocks"], do_not_specialize_on_alignment=["queries", "pages", "spans"])
+@triton.jit(do_not_specialize=["first", "total", "most_blocks"], do_not_specialize_on_alignment=["pages", "spans"])
 def _page_score_kernel(
     queries,  # [requests, heads, PLACES, DIM]
+    first,  # of them, which spans and sums begin with
     table,  # uint8 [virtual_pages + 1, KEY_HEADS, SUB_KEYS, DIM]
     pages,  # int64 [total], of all requests
     spans,  # int64 [requests, SPAN] of Ragged
@@ -299,7 +301,8 @@ def _page_score_kernel(
     key = tl.arange(0, BLOCK_PAGES * SUB_KEYS)
     index = block * BLOCK_PAGES + key // SUB_KEYS
     d = tl.arange(0, BLOCK_DIM)
-    q_at = queries + (of_head * PLACES + voter)[:, None] * DIM + d[None, :]
+    of_query = (first + request) * tl.num_programs(1) + head
+    q_at = queries + (of_query * PLACES + voter)[:, None] * DIM + d[None, :]
     q = tl.load(q_at, mask=(voter < positions)[:, None] & (d < DIM)[None, :], other=0.0)
     page = tl.load(pages + start + index, mask=index < n, other=0)
     row = (page * KEY_HEADS + tl.load(key_of_head + head)) * SUB_KEYS + key % SUB_KEYS

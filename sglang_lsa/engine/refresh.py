@@ -94,8 +94,10 @@ class Refresher:
             new = request.resident.next
             if new is not None and new.state is State.CHOSEN:
                 self.together = len(requests) > 1
-                self._attempt(request, self._load)
-                self.together = False
+                try:
+                    self._attempt(request, self._load)
+                finally:
+                    self.together = False
                 loading += [request] * new.held
             if request.steps_left <= 0:
                 self._send(loading)
@@ -129,7 +131,7 @@ class Refresher:
             raise
         except Exception as error:
             self.pager.ranks.failed_together(f"recall for {len(loading)} requests: {kind_and_place(error)}")
-            logger.warning("LSA: sending for pages of %d requests at once failed; one by one", len(loading))
+            logger.warning("LSA: recalls for %d requests at once failed; one by one", len(loading), exc_info=True)
             for request in loading:
                 assert request.resident.next is not None
                 request.resident.next.state = State.CHOSEN

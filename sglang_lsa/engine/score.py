@@ -17,6 +17,8 @@ from sglang_lsa.memory.scores import Reduction, Scores
 
 logger = logging.getLogger(__name__)
 
+ONE_BY_ONE = "LSA: scoring %d requests at once with %s failed; one by one"
+
 SCORE_LAG = 2
 """Forward passes between the one whose queries are scored and the one before which the scores are read, on a GPU. By
 then the overlap scheduler has waited for the first anyway, so that reading them does not."""
@@ -72,7 +74,7 @@ class Scorer:
         except Exception:
             if len(requests) == 1:
                 return [self._stand_in(requests[0], pages[0])]
-            logger.warning("LSA: scoring %d requests at once with %s failed; one by one", len(requests), name)
+            logger.warning(ONE_BY_ONE, len(requests), name, exc_info=True)
         return [self._one(request, own) for request, own in zip(requests, pages, strict=True)]
 
     def _one(self, request: Request, pages: np.ndarray) -> Fetch:
@@ -150,7 +152,7 @@ class Scorer:
                 return
         except Exception:
             if len(requests) > 1:
-                logger.warning("LSA: scoring %d requests at once with %s failed; one by one", len(requests), name)
+                logger.warning(ONE_BY_ONE, len(requests), name, exc_info=True)
         start = 0
         for index, (request, own) in enumerate(zip(requests, pages, strict=True)):
             place = slice(start, start + len(own))

@@ -42,6 +42,7 @@ def compile_kernels(
         request = Request("", 0, Asked(name, 1.0), tokens=observer.positions)
         for pages in (1, MANY_PAGES + 1):
             policy.score(request, np.zeros(pages, dtype=np.int64))
+        policy.score_all([request] * 2, [padding] * 2)
     if isinstance(observer, QueryObserver) and staging is not None:
         _attention(pager, table, observer, staging, req_to_token)
     pager.transfer.store(padding, padding, lambda: None)
