@@ -137,7 +137,7 @@ BODIES: dict[str, tuple[Any, int, str]] = {
     "nothing_asked": ({}, 400, "send an object"),
     "unknown_key": ({"buget": 0.2}, 400, "unknown key 'buget': use one or more of policy, budget"),
     "fixed_at_start": ({"window": 32}, 400, "window cannot change while the server runs: restart it with --lsa-window"),
-    "wrong_type": ({"budget": "0.2"}, 400, "budget is '0.2': use a value of type float"),
+    "wrong_type": ({"budget": "0.2"}, 400, "budget is '0.2': use a number in (0, 1], or auto"),
     "out_of_range": ({"budget": 1.5}, 400, "budget 1.5 is out of range: use a number in (0, 1]"),
     "infinite": (b'{"threshold": 1e999}', 400, "threshold is inf: use a finite number"),
     "unknown_policy": ({"policy": "oracle"}, 400, "policy is 'oracle': use one of indexer, retriever, quest"),
