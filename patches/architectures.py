@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_lsa.config import FULL, PAGE_SIZE, LSAConfig, offered
+from sglang_lsa.config import AUTO, FULL, PAGE_SIZE, LSAConfig, offered
 from sglang_lsa.engine.native_index import NativeIndex, scorer_layers
 from sglang_lsa.engine.policies import needed
 from sglang_lsa.memory.layout import dsv4
@@ -96,6 +96,8 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
         )
     if config.record is not None:
         found.append(f"--lsa-record {config.record}: {NOT_YET}: its index needs no such training")
+    if config.auto:
+        found.append(f"--lsa-budget {AUTO}: {NOT_YET}: use a number in (0, 1]")
     if config.groups:
         found.append(f"groups: {NOT_YET}: leave it out")
     if config.prefill != "exact":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.indexer import calibrations, untrained
 from sglang_lsa.indexer.calibrations import Calibration
-from sglang_lsa.indexer.checkpoint import ModelShape
+from sglang_lsa.indexer.checkpoint import ModelShape, read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen, Watch
 from sglang_lsa.patches.arguments import tp_size_of
@@ -55,7 +55,7 @@ def calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
     after = _calibrated(config, runner)
     if config.auto and not after.auto:
         logger.warning(
-            "LSA: Quest does not tell how many pages a set needs: the budget is %s instead of %s", after.budget, AUTO
+            "LSA: nothing tells how many pages a set needs: the budget is %s instead of %s", after.budget, AUTO
         )
     return after
 
@@ -87,6 +87,8 @@ def _calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
             known.lift,
         )
         return without
+    if read_checkpoint_config(folder).expectation is None:  # its prompts did not tell what sets cover
+        config = dataclasses.replace(without, policy=None)
     return dataclasses.replace(config, policy="indexer", indexer=str(folder), calibrate="never")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.config.kinds import CONSTANT, FLAG, REMOVED, constant, flag_of, key, option
-from sglang_lsa.config.policies import POLICIES, looks_at_index, no_auto, offer_of, offered
+from sglang_lsa.config.policies import FULL, POLICIES, looks_at_index, no_auto, offer_of, offered
 
 PREFILLS = ("exact", "resident")
 AUTO = "auto"
@@ -51,7 +51,7 @@ class LSAConfig:
         0.135,
         "Upper bound of a resident set, as a fraction of the request's pages, in (0, 1]; or auto: as many of the best "
         "pages as it takes to cover target_coverage of the attention, at most max_budget. Auto needs an indexer that "
-        "knows what its sets cover, as the shipped ones do.",
+        "knows what its sets cover, as that of SmolLM2 does.",
     )
     min_pages: int = constant(8, "A resident set is never bounded below this many pages.")
     window: int = option(64, "Decode steps during which a resident set stays fixed.")
@@ -169,7 +169,7 @@ class LSAConfig:
             raise ValueError(f"budget is {self.budget!r}: use a number in (0, 1], or {AUTO}")
         require_fraction("target_coverage", self.target_coverage)
         require_fraction("max_budget", self.max_budget)
-        if self.auto and not (offer_of(self.policy).expects or self.calibrates):
+        if self.auto and self.policy != FULL and not (offer_of(self.policy).expects or self.calibrates):
             raise ValueError(no_auto("--lsa-budget", str(self.policy)))
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold nan is no number: use one")

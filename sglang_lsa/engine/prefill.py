@@ -281,7 +281,9 @@ class Prefill:
         heat = self.pager.ledger.heat.values[request.pages[:cached]]
         if heat.any():
             scores = scores * (1 + heat / heat.max())
-        share = self._prefix_pages(request) / cached
+        asked = request.asked
+        # As many pages as were promised: half a page more, as the share is rounded down to pages again.
+        share = asked.budget if asked.target is None else (self._prefix_pages(request) + 0.5) / cached
         found = choose(self.rules, scores, cached, share, upcoming=request.resident.prefix_positions)
         costs = ~self.pager.ledger.is_held(request.pages[found.positions])
         still_to_come = pages_spanned(request.prompt_tokens, self.pager.page) - len(request.pages)

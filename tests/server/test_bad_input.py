@@ -132,7 +132,10 @@ def test_flushes_while_busy_lose_nothing(small: ServerProcess) -> None:
 # --- command lines ---------------------------------------------------------------------------------------------------
 
 FLAGS: dict[str, tuple[list[str], str]] = {
-    "budget_text": (["--lsa-budget", "much"], "argument --lsa-budget: 'much' is no budget: use a number in (0, 1], or auto"),
+    "budget_text": (
+        ["--lsa-budget", "much"],
+        "argument --lsa-budget: 'much' is no budget: use a number in (0, 1], or auto",
+    ),
     "budget_above_one": (["--lsa-budget", "2"], "budget 2.0 is out of range: use a number in (0, 1]"),
     "unknown_policy": (["--lsa-policy", "best"], "argument --lsa-policy: invalid choice: 'best'"),
     "unknown_prefill": (["--lsa-prefill", "half"], "argument --lsa-prefill: invalid choice: 'half'"),

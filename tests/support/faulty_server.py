@@ -25,7 +25,7 @@ DOOMED: set[str] = set()
 
 
 def install_faults() -> None:
-    before_forward, switch, score = LSARuntime.before_forward, Refresher._switch, Quest.score
+    before_forward, switch, score_all = LSARuntime.before_forward, Refresher._switch, Quest.score_all
     read, layer, chosen, remap = Staging.read, StagedPages.layer, Prefill._chosen, ResidentTable.remap
 
     def answered(request: Request | None) -> bool:
@@ -43,10 +43,10 @@ def install_faults() -> None:
             raise RuntimeError("injected: the table cannot be written")
         switch(self, request, new)
 
-    def doomed_score(self: Quest, request: Request, pages: Any) -> torch.Tensor:
-        if request.rid.startswith("badscore"):
+    def doomed_scores(self: Quest, requests: Any, pages: Any) -> torch.Tensor:
+        if any(request.rid.startswith("badscore") for request in requests):
             raise RuntimeError("injected: no scores")
-        return score(self, request, pages)
+        return score_all(self, requests, pages)
 
     def doomed_read(self: Staging, virtual: Any) -> StagedPages:
         if "oomplan" in DOOMED:
@@ -68,7 +68,7 @@ def install_faults() -> None:
             raise RuntimeError("injected: the table is gone")
         remap(self, row, physical, tail_start)
 
-    LSARuntime.before_forward, Refresher._switch, Quest.score = doomed_batch, doomed_switch, doomed_score  # type: ignore
+    LSARuntime.before_forward, Refresher._switch, Quest.score_all = doomed_batch, doomed_switch, doomed_scores  # type: ignore
     Staging.read, StagedPages.layer, Prefill._chosen = doomed_read, doomed_layer, doomed_choice  # type: ignore
     ResidentTable.remap = doomed_remap  # type: ignore
 
