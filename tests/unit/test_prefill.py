@@ -459,6 +459,19 @@ def test_a_first_look_then_the_pages_that_it_asks_for() -> None:
     assert server.lookahead.counts.failures == 0
 
 
+@pytest.mark.parametrize("pages", [77, 94, 107])
+def test_a_resident_prefix_has_all_pages_of_a_fixed_budget(pages: int) -> None:
+    """Lengths at which the share that so many pages are would be rounded down to one page less."""
+    server = Server(physical=120)
+    memory = server.memory(pages)
+    server.push_off()
+    server.wanted.values = {position: 1.0 + position for position in range(pages)}
+    req = resident(server, memory, budget=0.135)
+    server.admit(req)
+    (read,) = server.extend(req)
+    assert len(positions(req, read.here, server)) == int(pages * 0.135)
+
+
 def test_both_runs_hold_what_they_read_and_write() -> None:
     server = Server()
     memory = server.memory(40)
