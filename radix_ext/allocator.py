@@ -52,8 +52,9 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
 
     def alloc_decode(self, seq_lens, seq_lens_cpu, last_loc):
         opens_page = seq_lens_cpu % self.page_size == 1
-        if not opens_page.any():  # most steps, which then need no kernel of their own
-            return last_loc.to(torch.int64) + 1
+        if not opens_page.any():  # most steps: the slot behind the last one, without the kernel that finds pages
+            slots = torch.empty_like(last_loc, dtype=torch.int64)
+            return torch.add(last_loc, 1, out=slots)
         if self.device != "cpu":
             return self._track(lambda: super(VirtualPageAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc))
 

@@ -110,7 +110,7 @@ async def _send(http: aiohttp.ClientSession, url: str, body: bytes, sent: Sent, 
     sent.lag = max(0.0, time.perf_counter() - began - sent.request.at)
     try:
         await follow(http, f"{url}/generate", body, sent.stream)
-    except (RequestFailed, aiohttp.ClientError) as error:
+    except (RequestFailed, aiohttp.ClientError, OSError, ValueError) as error:
         sent.refused = str(error) or repr(error)
         return
     sent.stream.done = sent.stream.count == sent.request.answer
@@ -124,7 +124,7 @@ async def _watch(http: aiohttp.ClientSession, url: str, load: Load, began: float
         try:
             async with http.get(url + LOADS) as answer:
                 ranks = (await answer.json())["loads"]
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, OSError, ValueError, KeyError):
             ranks = []
         if ranks:
             load.running.append(sum(rank["num_running_reqs"] for rank in ranks))

@@ -79,6 +79,8 @@ def run(
                     ):
                         rows.append(row | facts)
                         SERVING.keep(output, [rows[-1]])
+                    if not together:  # else all have the same company throughout
+                        server.stop()
     console.print(table(SERVING.read(output)))
     failures.finish()
     return rows
@@ -119,18 +121,17 @@ def begin(group: Group, system: System, server_args: str, output: pathlib.Path, 
 def measure(
     server: ServerProcess, group: Group, system: System, planned: Iterable[tuple[Arm, str]], console: Console
 ) -> Iterator[Row]:
-    """Run these arms, each with its policy, on a server that has begun; it ends with them."""
-    with server:
-        facts = ready(server, f"{system.name} {group.model}", console)
-        warm_up(server, group.shape.vocabulary)
-        for arm, policy in planned:
-            row = run_arm(server, group, arm, system, policy, facts)
-            console.print(
-                f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
-                f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
-                f"TTFT {row['ttft_s']:.1f} s"
-            )
-            yield row
+    """Run these arms, each with its policy, on a server that has begun."""
+    facts = ready(server, f"{system.name} {group.model}", console)
+    warm_up(server, group.shape.vocabulary)
+    for arm, policy in planned:
+        row = run_arm(server, group, arm, system, policy, facts)
+        console.print(
+            f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
+            f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
+            f"TTFT {row['ttft_s']:.1f} s"
+        )
+        yield row
 
 
 def labels(group: Group, system: System, arm: Arm, policy: str) -> Row:

@@ -8,6 +8,7 @@ import json
 import pathlib
 import urllib.error
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,9 +172,9 @@ class Bench:
     def draw(self, path: pathlib.Path, rows: Any) -> None:
         self.drawn.append(len(rows))
 
-    def begin(self, group: Group, system: System, *_: Any) -> str:
+    def begin(self, group: Group, system: System, *_: Any) -> SimpleNamespace:
         self.begun.append(system.name)
-        return f"server of {system.name}"
+        return SimpleNamespace(of=system.name, stop=lambda: self.begun.append(f"stops {system.name}"))
 
     def note(self, system: System, names: list[str]) -> Iterator[str]:
         self.seen.append((system.name, []))
@@ -186,7 +187,7 @@ class Bench:
     def measure_serving(
         self, server: Any, group: Group, system: System, planned: Any, *_: Any
     ) -> Iterator[dict[str, Any]]:
-        assert server == f"server of {system.name}"
+        assert server.of == system.name
         self.begun.append(f"measures {system.name}")
         figures = dict.fromkeys(("running_requests", "decode_tokens_per_s", "tpot_ms_p50", "tpot_ms_p99"), 1.0)
         planned = list(planned)
@@ -241,9 +242,9 @@ def test_a_run_that_is_resumed_measures_what_is_missing(bench: Bench) -> None:
 
 def test_servers_start_one_after_the_other_or_together(bench: Bench) -> None:
     bench.serving()
-    assert bench.begun == ["stock", "measures stock", "lsa", "measures lsa"]
+    assert bench.begun == ["stock", "measures stock", "stops stock", "lsa", "measures lsa", "stops lsa"]
     bench.serving(together=True)
-    assert bench.begun == ["stock", "lsa", "measures stock", "measures lsa"]
+    assert bench.begun == ["stock", "lsa", "measures stock", "measures lsa"], "all have the same company"
 
 
 def test_rows_of_several_ranks_are_rows_of_their_own(bench: Bench) -> None:
