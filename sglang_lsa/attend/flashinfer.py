@@ -57,6 +57,13 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         if self.together is not None:
             self.together.reserve(max_bs)
 
+    def _create_decode_wrappers(self, bs, num_tokens):
+        """CUDA graphs of a size, with groups and without, read one plan: the second takes the first's wrappers.
+        Stock would replace them, and what the first reads would not be planned any more."""
+        if self.together is not None and self.together.has_captured(bs):
+            return self.decode_cuda_graph_metadata[bs]
+        return super()._create_decode_wrappers(bs, num_tokens)
+
     def init_forward_metadata(self, forward_batch):
         super().init_forward_metadata(forward_batch)
         if self.shown.plan(forward_batch):

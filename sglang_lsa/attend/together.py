@@ -1,6 +1,7 @@
 """attend, for groups on a GPU: FlashInfer's prefill kernels read a group's pages for the queries of all its members.
 
 The plan is the host's, as for decode, and made anew only when groups change; a CUDA graph reads it from static buffers.
+Steps without groups are planned, captured and replayed as if there were none (``engine/step.py``, ``captured``).
 Experimental: tested on a CPU as far as it runs there, see ``tests/gpu/test_groups.py`` for the rest.
 """
 
@@ -16,7 +17,6 @@ import torch
 from sglang_lsa.attend.partial import State, offsets
 from sglang_lsa.engine.grouping import Grouping
 from sglang_lsa.engine.groups import FEWEST_MEMBERS, MOST_GROUPS
-from sglang_lsa.engine.step import DECODE
 from sglang_lsa.memory.transfer import upload
 
 if TYPE_CHECKING:
@@ -45,13 +45,12 @@ class Plan:
     last: np.ndarray
 
     @classmethod
-    def of(cls, grouping: Grouping | None, page: int, room: int | None = None) -> Plan:
+    def of(cls, grouping: Grouping, page: int, room: int | None = None) -> Plan:
         """
         Args:
             room: groups that a CUDA graph has room for; those that are not there have no queries and no pages.
         """
-        sizes = list(grouping.sizes) if grouping is not None else []
-        pages = list(grouping.pages) if grouping is not None else []
+        sizes, pages = list(grouping.sizes), list(grouping.pages)
         empty = (len(sizes) if room is None else room) - len(sizes)
         if empty < 0:
             raise RuntimeError(f"LSA: {len(sizes)} groups in a step of a CUDA graph that has room for {room}")
@@ -111,7 +110,7 @@ class ReadTogether:
     ):
         self.lsa, self.wrapper, self.workspace, self.shape, self.types = lsa, wrapper, workspace, shape, types
         self.graphs: dict[int, Any] = {}
-        """By batch size."""
+        """By batch size, of CUDA graphs that read in groups."""
         self.eager: Any = None
         self.reads: Any = None
         """What the step that is planned reads its groups through; None where nothing is read together."""
@@ -134,24 +133,27 @@ class ReadTogether:
             graph: it is a CUDA graph's, about to be captured or replayed.
         """
         step = self.lsa.step
-        grouping, replayed = step.grouping, step.kind == DECODE
-        if (graph and batch < FEWEST_MEMBERS) or (not graph and grouping is None):
+        if not step.reads_together:
             self.reads = None
             return
-        page = self.lsa.pager.page
-        self.reads = self._of_graph(batch) if graph else self._of_eager()
-        self.rows = batch if graph else len(grouping.order) if grouping is not None else 0
-        if replayed and self._planned[0] is self.reads and self._planned[1] is grouping:
+        self.reads, grouping = self._of_graph(batch) if graph else self._of_eager(), step.grouping
+        self.rows = batch if grouping is None or graph else len(grouping.order)
+        if grouping is not None and self._planned[0] is self.reads and self._planned[1] is grouping:
             return
-        room = room_for(batch) if graph else None
-        found = Plan.of(grouping, page, room) if replayed else Plan.largest(batch, page, room_for(batch))
+        page, room = self.lsa.pager.page, room_for(batch)
+        if grouping is None:
+            found = Plan.largest(batch, page, room)
+        else:
+            found = Plan.of(grouping, page, room if graph else None)
         self._tell(self.reads, found)
         both = upload(rows_of(grouping, len(self.order)), self.order.device)
         self.order.copy_(both[0])
         self.places.copy_(both[1])
-        self._planned = self.reads, (grouping if replayed else None)
-        if not replayed:
-            self._planned = (None, None)
+        self._planned = self.reads, grouping
+
+    def has_captured(self, batch: int) -> bool:
+        """Whether a CUDA graph for so many requests reads in groups, so that another one that does not is next."""
+        return batch in self.graphs and not self.lsa.step.reads_together
 
     def attend(self, q: torch.Tensor, pool: tuple[torch.Tensor, ...], **options: Any) -> State:
         """Attention of the members' queries to what their groups read, in the groups' order; rows beyond the members

@@ -10,6 +10,7 @@ import torch
 
 from sglang_lsa.engine.arrival import Entry
 from sglang_lsa.engine.grouping import Grouping
+from sglang_lsa.engine.groups import FEWEST_MEMBERS
 from sglang_lsa.engine.reading import Reading
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.resident_table import ResidentTable
@@ -63,6 +64,7 @@ class Step(NamedTuple):
         staged: pages that this pass reads from the host.
         looks: requests, by their place, whose resident prefix is chosen after a first look: the pass is run twice.
         grouping: which of them read pages together, if any do.
+        captures_groups: the CUDA graph that is being captured is for steps that have a grouping.
     """
 
     kind: str = ""
@@ -76,12 +78,18 @@ class Step(NamedTuple):
     staged: StagedPages | None = None
     looks: tuple[int, ...] = ()
     grouping: Grouping | None = None
+    captures_groups: bool = False
 
     @classmethod
     def of(cls, batch: Batch, requests: Sequence[Request], **found: Any) -> Step:
         """The pass that computes ``batch``, whose requests these are."""
         rows = np.fromiter((request.row for request in requests), np.int64, len(requests))
         return cls(batch.kind, tuple(requests), batch.lengths, batch.prefixes, batch.middle, rows, **found)
+
+    @property
+    def reads_together(self) -> bool:
+        """Whether attention has a call for groups in this pass: a step without one has no part in what they cost."""
+        return self.grouping is not None or self.captures_groups
 
     def own_table(self, table: ResidentTable) -> ResidentTable:
         """What each request reads by itself: all that ``table`` says, or what its group leaves of that."""
@@ -108,3 +116,18 @@ class Step(NamedTuple):
 
 IDLE = Step()
 """No pass is being queued."""
+
+
+def captured(batch: int, groups: bool) -> tuple[Step, ...]:
+    """The passes that CUDA graphs of so many requests are captured as, in this order.
+
+    With groups there are two graphs of each size from two requests on, since a graph has a call for groups or has not.
+    The second costs what SGLang pays for a graph of that size: two passes and the capture at start, and the device
+    memory in which the driver keeps its nodes. What is computed in it lies in the pool of memory that all graphs share,
+    and its attention reads the plan and the buffers of the first; the one with more calls comes first, so that the
+    other fits into what it leaves, as larger sizes come before smaller ones.
+
+    Args:
+        groups: whether they are formed.
+    """
+    return (Step(captures_groups=True), IDLE) if groups and batch >= FEWEST_MEMBERS else (IDLE,)

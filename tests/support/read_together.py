@@ -6,6 +6,7 @@ import http.client
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from sglang_lsa.attend.torch_native import attend_part
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.grouping import Grouping
 from sglang_lsa.engine.groups import Group
-from sglang_lsa.engine.step import DECODE, IDLE, Step
+from sglang_lsa.engine.step import DECODE, IDLE, Step, captured
 from sglang_lsa.kernels.merge_shared import merge_shared
 from sglang_lsa.memory.resident_table import ResidentTable
 from sglang_lsa.server_process import ServerProcess
@@ -138,7 +139,8 @@ class Steps:
         pool = [torch.randn(((POOL + 1) * PAGE_SIZE, *HEADS[1:]), generator=draw).to(dtype) for _ in range(2)]
         self.here = pool
         self.pool = tuple(part.to(self.device) for part in pool)
-        self.graphs: dict[int, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+        self.graphs: dict[tuple[int, bool], Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {}
+        """By batch size, and by whether they read in groups."""
 
     def layer(self, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """Attention of ``q``, of which ``out`` and ``lse`` are the part over own tokens; changes ``out``."""
@@ -148,13 +150,14 @@ class Steps:
         return out
 
     def capture(self, *batches: int) -> None:
-        """As SGLang: outside a pass, the largest first."""
-        self.lsa.step = IDLE
+        """As SGLang: outside a pass, the largest first, and of each size the one that reads in groups."""
         self.together.reserve(max(batches))
         for batch in batches:
-            self.together.plan(batch, graph=True)
-            assert (self.together.reads is None) == (batch < 2)
-            self.graphs[batch] = self._captured(batch)
+            for self.lsa.step in captured(batch, groups=True):
+                self.together.plan(batch, graph=True)
+                assert (self.together.reads is not None) == self.lsa.step.reads_together
+                self.graphs[batch, self.lsa.step.reads_together] = self._captured(batch)
+        self.lsa.step = IDLE
 
     def _captured(self, batch: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
         shapes = (batch, HEADS[0], HEADS[2]), (batch, HEADS[0], HEADS[2]), (batch, HEADS[0])
@@ -162,7 +165,7 @@ class Steps:
         static.append(torch.zeros(shapes[2], device=self.device))
         self.layer(*static)
         if self.device.type == "cpu":
-            return self.layer
+            return partial(self._replayed, self.together.reads)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.layer(*static)
@@ -174,6 +177,11 @@ class Steps:
             return static[1]
 
         return replay
+
+    def _replayed(self, reads: Any, *given: torch.Tensor) -> torch.Tensor:
+        """What stands in for a CUDA graph: calls as when it was captured, which must be those that are planned."""
+        assert self.together.reads is reads, "another graph was planned"
+        return self.layer(*given)
 
     def run(self, grouping: Grouping | None, real: int, padded: int, graph: bool) -> None:
         """One decode step of ``real`` requests.
@@ -188,7 +196,7 @@ class Steps:
         states = [attend_part(q[i : i + 1], keys[i], values[i], 0.25) for i in range(padded)]
         given = [q, *(torch.cat(parts).contiguous() for parts in zip(*states, strict=True))]
         given = [part.to(self.device) for part in given]
-        out = (self.graphs[padded] if graph else self.layer)(*given).cpu()
+        out = (self.graphs[padded, self.lsa.step.reads_together] if graph else self.layer)(*given).cpu()
         for place in range(real):
             read = [part[place] for part in self.own]
             for group, pages in zip(grouping.groups, grouping.pages, strict=True) if grouping else ():

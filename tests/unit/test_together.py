@@ -24,6 +24,7 @@ class Wrapper:
 
     def __init__(self, floats: torch.Tensor, use_cuda_graph: bool = False, **buffers: torch.Tensor):
         self.graph, self.buffers, self.most, self.plans = use_cuda_graph, buffers, 0, 0
+        self.calls = 0
 
     def reset_workspace_buffer(self, floats: torch.Tensor, ints: torch.Tensor) -> None:
         self.workspace = ints
@@ -45,6 +46,7 @@ class Wrapper:
 
     def forward_return_lse(self, q: torch.Tensor, pool, causal: bool, sm_scale: float):
         assert not causal and (self.graph or len(q) == self.told)
+        self.calls += 1
         out, lse = torch.full_like(q, NAN), torch.full(q.shape[:2], NAN)
         keys, values = (buffer.flatten(0, 1) for buffer in pool)
         queries, pages, indices, last = (
@@ -74,13 +76,6 @@ def test_a_plan() -> None:
 def test_a_plan_for_more_groups_than_there_are() -> None:
     plan = Plan.of(grouping_of(ONE, 5), PAGE, room=3)
     assert [part.tolist() for part in (plan.queries, plan.pages, plan.last)] == [[0, 3, 3, 3], [0, 3, 3, 3], [64, 0, 0]]
-    nothing = Plan.of(None, PAGE, room=2)
-    assert [part.tolist() for part in (nothing.queries, nothing.pages, nothing.indices, nothing.last)] == [
-        [0, 0, 0],
-        [0, 0, 0],
-        [],
-        [0, 0],
-    ]
 
 
 def test_more_groups_than_a_graph_has_room_for() -> None:
@@ -107,12 +102,33 @@ def test_steps_read_what_is_planned_before_them() -> None:
 
 
 def test_a_plan_is_made_when_groups_change_only() -> None:
+    """Steps without groups make none, and leave the one that is there."""
     steps = on_a_cpu()
     steps.capture(6)
     wrapper, one = steps.together.graphs[6], grouping_of(ONE, 5)
-    for grouping, plans in ((one, 2), (one, 2), (None, 3), (None, 3), (one, 4)):
+    for grouping, plans in ((one, 2), (one, 2), (None, 2), (None, 2), (one, 2), (grouping_of(ONE, 5), 3)):
         steps.run(grouping, 5, 6, graph=True)
         assert wrapper.plans == plans
+
+
+def test_steps_without_groups_cost_nothing() -> None:
+    """No wrapper is asked, with a graph and without one, before there has been a group and after."""
+    steps = on_a_cpu()
+    steps.capture(6)
+    wrapper = steps.together.graphs[6]
+    steps.run(grouping_of(ONE, 5), 5, 6, graph=True)
+    calls, order = wrapper.calls, steps.together.order.clone()
+    for graph in (True, False):
+        steps.run(None, 5, 6, graph=graph)
+    assert wrapper.calls == calls and steps.together.eager is None
+    assert torch.equal(steps.together.order, order), "nor is anything copied"
+
+
+def test_two_graphs_of_a_size_have_the_buffers_of_one() -> None:
+    steps = on_a_cpu()
+    steps.capture(8, 6, 1)
+    assert sorted(steps.graphs) == [(1, False), (6, False), (6, True), (8, False), (8, True)]
+    assert sorted(steps.together.graphs) == [6, 8]
 
 
 def test_graphs_share_a_workspace_and_are_planned_by_turns() -> None:
