@@ -148,8 +148,8 @@ class LSAConfig:
     groups: bool = key(
         False,
         "Experimental: requests that decode over one prefix read the pages that several of them chose once for all, "
-        "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. Batches that "
-        "share nothing are 5 % slower.",
+        "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. CUDA graphs are "
+        "captured twice, with groups and without, and batches that share nothing replay the latter.",
     )
     disable_view: bool = option(False, "Do not serve the live view at /lsa.")
     debug: bool = option(False, "Check the page ledger after every batch (slow).")

@@ -185,7 +185,8 @@ class Runner(DecodeCudaGraphRunner):
         self.disable_padding, self.is_encoder_decoder, self.ragged_verify_mode = True, False, False
         self.require_mlp_tp_gather = self.require_mlp_sync = self.enable_two_batch_overlap = False
         self.enable_pdmux, self.pp_size, self.dp_size, self.is_dllm = False, 1, 1, False
-        self.attention_graph_variants, self.dllm_attention = None, None
+        self.attention_graph_variants = self.dllm_attention = self.dllm_input_preparation = None
+        self.dllm_uses_input_embeds = False
         self.capture_hidden_mode, self.seq_len_fill_value = CaptureHiddenMode.NULL, 1
         self.capture_forward_mode = ForwardMode.DECODE
         self.tbo_plugin = SimpleNamespace(capture_one_batch_size=lambda *_, **__: None)
