@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_lsa.kernels.page_score_single import from_8_bits_kernel, page_score_single
-
 PAGES_AT_ONCE = 4096
 """Pages whose logits the torch reference holds in memory at a time."""
 SPAN, ENDLESS = 5, 1 << 30
@@ -110,7 +108,7 @@ def page_score(
     _fit(queries.shape, table, key_of_head)
     if not queries.shape[1] or not len(pages):
         return torch.zeros((len(queries), len(pages)), dtype=torch.float32, device=table.device)
-    return (page_score_single if table.is_cuda else page_score_reference)(queries, table, pages, key_of_head)
+    return (_page_score_triton if table.is_cuda else page_score_reference)(queries, table, pages, key_of_head)
 
 
 def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
@@ -137,6 +135,16 @@ def to_8_bits(keys: torch.Tensor) -> torch.Tensor:
 def from_8_bits(numbers: torch.Tensor) -> torch.Tensor:
     """The numbers that :func:`to_8_bits` made bytes of, float32."""
     return numbers.view(torch.float8_e4m3fn).float()
+
+
+@triton.jit
+def from_8_bits_kernel(
+    bits,  # int32, each a byte of to_8_bits
+):
+    """:func:`from_8_bits` in a kernel, by hand, which every device and the interpreter can do."""
+    exponent, mantissa = (bits >> 3) & 15, (bits & 7).to(tl.float32)
+    size = tl.where(exponent == 0, mantissa, (mantissa + 8) * tl.exp2((exponent - 1).to(tl.float32))) * 0.001953125
+    return tl.where((bits & 128) != 0, -size, size)
 
 
 def attention_shares(logits: torch.Tensor) -> torch.Tensor:

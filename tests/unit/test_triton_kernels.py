@@ -8,7 +8,7 @@ or numbers of their own before a kernel runs, so that places that it should not 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -39,7 +39,6 @@ from sglang_lsa.kernels.page_score import (
     page_score_reference,
     to_8_bits,
 )
-from sglang_lsa.kernels.page_score_single import page_score_single
 from sglang_lsa.kernels.page_table import (
     _decode_indices_triton,
     _decode_pages_triton,
@@ -563,9 +562,7 @@ def sharing(
 
 @pytest.mark.parametrize("dtype", SCORE_DTYPES)
 @pytest.mark.parametrize(("heads", "positions", "pages", "key_heads", "sub_keys", "dim"), SHARES)
-@pytest.mark.parametrize("kernel", [_page_score_triton, page_score_single], ids=["of several", "single"])
 def test_page_score(
-    kernel: Callable[..., torch.Tensor],
     heads: int,
     positions: int,
     pages: int,
@@ -575,7 +572,7 @@ def test_page_score(
     dtype: torch.dtype,
 ) -> None:
     given = sharing(heads, positions, pages, key_heads, sub_keys, dim, dtype)
-    shares = kernel(*given)
+    shares = _page_score_triton(*given)
     assert shares.shape == (heads, pages)
     assert shares.dtype == torch.float32
     torch.testing.assert_close(shares, page_score_reference(*given), rtol=0, atol=FLOATS[dtype])

@@ -18,11 +18,6 @@ from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.transfer import ids_on
 
-TOGETHER_ON_GPU = False
-"""Whether kernels of a GPU score several requests in one call. They give what their references give in Triton's
-interpreter, and have not been compared on a GPU yet: there, requests are scored one by one."""
-
-
 class Indexer(Policy):
     """The trained memory indexer.
 
@@ -73,14 +68,9 @@ class Indexer(Policy):
             self.table[v] = to_8_bits(self.indexer.page_keys(keys))
 
     def score(self, request: Request, pages: np.ndarray) -> torch.Tensor:
-        if self.table.is_cuda and not TOGETHER_ON_GPU:
-            queries = self.observer.queries(request.row, request.first_observed, request.tokens)
-            return self.indexer.score_part(queries, self.table, ids_on(self.table.device, pages))
-        return self.indexer.score_parts(self.observer.buffer, self.table, self.observer.asked([request], [pages]))
+        return self.score_all([request], [pages])
 
-    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor | None:
-        if self.table.is_cuda and not TOGETHER_ON_GPU:
-            return None
+    def score_all(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> torch.Tensor:
         asked = self.observer.asked(requests, pages)
         return self.indexer.score_parts(self.observer.buffer, self.table, asked)
 
