@@ -18,6 +18,7 @@ from sglang_lsa.memory.layout.base import KVLayout
 from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.transfer import ids_on
 
+
 class Indexer(Policy):
     """The trained memory indexer.
 
