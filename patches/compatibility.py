@@ -168,7 +168,10 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
                 "SGLANG_ENABLE_METADATA_GLUE_GRAPH: a graph would not see that resident sets change: unset it"
             )
         if server_args.device == "cuda":
-            logger.warning("LSA has not run on a GPU with this SGLang yet; SGLang %s is what was measured", DEFAULT)
+            logger.warning(
+                "LSA: with this SGLang answers were compared on a GPU, speed was not: all figures are of SGLang %s",
+                DEFAULT,
+            )
     if not other:
         problems += device_problems(server_args, config)
     elif server_args.device == "cuda" and not _cuda():
