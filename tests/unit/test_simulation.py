@@ -114,7 +114,7 @@ def test_groups() -> None:
         failure, counts = failure_of(seed, groups=True)
         assert failure is None, failure
         total += counts
-    assert total["read in groups"] > 1000 and total["read unasked"] > 100
+    assert total["read in groups"] > 1000 and total["read unasked"] > 100 and total["exchanged"] > 100
     assert total["retracted"] and total["preempted"] and total["recalled"] > 100
 
 
