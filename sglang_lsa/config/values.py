@@ -151,6 +151,12 @@ class LSAConfig:
         "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. CUDA graphs are "
         "captured twice, with groups and without, and batches that share nothing replay the latter.",
     )
+    group_margin: float = key(
+        0.0,
+        "Experimental, with groups: by what share of its score a page that one request alone would read may be better "
+        "than one that its group reads and still give its place in the set to that; below 1. Sets then depend on who "
+        "decodes beside. 0 chooses for each request alone. What it costs in quality was not measured yet.",
+    )
     disable_view: bool = option(False, "Do not serve the live view at /lsa.")
     debug: bool = option(False, "Check the page ledger after every batch (slow).")
 
@@ -196,6 +202,12 @@ class LSAConfig:
             raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.widen > MOST_WIDENED:
             raise ValueError(f"widen {self.widen} is too large: use {MOST_WIDENED} or less")
+        if self.group_margin >= 1:
+            raise ValueError(f"group_margin {self.group_margin} is too large: use a share below 1")
+        if self.group_margin and not self.groups:
+            raise ValueError(
+                f"group_margin {self.group_margin} does nothing without groups: set groups, or leave it out"
+            )
         if self.prefetch_steps >= self.window:
             if self.prefetch_steps != type(self).prefetch_steps:
                 raise ValueError(
@@ -305,6 +317,7 @@ LEAST: dict[str, float] = {
     "dense_steps": 0,
     "prompt_lookup": 0,
     "widen": 1,
+    "group_margin": 0,
     "prefetch_steps": 0,
     "sink_pages": 0,
     "recent_pages": 0,

@@ -13,7 +13,7 @@ from sglang_lsa.engine.native_index import IndexKeys, IndexObserver, NativeIndex
 from sglang_lsa.engine.observe import PageKeys, QueryObserver, observed_layers
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies import Parts, Policy, bounds_needed, needed, positions
-from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.score import SCORE_LAG
 from sglang_lsa.engine.sizing import longest_dense, max_resident_pages
 from sglang_lsa.indexer.recorder import Recorder
@@ -140,9 +140,15 @@ def lookahead(
     return found
 
 
-def groups(config: LSAConfig, sets: ResidentSets) -> Groups | None:
-    """What forms groups of requests over one prefix, if the server was told to."""
-    return Groups(sets) if config.groups else None
+def groups(config: LSAConfig, lookahead: Lookahead, requests: Mapping[str, Request]) -> Groups | None:
+    """What forms groups of requests over one prefix, if the server was told to; with a margin, their sets are chosen
+    with a view to what groups read."""
+    if not config.groups:
+        return None
+    found = Groups(lookahead.sets)
+    if config.group_margin:
+        lookahead.refresher.common = lambda request: found.common(request, requests.values())
+    return found
 
 
 def staging(config: LSAConfig, pager: Pager) -> Staging | None:

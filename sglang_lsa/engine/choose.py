@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sglang_lsa.config import FULL, LSAConfig, no_auto
+from sglang_lsa.engine.group_choice import exchanged
 from sglang_lsa.engine.selection import (
     always_kept,
     budget_pages,
@@ -108,6 +109,7 @@ def choose(
     widen: float = 1.0,
     follows: int | None = None,
     target: float | None = None,
+    common: np.ndarray | None = None,
 ) -> Chosen:
     """The best pages within the budget, and within what the device pool is meant for.
 
@@ -122,6 +124,8 @@ def choose(
         follows: page from which on the added ones are taken; None takes them by their scores.
         target: share of attention that the set is to cover, by the policy's expectation, in as few pages as that
             takes; None, or a policy without one, takes as many as the budget allows.
+        common: pages that the request's group would share with it, ascending: of pages that are nearly as good
+            (``group_margin``) the set has rather these; None where there is no group.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -148,6 +152,8 @@ def choose(
     if len(first):
         wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
     positions = filled(wanted, stay, size, threshold) if size < context else np.arange(len(scores), dtype=np.int64)
+    if common is not None:
+        positions = exchanged(positions, wanted, stay, common, config.group_margin, threshold)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None
     expected = expectation.covered(told_coverage(scores, positions)) if expectation is not None else None

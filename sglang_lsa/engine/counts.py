@@ -22,6 +22,7 @@ class Counts:
         widened: sets made larger than their budget: they were expected to cover too little, or their request repeats
             its prompt.
         collapsed: sets of first and last pages only, though there was room for more.
+        exchanged: pages of sets that are there because a group reads them, in place of ones that scored higher.
         host_seconds: that this process spent on refreshes.
         device_seconds: that scoring took on the device.
     """
@@ -33,6 +34,7 @@ class Counts:
     shrunk: int = 0
     widened: int = 0
     collapsed: int = 0
+    exchanged: int = 0
     host_seconds: float = 0.0
     device_seconds: float = 0.0
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, form, own_positions
+from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, form, own_positions, worth_sharing
 from sglang_lsa.engine.remap import ResidentSets
-from sglang_lsa.engine.request import Request
+from sglang_lsa.engine.request import Request, State
 from sglang_lsa.memory.pages import pages_complete
 from sglang_lsa.memory.resident_table import ResidentTable
 
@@ -93,6 +93,19 @@ class Groups:
                 self.check(requests)
         return self.now
 
+    def common(self, choosing: Request, running: Iterable[Request]) -> np.ndarray | None:
+        """Which positions would be read for all of its group if this request, whose next set was just chosen, had them
+        in it, and the others read what they read now, or read next where that is chosen; None without a group.
+
+        Args:
+            running: all that are here, in an order that is the same on every rank; those that read everything are in
+                no group.
+        """
+        company = [choosing, *(request for request in running if request is not choosing)]
+        readers = [_next_reader(request, self.own.page) for request in company]
+        group = next((group for group in form(readers, self.rules) if 0 in group.members), None)
+        return None if group is None else worth_sharing(readers, group, 0, self.rules)
+
     def forget(self) -> None:
         """Nothing decodes any more."""
         self.now, self._of = None, (-1, ())
@@ -147,5 +160,17 @@ def _reader(request: Request, page: int) -> Reader:
     """What of a request may be shared: complete pages of its prompt below its tail. Of one that reads everything,
     nothing is below its tail."""
     resident = request.resident
-    shared = min(resident.tail_start, pages_complete(request.prompt_tokens, page))
-    return Reader(request.pages[:shared], resident.positions)
+    return _reader_of(request, resident.positions, resident.tail_start, page)
+
+
+def _next_reader(request: Request, page: int) -> Reader:
+    """The same in its next window, where that is chosen already."""
+    new = request.resident.next
+    if new is None or new.state is State.QUEUED:
+        return _reader(request, page)
+    return _reader_of(request, new.positions, new.tail_start, page)
+
+
+def _reader_of(request: Request, positions: np.ndarray, tail_start: int, page: int) -> Reader:
+    shared = min(tail_start, pages_complete(request.prompt_tokens, page))
+    return Reader(request.pages[:shared], positions)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sglang_lsa.engine.choose import Rules, choose
+from sglang_lsa.engine.choose import Chosen, Rules, choose
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.failures import kind_and_place
 from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
@@ -21,6 +21,9 @@ from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
+
+Choice = Callable[[np.ndarray | None], Chosen]
+"""Chooses a set, with the pages that are common to a group or without, and gives it to its refresh."""
 
 
 class Refresher:
@@ -37,6 +40,8 @@ class Refresher:
         self.on_their_way: dict[str, Request] = {}
         self.together = False
         """Pages are sent for by :meth:`_send`."""
+        self.common: Callable[[Request], np.ndarray | None] | None = None
+        """Where sets are chosen for groups: the pages that a request whose set was just chosen can share."""
 
     def start(self, requests: Sequence[Request], predict: bool = False) -> None:
         """Queue what predicts the next resident sets of these requests, of all in one go.
@@ -140,14 +145,20 @@ class Refresher:
         loading.clear()
 
     def _choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
-        """Choose the sets of these; returns what went wrong, by request."""
+        """Choose the sets of these, then of each in turn for its group; returns what went wrong, by request."""
         failed: dict[str, Exception] = {}
+        chosen: list[tuple[Request, Choice]] = []
         for request in requests:
             try:
-                if request.resident.next is not None:
-                    self._choose(request, request.resident.next)
+                if (new := request.resident.next) is not None and (choice := self._choose(request, new)) is not None:
+                    chosen.append((request, choice))
             except LedgerError:
                 raise
+            except Exception as error:
+                failed[request.key] = error
+        for request, choice in chosen if self.common is not None else ():
+            try:
+                self._choose_for_group(request, choice)
             except Exception as error:
                 failed[request.key] = error
         return failed
@@ -188,13 +199,13 @@ class Refresher:
 
     # -- QUEUED -> CHOSEN ----------------------------------------------------------------------------------------
 
-    def _choose(self, request: Request, new: Refresh) -> None:
-        """Which of the complete pages to keep, and where the tail starts."""
+    def _choose(self, request: Request, new: Refresh) -> Choice | None:
+        """Which of the complete pages to keep, and where the tail starts; None where scores do not say."""
         if new.state is not State.QUEUED or self.clock.step < new.due:
-            return
+            return None
         new.state = State.CHOSEN
         if new.scores is None:
-            return
+            return None
         scores = new.scores.values()
         self.counts.device_seconds += new.scores.device_seconds
         new.values = np.where(np.isnan(scores), -np.inf, scores)
@@ -208,12 +219,17 @@ class Refresher:
         follows = repeated.at // self.pager.page if repeated and repeated.jumps else None
         asked = request.asked
         sizes = (upcoming, widen, follows, asked.target)
-        found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, *sizes)
-        new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
-        if request.asked.watch:
-            unscored = np.isposinf(new.ranks) | np.isin(new.positions, upcoming)
-            new.watched = watched(request.asked.watch, new.values, new.positions, unscored)
-        request.story.coverage, request.story.expected = found.coverage, found.expected
+
+        def choice(common: np.ndarray | None) -> Chosen:
+            found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, *sizes, common=common)
+            new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
+            if asked.watch:
+                unscored = np.isposinf(found.ranks) | np.isin(found.positions, upcoming)
+                new.watched = watched(asked.watch, new.values, new.positions, unscored)
+            request.story.coverage, request.story.expected = found.coverage, found.expected
+            return found
+
+        found = choice(None)
         request.story.widened += found.widened
         self.counts.widened += found.widened
         self.counts.collapsed += found.collapsed
@@ -224,6 +240,14 @@ class Refresher:
                 request.rid,
             )
         request.story.collapsed += found.collapsed
+        return choice
+
+    def _choose_for_group(self, request: Request, choice: Choice) -> None:
+        """The same set with pages that others of its group read in place of some that are hardly better."""
+        new = request.resident.next
+        if new is not None and self.common is not None and (common := self.common(request)) is not None:
+            alone = new.positions
+            self.counts.exchanged += len(np.setdiff1d(choice(common).positions, alone))
 
     def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, Repeats | None]:
         """Complete pages that the request reads next if it goes on copying, and how it repeats its prompt, where that
@@ -345,7 +369,7 @@ class Refresher:
         self.pager.reservations.settle(request.key)
         self._stall(request)
 
-    def _attempt(self, request: Request, stage: Callable[[Request, Refresh], None]) -> None:
+    def _attempt(self, request: Request, stage: Callable[[Request, Refresh], object]) -> None:
         """Run one stage. If it fails, the set that the request reads stays for one more window."""
         new = request.resident.next
         if new is None:

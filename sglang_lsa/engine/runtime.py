@@ -99,9 +99,9 @@ class LSARuntime:
         """The policy that was trained for the model's weights."""
         in_force = build.applicable(config, pager)
         self.lookahead = build.lookahead(in_force, pager, self.table, self.policies, scores or pager.ranks.scores)
-        self.groups = build.groups(config, self.lookahead.sets)
-        """Of requests that decode over one prefix, where they are formed."""
         self.requests: dict[str, Request] = {}
+        self.groups = build.groups(config, self.lookahead, self.requests)
+        """Of requests that decode over one prefix, where they are formed."""
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
         self.staging = build.staging(config, pager)
         self.staging_bytes = build.staging_bytes(self.staging, pager.layout, chunk_tokens, q_heads)

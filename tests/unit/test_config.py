@@ -79,6 +79,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "host_memory_gb": (["8"], 8.0),
     "cache_outputs": ([], True),
     "groups": ([], True),
+    "group_margin": (["0"], 0.0),
     "disable_view": ([], True),
     "debug": ([], True),
 }
@@ -122,9 +123,13 @@ def test_a_key_that_is_gone_says_what_to_do(name: str, tmp_path: pathlib.Path) -
 
 def test_what_is_gone_is_what_is_no_flag() -> None:
     """And what an advice says of a number is that number."""
-    assert (set(NAMES[KEY]) | set(NAMES[CONSTANT])) - {"groups", "widen", "target_coverage", "max_budget"} <= set(
-        REMOVED
-    )
+    assert (set(NAMES[KEY]) | set(NAMES[CONSTANT])) - {
+        "groups",
+        "group_margin",
+        "widen",
+        "target_coverage",
+        "max_budget",
+    } <= set(REMOVED)
     assert not set(NAMES[FLAG]) & set(REMOVED)
     for name in ("min_pages", "prefetch_steps", "recent_pages", "prompt_pages", "query_tokens", "staging_pages"):
         assert re.search(rf"\b{getattr(LSAConfig, name)}\b", REMOVED[name]), name
@@ -267,6 +272,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dense_steps": -1}, "dense_steps -1 is too small: use 0 or more"),
     ({"prompt_lookup": 65}, "prompt_lookup 65 is too large: use 64 or less"),
     ({"widen": 5.0}, "widen 5.0 is too large: use 4 or less"),
+    ({"groups": True, "group_margin": 1.0}, "group_margin 1.0 is too large: use a share below 1"),
+    ({"groups": True, "group_margin": -0.1}, "group_margin -0.1 is too small: use 0 or more"),
+    ({"group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
     ({"widen": 0.5}, "widen 0.5 is too small: use 1 or more"),
     ({"prompt_lookup": -1}, "prompt_lookup -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),

@@ -57,9 +57,9 @@ def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) 
         later[0] = request.window > 0
         chosen(self, request, new)
 
-    def wider(*asked: Any) -> Chosen:
+    def wider(*asked: Any, **group: Any) -> Chosen:
         widened_by = (4.0, asked[2] // 3 if asked[2] % 2 else None, asked[-1])
-        found = choose(*asked[:-3], *widened_by) if later[0] else choose(*asked)
+        found = choose(*asked[:-3], *widened_by, **group) if later[0] else choose(*asked, **group)
         widened[0] += found.widened
         return found
 
@@ -114,7 +114,7 @@ def test_groups() -> None:
         failure, counts = failure_of(seed, groups=True)
         assert failure is None, failure
         total += counts
-    assert total["read in groups"] > 1000 and total["read unasked"] > 100
+    assert total["read in groups"] > 1000 and total["read unasked"] > 100 and total["exchanged"] > 100
     assert total["retracted"] and total["preempted"] and total["recalled"] > 100
 
 

@@ -1,0 +1,332 @@
+"""Choose for the group: of pages that are nearly as good, those that a group reads; and what that leaves as it was."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.choose import Rules, choose
+from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.group_choice import exchanged
+from sglang_lsa.engine.grouping import Groups
+from sglang_lsa.engine.groups import GroupRules, Reader, form, worth_sharing
+from sglang_lsa.engine.refresh import Refresher
+from sglang_lsa.engine.remap import ResidentSets
+from sglang_lsa.engine.request import Asked, Refresh, Request, State
+from sglang_lsa.engine.selection import filled
+from sglang_lsa.engine.window import Clock
+from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.resident_table import ResidentTable
+
+REPEATABLE = settings(derandomize=True, database=None, deadline=None, max_examples=300)
+ANY = GroupRules(least_saved=1e-9)
+NONE_STAYS = np.zeros(8, dtype=bool)
+
+
+def exchange(
+    positions: list[int],
+    scores: list[float],
+    common: list[int],
+    margin: float,
+    stay: np.ndarray = NONE_STAYS,
+    threshold: float = 0.0,
+) -> list[int]:
+    of = [np.array(each, dtype=np.int64) for each in (positions, common)]
+    return exchanged(of[0], np.array(scores), stay, of[1], margin, threshold).tolist()
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+SCORES = [0.9, 0.8, 0.5, 0.47, 0.45, 0.1, 0.0, -0.2]
+
+
+def test_a_page_that_is_nearly_as_good_and_read_anyway_wins() -> None:
+    assert exchange([0, 1, 2], SCORES, [3], 0.1) == [0, 1, 3]
+    assert exchange([0, 1, 2], SCORES, [3], 0.01) == [0, 1, 2], "0.47 is less than 99 % of 0.5"
+    assert exchange([0, 1, 2], SCORES, [5], 0.1) == [0, 1, 2], "far worse"
+
+
+def test_a_page_that_the_group_reads_does_not_go() -> None:
+    assert exchange([0, 1, 2], SCORES, [1, 2, 3], 0.1) == [0, 1, 2], "0.47 would have to replace 0.9"
+    assert exchange([0, 1, 2], SCORES, [1, 2, 3], 0.5) == [1, 2, 3]
+
+
+def test_the_worst_goes_and_the_best_comes() -> None:
+    assert exchange([0, 1, 2], SCORES, [3, 4], 0.1) == [0, 1, 3]
+    assert exchange([1, 2], SCORES, [3, 4], 0.5) == [3, 4]
+
+
+def test_what_stays_stays() -> None:
+    stay = NONE_STAYS.copy()
+    stay[2] = True
+    assert exchange([0, 1, 2], SCORES, [3], 0.1, stay) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("common", "threshold"),
+    [
+        pytest.param([], 0.0, id="nobody reads anything"),
+        pytest.param([6, 7], 0.0, id="worth nothing, and less"),
+        pytest.param([3], 0.48, id="below the threshold"),
+        pytest.param([8, 9], 0.0, id="not complete when the scores were asked for"),
+    ],
+)
+def test_pages_that_do_not_come(common: list[int], threshold: float) -> None:
+    assert exchange([0, 1, 2], SCORES, common, 0.9, threshold=threshold) == [0, 1, 2]
+
+
+def test_scores_that_are_no_numbers_do_not_come() -> None:
+    assert exchange([0], [0.5, -np.inf, -np.inf], [1, 2], 0.9) == [0]
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+MARGINS = st.sampled_from([0.0, 0.1, 0.3, 0.9])
+
+
+@st.composite
+def sets(draw: st.DrawFn) -> dict[str, Any]:
+    """A set as it is chosen for a request alone, and what its group reads."""
+    pages = draw(st.integers(1, 16))
+    scores = np.array(
+        [draw(st.sampled_from([-np.inf, -0.1, 0.0, 0.1, 0.2, 0.25, 0.5, 0.9, 1.0])) for _ in range(pages)]
+    )
+    stay = np.array([draw(st.integers(0, 4)) == 0 for _ in range(pages)])
+    threshold = draw(st.sampled_from([0.0, 0.15]))
+    positions = filled(scores, stay, draw(st.integers(1, pages)), threshold)
+    common = np.array([page for page in range(pages) if draw(st.booleans())], dtype=np.int64)
+    return {"positions": positions, "scores": scores, "stay": stay, "common": common, "threshold": threshold}
+
+
+@REPEATABLE
+@given(sets(), MARGINS)
+def test_what_an_exchange_leaves(one: dict[str, Any], margin: float) -> None:
+    before, scores, stay, common = one["positions"], one["scores"], one["stay"], one["common"]
+    after = exchanged(**one, margin=margin)
+    assert len(after) == len(before) and (np.diff(after) > 0).all(), "never fewer pages"
+    assert set(before[stay[before]]) <= set(after), "first, last and the prompt's pages stay"
+    gone, come = np.setdiff1d(before, after), np.setdiff1d(after, before)
+    assert set(come) <= set(common) and not set(gone) & set(common)
+    assert set(after) | set(common) <= set(before) | set(common), "what is read is not more"
+    left_out = np.setdiff1d(common, before)
+    if len(left_out):
+        top = before[scores[before] * (1 - margin) > scores[left_out].max()]
+        assert set(top) <= set(after), "a page that scores clearly higher was lost"
+    assert len(gone) == 0 or scores[come].min() >= (1 - margin) * scores[gone].max()
+    assert scores[come].sum() >= (1 - margin) * scores[gone].sum() - 1e-12
+
+
+@REPEATABLE
+@given(sets(), MARGINS)
+def test_as_many_are_exchanged_as_may(one: dict[str, Any], margin: float) -> None:
+    """Against trying all numbers, with sets and one page at a time."""
+    after = exchanged(**one, margin=margin)
+    worst_first = sorted(
+        (one["scores"][p], p) for p in one["positions"] if not one["stay"][p] and p not in one["common"]
+    )
+    best_first = sorted(
+        ((-one["scores"][p], p) for p in one["common"] if p not in one["positions"]),
+    )
+    best_first = [(score, p) for score, p in best_first if -score > max(one["threshold"], 0.0)]
+    most = 0
+    for count in range(1, min(len(worst_first), len(best_first)) + 1):
+        if -best_first[count - 1][0] >= (1 - margin) * worst_first[count - 1][0]:
+            most = count
+    assert len(np.setdiff1d(after, one["positions"])) == most
+
+
+def alone(seed: int) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
+    """Sets of requests over one prefix, chosen for each alone; their scores, pages that stay, the prefix."""
+    draw = np.random.default_rng(seed)
+    pages, members = int(draw.integers(4, 30)), int(draw.integers(2, 6))
+    stay = np.zeros(pages, dtype=bool)
+    stay[0] = True
+    shared, scores, sets = draw.random(pages), [], []
+    for _ in range(members):
+        scores.append((shared + draw.random(pages) * draw.choice([0.1, 1.0])).round(2))
+        sets.append(filled(scores[-1], stay, int(draw.integers(1, pages))))
+    return sets, scores, stay, np.arange(100, 100 + pages)
+
+
+def paid(readers: list[Reader]) -> float:
+    """What a step costs: reads below the tails, in reads of a page, by the rules."""
+    saved = sum(group.saved for group in form(readers, ANY))
+    return sum(len(reader.positions) for reader in readers) - saved
+
+
+@REPEATABLE
+@given(st.integers(0, 10_000), MARGINS)
+def test_a_group_reads_no_more_when_its_members_exchange_by_turns(seed: int, margin: float) -> None:
+    """Not of different pages, which is what the device must hold, nor in a step."""
+    sets, scores, stay, prefix = alone(seed)
+    for place, before in enumerate(sets):
+        readers = [Reader(prefix, each) for each in sets]
+        group = next((group for group in form(readers, ANY) if place in group.members), None)
+        if group is None:
+            continue
+        common = worth_sharing(readers, group, place, ANY)
+        assert set(common) <= set(np.concatenate([each for other, each in enumerate(sets) if other != place]))
+        assert set(group.positions) <= set(common) | set(before)
+        sets[place] = exchanged(before, scores[place], stay, common, margin, 0.0)
+        after = [Reader(prefix, each) for each in sets]
+        assert set(np.concatenate(sets)) <= set(np.concatenate([reader.positions for reader in readers]))
+        assert paid(after) <= paid(readers) - (1 - 6 / 64) * len(np.setdiff1d(sets[place], before)) + 1e-9
+
+
+def test_what_is_worth_sharing() -> None:
+    """One more reader is enough below 64 members; beyond that two are not worth a read for all."""
+    readers = [Reader(np.arange(9), np.array(each)) for each in ([0, 1, 2], [0, 1, 4], [0, 5])]
+    (group,) = form(readers, ANY)
+    assert group.positions.tolist() == [0, 1]
+    assert [worth_sharing(readers, group, place, ANY).tolist() for place in range(3)] == [
+        [0, 1, 4, 5],
+        [0, 1, 2, 5],
+        [0, 1, 2, 4],
+    ]
+    many = [Reader(np.arange(9), np.array([0, 1] if place == 0 else [0])) for place in range(70)]
+    (group,) = form(many, ANY)
+    assert worth_sharing(many, group, 5, ANY).tolist() == [0]
+
+
+def test_what_lies_behind_the_common_prefix_cannot_be_shared() -> None:
+    readers = [Reader(np.array([1, 2, 3, own]), np.arange(4)) for own in (8, 9)]
+    (group,) = form(readers, ANY)
+    assert worth_sharing(readers, group, 0, ANY).tolist() == [0, 1, 2]
+
+
+def test_without_a_group_nothing_is_looked_at() -> None:
+    rules = Rules(LSAConfig(groups=True, group_margin=0.9), largest_set=100)
+    scores = np.linspace(0, 1, 50)
+    alone = choose(rules, scores, 51, 0.3)
+    assert np.array_equal(alone.positions, choose(rules, scores, 51, 0.3, common=np.zeros(0, dtype=np.int64)).positions)
+    common = choose(rules, scores, 51, 0.3, common=np.arange(30, 37))
+    assert len(common.positions) == len(alone.positions) and len(common.ranks) == len(common.positions)
+    assert set(np.setdiff1d(common.positions, alone.positions)) <= set(range(30, 37))
+
+
+# --- where sets are chosen -------------------------------------------------------------------------------------------
+
+PAGE, MEMORY = 64, 12
+
+
+class World:
+    """Requests over one memory of which some read a set, and the part of the runtime that chooses new ones."""
+
+    def __init__(self, margin: float, requests: int = 3):
+        config = LSAConfig(
+            groups=True,
+            group_margin=margin,
+            budget=0.5,
+            min_pages=1,
+            sink_pages=1,
+            recent_pages=1,
+            prompt_pages=0,
+            threshold=-1.0,
+        )
+        self.ledger = Ledger(virtual_pages=60, physical_pages=60)
+        self.sets = ResidentSets(ResidentTable(requests + 1, 40, PAGE), self.ledger)
+        self.groups, self.counts = Groups(self.sets, ANY), Counts()
+        pager: Any = SimpleNamespace(page=PAGE, ledger=self.ledger)
+        scorer: Any = SimpleNamespace(policies={"quest": SimpleNamespace(queries=False)})
+        self.refresher = Refresher(Rules(config, 100), Clock(8, 0, 0), pager, self.sets, scorer, self.counts)
+        self.requests: list[Request] = []
+        for number in range(requests):
+            request = Request(f"r{number}", number + 1, Asked("quest", 0.5), prompt_tokens=PAGE * MEMORY)
+            request.pages = np.array([*range(MEMORY), 40 + number], dtype=np.int64)
+            self.ledger.v2p[request.pages] = request.pages
+            self.sets.enter(request.row)
+            self.requests.append(request)
+        if margin:
+            self.refresher.common = lambda request: self.groups.common(request, self.requests)
+
+    def reads(self, request: Request, positions: list[int]) -> None:
+        self.sets.remap(request, np.array(positions, dtype=np.int64), MEMORY)
+
+    def chosen(self, scores: dict[int, dict[int, float]]) -> list[list[int]]:
+        """The sets of those requests whose refresh ends in this step, by their scores of some pages."""
+        choosing = [self.requests[number] for number in scores]
+        for request, some in zip(choosing, scores.values(), strict=True):
+            values = np.zeros(MEMORY)
+            values[list(some)] = list(some.values())
+            fetch: Any = SimpleNamespace(values=lambda values=values: values, device_seconds=0.0, failed=False)
+            request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
+        failed = self.refresher._choose_all(choosing)
+        assert not failed, failed
+        found = [request.resident.next for request in choosing]
+        assert all(new is not None and new.state is State.CHOSEN for new in found)
+        return [new.positions.tolist() for new in found if new is not None]
+
+
+OTHERS = [0, 1, 2, 3, 4]
+"""Read by others of a memory."""
+LIKES_7 = {1: 0.9, 2: 0.8, 3: 0.7, 7: 0.5, 4: 0.48}
+
+
+def test_a_refresh_looks_at_what_others_read() -> None:
+    for margin, expected in ((0.0, [0, 1, 2, 3, 7]), (0.01, [0, 1, 2, 3, 7]), (0.1, [0, 1, 2, 3, 4])):
+        world = World(margin)
+        for request in world.requests[:2]:
+            world.reads(request, OTHERS)
+        assert world.chosen({2: LIKES_7}) == [expected]
+        assert world.counts.exchanged == (expected[-1] == 4)
+        ranks = world.requests[2].resident.next.ranks  # type: ignore[union-attr]
+        assert ranks is not None and ranks.tolist() == [np.inf, 0.9, 0.8, 0.7, 0.48 if expected[-1] == 4 else 0.5]
+
+
+def test_two_are_enough() -> None:
+    """A page that one other reads is read for both, if both read it."""
+    world = World(0.1, requests=2)
+    world.reads(world.requests[0], OTHERS)
+    assert world.chosen({1: LIKES_7}) == [[0, 1, 2, 3, 4]]
+
+
+def test_sets_that_are_chosen_in_one_step_look_at_each_other() -> None:
+    """Page 4 is one of those that two of them would read, so the third takes it; whoever comes first."""
+    likes_4 = {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6, 9: 0.1}
+    for order in ((0, 1, 2), (2, 1, 0)):
+        scores = {number: LIKES_7 if number == 2 else likes_4 for number in order}
+        found = World(0.1).chosen(scores)
+        assert all(each == [0, 1, 2, 3, 4] for each in found)
+
+
+def test_who_reads_everything_or_another_text_is_not_asked() -> None:
+    world = World(0.1)
+    world.reads(world.requests[0], OTHERS)  # the second reads everything
+    world.requests[0].pages = np.array([*range(20, 20 + MEMORY), 50])
+    assert world.chosen({2: LIKES_7}) == [[0, 1, 2, 3, 7]]
+
+
+def test_sets_that_a_request_names_stay() -> None:
+    world = World(0.9)
+    for request in world.requests[:2]:
+        world.reads(request, OTHERS)
+    new = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, state=State.CHOSEN)
+    new.positions, new.tail_start = np.array([0, 8]), MEMORY
+    world.requests[2].resident.next = new
+    world.refresher._choose_all(world.requests[2:])
+    assert new.positions.tolist() == [0, 8]
+
+
+def test_a_failure_costs_the_set_of_one() -> None:
+    world = World(0.1)
+    for request in world.requests[:1]:
+        world.reads(request, OTHERS)
+    common = world.refresher.common
+    assert common is not None
+
+    def broken(request: Request) -> Any:
+        return "no positions" if request.rid == "r1" else common(request)
+
+    world.refresher.common = broken
+    for number in (1, 2):
+        world.requests[number].resident.next = None
+    with pytest.raises(AssertionError, match="r1"):
+        world.chosen({1: LIKES_7, 2: LIKES_7})
+    new = world.requests[2].resident.next
+    assert new is not None and new.state is State.CHOSEN
