@@ -12,7 +12,7 @@ from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
 from sglang_lsa.evaluation.parser import add_calibration, add_resident, add_selectors
 
-ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k")
+ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k", "iso131k")
 KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -95,10 +95,15 @@ def add_parser(commands: Commands) -> None:
 def add_serving(kinds: Commands) -> None:
     text = (
         "decode speed and requests per GPU, with dummy weights: tpot (one request of 1K to 256K tokens, batches of 8 "
-        "and 16), iso (as many 60K contexts as fit the same pool), shared (32 agents over one 128K prefix)"
+        "and 16), iso (as many contexts of 60K, of 128K with 70b, as fit the same pool), shared (32 agents over one 128K "
+        "prefix)"
     )
     command = add_command(kinds, "serving", text)
-    add_several(command, "--models", ("1b", "8b"), "shapes of Llama")
+    text = (
+        "shapes of Llama; 70b is for two GPUs or more: --tp-size 2 --kv-cache-dtype fp8_e4m3 --server-args "
+        "'--quantization fp8'"
+    )
+    add_several(command, "--models", ("1b", "8b", "70b"), text, ("1b", "8b"))
     add_several(command, "--workloads", ("tpot", "iso", "shared"), "kinds of arms")
     add_several(command, "--arms", ARMS, "prompts, or batches x prompts, among them")
     text = "LSA is measured with each; random changes nearly the whole resident set every window"

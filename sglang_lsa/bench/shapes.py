@@ -63,7 +63,8 @@ SHAPES = {
     for shape in (
         Shape("1b", layers=16, hidden=2048, intermediate=8192, q_heads=32, kv_heads=8, head_dim=64),
         Shape("8b", layers=32, hidden=4096, intermediate=14336, q_heads=32, kv_heads=8, head_dim=128),
+        Shape("70b", layers=80, hidden=8192, intermediate=28672, q_heads=64, kv_heads=8, head_dim=128),
         Shape("tiny", 2, hidden=256, intermediate=512, q_heads=4, kv_heads=2, head_dim=64, vocabulary=4096),
     )
 }
-"""Llama 3.2 1B and Llama 3.1 8B, and one that a machine without a GPU runs."""
+"""Llama 3.2 1B, Llama 3.1 8B and 70B, and one that a machine without a GPU runs."""

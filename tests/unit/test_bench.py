@@ -108,8 +108,8 @@ def test_no_plateau_when_nothing_is_left_to_measure(streams: list[Stream], skip:
 
 @pytest.mark.parametrize(
     ("name", "layers", "q_heads", "kv_heads", "head_dim", "token_bytes"),
-    [("1b", 16, 32, 8, 64, 32768), ("8b", 32, 32, 8, 128, 131072)],
-    ids=["1b", "8b"],
+    [("1b", 16, 32, 8, 64, 32768), ("8b", 32, 32, 8, 128, 131072), ("70b", 80, 64, 8, 128, 327680)],
+    ids=["1b", "8b", "70b"],
 )
 def test_a_shape_is_a_configuration_of_transformers(
     name: str, layers: int, q_heads: int, kv_heads: int, head_dim: int, token_bytes: int, tmp_path: pathlib.Path
@@ -783,7 +783,7 @@ def test_no_gpu_is_status_1(
     [
         [],
         ["nonsense"],
-        ["serving", "--models", "70b"],
+        ["serving", "--models", "80b"],
         ["serving", "--policies", "lru"],
         ["serving", "--models"],
         ["serving", "--arms", "1k,2k"],

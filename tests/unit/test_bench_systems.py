@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import http.client
 import json
@@ -107,7 +108,7 @@ def test_systems_by_default() -> None:
 
 def test_arms_have_names_of_their_own() -> None:
     assert parser.ARMS == serving_arms.ARMS
-    for model in ("1b", "8b"):
+    for model in ("1b", "8b", "70b"):
         names = [arm.name for group in GROUPS if group.model == model for arm in group.arms]
         assert len(set(names)) == len(names)
     assert set(parser.KV_DTYPES) == set(KV_BYTES)
@@ -126,6 +127,16 @@ def test_the_same_bytes_hold_twice_the_contexts_of_half_the_bytes() -> None:
     assert narrow.pool_tokens * narrow.token_bytes == wide.pool_tokens * wide.token_bytes
     (single,) = chosen(["8b"], ["tpot"], ["8x40k"], "fp8_e4m3")
     assert single.arms[0].batch == 8
+
+
+def test_a_model_for_several_gpus_is_measured_only_when_it_is_named() -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    parser.add_parser(commands)
+    asked = commands.choices["bench"].parse_args(["serving", "--tp-size", "2"])
+    assert asked.models == ["1b", "8b"]
+    named = commands.choices["bench"].parse_args(["serving", "--models", "70b", "--arms", "iso131k"])
+    (group,) = chosen(named.models, named.workloads, named.arms, "fp8_e4m3", 2)
+    assert (group.pool_tokens // 131_072, group.arms[0].batch, group.tp) == (2, 10, 2)
 
 
 @pytest.mark.parametrize("argv", [["1k,256k", "shared32"], ["1k", "256k", "shared32,1k"]], ids=["commas", "blanks"])
