@@ -95,8 +95,8 @@ def add_parser(commands: Commands) -> None:
 def add_serving(kinds: Commands) -> None:
     text = (
         "decode speed and requests per GPU, with dummy weights: tpot (one request of 1K to 256K tokens, batches of 8 "
-        "and 16), iso (as many contexts of 60K, of 128K with 70b, as fit the same pool), shared (32 agents over one 128K "
-        "prefix)"
+        "and 16), iso (as many contexts of 60K, of 128K with 70b, as fit the same pool), shared (32 agents over one "
+        "128K prefix)"
     )
     command = add_command(kinds, "serving", text)
     text = (
