@@ -18,7 +18,9 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -1458,6 +1460,7 @@ def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.Monkey
     scheduler = SimpleNamespace(
         tree_cache="tree",
         chunked_req=req,
+        forward_ct=7,
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(pager=pager))),
         ipc_channels=SimpleNamespace(
             send_to_tokenizer=SimpleNamespace(send_output=lambda output, of: sent.append(output.rid))
@@ -1469,6 +1472,31 @@ def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.Monkey
     release.assert_called_once_with(req, "tree", **kept_out)
     assert (sent, scheduler.chunked_req) == (["a"], None)
     assert "no more" in req.message
+
+
+@pytest.mark.parametrize("prefills", [True, False], ids=["prefill", "decode"])
+def test_sglang_counts_a_batch_that_was_given_up(prefills: bool) -> None:
+    """Memory may run out before SGLang has said of a batch when it was launched, and behind which pass."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    mode = SimpleNamespace(
+        is_extend_without_speculative=lambda: prefills,
+        is_split_prefill=lambda: False,
+        is_decode=lambda: not prefills,
+        is_target_verify=lambda: False,
+    )
+    batch = SimpleNamespace(reqs=[], forward_mode=mode, extend_num_tokens=5, after_idle_gap=False)
+    batch.launch_ts = batch.forward_iter = None
+    scheduler = mock.MagicMock(forward_ct=7, total_prefill_busy_us=0, total_prefill_uncached_tokens=0)
+    before = time.monotonic()
+    scheduler._prev_step, scheduler._prev_decode_launch_ts = (7, before, prefills), before
+    scheduler._prev_prefill_end_ts, scheduler._pause_started_at, scheduler._pause_intervals = before, None, deque()
+    result = scheduler_run_batch.give_up(scheduler, batch, MemoryError("no more"))
+    batch.reqs = [SimpleNamespace(rid="a")]
+    Scheduler._record_step_counters(scheduler, batch, result)
+    batch.forward_iter, batch.launch_ts = 8, time.monotonic()  # the next one, which is told apart from it
+    Scheduler._record_step_counters(scheduler, batch, result)
+    assert 0 <= scheduler.total_prefill_busy_us < 60e6
 
 
 if __name__ == "__main__":
