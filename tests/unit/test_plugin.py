@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -625,6 +626,21 @@ def hook_modules() -> list[Any]:
 
 def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z0-9]+", name)]
+
+
+CALLED = [hook for hook in HOOKS if hook.kind != "attribute" and not hook.needless]
+
+
+@pytest.mark.parametrize("hook", CALLED, ids=[hook.target.removeprefix("sglang.srt.") for hook in CALLED])
+def test_a_hook_takes_all_that_sglang_may_hand_over(hook: Hook) -> None:
+    """A parameter that a release adds may be handed over in every call, and what does not take it then fails."""
+    owner, _, name = hook.target.rpartition(".")
+    symbol = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    parameters = inspect.signature(getattr(symbol, "__func__", symbol)).parameters.values()
+    by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    by_name = {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+    first = [] if hook.kind == "before" else ["result or original"]
+    inspect.signature(hook.function).bind(*first, *by_place, **by_name)
 
 
 @pytest.mark.parametrize("hook", ALL, ids=[hook.target.removeprefix("sglang.srt.") for hook in ALL])
