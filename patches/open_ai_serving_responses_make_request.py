@@ -6,9 +6,9 @@ from sglang_lsa.patches.hook import Hook
 from sglang_lsa.serve.screen.request import refusing
 
 
-async def make(original, self, request, prev_response, tokenizer):
+async def make(original, self, request, prev_response, tokenizer, **options):
     with refusing("the request"):
-        return await original(self, request, prev_response, tokenizer)
+        return await original(self, request, prev_response, tokenizer, **options)
 
 
 HOOK = Hook(

@@ -51,6 +51,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "to_finish",
     ),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": (
+        "forward_iter",
         "input_ids",
         "launch_ts",
         "reqs",
@@ -74,6 +75,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "device",
         "enable_overlap",
         "enable_priority_preemption",
+        "forward_ct",
         "forward_stream",
         "grammar_manager",
         "ipc_channels",

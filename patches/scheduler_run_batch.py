@@ -55,7 +55,8 @@ def give_up(scheduler, batch, error):
         scheduler.ipc_channels.send_to_tokenizer.send_output(abort, req)
     scheduler.tp_worker.model_runner.lsa.pager.make_equal()
     batch.input_ids, batch.return_logprob, batch.return_hidden_states = None, False, False
-    batch.launch_ts = batch.launch_ts or time.monotonic()  # SGLang's counters want one, though nothing was launched
+    if batch.launch_ts is None:  # SGLang's counters ask when it was launched, and behind which pass, though nothing was
+        batch.forward_iter, batch.launch_ts = scheduler.forward_ct, time.monotonic()
     return GenerationBatchResult(next_token_ids=torch.zeros(len(batch.reqs), dtype=torch.int64))
 
 
@@ -73,6 +74,7 @@ HOOK = Hook(
         "sglang.srt.managers.utils.GenerationBatchResult",
         "sglang.srt.mem_cache.common.release_kv_cache",
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        "sglang.srt.managers.scheduler.Scheduler._record_step_counters",
         "sglang.srt.managers.schedule_batch.Req.finished",
     ),
 )

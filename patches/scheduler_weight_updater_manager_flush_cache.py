@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_lsa.patches.hook import Hook
 
 
-def note_new_weights(result, self, recv_req):
+def note_new_weights(result, self, recv_req, *told):
     self.tp_worker.model_runner.lsa.weights_changed()
 
 

@@ -17,7 +17,7 @@ from soak import FLAGS, Question, body, tokens_of
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.release]
 SMALL = [*FLAGS, "--lsa-device-tokens", "2560", "--lsa-debug", "--lsa-host-memory-gb", "0.2"]
 SMALL += ["--lsa-min-context", "512", "--lsa-window", "16"]
 SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from prompts import random_ids
+from release import RELEASE
 from safetensors.torch import load_file, save_file
 from serving import assert_idle, finished_request, flush, is_busy, refused, wait_until_idle
 from soak import FLAGS, LSA_CONFIG
@@ -30,7 +31,8 @@ from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-WORKERS = 2
+WORKERS = 1 if RELEASE.resolves_late else 2
+several = pytest.mark.skipif(WORKERS == 1, reason="several HTTP workers are refused with this SGLang")
 LAYERS = 6
 LONGEST = (LSA_CONFIG["device_tokens"] // 64 - 1) * 64 - 1
 """Tokens of the longest prompt that fits the device pool whole."""
@@ -71,6 +73,7 @@ def many(call: Any, *args: Any, times: int = 24) -> list[Any]:
 # --- several HTTP workers --------------------------------------------------------------------------------------------
 
 
+@several
 def test_every_worker_has_our_routes(workers: ServerProcess) -> None:
     """``/lsa/status`` and the view answer whoever asks, and every worker tells of the same scheduler."""
     started = re.findall(r"multi-tokenizer worker process (\d+)", workers.log.read_text(errors="replace"))
@@ -82,6 +85,7 @@ def test_every_worker_has_our_routes(workers: ServerProcess) -> None:
         assert snapshot["values"]["device_pages"] == 32
 
 
+@several
 def test_every_worker_checks_options(workers: ServerProcess) -> None:
     """HTTP 400 from the worker itself, before the scheduler hears of it."""
     wrong = {"text": "Hello", "sampling_params": {"max_new_tokens": 4, "custom_params": {"lsa": {"budget": 7}}}}
@@ -90,6 +94,7 @@ def test_every_worker_checks_options(workers: ServerProcess) -> None:
         assert "budget 7 is out of range" in text
 
 
+@several
 def test_every_worker_changes_the_configuration(workers: ServerProcess) -> None:
     before = workers.get("/lsa/status")["config_changes"]
     answers = many(workers.post, "/lsa/config", {"budget": 0.25}, times=12)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from release import HERE
 from serving import EXAMPLES, assert_idle, flush
 from soak import FLAGS, LSA_CONFIG
 
@@ -71,6 +72,7 @@ def test_agents_stay_where_their_memory_is(servers: list[ServerProcess]) -> None
         assert_idle(server)
 
 
+@pytest.mark.skipif(HERE != "0.5.17", reason="this SGLang has no /get_load, which the router asks for")
 def test_a_full_device_pool_is_seen_by_the_router(servers: list[ServerProcess], example: Any) -> None:
     """The same prompt takes 26 of 32 device pages of one server: nearly all of its load, an eighth of its tokens."""
     full, idle = servers

@@ -14,11 +14,14 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import pkgutil
 import re
 import runpy
 import subprocess
 import sys
+import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -623,6 +626,21 @@ def hook_modules() -> list[Any]:
 
 def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z0-9]+", name)]
+
+
+CALLED = [hook for hook in HOOKS if hook.kind != "attribute" and not hook.needless]
+
+
+@pytest.mark.parametrize("hook", CALLED, ids=[hook.target.removeprefix("sglang.srt.") for hook in CALLED])
+def test_a_hook_takes_all_that_sglang_may_hand_over(hook: Hook) -> None:
+    """A parameter that a release adds may be handed over in every call, and what does not take it then fails."""
+    owner, _, name = hook.target.rpartition(".")
+    symbol = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    parameters = inspect.signature(getattr(symbol, "__func__", symbol)).parameters.values()
+    by_place = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    by_name = {each.name: each for each in parameters if each.kind is each.KEYWORD_ONLY}
+    first = [] if hook.kind == "before" else ["result or original"]
+    inspect.signature(hook.function).bind(*first, *by_place, **by_name)
 
 
 @pytest.mark.parametrize("hook", ALL, ids=[hook.target.removeprefix("sglang.srt.") for hook in ALL])
@@ -1458,6 +1476,7 @@ def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.Monkey
     scheduler = SimpleNamespace(
         tree_cache="tree",
         chunked_req=req,
+        forward_ct=7,
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=SimpleNamespace(pager=pager))),
         ipc_channels=SimpleNamespace(
             send_to_tokenizer=SimpleNamespace(send_output=lambda output, of: sent.append(output.rid))
@@ -1469,6 +1488,31 @@ def test_giving_up_releases_kv_as_this_sglang_does_it(monkeypatch: pytest.Monkey
     release.assert_called_once_with(req, "tree", **kept_out)
     assert (sent, scheduler.chunked_req) == (["a"], None)
     assert "no more" in req.message
+
+
+@pytest.mark.parametrize("prefills", [True, False], ids=["prefill", "decode"])
+def test_sglang_counts_a_batch_that_was_given_up(prefills: bool) -> None:
+    """Memory may run out before SGLang has said of a batch when it was launched, and behind which pass."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    mode = SimpleNamespace(
+        is_extend_without_speculative=lambda: prefills,
+        is_split_prefill=lambda: False,
+        is_decode=lambda: not prefills,
+        is_target_verify=lambda: False,
+    )
+    batch = SimpleNamespace(reqs=[], forward_mode=mode, extend_num_tokens=5, after_idle_gap=False)
+    batch.launch_ts = batch.forward_iter = None
+    scheduler = mock.MagicMock(forward_ct=7, total_prefill_busy_us=0, total_prefill_uncached_tokens=0)
+    before = time.monotonic()
+    scheduler._prev_step, scheduler._prev_decode_launch_ts = (7, before, prefills), before
+    scheduler._prev_prefill_end_ts, scheduler._pause_started_at, scheduler._pause_intervals = before, None, deque()
+    result = scheduler_run_batch.give_up(scheduler, batch, MemoryError("no more"))
+    batch.reqs = [SimpleNamespace(rid="a")]
+    Scheduler._record_step_counters(scheduler, batch, result)
+    batch.forward_iter, batch.launch_ts = 8, time.monotonic()  # the next one, which is told apart from it
+    Scheduler._record_step_counters(scheduler, batch, result)
+    assert 0 <= scheduler.total_prefill_busy_us < 60e6
 
 
 if __name__ == "__main__":
