@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fuzz import Fuzz
+from release import HERE
 from serving import assert_idle, finished_request, generate
 from soak import FLAGS, LSA_CONFIG
 
@@ -73,7 +74,7 @@ REFUSED: dict[str, tuple[str, Body, str]] = {
     "overrides": (G, plain(positional_embed_overrides={"embeds": [1]}), "cannot be given in JSON"),
     "empty_name": (G, plain(rid=""), "at least one character"),
     "empty_row": (G, {"input_ids": [[], [5]], "sampling_params": {"max_new_tokens": 2}}, "at least one"),
-    "responses_without_input": (RESPONSES, {"model": "m", "input": []}, "cannot be read"),
+    "responses_without_input": (RESPONSES, {"model": "smollm2", "input": []}, "cannot be read"),
     "adapter": (G, plain(lora_path="x"), "LoRA"),
     "shorter_list": (G, {"text": ["a", "b"], "return_logprob": [True]}, "cannot be read"),
     "parameters_empty_list": (G, {"text": ["a", "b"], "sampling_params": []}, "cannot be read"),
@@ -201,6 +202,7 @@ def test_an_abort_ends_one_request(small: ServerProcess, how: str, tokens: int) 
     assert [other.reason() for other in others] == ["length", "length"]
 
 
+@pytest.mark.skipif(HERE != "0.5.17", reason="an abort by name does nothing there: samples have other names")
 def test_an_abort_ends_all_samples(small: ServerProcess) -> None:
     stream = Stream(small, "samples", tokens=2000, n=2)
     assert ask(small, "/abort_request", {"rid": "samples"})[0] == 200
