@@ -153,7 +153,9 @@ def choose(
         wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
     positions = filled(wanted, stay, size, threshold) if size < context else np.arange(len(scores), dtype=np.int64)
     if common is not None:
-        positions = exchanged(positions, wanted, stay, common, config.group_margin, threshold)
+        fixed = stay.copy()
+        fixed[first] = True  # a page that is looked up later is no reason for one that is looked up first to go
+        positions = exchanged(positions, wanted, fixed, common, config.group_margin, threshold)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None
     expected = expectation.covered(told_coverage(scores, positions)) if expectation is not None else None

@@ -43,18 +43,6 @@ class QueryObserver:
         if slot is not None:
             record(queries.flatten(1), rows, positions, self.buffer.flatten(3), slot)
 
-    def queries(self, row: int, first: int, length: int) -> torch.Tensor:
-        """Queries of one request, ``[n, layers, q_heads, head_dim]``, in no particular order.
-
-        Args:
-            first: first position observed since the request was (re)admitted.
-            length: tokens of the request; positions up to ``length - 1`` have been observed.
-        """
-        if first <= length - self.positions:
-            return self.buffer[row]
-        wanted = torch.arange(first, length, device=self.buffer.device)
-        return self.buffer[row, wanted % self.positions]
-
     def asked(self, requests: Sequence[Request], pages: Sequence[np.ndarray]) -> Ragged:
         """What is scored of several requests, brought to the device in one copy.
 

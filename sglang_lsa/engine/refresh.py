@@ -203,8 +203,8 @@ class Refresher:
         """Which of the complete pages to keep, and where the tail starts; None where scores do not say."""
         if new.state is not State.QUEUED or self.clock.step < new.due:
             return None
-        new.state = State.CHOSEN
         if new.scores is None:
+            new.state = State.CHOSEN
             return None
         scores = new.scores.values()
         self.counts.device_seconds += new.scores.device_seconds
@@ -230,6 +230,7 @@ class Refresher:
             return found
 
         found = choice(None)
+        new.state = State.CHOSEN  # and not before: one that could not be chosen is not what the request reads next
         request.story.widened += found.widened
         self.counts.widened += found.widened
         self.counts.collapsed += found.collapsed

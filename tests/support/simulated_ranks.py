@@ -98,6 +98,7 @@ def failures_of(
     kinds: tuple[type[Simulation], ...] = (RankSimulation, RankSimulation),
     steps: int = 150,
     auto: bool = False,
+    groups: bool = False,
 ) -> tuple[list[str], collections.Counter[str]]:
     """Run one seed on as many ranks as ``kinds``: what went wrong on each, and what happened how often."""
     meeting = Meeting(len(kinds))
@@ -106,9 +107,10 @@ def failures_of(
 
     def run(rank: int, kind: type[Simulation]) -> None:
         try:
-            simulation = kind(seed, ranks=MetRanks(meeting, len(kinds), rank), auto=auto)
+            simulation = kind(seed, ranks=MetRanks(meeting, len(kinds), rank), auto=auto, groups=groups)
             simulations.append(simulation)
             simulation.run(steps)
+            simulation.counts["exchanged"] = simulation.runtime.lookahead.counts.exchanged
         except threading.BrokenBarrierError:
             failures.append(f"rank {rank} waited for another that did not come: {traceback.format_exc(limit=-4)}")
         except Exception:

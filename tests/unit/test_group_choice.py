@@ -210,6 +210,17 @@ def test_without_a_group_nothing_is_looked_at() -> None:
     assert set(np.setdiff1d(common.positions, alone.positions)) <= set(range(30, 37))
 
 
+@pytest.mark.parametrize("margin", [0.1, 0.6])
+def test_looked_up_pages_do_not_go_for_later_ones(margin: float) -> None:
+    """More of them than there is room for: the set has those that are read first, whatever its group reads."""
+    rules = Rules(LSAConfig(groups=True, group_margin=margin, sink_pages=1, recent_pages=1, min_pages=1), 100)
+    scores, upcoming, later = np.full(20, 0.1), np.arange(5, 15), np.arange(9, 15)
+    alone = choose(rules, scores, 21, 0.3, upcoming=upcoming)
+    assert {5, 6, 7, 8} <= set(alone.positions.tolist()) and not set(later) & set(alone.positions)
+    found = choose(rules, scores, 21, 0.3, upcoming=upcoming, common=later)
+    assert found.positions.tolist() == alone.positions.tolist()
+
+
 # --- where sets are chosen -------------------------------------------------------------------------------------------
 
 PAGE, MEMORY = 64, 12
@@ -330,3 +341,21 @@ def test_a_failure_costs_the_set_of_one() -> None:
         world.chosen({1: LIKES_7, 2: LIKES_7})
     new = world.requests[2].resident.next
     assert new is not None and new.state is State.CHOSEN
+
+
+def test_who_gets_no_new_set_is_seen_with_the_one_it_keeps() -> None:
+    """Its scores could not be read: it goes on reading what it read, which others may share."""
+    world = World(0.1, requests=2)
+    world.reads(world.requests[0], OTHERS)
+
+    def lost() -> np.ndarray:
+        raise RuntimeError("the scores are lost")
+
+    values = np.zeros(MEMORY)
+    values[list(LIKES_7)] = list(LIKES_7.values())
+    for request, read in zip(world.requests, (lost, lambda: values), strict=True):
+        fetch: Any = SimpleNamespace(values=read, device_seconds=0.0, failed=False)
+        request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
+    assert list(world.refresher._choose_all(world.requests)) == [world.requests[0].key]
+    new = world.requests[1].resident.next
+    assert new is not None and new.positions.tolist() == OTHERS

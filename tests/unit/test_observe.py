@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +37,15 @@ def show(ring: QueryObserver, row: int, first: int, last: int, layers: tuple[int
         ring.observe(layer, torch.stack([query(row, layer, int(p)) for p in positions]), rows, positions)
 
 
+def recent(ring: QueryObserver, row: int, first: int, length: int) -> torch.Tensor:
+    """What is scored of one request: the queries of its recent positions, in no particular order."""
+    request: Any = SimpleNamespace(row=row, first_observed=first, tokens=length)
+    return ring.asked([request], [np.zeros(0, dtype=np.int64)]).recent(ring.buffer, 0)
+
+
 def seen(ring: QueryObserver, row: int, first: int, length: int) -> list[int]:
     """Positions whose queries come back, sorted, after checking that they are complete."""
-    queries = ring.queries(row, first, length)
+    queries = recent(ring, row, first, length)
     positions = [int(value) - row * 10_000 - LAYERS[0] * 1_000 for value in queries[:, 0, 0, 0]]
     for got, position in zip(queries, positions, strict=True):
         assert torch.equal(got, torch.stack([query(row, layer, position) for layer in LAYERS]))
@@ -81,7 +89,7 @@ def test_a_prefix_that_was_not_computed_was_not_observed() -> None:
 
 
 def test_nothing_observed() -> None:
-    assert observer().queries(1, 64, 64).shape == (0, len(LAYERS), HEADS, DIM)
+    assert recent(observer(), 1, 64, 64).shape == (0, len(LAYERS), HEADS, DIM)
 
 
 def test_rows_do_not_mix() -> None:

@@ -51,6 +51,17 @@ def test_ranks_have_the_same_sets_where_these_are_as_large_as_they_need_to_be(ki
         assert total[what] > 0, (what, total)
 
 
+@pytest.mark.parametrize("kinds", [EQUAL, ONE_LATE], ids=["two", "one is late"])
+def test_ranks_have_the_same_sets_where_these_are_chosen_for_a_group(kinds: Kinds) -> None:
+    """Who is in a group, and which pages its others read or read next, is the same on each."""
+    total = collections.Counter[str]()
+    for seed in range(13, 21, 2):
+        found, counts = failures_of(seed, kinds, groups=True)
+        assert not found, "\n".join(found)
+        total += counts
+    assert total["read in groups"] > 100 and total["exchanged"] > 20 and total["retracted"], total
+
+
 def test_it_finds_ranks_that_size_sets_by_their_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(self: Any, scores: Any, how: Any) -> Any:
         return scores
