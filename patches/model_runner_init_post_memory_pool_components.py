@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from sglang_lsa.patches.hook import Hook
+
+logger = logging.getLogger(__name__)
 
 
 def create_runtime(result, self):
@@ -18,6 +22,9 @@ def create_runtime(result, self):
     args = resolved(self.server_args)
     if args.device == "cuda":
         announce_attention(args)
+    config, view = args.lsa_config, "none" if args.lsa_config.disable_view else "/lsa"
+    said = config.policy, config.budget, config.min_context, view
+    logger.info("LSA: policy %s, budget %s, for contexts from %d tokens on; live view: %s", *said)
     pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
     beside, shown = None, args.enable_metrics and pager.ranks.rank == 0  # all ranks have the same to show
     if index is not None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.config.command_line import check_command_line
 
 
 def with_defaults(argv: list[str]) -> list[str]:
@@ -45,7 +46,12 @@ def server_arguments(argv: list[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.argv[1:] = with_defaults(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        check_command_line(argv)
+    except ValueError as error:
+        raise SystemExit(f"sglang-lsa: {error}") from error
+    sys.argv[1:] = with_defaults(argv)
     from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree
 
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         server_args = server_arguments(sys.argv[1:])
-    except (ValueError, IncompatibleSGLang) as error:
+    except (OSError, ValueError, IncompatibleSGLang) as error:  # OSError: no such model on the hub
         raise SystemExit(f"sglang-lsa: {error}") from error
     try:
         run_server(server_args)

@@ -42,6 +42,9 @@ def show(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     for section in SECTIONS:
         findings = [finding for finding in report.findings if finding.section == section]
+        if section == "hooks" and findings and all(finding.status == OK for finding in findings):
+            seen = f"all {len(findings)} are as they were when they were checked; --json lists them"
+            findings = [Finding(section, "hooks", OK, seen)]
         if findings:
             console.print(findings_table(section, findings))
     if report.server is not None:
@@ -127,7 +130,10 @@ def contexts_table(report: Report) -> Table:
         table.add_column(name, justify="left" if name == "limited by" else "right")
     for context in report.contexts:
         read = f"{context.resident_pages} of {context.pages}"
-        table.add_row(f"{context.tokens:,}", str(context.stock), str(context.lsa), context.limit, read)
+        if report.server is not None and context.tokens > report.server.context_tokens:
+            table.add_row(f"{context.tokens:,}", "-", "-", f"the model, {report.server.context_tokens:,} tokens", "-")
+        else:
+            table.add_row(f"{context.tokens:,}", str(context.stock), str(context.lsa), context.limit, read)
     return table
 
 

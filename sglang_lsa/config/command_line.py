@@ -1,0 +1,85 @@
+"""What can be seen to be wrong with a server's command line before SGLang is imported, which takes half a minute."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import pathlib
+import socket
+from collections.abc import Sequence
+
+from sglang_lsa.config.flags import add_cli_args
+from sglang_lsa.config.kinds import CONSTANT, FLAG, flag_of
+from sglang_lsa.config.values import LSAConfig
+
+PREFIX = "--lsa-"
+HOST, PORT = "127.0.0.1", 30_000
+"""Of SGLang, where nothing else is said."""
+ANY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Refuse what a start would end with: ``--lsa-*`` flags that do not exist or have no such value, a model folder
+    that is not there, a port on which a server listens.
+
+    Raises:
+        SystemExit: 2, a flag cannot be read; one line has said which, and what to do.
+        ValueError: the folder is not there, or the port is taken.
+    """
+    if any(argument in ("-h", "--help") for argument in argv):
+        return
+    parser = argparse.ArgumentParser(prog="sglang-lsa", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    add_cli_args(parser)
+    flags = [name for action in parser._actions for name in action.option_strings]
+    parser.add_argument("--model-path", "--model", default=None)
+    parser.add_argument("--host", default=HOST)
+    parser.add_argument("--port", default=str(PORT))
+    parser.add_argument("--node-rank", default="0")
+    known, others = parser.parse_known_args(argv)
+    for argument in others:
+        name = argument.split("=")[0]
+        if name.startswith(PREFIX) and not any(flag.startswith(name) for flag in flags):  # SGLang takes abbreviations
+            parser.error(f"there is no {name}: {_instead(name, flags)}")
+    require_model(known.model_path)
+    if known.port.isdecimal() and known.node_rank == "0":
+        require_port(known.host, int(known.port))
+
+
+def _instead(name: str, flags: Sequence[str]) -> str:
+    option = name.removeprefix(PREFIX).replace("-", "_")
+    keys = [f.name for f in dataclasses.fields(LSAConfig) if f.metadata["kind"] not in (FLAG, CONSTANT)]
+    if option in keys:
+        return f"it is a key, --lsa-config '{{\"{option}\": VALUE}}'"
+    own = [flag.removeprefix(PREFIX).replace("-", "_") for flag in flags if flag.startswith(PREFIX)]
+    (near, *_) = difflib.get_close_matches(option, [*own, *keys], 1, cutoff=0.7) or ("",)
+    if near in own:
+        return f"did you mean {flag_of(near)}?"
+    if near:
+        return f"did you mean the key {near}, --lsa-config '{{\"{near}\": VALUE}}'?"
+    return f"use one of {', '.join(sorted(map(flag_of, own)))}"
+
+
+def require_model(path: str | None) -> None:
+    """
+    Raises:
+        ValueError: ``path`` is that of a folder or file, and there is none.
+    """
+    looks_local = path is not None and path.startswith(("/", "./", "../", "~"))
+    if path is not None and looks_local and not pathlib.Path(os.path.expanduser(path)).exists():
+        raise ValueError(
+            f"--model-path {path}: there is no such folder: give one with a config.json, or a model's name on the hub"
+        )
+
+
+def require_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ValueError: somebody answers there.
+    """
+    try:
+        socket.create_connection((HOST if host in ANY_ADDRESS else host, port), timeout=1).close()
+    except OSError:
+        return
+    raise ValueError(f"--port {port}: a server listens there already, on {host}: end it, or give another --port")
