@@ -10,7 +10,7 @@ import pathlib
 import socket
 from collections.abc import Sequence
 
-from sglang_lsa.config.flags import add_cli_args
+from sglang_lsa.config.flags import add_cli_args, config_from_args
 from sglang_lsa.config.kinds import CONSTANT, FLAG, flag_of
 from sglang_lsa.config.values import LSAConfig
 
@@ -26,7 +26,7 @@ def check_command_line(argv: Sequence[str]) -> None:
 
     Raises:
         SystemExit: 2, a flag cannot be read; one line has said which, and what to do.
-        ValueError: the folder is not there, or the port is taken.
+        ValueError: values do not fit together or are out of range, the folder is not there, or the port is taken.
     """
     if any(argument in ("-h", "--help") for argument in argv):
         return
@@ -42,6 +42,7 @@ def check_command_line(argv: Sequence[str]) -> None:
         name = argument.split("=")[0]
         if name.startswith(PREFIX) and not any(flag.startswith(name) for flag in flags):  # SGLang takes abbreviations
             parser.error(f"there is no {name}: {_instead(name, flags)}")
+    config_from_args(known)
     require_model(known.model_path)
     if known.port.isdecimal() and known.node_rank == "0":
         require_port(known.host, int(known.port))

@@ -37,6 +37,13 @@ def test_flags_that_do_not_exist(given: list[str], words: str, capsys: pytest.Ca
     assert line.startswith("sglang-lsa: error: ") and words in line
 
 
+def test_values_that_are_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"budget 2.0 is out of range: use a number in \(0, 1\]"):
+        check_command_line(["--lsa-budget", "2", "--port", "1"])
+    with pytest.raises(ValueError, match="--lsa-config /nowhere.json: cannot be read"):
+        check_command_line(["--lsa-config", "/nowhere.json", "--port", "1"])
+
+
 def test_a_folder_that_is_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"--model-path .*/none: there is no such folder: give one with a config.json"):
         check_command_line(["--model-path", str(tmp_path / "none"), "--port", "1"])
