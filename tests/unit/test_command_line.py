@@ -13,7 +13,7 @@ from sglang_lsa.config.command_line import check_command_line
 
 
 def test_what_is_right_passes(tmp_path: pathlib.Path) -> None:
-    check_command_line(["--model-path", str(tmp_path), "--lsa-budget", "auto", "--lsa-debug", "--port", "1"])
+    check_command_line(["--model-path", str(tmp_path), "--lsa-budget", "0.2", "--lsa-debug", "--port", "1"])
     check_command_line(["--model", "some/name", "--lsa-bud=0.2", "--mem-fraction-static", "0.8", "--port", "1"])
     check_command_line(["--lsa-nonsense", "--help"])
 
@@ -40,7 +40,7 @@ def test_flags_that_do_not_exist(given: list[str], words: str, capsys: pytest.Ca
 def test_values_that_are_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"budget 2.0 is out of range: use a number in \(0, 1\]"):
         check_command_line(["--lsa-budget", "2", "--port", "1"])
-    with pytest.raises(ValueError, match="--lsa-config /nowhere.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"--lsa-config /nowhere\.json: cannot be read"):
         check_command_line(["--lsa-config", "/nowhere.json", "--port", "1"])
 
 
