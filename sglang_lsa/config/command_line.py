@@ -37,13 +37,16 @@ def check_command_line(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default=HOST)
     parser.add_argument("--port", default=str(PORT))
     parser.add_argument("--node-rank", default="0")
+    parser.add_argument("--config", default=None)
     known, others = parser.parse_known_args(argv)
-    for argument in others:
-        name = argument.split("=")[0]
-        if name.startswith(PREFIX) and not any(flag.startswith(name) for flag in flags):  # SGLang takes abbreviations
+    unread = [name for argument in others if (name := argument.split("=")[0]).startswith(PREFIX)]
+    for name in unread:
+        if not any(flag.startswith(name) for flag in flags):
             parser.error(f"there is no {name}: {_instead(name, flags)}")
-    config_from_args(known)
     require_model(known.model_path)
+    if unread or known.config:  # SGLang takes abbreviations, and files: what was read here is not all that was asked
+        return
+    config_from_args(known)
     if known.port.isdecimal() and known.node_rank == "0":
         require_port(known.host, int(known.port))
 

@@ -59,6 +59,15 @@ def test_a_port_that_somebody_listens_on(host: str) -> None:
     check_command_line(["--host", host, f"--port={port}"])
 
 
+def test_what_a_file_or_an_abbreviation_may_say_is_left_to_sglang() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = f"--port={server.getsockname()[1]}"
+        check_command_line(["--config", "server.yaml", port])
+        check_command_line(["--lsa-policy", "indexer", "--lsa-indexe", "some", port])
+    with pytest.raises(ValueError, match="indexer"):
+        check_command_line(["--lsa-policy", "indexer", "--port", "1"])
+
+
 def test_a_port_that_is_only_kept_is_free() -> None:
     """A socket that is bound and does not listen keeps a port for the server that is about to start."""
     with socket.socket() as held:
