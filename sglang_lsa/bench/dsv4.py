@@ -75,7 +75,7 @@ def run(
     server_args: str,
     command: str,
 ) -> list[Row]:
-    """Measure everything that was asked for, one server for each arm of each system; every row is written at once.
+    """Measure everything that was asked for, one server for each context of each system; every row is written at once.
 
     Args:
         churns: in per cent.
@@ -97,20 +97,30 @@ def run(
             asked = Asked(
                 DSV4_SHAPES[model], weights, kv_gb, tokens, share, budget, tuple(churn / 100 for churn in churns)
             )
-            for arm in (DSV4_ARMS[name] for name in arms):
+            for sharing in share_servers([DSV4_ARMS[name] for name in arms]):
                 for system in (DSV4_SYSTEMS[name] for name in systems):
                     left = [
-                        churn
+                        (arm, churn)
+                        for arm in sharing
                         for churn in (asked.churns if system.lsa else (None,))
                         if DSV4.identity(labels(asked, arm, system, churn) | facts) not in done
                     ]
-                    measured = measure(asked, arm, system, left, server_args, output, console) if left else ()
-                    for row in failures.go_on(system.name, f"{model} {arm.name}", measured):
+                    measured = measure(asked, system, left, server_args, output, console) if left else ()
+                    for row in failures.go_on(system.name, f"{model} {sharing[0].name}", measured):
                         rows.append(row | facts)
                         DSV4.keep(output, [rows[-1]])
     console.print(table(DSV4.read(output)))
     failures.finish()
     return rows
+
+
+def share_servers(arms: Sequence[Dsv4Arm]) -> list[tuple[Dsv4Arm, ...]]:
+    """Arms of one context, over the same prefixes; the one with the most requests first, for which the server is."""
+    contexts = dict.fromkeys(arm.context for arm in arms)
+    return [
+        tuple(sorted((arm for arm in arms if arm.context == context), key=lambda arm: -(arm.requests or MOST)))
+        for context in contexts
+    ]
 
 
 def labels(asked: Asked, arm: Dsv4Arm, system: Dsv4System, churn: float | None) -> Row:
@@ -146,14 +156,18 @@ def arguments(asked: Asked, arm: Dsv4Arm, system: Dsv4System, planned: Plan, mod
 
 def measure(
     asked: Asked,
-    arm: Dsv4Arm,
     system: Dsv4System,
-    churns: Sequence[float | None],
+    rows: Sequence[tuple[Dsv4Arm, float | None]],
     server_args: str,
     output: pathlib.Path,
     console: Console,
 ) -> Iterator[Row]:
-    """Start one server, forge its prefixes and send requests over them, once for each churn."""
+    """Start one server, forge its prefixes and send requests over them, once for each arm and churn.
+
+    Args:
+        rows: arms of one context, in the order of :func:`share_servers`, and churns.
+    """
+    arm = rows[0][0]
     planned = plan(
         arm,
         system,
@@ -176,10 +190,10 @@ def measure(
             bench = Measurement(server, plugin, asked, arm, system, planned)
             bench.warm_up()
             console.print(f"  {bench.forge()}")
-            for churn in churns:
-                row = bench.row(churn)
+            for each, churn in rows:
+                row = bench.row(each, churn)
                 console.print(
-                    f"  churn {churn}: {row['running_requests']} running over {row['distinct_prefixes']} prefixes, "
+                    f"  {each.name}, churn {churn}: {row['running_requests']} running over {row['distinct_prefixes']} prefixes, "
                     f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
                     f"recall {row['recall_bytes_per_s'] / 1e9:.2f} GB/s, TTFT {row['ttft_s']:.1f} s, "
                     f"{time.perf_counter() - began:.0f} s so far"
@@ -238,23 +252,27 @@ class Measurement:
     def ask(self, what: dict[str, Any]) -> Any:
         return dsv4_plugin.ask(self.plugin, what, lambda: self.server.process.poll() is None)
 
-    def row(self, churn: float | None) -> Row:
-        """One row of the results."""
+    def row(self, arm: Dsv4Arm, churn: float | None) -> Row:
+        """One row of the results.
+
+        Args:
+            arm: of the same context as the one whose prefixes were forged.
+        """
         if self.system.lsa:
             self.ask({"churn": churn})
-        requests = self.arm.requests or self.forged * self.share
+        requests = arm.requests or self.forged * self.share
         vocabulary, distinct = self.asked.shape.vocabulary, min(self.forged, requests)
-        prompts = [self.arm.prompt(number, distinct, vocabulary) for number in range(requests)]
+        prompts = [arm.prompt(number, distinct, vocabulary) for number in range(requests)]
         before = self.status()
         streams = asyncio.run(run_together(self.server.url, prompts, self.asked.tokens))
         figures, after = plateau(streams, skip_tokens=SKIPPED), self.status()
-        missed = [cached for s in streams if s.tokens and (cached := s.cached or 0) < self.arm.context]
+        missed = [cached for s in streams if s.tokens and (cached := s.cached or 0) < arm.context]
         if missed:
             raise RuntimeError(
                 f"{len(missed)} of {requests} requests found {missed[0]} tokens of their prefix, not "
-                f"{self.arm.context}: what they computed in its place was measured with the rest"
+                f"{arm.context}: what they computed in its place was measured with the rest"
             )
-        row = labels(self.asked, self.arm, self.system, churn) | self.figures(figures, streams, requests, distinct)
+        row = labels(self.asked, arm, self.system, churn) | self.figures(figures, streams, requests, distinct)
         row |= self.memory(before, after, distinct)
         return row | {"recall_bytes_per_s": row["recalled_bytes"] / row["decoded_s"]}
 

@@ -129,7 +129,7 @@ GROUPS = (
     Group("8b", 48, (*SINGLE, SHARED, *tpot((8, 40_000), (16, 16_000)))),
     Group("8b", 32, (Arm("iso", 60_000, 13, 640),)),
     Group("1b", 8, (*SINGLE, Arm("iso", 60_000, 26, 800))),
-    Group("70b", 48, (*tpot((1, 131_072)), Arm("iso", 131_072, 5, 640))),
+    Group("70b", 48, (*tpot((1, 131_072)), Arm("iso", 131_072, 3, 640))),
 )
 """Pools are in GB of KV; iso arms send more prompts than either system runs at once."""
 ARMS = tuple(dict.fromkeys(arm.name for group in GROUPS for arm in group.arms))

@@ -451,7 +451,7 @@ def test_a_row_says_what_ran_what_it_weighed_and_what_was_recalled(
     sent = sending(monkeypatch, DSV4_ARMS["256k"].context)
     measurement.warm_up()
     assert measurement.forge()["forged"] == 2
-    row = measurement.row(0.1)
+    row = measurement.row(DSV4_ARMS["256k"], 0.1)
     assert sent == [1, 2], "what was forged, not what was planned"
     assert (row["running_requests"], row["distinct_prefixes"], row["requests"]) == (2, 2, 2)
     assert row["decode_tokens_per_s"] == pytest.approx(2)
@@ -470,7 +470,7 @@ def test_requests_that_missed_their_prefix_are_no_measurement(
     sending(monkeypatch, 0)
     measurement.forge()
     with pytest.raises(RuntimeError, match="2 of 2 requests found 0 tokens of their prefix, not 262144"):
-        measurement.row(0.0)
+        measurement.row(DSV4_ARMS["256k"], 0.0)
 
 
 # --- runs and results -------------------------------------------------------------------------------------------------
@@ -486,11 +486,12 @@ class Bench:
         monkeypatch.setattr(dsv4, "measure", self.measure)
         monkeypatch.setattr(dsv4, "DSV4", dataclasses.replace(DSV4, draw=lambda *_: None))
 
-    def measure(self, asked: dsv4.Asked, arm: Dsv4Arm, system: Any, churns: Any, *_: Any) -> Iterator[dict[str, Any]]:
-        self.seen.append((arm.name, system.name, list(churns)))
+    def measure(self, asked: dsv4.Asked, system: Any, rows: Any, *_: Any) -> Iterator[dict[str, Any]]:
+        names = "+".join(dict.fromkeys(arm.name for arm, _ in rows))
+        self.seen.append((names, system.name, [churn for _, churn in rows]))
         if self.broken == system.name:
             raise ServerFailed("no V4 here")
-        for churn in churns:
+        for arm, churn in rows:
             yield dsv4.labels(asked, arm, system, churn) | figures(30.0 if system.lsa else 10.0)
 
     def run(self, **other: Any) -> list[tuple[str, str, list[float | None]]]:
@@ -519,6 +520,28 @@ def test_every_system_of_an_arm_is_measured_and_lsa_with_every_churn(bench: Benc
     assert bench.run(resume=True, churns=[0, 30]) == [("1m", "lsa", [0.3])]
     assert bench.run(resume=True, kv_gb=30.0, systems=["stock"]) == [("1m", "stock", [None])]
     assert [row["gain"] for row in DSV4.read(bench.output) if row["system"] == "lsa"] == [3, 3, 3]
+
+
+def test_arms_of_one_context_share_a_server_that_is_made_for_the_most_requests(bench: Bench) -> None:
+    seen = bench.run(arms=["1x1m", "256k", "1m"], systems=["stock-tuned", "lsa"], churns=[10])
+    assert seen == [
+        ("1m+1x1m", "stock-tuned", [None, None]),
+        ("1m+1x1m", "lsa", [0.1, 0.1]),
+        ("256k", "stock-tuned", [None]),
+        ("256k", "lsa", [0.1]),
+    ]
+    assert bench.run(arms=["1x1m"], systems=["lsa"], churns=[30], resume=True) == [("1x1m", "lsa", [0.3])]
+
+
+def test_one_request_is_measured_over_prefixes_that_fill_the_kv(
+    measurement: dsv4.Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = dataclasses.replace(DSV4_ARMS["256k"], name="1x256k", requests=1)
+    sent = sending(monkeypatch, alone.context)
+    measurement.forge()
+    row = measurement.row(alone, 0.1)
+    assert sent == [1, 1]
+    assert (row["arm"], row["requests"], row["distinct_prefixes"], row["running_requests"]) == ("1x256k", 1, 1, 1)
 
 
 def test_a_system_that_fails_leaves_the_others(bench: Bench) -> None:
