@@ -193,8 +193,9 @@ def measure(
             for each, churn in rows:
                 row = bench.row(each, churn)
                 console.print(
-                    f"  {each.name}, churn {churn}: {row['running_requests']} running over {row['distinct_prefixes']} prefixes, "
-                    f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
+                    f"  {each.name}, churn {churn}: {row['running_requests']} running over "
+                    f"{row['distinct_prefixes']} prefixes, {row['decode_tokens_per_s']:.0f} tokens/s, "
+                    f"TPOT {row['tpot_ms_p50']:.2f} ms, "
                     f"recall {row['recall_bytes_per_s'] / 1e9:.2f} GB/s, TTFT {row['ttft_s']:.1f} s, "
                     f"{time.perf_counter() - began:.0f} s so far"
                 )

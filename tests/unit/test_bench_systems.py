@@ -136,7 +136,7 @@ def test_a_model_for_several_gpus_is_measured_only_when_it_is_named() -> None:
     assert asked.models == ["1b", "8b"]
     named = commands.choices["bench"].parse_args(["serving", "--models", "70b", "--arms", "iso131k"])
     (group,) = chosen(named.models, named.workloads, named.arms, "fp8_e4m3", 2)
-    assert (group.pool_tokens // 131_072, group.arms[0].batch, group.tp) == (2, 10, 2)
+    assert (group.pool_tokens // 131_072, group.arms[0].batch, group.tp) == (2, 6, 2)
 
 
 @pytest.mark.parametrize("argv", [["1k,256k", "shared32"], ["1k", "256k", "shared32,1k"]], ids=["commas", "blanks"])
