@@ -20,11 +20,14 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import dsv4_kernels
 import pytest
 import torch
 from dsv4_model import PAGE_BYTES, PAGE_TOKENS, write_config
@@ -101,6 +104,7 @@ class Servers(dict[str, ServerProcess]):
 def servers(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, extra: list[str]) -> Iterator[Servers]:
     if (reason := missing()) is not None:
         pytest.skip(reason)
+    subprocess.run([sys.executable, dsv4_kernels.__file__, str(CHUNK)], timeout=600)
     own = tmp_path_factory.mktemp("plugin")
     model, plugin = write_config(own / "model"), install_plugin(own / "site")
     pool = ["--lsa-device-tokens", str(DEVICE_PAGES * PAGE_TOKENS)]
