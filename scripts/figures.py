@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dsv4_tables
 import quality_tables
 import result_runs
 from PIL import Image, PngImagePlugin
@@ -209,6 +210,7 @@ def tables() -> dict[str, str]:
         "memory": quality_tables.memory(quality),
         "mrcr": quality_tables.mrcr(quality),
         "passage": quality_tables.passage(quality),
+        "dsv4": dsv4_tables.speed(rows_of("dsv4.json")),
     }
 
 
