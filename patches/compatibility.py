@@ -169,8 +169,8 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
             )
         if server_args.device == "cuda":
             logger.warning(
-                "LSA: with this SGLang answers were compared on a GPU, and the speed of one request, under torch 2.11; all "
-                "other figures are of SGLang %s",
+                "LSA: with this SGLang answers and the speed of one request were compared on a GPU, under torch 2.11; "
+                "all other figures are of SGLang %s",
                 DEFAULT,
             )
     if not other:
