@@ -11,6 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 sglang=${SGLANG:-0.5.17}
+oldest=11 # Python 3.11: what SGLang 0.5.23 asks for
+[[ $sglang != 0.5.17 ]] || oldest=10
 [[ $venv == /* ]] || venv=$PWD/$venv
 owner=$venv/.sglang-lsa-owner # this script made the environment, at the path written in it
 stamp=$venv/.sglang-lsa-stamp # the installation is finished
@@ -33,11 +35,12 @@ PY
 
 # Print the version of interpreter $1 and succeed if it can make the environment; otherwise print why not.
 probe() {
-  "$1" - 2>/dev/null <<'PY' || { [[ $? == 3 ]] || echo "does not run"; return 1; }
+  "$1" - "$oldest" 2>/dev/null <<'PY' || { [[ $? == 3 ]] || echo "does not run"; return 1; }
 import sys
 version = sys.version.split()[0]
-if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-    print(f"is {version}, outside 3.10-3.12")
+oldest = int(sys.argv[1])
+if not (3, oldest) <= sys.version_info[:2] <= (3, 12):
+    print(f"is {version}, outside 3.{oldest}-3.12")
     sys.exit(3)
 try:
     import ensurepip, venv
@@ -59,7 +62,7 @@ find_python() {
     fi
     seen+=$'\n'"  $name: $path $result"
   done
-  die "no suitable Python: 3.10, 3.11 or 3.12 is needed, and this was found:$seen
+  die "no suitable Python: 3.$oldest to 3.12 is needed for SGLang $sglang, and this was found:$seen
 Install one of them, or name it: make setup PYTHON=/path/to/python3.11"
 }
 

@@ -123,7 +123,9 @@ class Admission:
 
     def _refusal(self, ids: np.ndarray, room: int, options: RequestOptions) -> str | None:
         tokens, pages = len(ids), pages_spanned(len(ids), self.pager.page)
-        if self.vocabulary is not None and tokens and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+        if not tokens:  # an empty text, where SGLang lets it pass
+            return "The prompt has no tokens: send at least one."
+        if self.vocabulary is not None and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]  # the model would read past its embeddings
             return f"The prompt has the token id {wrong}: use ids from 0 to {self.vocabulary - 1}."
         if options.dense and tokens >= room:

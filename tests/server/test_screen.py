@@ -82,19 +82,6 @@ REFUSED: dict[str, tuple[str, Body, str]] = {
     "chat_format_a_number": (CHAT, chat(response_format=5), "cannot be read"),
     "chat_template_arguments": (CHAT, chat(chat_template_kwargs={"conversation": 5}), ""),
 }
-
-
-@pytest.mark.parametrize(("path", "body", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_and_alive(small: ServerProcess, path: str, body: Body, words: str) -> None:
-    status, said = ask(small, path, body)
-    if isinstance(body, dict) and body.get("stream"):
-        assert '"code":400' in said.replace(" ", ""), said
-    else:
-        assert status == 400, said
-    assert words in said
-    assert generate(small, "Hello", tokens=2)["meta_info"]["completion_tokens"] == 2
-
-
 ANSWERED: dict[str, tuple[str, Body]] = {
     "bootstrap_of_another_kind_of_server": (
         G,
@@ -106,7 +93,8 @@ ANSWERED: dict[str, tuple[str, Body]] = {
     "whole_float": (G, sampling(max_new_tokens=2.0)),
     "samples_null": (G, sampling(n=None)),
     "every_token_of_the_vocabulary": (G, plain(return_logprob=True, top_logprobs_num=49_152)),
-    "lists_of_one": (G, plain(return_logprob=[True], logprob_start_len=[0], top_logprobs_num=[2], extra_key=["a"])),
+    "lists_of_one": (G, plain(return_logprob=[True], logprob_start_len=[0], top_logprobs_num=[2])),
+    "key_in_a_list_of_one": (G, plain(extra_key=["a"])),
     "logprob_fields_without_logprobs": (G, plain(top_logprobs_num=10**6, logprob_start_len=-5)),
     "extremes": (G, sampling(temperature=1e39, top_p=1e-300, top_k=2**31 - 1, min_p=1, stream_interval=-1)),
     "banned_token": (G, sampling(logit_bias={"5": -3e38})),
@@ -121,6 +109,35 @@ ANSWERED: dict[str, tuple[str, Body]] = {
     "no_prompts": (G, {"text": []}),
     "stop_patterns": (CHAT, chat(stop_regex=["a+", "[0-9]"], stop=["x", ""], seed=-1)),
 }
+ITS_OWN_WORDS = {
+    "logit_bias_text": "expected f64",
+    "schema_as_an_object": "expected a string",
+    "stream_interval": "expected i64",
+    "fraction_of_a_token": "expected i64",
+    "temperature_text": "expected f64",
+    "unknown_parameter": "unknown field `temprature`",
+    "samples_text": "expected i64",
+    "responses_without_input": "empty conversation",
+    "numbers_as_flags": "expected a boolean",
+    "internal_fields": "unknown field",
+    "whole_float": "expected i64",
+    "key_in_a_list_of_one": "extra_key should be a string",
+}
+"""Of 0.5.23, which compares a body of ``/generate`` with a schema first, and so refuses what 0.5.17 takes."""
+if HERE != "0.5.17":
+    for name, words in ITS_OWN_WORDS.items():
+        REFUSED[name] = (*(ANSWERED.pop(name, None) or REFUSED[name][:2]), words)
+
+
+@pytest.mark.parametrize(("path", "body", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_and_alive(small: ServerProcess, path: str, body: Body, words: str) -> None:
+    status, said = ask(small, path, body)
+    if status == 200 and isinstance(body, dict) and body.get("stream"):
+        assert '"code":400' in said.replace(" ", ""), said
+    else:
+        assert status == 400, said
+    assert words in said
+    assert generate(small, "Hello", tokens=2)["meta_info"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(("path", "body"), ANSWERED.values(), ids=ANSWERED.keys())

@@ -158,7 +158,9 @@ def test_the_releases_that_pip_may_take_are_those_in_the_table() -> None:
 
 def test_python_range_is_the_same_everywhere() -> None:
     assert PROJECT["requires-python"] == ">=3.10,<3.13"
-    assert "(3, 10) <= sys.version_info[:2] <= (3, 12)" in (ROOT / "scripts" / "setup.sh").read_text()
+    script = (ROOT / "scripts" / "setup.sh").read_text()
+    assert "(3, oldest) <= sys.version_info[:2] <= (3, 12)" in script
+    assert "|| oldest=10" in script
 
 
 # --- layers --------------------------------------------------------------------------------------------------------
