@@ -17,11 +17,11 @@ from sglang_lsa.demo.measure import SPEED_TOKENS, Phase, Speed, measure_phase, m
 from sglang_lsa.demo.picture import PICTURE, draw_results
 from sglang_lsa.demo.servers import DemoFailed, server, talking_to, wait_for
 from sglang_lsa.demo.verdict import lost_answers, print_verdict, results_json
-from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.embedded_model import INDEXER_NAME, embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 
-CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer="smollm2-135m-instruct")
+CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer=INDEXER_NAME)
 """The device pool holds one document and a half; everything else is a default."""
 LSA_FLAGS = [
     f"--lsa-{name}={getattr(CONFIG, name.replace('-', '_'))}" for name in ("device-tokens", "host-memory-gb", "indexer")
