@@ -22,11 +22,15 @@ from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 
 CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer=INDEXER_NAME)
-"""The device pool holds one document and a half; everything else is a default."""
+"""The device pool holds one document and a half; everything else of LSA is a default."""
+ONE_CHUNK = "--chunked-prefill-size=8192"
+"""A prompt is one chunk, as by default on most GPUs: for each chunk SGLang's attention for CPUs does the work of all
+that was before it once more."""
 LSA_FLAGS = [
-    f"--lsa-{name}={getattr(CONFIG, name.replace('-', '_'))}" for name in ("device-tokens", "host-memory-gb", "indexer")
+    *(f"--lsa-{n}={getattr(CONFIG, n.replace('-', '_'))}" for n in ("device-tokens", "host-memory-gb", "indexer")),
+    ONE_CHUNK,
 ]
-STOCK_FLAGS = ["--max-total-tokens=16384"]
+STOCK_FLAGS = ["--max-total-tokens=16384", ONE_CHUNK]
 WORDINGS = (
     "What is the special magic number for {word} mentioned in the text?",
     "Please tell me the special magic number for {word}.",
