@@ -100,11 +100,12 @@ class ServerProcess:
     def stop(self) -> None:
         """End the server and everything it started.
 
-        SGLang's main process takes the end of its children for a crash, sleeps for five seconds and then kills itself.
-        Nothing is left for it to do, so it is killed as soon as the others have ended.
+        SGLang's main process would take the end of its children for a crash, sleep for five seconds and then kill
+        itself: that is not waited for. What it started is.
         """
         started = self._started()
         self._signal(signal.SIGTERM)
+        self.process.kill()
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and any(map(_runs, started)):
             time.sleep(0.05)
