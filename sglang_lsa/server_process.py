@@ -101,15 +101,15 @@ class ServerProcess:
         """End the server and everything it started.
 
         SGLang's main process would take the end of its children for a crash, sleep for five seconds and then kill
-        itself: that is not waited for. What it started is.
+        itself: that is not waited for. What it started is, since its memory is free only then.
         """
         started = self._started()
-        self._signal(signal.SIGTERM)
-        self.process.kill()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and any(map(_runs, started)):
-            time.sleep(0.05)
-        self._signal(signal.SIGKILL)
+        for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
+            self._signal(how)
+            self.process.kill()
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and any(map(_runs, started)):
+                time.sleep(0.05)
         self.process.wait()
         for held in self.held.values():
             held.close()
