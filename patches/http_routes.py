@@ -1,4 +1,4 @@
-"""``GET /lsa/status`` and ``GET /lsa/requests``: what a scheduler knows, beside SGLang's own routes."""
+"""``GET /lsa/status``, ``/lsa/config`` and ``/lsa/requests``: what a scheduler knows, beside SGLang's own routes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from sglang_lsa.patches.own_pages import refuse_foreign
+from sglang_lsa.serve.control import IN_FORCE
 from sglang_lsa.serve.one_request import formatted
 from sglang_lsa.serve.view.guard import HEADERS
 
@@ -46,6 +47,13 @@ def add_status_routes(router: APIRouter, manager: Callable[[], Any]) -> None:
         refuse_foreign(request)
         (first, *_) = await ask(manager())
         return _json(json.dumps(first))
+
+    @router.get("/lsa/config")
+    async def config(request: Request) -> Response:
+        """What the server runs with, as ``POST /lsa/config`` answers when it has changed it."""
+        refuse_foreign(request)
+        (first, *_) = await ask(manager())
+        return _json(json.dumps({name: first[name] for name in IN_FORCE}))
 
     @router.get("/lsa/requests")
     async def requests(request: Request, rid: str | None = None) -> Response:

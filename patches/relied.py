@@ -94,6 +94,7 @@ BEYOND_HOOKS = (
     "sglang.srt.plugins.hook_registry.HookRegistry",
     "sglang.srt.plugins.hook_registry.HookRegistry._apply_target",
     "sglang.srt.plugins.hook_registry.HookType",
+    "sglang.srt.plugins.hook_registry._propagate_patch",
     "sglang.srt.plugins.load_plugins",
     "sglang.srt.server_args.ServerArgs._get_default_attn_backend",
     "sglang.srt.server_args.ServerArgs.get_attention_backends",

@@ -55,6 +55,7 @@ from sglang_lsa.patches import (
     tokenizer_manager_validate_one_request,
     uvicorn_run,
 )
+from sglang_lsa.patches.bindings import replaced_at_the_end
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.reads import READS
 from sglang_lsa.patches.releases import RELEASES, IncompatibleSGLang, Release, check_version
@@ -151,17 +152,19 @@ def install(hooks: Sequence[Hook]) -> None:
 
     check_version(sglang.__version__)
     missing = [hook for hook in used(hooks, RELEASES[sglang.__version__]) if hook.target not in _wrapped]
+    if not missing:
+        return
     for hook in missing:
         hook.check()
-    if missing:
-        serves = any(hook not in INTAKE for hook in missing)
-        symbols = [*symbols_of(missing), *(BEYOND_HOOKS if serves else ())]
-        check_source(sglang.__version__, symbols, READS if serves else {})
-    for hook in missing:
-        try:
-            _wrap(hook)
-        except Exception as error:
-            raise IncompatibleSGLang(
-                f"could not wrap {hook.target} ({error!r}): not serving rather than serving without LSA"
-            ) from error
-        _wrapped.add(hook.target)
+    serves = any(hook not in INTAKE for hook in missing)
+    symbols = [*symbols_of(missing), *(BEYOND_HOOKS if serves else ())]
+    check_source(sglang.__version__, symbols, READS if serves else {})
+    with replaced_at_the_end():
+        for hook in missing:
+            try:
+                _wrap(hook)
+            except Exception as error:
+                raise IncompatibleSGLang(
+                    f"could not wrap {hook.target} ({error!r}): not serving rather than serving without LSA"
+                ) from error
+            _wrapped.add(hook.target)

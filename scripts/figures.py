@@ -167,9 +167,10 @@ def pages() -> dict[pathlib.Path, str]:
         for proof, new in zip(proofs, news, strict=True):
             line = line.replace(f"`{proof[0]}`", f"`{proof[0].removesuffix(proof[4])}{new}`")
         texts[PROMISES] = texts[PROMISES].replace(claim.line, line)
+    made = tables()
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = texts.get(path, path.read_text())
-        texts[path] = TABLE.sub(lambda found: found[1] + tables()[found[2]] + found[3], text)
+        texts[path] = TABLE.sub(lambda found: found[1] + made[found[2]] + found[3], text)
     texts[RESULTS / "runs.json"] = "[\n" + ",\n".join(json.dumps(run) for run in result_runs.of(RESULTS)) + "\n]\n"
     return texts
 

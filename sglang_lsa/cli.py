@@ -32,10 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--version", action="version", version=f"sglang-lsa {__version__} (SGLang {' or '.join(SGLANG_VERSIONS)})"
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for add in COMMANDS:
         add(commands)
     args, more = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        parser.exit(2, "\nsglang-lsa: no command is given: use one of those above, for example sglang-lsa demo\n")
     if more and not getattr(args, "server_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.more = more

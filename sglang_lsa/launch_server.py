@@ -9,18 +9,29 @@ from typing import Any
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.config.command_line import check_command_line
 
+CHOOSING = ("policy", "indexer", "calibrate", "config", "record", "observe-layers")
+"""``--lsa`` flags that choose how pages are chosen, or may do so."""
+
 
 def with_defaults(argv: list[str]) -> list[str]:
-    """The arguments that switch LSA on, and name the embedded model when none is named; what was given comes last, and
-    so wins."""
+    """The arguments that switch LSA on, and name the embedded model when none is named, with the indexer that was
+    trained for it unless anything is said of how pages are chosen; what was given comes last, and so wins."""
     defaults = []
-    if not any(argument.split("=")[0] in ("--model-path", "--model", "--config", "-h", "--help") for argument in argv):
-        from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
+    given = {argument.split("=")[0] for argument in argv}
+    if given.isdisjoint(("--model-path", "--model", "--config", "-h", "--help")):
+        from sglang_lsa.embedded_model import INDEXER_NAME, MODEL_NAME, embedded_model_path
 
         defaults += ["--model-path", str(embedded_model_path()), "--served-model-name", MODEL_NAME]
+        # An override may make another model of it; SGLang takes abbreviated flags, too.
+        if "--json-model-override-args" not in given and not any(map(_chooses, given)):
+            defaults += ["--lsa-indexer", INDEXER_NAME]
     if not any(argument.startswith("--lsa-") for argument in argv):
         defaults += ["--lsa-budget", str(LSAConfig.budget)]
     return [*defaults, *argv]
+
+
+def _chooses(flag: str) -> bool:
+    return flag.startswith("--lsa-") and any(f"--lsa-{name}".startswith(flag) for name in CHOOSING)
 
 
 def server_arguments(argv: list[str]) -> Any:

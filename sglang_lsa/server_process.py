@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 from sglang_lsa import child_process
 
@@ -95,25 +98,46 @@ class ServerProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and everything it started."""
-        for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            try:
-                os.killpg(self.process.pid, how)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
+        """End the server and everything it started.
+
+        SGLang's main process would take the end of its children for a crash, sleep for five seconds and then kill
+        itself: that is not waited for. What it started is, since its memory is free only then.
+        """
+        started = self._started()
+        for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
+            self._signal(how)
+            self.process.kill()
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and any(map(_runs, started)):
+                time.sleep(0.05)
         self.process.wait()
         for held in self.held.values():
             held.close()
+
+    def _started(self) -> list[psutil.Process]:
+        """What the server started, and whatever that did."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def _signal(self, how: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, how)
 
     def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that has may wait for its parent as a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def held_port() -> socket.socket:

@@ -43,8 +43,8 @@ class LSAConfig:
         "How pages are chosen: a trained memory indexer, Quest's bounds on keys (training-free), the most recent "
         "pages, random pages, or all of them. DeepSeek-V4, which has an index of its own: a trained retriever, or what "
         "the index itself asks for (native, training-free), in place of the first two. Default: "
-        "indexer or retriever when --lsa-indexer is given, or when calibration finds heads for an indexer (see "
-        "--lsa-calibrate); else quest or native.",
+        "indexer or retriever when --lsa-indexer is given (as the launcher does for the embedded model), or when "
+        "calibration finds heads for an indexer (see --lsa-calibrate); else quest or native.",
         choices=POLICIES,
     )
     budget: float | str = option(

@@ -12,21 +12,22 @@ from rich.console import Console
 
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.demo import report
-from sglang_lsa.demo.client import MODEL, Answer, Request, ask_in_sequence
+from sglang_lsa.demo.client import MODEL, Answer, Request, ask_at_once, ask_in_sequence
 from sglang_lsa.demo.measure import SPEED_TOKENS, Phase, Speed, measure_phase, measure_speed
 from sglang_lsa.demo.picture import PICTURE, draw_results
 from sglang_lsa.demo.servers import DemoFailed, server, talking_to, wait_for
 from sglang_lsa.demo.verdict import lost_answers, print_verdict, results_json
-from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.embedded_model import INDEXER_NAME, embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 
-CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer="smollm2-135m-instruct")
+CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer=INDEXER_NAME)
 """The device pool holds one document and a half; everything else is a default."""
 LSA_FLAGS = [
     f"--lsa-{name}={getattr(CONFIG, name.replace('-', '_'))}" for name in ("device-tokens", "host-memory-gb", "indexer")
 ]
-STOCK_FLAGS = ["--max-total-tokens=16384"]
+STOCK_FLAGS = ["--max-total-tokens=16384", "--chunked-prefill-size=8192"]
+"""A prompt is one chunk: for each, SGLang's attention for CPUs does the work of the whole prompt; ours does not."""
 WORDINGS = (
     "What is the special magic number for {word} mentioned in the text?",
     "Please tell me the special magic number for {word}.",
@@ -132,15 +133,21 @@ def _ask_stock(console: Console, stock: ServerProcess, plan: Plan) -> tuple[Answ
 def _ask_switched_off(
     console: Console, lsa: ServerProcess, plan: Plan, stock_answer: Answer
 ) -> tuple[list[Answer], Speed]:
-    """The rest of the references: in the order of ``plan.questions``."""
+    """The rest of the references: in the order of ``plan.questions``. What is asked about a document that is cached is
+    asked together."""
     text = "LSA server, LSA switched off in the request"
     with report.step(console, f"{text}: decode speed over {SPEED_TOKENS} tokens"), talking_to(lsa):
         _, speed = measure_speed(lsa, "LSA, switched off in the request", plan.firsts[0], FULL)
-    requests = [Request(question, FULL) for question in plan.questions[1:]]
-    with report.step(console, f"{text}: other reference answers", len(requests)) as done, talking_to(lsa):
-        answers = ask_in_sequence(lsa.url, requests, done)
-    references = [stock_answer, *answers]
-    title = f"Full attention (stock server: 1; LSA server with LSA switched off: {len(answers)})"
+    requests = [Request(question, FULL) for question in plan.questions]
+    references = [stock_answer]
+    with report.step(console, f"{text}: other reference answers", len(requests) - 1) as done, talking_to(lsa):
+        for begin in range(0, len(requests), len(WORDINGS)):
+            first, *others = requests[begin : begin + len(WORDINGS)]
+            if begin:
+                references += ask_in_sequence(lsa.url, [first], done)
+            references += ask_at_once(lsa.url, others, done)
+    alone = "the first on a document alone, the others together"
+    title = f"Full attention (stock server: 1; LSA server with LSA switched off: {len(requests) - 1}, {alone})"
     console.print(report.answers_table(title, plan.questions, references))
     return references, speed
 

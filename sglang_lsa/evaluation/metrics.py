@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -39,6 +40,7 @@ def copied(answer: str, references: Sequence[str]) -> float:
     return max(0.0, (_likeness(answer.strip(), text) - least) / (1 - least))
 
 
+@functools.lru_cache(1024)  # references are compared with each other for every answer
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
 

@@ -121,6 +121,11 @@ def shipped_indexers() -> list[str]:
     return sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()) if SHIPPED.is_dir() else []
 
 
+def shipped_for(shape: ModelShape) -> list[str]:
+    """Names of those that were trained for a model of this shape; whether it is that model, its weights say alone."""
+    return [name for name in shipped_indexers() if read_checkpoint_config(name).model == shape]
+
+
 def checkpoint_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of a checkpoint: ``path``, or the shipped indexer of that name."""
     own = pathlib.Path(path)

@@ -25,6 +25,9 @@ than the device pool can take at that moment: a set that was widened is cut down
 CHANGEABLE = (*OF_A_REQUEST, *OF_A_SET)
 """What may change. Everything else sized a buffer, or is part of a promise or a window that running requests are in."""
 
+IN_FORCE = ("config", "config_changes", "config_changed_at")
+"""What is told of the configuration, among all that ``/lsa/status`` tells."""
+
 MAX_BYTES = 64 * 1024
 """Of a body. One that names every field has 200."""
 LARGEST = 2**31

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import pathlib
 import sys
 
@@ -86,7 +87,7 @@ def add_train(commands: Commands) -> None:
 
 @failing("train", ValueError)  # settings, or recordings that cannot be used
 def run_train(args: argparse.Namespace) -> int:
-    if not can_train("train"):
+    if not can_train("train", args.data):
         return 1
     from rich.console import Console
 
@@ -119,7 +120,7 @@ def add_recall(commands: Commands) -> None:
 
 @failing("recall", ValueError)  # recordings or an indexer that cannot be used
 def run_recall(args: argparse.Namespace) -> int:
-    if not can_train("recall"):
+    if not can_train("recall", args.data):
         return 1
     from rich.console import Console
 
@@ -150,7 +151,7 @@ def add_calibrate(commands: Commands) -> None:
 
 @failing("calibrate", ValueError, OSError)  # recordings or an indexer that cannot be used, or written
 def run_calibrate(args: argparse.Namespace) -> int:
-    if not can_train("calibrate"):
+    if not can_train("calibrate", args.data):
         return 1
     from rich.console import Console
 
@@ -160,13 +161,19 @@ def run_calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def can_train(command: str) -> bool:
-    """Whether the packages of the extra are here; says what to install if not."""
-    try:
-        import sentence_transformers  # noqa: F401
-    except ImportError:
+def can_train(command: str, recordings: pathlib.Path | None = None) -> bool:
+    """Whether the packages of the extra are here; says what to install if not.
+
+    Raises:
+        BadRecording: there are no recordings, which is said before those packages are imported for seconds.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
         print(f"sglang-lsa {command}: needs more packages: pip install 'sglang-lsa[train]'", file=sys.stderr)
         return False
+    if recordings is not None:
+        from sglang_lsa.indexer.manifest import Manifest
+
+        Manifest.open(recordings)
     return True
 
 

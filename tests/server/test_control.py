@@ -71,7 +71,7 @@ def test_a_change_is_answered_with_what_is_in_force(server: ServerProcess) -> No
     assert answer["config"] == before["config"] | {"budget": 0.25, "threshold": 0.5}
     assert answer["config_changes"] == before["config_changes"] + 1
     assert answer["config_changed_at"] > (before["config_changed_at"] or 0)
-    assert in_force(server) == answer
+    assert in_force(server) == server.get("/lsa/config") == answer
     assert server.get("/lsa/status")["budget"] == 0.25
     assert ask(server, {"threshold": None}, JSON | {"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
     assert in_force(server)["config"]["threshold"] is None
@@ -194,7 +194,7 @@ def test_pages_of_this_server(server: ServerProcess) -> None:
     assert ask(server, {"budget": 0.2}, headers)[0] == 200
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
 def test_methods(unchanged: ServerProcess, method: str) -> None:
     assert ask(unchanged, {"budget": 0.2}, method=method)[0] == 405
 

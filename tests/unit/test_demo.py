@@ -283,6 +283,16 @@ def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[
     assert "usage: sglang-lsa" in capsys.readouterr().err
 
 
+def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "")
+    *help_text, last = shown.err.splitlines()
+    assert last == "sglang-lsa: no command is given: use one of those above, for example sglang-lsa demo"
+    assert all(any(line.strip().startswith(name) for line in help_text) for name in ("demo", "doctor", "eval", "view"))
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--version"])

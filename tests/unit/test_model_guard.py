@@ -262,19 +262,23 @@ def test_all_problems_end_the_process_with_the_words_of_a_refusal_at_start() -> 
     assert ended.value.code == f"sglang-lsa: {Unsupported(found)}"
 
 
-@pytest.mark.parametrize("scale", [0.25, 0.015625])
-def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_path: pathlib.Path) -> None:
-    """Granite multiplies by its attention_multiplier instead of 1/sqrt(head_dim)."""
-    model = model_of(*(attention(layer, scaling=scale) for layer in range(LAYERS)))
+def runner_of(model: torch.nn.Module, lsa_config: LSAConfig, **text: int) -> Any:
+    """What SGLang's runner has of ``model`` when the pools are there.
+
+    Args:
+        text: of its Hugging Face configuration, where it is not what ``model`` is.
+    """
     args = SimpleNamespace(
-        lsa_config=LSAConfig(record=str(tmp_path)),
+        lsa_config=lsa_config,
         chunked_prefill_size=512,
         enable_metrics=False,
         device="cpu",
         tp_size=1,
     )
+    sizes = {"hidden_size": Q_HEADS * DIM, "num_hidden_layers": LAYERS, "num_attention_heads": Q_HEADS}
     config = SimpleNamespace(num_attention_heads=Q_HEADS, head_dim=DIM, vocab_size=9, hidden_size=Q_HEADS * DIM)
-    runner = SimpleNamespace(
+    config.hf_text_config = SimpleNamespace(**sizes | {"num_key_value_heads": KV_HEADS} | text)
+    return SimpleNamespace(
         model=model,
         model_config=config,
         server_args=args,
@@ -282,10 +286,34 @@ def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_pat
         token_to_kv_pool_allocator=build(model),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros((3, 4 * PAGE_SIZE), dtype=torch.int32)),
     )
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.015625])
+def test_scores_and_recordings_use_the_scale_of_the_layers(scale: float, tmp_path: pathlib.Path) -> None:
+    """Granite multiplies by its attention_multiplier instead of 1/sqrt(head_dim)."""
+    model = model_of(*(attention(layer, scaling=scale) for layer in range(LAYERS)))
+    runner = runner_of(model, LSAConfig(record=str(tmp_path)))
     create_runtime_hook.create_runtime(None, runner)
     assert runner.lsa.lookahead.scorer.policies["quest"].scale == scale
     assert runner.lsa.recorder is not None
     assert runner.lsa.recorder.scale == scale
+
+
+SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("policy", "text", "named"),
+    [("quest", SMOLLM2, True), ("quest", {}, False), ("recency", SMOLLM2, False)],
+    ids=["fits", "another model", "not Quest"],
+)
+def test_quest_says_which_indexer_would_fit(
+    policy: str, text: dict[str, int], named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="sglang_lsa"):
+        create_runtime_hook.create_runtime(None, runner_of(model_of(), LSAConfig(policy=policy), **text))
+    assert f"LSA: policy {policy}, budget 0.135, for contexts from 4096 tokens on" in caplog.text
+    assert ("where it is named: --lsa-indexer smollm2-135m-instruct" in caplog.text) == named
 
 
 # --- what is refused before anything is loaded -----------------------------------------------------------------------

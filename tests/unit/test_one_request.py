@@ -25,7 +25,7 @@ from sglang_lsa.patches.http_routes import add_status_routes, ask, together
 from sglang_lsa.patches.own_pages import refuse_foreign
 from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
 from sglang_lsa.serve.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
-from sglang_lsa.serve.status import status
+from sglang_lsa.serve.status import config_in_force, status
 
 
 @pytest.fixture
@@ -207,12 +207,13 @@ def test_over_http(runtime: LSARuntime, client: TestClient) -> None:
     running(runtime, "a/b &c", 2)
     running(runtime, "other")
     assert client.get("/lsa/status").json() == json.loads(json.dumps(status(runtime)))
+    assert client.get("/lsa/config").json() == json.loads(json.dumps(config_in_force(runtime)))
     answer = client.get("/lsa/requests", params={"rid": "a/b &c"})
     assert answer.json() == told(runtime, "a/b &c")
     assert answer.headers["cache-control"] == "no-store"
     assert client.get("/lsa/requests", params={"rid": ""}).json()["running"] == []
     assert client.get("/lsa/requests").json() == json.loads(json.dumps(overview(runtime)))
-    for path in ("/lsa/status", "/lsa/requests", "/lsa/requests?rid=other"):
+    for path in ("/lsa/status", "/lsa/config", "/lsa/requests", "/lsa/requests?rid=other"):
         assert client.get(path, headers={"Origin": "http://elsewhere"}).status_code == 403
 
 

@@ -90,7 +90,7 @@ class Watched(Simulation):
         return ran
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in (2, 3))])
 def test_each_gets_what_it_would_get_alone(part: int) -> None:
     """To the last page and count, whatever policy, budget and length they have, whether they name their sets, and
     whoever fails, ends, is aborted, retracted or preempted in the same step."""

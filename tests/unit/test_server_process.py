@@ -1,4 +1,4 @@
-"""The port of a server that is about to start is nobody else's."""
+"""The port of a server that is about to start is nobody else's, and how a server ends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
-from sglang_lsa.server_process import held_port
+from sglang_lsa.server_process import ServerProcess, held_port
 
 
 def test_a_held_port_is_nobody_elses() -> None:
@@ -82,6 +83,37 @@ time.sleep(600)
         finally:
             began.send_signal(signal.SIGKILL)
     wait(lambda: not running(server))
+
+
+def test_a_server_is_stopped_once_what_it_started_has_ended(tmp_path: pathlib.Path) -> None:
+    """SGLang's main process goes on for six seconds; a child may have something to write."""
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(tmp_path / 'written')!r}).touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "time.sleep(600)\n"
+    )
+    (tmp_path / "served.py").write_text(
+        "import signal, subprocess, sys, time\n"
+        "from multiprocessing import resource_tracker\n"
+        "resource_tracker.ensure_running()  # ignores SIGTERM, and ends with this process\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "time.sleep(600)\n"
+    )
+    with ServerProcess("served", [], tmp_path / "log", {"PYTHONPATH": str(tmp_path)}) as server:
+        wait((tmp_path / "begun").exists)
+        started = psutil.Process(server.process.pid).children()
+        assert len(started) == 2
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    assert (tmp_path / "written").exists()
+    assert not any(running(each.pid) for each in started)
+    assert server.process.returncode == -signal.SIGKILL
 
 
 def running(pid: int) -> bool:

@@ -25,7 +25,14 @@ def failures(seeds: range, kinds: Kinds) -> list[str]:
     return next((failures for seed in seeds if (failures := failures_of(seed, kinds)[0])), [])
 
 
-@pytest.mark.parametrize("kinds", [EQUAL, ONE_LATE, EQUAL + ONE_LATE], ids=["two", "one is late", "four"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(EQUAL, id="two"),
+        pytest.param(ONE_LATE, id="one is late"),
+        pytest.param(EQUAL + ONE_LATE, id="four", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_have_the_same_records_after_every_step(kinds: Kinds) -> None:
     """Copies and passes end at other times on each, scores are of other heads, and policies fail on one of them."""
     total = collections.Counter[str]()
@@ -40,7 +47,9 @@ def test_ranks_have_the_same_records_after_every_step(kinds: Kinds) -> None:
     assert total["compare records"] > 1500
 
 
-@pytest.mark.parametrize("kinds", [EQUAL, ONE_LATE], ids=["two", "one is late"])
+@pytest.mark.parametrize(
+    "kinds", [pytest.param(EQUAL, id="two", marks=pytest.mark.slow), pytest.param(ONE_LATE, id="one is late")]
+)
 def test_ranks_have_the_same_sets_where_these_are_as_large_as_they_need_to_be(kinds: Kinds) -> None:
     total = collections.Counter[str]()
     for seed in range(100, 110):

@@ -37,12 +37,16 @@ def failures(
     return found
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in (2, 3))])
 def test_nothing_is_read_wrong_lost_or_left(part: int) -> None:
     assert failures(SEEDS[part::4]) == []
 
 
-@pytest.mark.parametrize(("page", "seeds"), [(16, range(40)), (256, range(20))])
+@pytest.mark.parametrize(
+    ("page", "seeds"),
+    [(16, range(20)), (256, range(20)), pytest.param(16, range(20, 40), marks=pytest.mark.slow)],
+    ids=["16", "256", "16, more"],
+)
 def test_pages_of_other_sizes(page: int, seeds: range) -> None:
     """Nothing but the layout knows how many tokens a page has."""
     assert failures(seeds, page=page) == []

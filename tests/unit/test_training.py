@@ -37,7 +37,7 @@ SHAPE = ModelShape(hidden_size=99, num_hidden_layers=4, q_heads=6, kv_heads=2, h
 LAYERS, PAGES, BLOCKS, BEFORE = (1, 3), 80, 8, 32
 SEEKER = (3, 4)
 """The head that attends to what its query names; all others attend to a page that never matters."""
-QUICK = TrainSettings(heads=1, key_dim=16, positions=16, steps=150, learning_rate=2e-2, batch=8, patience=20)
+QUICK = TrainSettings(heads=1, key_dim=16, positions=16, steps=90, learning_rate=2e-2, batch=8, patience=20)
 
 
 def write(

@@ -7,8 +7,10 @@ or numbers of their own before a kernel runs, so that places that it should not 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +72,19 @@ def named(dtypes: Sequence[torch.dtype]) -> list:
 DTYPES = named(list(FLOATS))
 SCORE_DTYPES = DTYPES if ON_GPU else named([torch.float32, torch.float16])
 """The interpreter multiplies matrices of bfloat16 wrongly."""
+
+
+def crossed(cases: Sequence[Any], *others: Sequence[Any], edges: Sequence[str]) -> list:
+    """Cases with whatever else is varied: all with all on a GPU. Interpreted, which takes seconds a case, those of
+    these ids with all of it, and the rest with the first of each."""
+    usual = tuple(values[0] for values in others)
+    return [
+        pytest.param(*case.values, *(value for one in more for value in one.values), id="-".join(ids))
+        for case in cases
+        for more in itertools.product(*others)
+        if ON_GPU or case.id in edges or more == usual
+        for ids in [[str(one.id) for one in (case, *more)]]
+    ]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -372,17 +387,18 @@ def together(requests: Sequence[tuple[int, int, int, int]]) -> tuple[Ragged, lis
     return every, alone
 
 
-@pytest.fixture(params=[1 << 25, 1], ids=["1 call", "a call for each"])
-def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", request.param)
+EDGES = ("3 lengths", "no pages, no positions")
+CALLS = [pytest.param(1 << 25, id="1 call"), pytest.param(1, id="a call for each")]
+"""Bytes that the blocks of one call may take."""
+BLOCKS = [pytest.param(8192, id="small blocks"), pytest.param(60, id="small and large blocks")]
 
 
-@pytest.mark.parametrize("requests", TOGETHER)
-@pytest.mark.parametrize("many", [8192, 60], ids=["small blocks", "small and large blocks"])
+@pytest.mark.parametrize(("requests", "call", "many"), crossed(TOGETHER, CALLS, BLOCKS, edges=EDGES))
 def test_bound_scores(
-    requests: Sequence[tuple[int, int, int, int]], many: int, calls: None, monkeypatch: pytest.MonkeyPatch
+    requests: Sequence[tuple[int, int, int, int]], call: int, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not a bit depends on who else is scored."""
+    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", call)
     monkeypatch.setattr("sglang_lsa.kernels.bound_score.MANY_PAGES", many)
     ring, table = random(4, PLACES, 2, 6, 16), random(201, 2, 2, 2, 16, seed=1).sort(dim=2).values.contiguous()
     every, alone = together(requests)
@@ -391,10 +407,15 @@ def test_bound_scores(
     assert_same(scores, torch.cat([_bound_scores_triton(ring, table, one, 0.25) for one in alone]))
 
 
-@pytest.mark.parametrize("sub_keys", [1, 8], ids=["1 key a page", "8 keys a page"])
-@pytest.mark.parametrize("requests", TOGETHER)
-def test_page_scores(requests: Sequence[tuple[int, int, int, int]], sub_keys: int, calls: None) -> None:
+SUB_KEYS = [pytest.param(8, id="8 keys a page"), pytest.param(1, id="1 key a page")]
+
+
+@pytest.mark.parametrize(("requests", "call", "sub_keys"), crossed(TOGETHER, CALLS, SUB_KEYS, edges=EDGES))
+def test_page_scores(
+    requests: Sequence[tuple[int, int, int, int]], call: int, sub_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not a bit depends on who else is scored, nor what lies behind a request's positions."""
+    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", call)
     table = to_8_bits(random(201, 2, sub_keys, 16, seed=1))
     heads = ids([0, 1, 1])
     queries = random(len(requests), 3, PLACES, 16) * 0.5
@@ -585,6 +606,12 @@ def test_no_shares(positions: int, pages: int) -> None:
     assert shares.tolist() == [[0.0] * pages] * 2
 
 
+KINDS = [
+    pytest.param(torch.int32, 0, id="int32"),
+    pytest.param(torch.int64, 3, id="int64 and padding rows"),
+]
+
+
 class Batch:
     """A random table of resident pages, request table and page map, and the requests of one batch in them."""
 
@@ -626,9 +653,8 @@ class Batch:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "padding"), [(torch.int32, 0), (torch.int64, 3)], ids=["int32", "int64 and padding rows"]
+    ("page", "rows", "dtype", "padding"), crossed(BATCHES, KINDS, edges=("1 token", "page of 63", "33 requests"))
 )
-@pytest.mark.parametrize(("page", "rows"), BATCHES)
 def test_decode_indices(page: int, rows: Sequence[Row], padding: int, dtype: torch.dtype) -> None:
     batch = Batch(page, rows, dtype, padding)
     indptr, indices = batch.outputs()
