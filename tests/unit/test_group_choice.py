@@ -254,7 +254,7 @@ class World:
             self.sets.enter(request.row)
             self.requests.append(request)
         if margin:
-            self.refresher.common = lambda request: self.groups.common(request, self.requests)
+            self.refresher.chooser.common = lambda request: self.groups.common(request, self.requests)
 
     def reads(self, request: Request, positions: list[int]) -> None:
         self.sets.remap(request, np.array(positions, dtype=np.int64), MEMORY)
@@ -267,7 +267,7 @@ class World:
             values[list(some)] = list(some.values())
             fetch: Any = SimpleNamespace(values=lambda values=values: values, device_seconds=0.0, failed=False)
             request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
-        failed = self.refresher._choose_all(choosing)
+        failed = self.refresher.chooser.choose_all(choosing)
         assert not failed, failed
         found = [request.resident.next for request in choosing]
         assert all(new is not None and new.state is State.CHOSEN for new in found)
@@ -320,7 +320,7 @@ def test_sets_that_a_request_names_stay() -> None:
     new = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, state=State.CHOSEN)
     new.positions, new.tail_start = np.array([0, 8]), MEMORY
     world.requests[2].resident.next = new
-    world.refresher._choose_all(world.requests[2:])
+    world.refresher.chooser.choose_all(world.requests[2:])
     assert new.positions.tolist() == [0, 8]
 
 
@@ -328,13 +328,13 @@ def test_a_failure_costs_the_set_of_one() -> None:
     world = World(0.1)
     for request in world.requests[:1]:
         world.reads(request, OTHERS)
-    common = world.refresher.common
+    common = world.refresher.chooser.common
     assert common is not None
 
     def broken(request: Request) -> Any:
         return "no positions" if request.rid == "r1" else common(request)
 
-    world.refresher.common = broken
+    world.refresher.chooser.common = broken
     for number in (1, 2):
         world.requests[number].resident.next = None
     with pytest.raises(AssertionError, match="r1"):
@@ -356,6 +356,6 @@ def test_who_gets_no_new_set_is_seen_with_the_one_it_keeps() -> None:
     for request, read in zip(world.requests, (lost, lambda: values), strict=True):
         fetch: Any = SimpleNamespace(values=read, device_seconds=0.0, failed=False)
         request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
-    assert list(world.refresher._choose_all(world.requests)) == [world.requests[0].key]
+    assert list(world.refresher.chooser.choose_all(world.requests)) == [world.requests[0].key]
     new = world.requests[1].resident.next
     assert new is not None and new.positions.tolist() == OTHERS
