@@ -147,7 +147,7 @@ def groups(config: LSAConfig, lookahead: Lookahead, requests: Mapping[str, Reque
         return None
     found = Groups(lookahead.sets)
     if config.group_margin:
-        lookahead.refresher.chooser.common = lambda request: found.common(request, requests.values())
+        lookahead.refresher.chooser.company = lambda choosing: found.company(choosing, requests.values())
     return found
 
 

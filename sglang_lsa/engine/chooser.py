@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang_lsa.engine.choose import Chosen, Rules, choose
 from sglang_lsa.engine.counts import Counts
+from sglang_lsa.engine.grouping import Company
 from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.score import Scorer
@@ -33,8 +34,8 @@ class Chooser:
     def __init__(self, rules: Rules, clock: Clock, page: int, scorer: Scorer, counts: Counts) -> None:
         self.rules, self.clock, self.page = rules, clock, page
         self.scorer, self.counts = scorer, counts
-        self.common: Callable[[Request], np.ndarray | None] | None = None
-        """Where sets are chosen for groups: the pages that a request whose set was just chosen can share."""
+        self.company: Callable[[Sequence[Request]], Company] | None = None
+        """Where sets are chosen for groups: those of requests whose sets were just chosen."""
 
     def choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
         """Choose the sets of these, then of each in turn for its group; returns what went wrong, by request."""
@@ -48,11 +49,8 @@ class Chooser:
                 raise
             except Exception as error:
                 failed[request.key] = error
-        for request, choice in chosen if self.common is not None else ():
-            try:
-                self._choose_for_group(request, choice)
-            except Exception as error:
-                failed[request.key] = error
+        if self.company is not None and chosen:
+            failed |= self._choose_for_groups(chosen, self.company)
         return failed
 
     def choose(self, request: Request, new: Refresh) -> Choice | None:
@@ -99,12 +97,28 @@ class Chooser:
         request.story.collapsed += found.collapsed
         return choice
 
-    def _choose_for_group(self, request: Request, choice: Choice) -> None:
-        """The same set with pages that others of its group read in place of some that are hardly better."""
-        new = request.resident.next
-        if new is not None and self.common is not None and (common := self.common(request)) is not None:
+    def _choose_for_groups(
+        self, chosen: Sequence[tuple[Request, Choice]], form: Callable[[Sequence[Request]], Company]
+    ) -> dict[str, Exception]:
+        """The same sets with pages that others of a group read in place of some that are hardly better, one after the
+        other; returns what went wrong, by request."""
+        try:
+            company = form([request for request, _ in chosen])
+        except Exception as error:
+            return {request.key: error for request, _ in chosen}
+        failed: dict[str, Exception] = {}
+        for request, choice in chosen:
+            new = request.resident.next
+            assert new is not None
             alone = new.positions
-            self.counts.exchanged += len(np.setdiff1d(choice(common).positions, alone))
+            try:
+                if (common := company.common(request, alone)) is not None:
+                    choice(common)
+                    company.exchanged(request, alone, new.positions)
+                    self.counts.exchanged += int(np.isin(new.positions, alone, invert=True, kind="table").sum())
+            except Exception as error:
+                failed[request.key] = error
+        return failed
 
     def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, Repeats | None]:
         """Complete pages that the request reads next if it goes on copying, and how it repeats its prompt, where that
