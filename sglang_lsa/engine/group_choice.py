@@ -6,7 +6,13 @@ import numpy as np
 
 
 def exchanged(
-    positions: np.ndarray, scores: np.ndarray, stay: np.ndarray, common: np.ndarray, margin: float, threshold: float
+    positions: np.ndarray,
+    scores: np.ndarray,
+    stay: np.ndarray,
+    common: np.ndarray,
+    margin: float,
+    threshold: float,
+    spare: tuple[float, np.ndarray] | None = None,
 ) -> np.ndarray:
     """A set of as many pages, of which its group shares as many as nearly equal scores allow.
 
@@ -23,6 +29,8 @@ def exchanged(
         common: positions that would be read for the whole group if the set had them, ascending (``worth_sharing``).
         margin: in [0, 1).
         threshold: scores of pages that are worth a place are above it.
+        spare: how much the set may lose in all, and what each page ``[complete_pages]`` is worth of that; None where
+            only the margin counts.
 
     Returns:
         Positions, ascending, int64: the same number of them.
@@ -36,5 +44,8 @@ def exchanged(
     pairs = min(len(goes), len(comes))
     # The first of ``comes`` is the best, the first of ``goes`` the worst: from the first pair that fails on, all do.
     count = int((scores[comes[:pairs]] >= (1 - margin) * scores[goes[:pairs]]).sum())
+    if spare is not None:
+        lost = np.cumsum(spare[1][goes[:count]] - spare[1][comes[:count]])
+        count = int((np.maximum.accumulate(lost) <= spare[0]).sum())
     has[goes[:count]], has[comes[:count]] = False, True
     return np.flatnonzero(has)

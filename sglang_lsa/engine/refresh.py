@@ -143,32 +143,46 @@ class Refresher:
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
         if request.resident.next is not None:
-            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
-            self._attempt(request, self.chooser.choose)
+            self._choose_now([request], urgent)
             self._attempt(request, self._load)
 
     def switch_now(self, request: Request) -> None:
         """Read the next set of ``request``, which is held, from now on."""
         self._attempt(request, self._switch)
 
-    def complete_first(self, request: Request) -> None:
-        """A request is about to decode that cannot be read whole: it gets its first set now.
+    def complete_first(self, requests: Sequence[Request]) -> None:
+        """Requests are about to decode that cannot be read whole: they get their first sets now.
 
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
-        if request.resident.next is None:
-            self.start([request])
-        for last in (False, True):
-            if (new := request.resident.next) is not None and not new.held:
-                self.load_now(request, urgent=last)
-                if request.steps_left <= 0:
-                    self._attempt(request, self._switch_if_held)
-                if not new.held and not last:
-                    self.pager.settle()
-        if request.resident.next is not None:  # sent for, though its window has not begun
-            self.switch_now(request)
-        if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
-            self._keep_tail(request)
+        queued = [request for request in requests if (new := request.resident.next) and new.state is State.QUEUED]
+        failed = self._choose_now(queued)  # at once: those of a group look at each other
+        for request in requests:
+            if request.resident.next is None and request.key not in failed:
+                self.start([request])
+            for last in (False, True):
+                if (new := request.resident.next) is not None and not new.held:
+                    self.load_now(request, urgent=last)
+                    if request.steps_left <= 0:
+                        self._attempt(request, self._switch_if_held)
+                    if not new.held and not last:
+                        self.pager.settle()
+            if request.resident.next is not None:  # sent for, though its window has not begun
+                self.switch_now(request)
+            if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
+                self._keep_tail(request)
+
+    def _choose_now(self, requests: Sequence[Request], urgent: bool = False) -> set[str]:
+        """Choose the next sets of these without waiting for the step that they are due in; returns for whom that
+        failed."""
+        for request in requests:
+            assert request.resident.next is not None
+            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
+        failed = self.chooser.choose_all(requests)
+        for request in requests:
+            if request.key in failed:
+                self._fail(request, failed[request.key])
+        return set(failed)
 
     def forget(self, request: Request) -> None:
         """The request is gone."""

@@ -22,6 +22,7 @@ from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Asked, Refresh, Request, State
 from sglang_lsa.engine.selection import filled
 from sglang_lsa.engine.window import Clock
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.resident_table import ResidentTable
 
@@ -273,6 +274,38 @@ def test_looked_up_pages_do_not_go_for_later_ones(margin: float) -> None:
     assert {5, 6, 7, 8} <= set(alone.positions.tolist()) and not set(later) & set(alone.positions)
     found = choose(rules, scores, 21, 0.3, upcoming=upcoming, common=later)
     assert found.positions.tolist() == alone.positions.tolist()
+
+
+TOLD = Expectation(((0.0, 0.0, 0.0), (0.5, 0.7, 0.1), (1.0, 1.0, 1.0)))
+SIZED = Rules(LSAConfig(groups=True, group_margin=0.4, min_pages=1, sink_pages=1, prompt_pages=0), 100)
+SIZED.expectations, SIZED.thresholds = {"indexer": TOLD}, {"indexer": 0.0}
+
+
+@REPEATABLE
+@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.8, 0.95]), st.sampled_from([0.15, 0.5, 1.0]))
+def test_a_set_that_is_as_large_as_it_needs_to_be_still_covers_its_target(
+    seed: int, target: float, budget: float
+) -> None:
+    """Or what it covered without a group, where the budget was too small for the target."""
+    draw = np.random.default_rng(seed)
+    scores, common = draw.random(40) ** 4, np.flatnonzero(draw.random(40) < 0.4)
+    alone = choose(SIZED, scores, 41, budget, "indexer", target=target)
+    found = choose(SIZED, scores, 41, budget, "indexer", target=target, common=common)
+    assert alone.expected is not None and found.expected is not None
+    assert len(found.positions) == len(alone.positions)
+    assert found.expected >= min(target, alone.expected) - 1e-9
+
+
+def test_what_a_set_covers_beyond_its_target_may_be_exchanged() -> None:
+    """0.07 of all scores are to spare: enough for one page that is worth less by 0.04 of them, not for a second."""
+    scores = np.array([0.0, 10, 10, 10, 10, 6, 6, 6, 6, 6, 6, 6, 6, 4, 4, 4])
+    spare, worth = 0.07, scores / 100
+    positions, common = np.arange(5), np.arange(5, 9)
+    given = positions, scores, np.arange(16) == 0, common, 0.5, 0.0
+    assert exchanged(*given, (spare, worth)).tolist() == [0, 2, 3, 4, 5]
+    assert exchanged(*given, (0.0, worth)).tolist() == positions.tolist()
+    assert exchanged(*given, (0.09, worth)).tolist() == [0, 3, 4, 5, 6]
+    assert exchanged(*given).tolist() == [0, 5, 6, 7, 8], "nothing is to be covered"
 
 
 # --- where sets are chosen -------------------------------------------------------------------------------------------
