@@ -14,7 +14,7 @@ PAGES_AT_ONCE = 4096
 SPAN, ENDLESS = 5, 1 << 30
 """Numbers that say of a request what is scored; more pages than any has."""
 PARTIAL_BYTES = 1 << 25
-"""Device bytes of partial sums that one call keeps, but those of one request at least."""
+"""Device bytes of partial sums, or of projected queries, that one call keeps, but those of one request at least."""
 BLOCKS_OF_TILE = 64
 """Blocks whose sums are added up at a time."""
 
@@ -64,6 +64,23 @@ class Ragged:
     def blocks(self, block_pages: int, least: int = 1, most: int = ENDLESS) -> int:
         """Blocks of the longest request that has between ``least`` and ``most`` pages."""
         return max((-(-n // block_pages) for n in self.sizes if least <= n <= most), default=0)
+
+    def within(self, each: int) -> Iterator[Ragged]:
+        """All requests in as few parts as the memory for partial results allows, mostly one, each with its own pages.
+
+        Args:
+            each: bytes of them that one request has.
+        """
+        step = max(1, PARTIAL_BYTES // max(1, each))
+        if len(self) <= step:
+            yield self
+            return
+        for first in range(0, len(self), step):
+            known, spans = self.known[first : first + step].clone(), self.spans[first : first + step].clone()
+            start, end = int(known[0, 3]), int(known[-1, 3:].sum())
+            known[:, 3] -= start
+            spans[:, 3] -= start
+            yield Ragged(known, spans, self.pages[start:end])
 
     def parts(
         self, block_pages: int, block_bytes: int, least: int = 1, most: int = ENDLESS

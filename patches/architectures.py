@@ -98,7 +98,7 @@ def deepseek_v4_problems(server_args: Any, model: Any, config: LSAConfig) -> lis
         found.append(f"--lsa-record {config.record}: {NOT_YET}: its index needs no such training")
     if config.auto:
         found.append(f"--lsa-budget {AUTO}: {NOT_YET}: use a number in (0, 1]")
-    if config.groups:
+    if config.groups is True:
         found.append(f"groups: {NOT_YET}: leave it out")
     if config.prefill != "exact":
         found.append(f"--lsa-prefill {config.prefill}: {NOT_YET}: use exact")

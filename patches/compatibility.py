@@ -22,6 +22,7 @@ from sglang_lsa.patches.architectures import (
     named_architecture,
     with_own_index,
 )
+from sglang_lsa.patches.groups import decode_backend, with_groups
 from sglang_lsa.patches.models import model_problems
 from sglang_lsa.patches.releases import DEFAULT, installed
 from sglang_lsa.patches.resolved import remember, resolved
@@ -195,6 +196,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         raise Unsupported(problems)
     if other:
         config = with_own_index(config)
+    config = with_groups(config, server_args, dense=not other)
     remember(given, "lsa_config", config)
     return given
 
@@ -305,9 +307,9 @@ def device_problems(server_args: Any, config: LSAConfig) -> list[str]:
         is not None
     ):
         problems += [f"--{flag(name)} fa3: {problem}: use flashinfer" for name in asked]
-    decode_flag = next((name for name in ("decode_attention_backend", "attention_backend") if name in seen), "")
-    if config.groups and seen.get(decode_flag) == "fa3":
-        problems.append(f"--{flag(decode_flag)} fa3: not supported with groups yet: use flashinfer")
+    decides, backend = decode_backend(server_args)
+    if config.groups is True and backend == "fa3":
+        problems.append(f"--{flag(decides)} fa3: not supported with groups yet: use flashinfer")
     graphs = getattr(server_args, "cuda_graph_config", None)
     if device == "cuda" and graphs is not None:
         decode, why = (("disabled",), "with --lsa-record") if config.record else (("disabled", "full"), "with LSA yet")

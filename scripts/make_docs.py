@@ -14,7 +14,7 @@ import sys
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
-from sglang_lsa.config.values import LEAST
+from sglang_lsa.config.values import AUTO, LEAST, SWITCH
 from sglang_lsa.serve.metrics import markdown_table
 from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
 
@@ -240,6 +240,8 @@ def allowed(field: dataclasses.Field) -> str:
         return ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
     if kind == "bool":
         return "`true`, `false`"
+    if kind == SWITCH:
+        return f"`true`, `false`, `{AUTO}`"
     if kind == "str":
         return "a path"
     if kind.startswith("tuple"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from sglang_lsa.bench.load_client import LOADS, Load, offer
 from sglang_lsa.bench.load_figures import Objective, completed_within, figures
 from sglang_lsa.bench.load_mix import MIXES, SMALLER, Mix
 from sglang_lsa.bench.load_plan import SEARCHED, Plan
-from sglang_lsa.bench.load_report import LOAD, table
+from sglang_lsa.bench.load_report import LOAD, same_words, table
 from sglang_lsa.bench.load_saturation import saturation
 from sglang_lsa.bench.servers import gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import Group
@@ -59,14 +58,17 @@ def run(
         rates: requests a second; none: search stock's saturation, and measure ``times`` that.
         seconds: during which requests arrive, at each rate.
         pool_gb: of KV on the device, of all systems; None: the model's own.
+        server_args: more arguments of all servers, as one would type them.
 
     Returns:
         The new rows.
 
     Raises:
         RuntimeError: there is no GPU, or a server failed; the other systems have been measured.
-        ValueError: the machine has too little memory, or no request arrives at a rate.
+        ValueError: the machine has too little memory, no request arrives at a rate, or a quotation mark of
+            ``server_args`` has no other.
     """
+    typed = same_words(server_args)
     facts: Row = {"commit": commit(), "command": command}
     done = frozenset(LOAD.measured(output, resume))
     plans = []
@@ -76,7 +78,7 @@ def run(
         gpu = hardware() if smaller > 1 else gpu_name("load")
         group = Group(model, POOLS[model] if pool_gb is None else pool_gb, (), kv_dtype, max_running)
         asked = tuple(SYSTEMS[name] for name in systems)
-        plan = Plan(group, chosen, asked, tuple(rates), tuple(times), seconds, objective, gpu, done)
+        plan = Plan(group, chosen, asked, tuple(rates), tuple(times), seconds, objective, gpu, typed, done)
         check(plan, console)
         plans.append(plan)
     output.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,7 @@ def run(
             if resume:
                 plan.remember(LOAD.read(output))
             for system, left in plan.turns():
-                measured = measure(plan, system, left, server_args, output, console)
+                measured = measure(plan, system, left, output, console)
                 for row in failures.go_on(system.name, plan.group.model, measured):
                     rows.append(row | facts)
                     LOAD.keep(output, [rows[-1]])
@@ -115,9 +117,7 @@ def check(plan: Plan, console: Console) -> None:
             console.print(f"host memory for a mirror of {there:.0f} GB; LSA would use {wanted:.0f} GB")
 
 
-def measure(
-    plan: Plan, system: System, mixes: Sequence[Mix], server_args: str, output: pathlib.Path, console: Console
-) -> Iterator[Row]:
+def measure(plan: Plan, system: System, mixes: Sequence[Mix], output: pathlib.Path, console: Console) -> Iterator[Row]:
     """Start one server, search its saturation where that is to be known, and measure what is left of these mixes.
 
     Raises:
@@ -129,7 +129,7 @@ def measure(
     model = plan.group.model
 
     def flags(folder: pathlib.Path) -> list[str]:
-        return [*plan.arguments(system, folder), *shlex.split(server_args)]
+        return plan.arguments(system, folder)
 
     log = output / f"load-{system.name}-{model}-{plan.group.pool_gb:g}-{plan.group.kv_dtype}.log"
     with ExitStack() as stack:

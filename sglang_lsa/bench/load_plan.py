@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ class Plan:
         rates: requests a second; none: ``times`` the saturation of :data:`SEARCHED`.
         seconds: during which requests arrive, at each rate.
         gpu: what it is measured on.
+        server_args: more arguments of all servers, as one would type them. Rows with others are other rows.
         done: identities of the rows that need not be measured again.
         saturations: of :data:`SEARCHED`, by mix, as far as they are known; filled when one is found.
     """
@@ -40,6 +42,7 @@ class Plan:
     seconds: float
     objective: Objective
     gpu: str
+    server_args: str = ""
     done: frozenset[tuple[str, ...]] = frozenset()
     saturations: dict[str, float] = field(default_factory=dict)
 
@@ -92,6 +95,7 @@ class Plan:
             "objective_tpot_ms": self.objective.tpot_ms,
             "system": system.name,
             "gpu": self.gpu,
+            "server_args": self.server_args,
         }
 
     def remember(self, rows: Sequence[Row]) -> None:
@@ -125,4 +129,5 @@ class Plan:
         # Every token is sent when it is there, and once.
         flags += ["--stream-interval", "1", "--incremental-streaming-output"]
         mirror = self.mirror_gb() if system.lsa else 0
-        return system.arguments(flags, self.group.kv_dtype, self.group.pool_tokens, mirror)
+        flags = system.arguments(flags, self.group.kv_dtype, self.group.pool_tokens, mirror)
+        return [*flags, *shlex.split(self.server_args)]

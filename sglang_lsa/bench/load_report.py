@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,12 @@ ARM = (
     "objective_ttft_s",
     "objective_tpot_ms",
     "gpu",
+    "server_args",
 )
-"""What rows must have in common to be compared: they were sent the same requests then."""
+"""What rows must have in common to be compared: their servers got the same arguments, and the same requests."""
+
+
+FLAG = "--server-args"
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
@@ -51,7 +56,7 @@ def table(rows: Sequence[Row]) -> Table:
             row["mix"] + (f" {row['memories']}" if row["memories"] else ""),
             f"{row['pool_gb']:g}",
             f"{row['rate_per_s']:g}",
-            row["system"],
+            row["system"] + (row["server_args"] and f"\n{row['server_args']}"),
             backends(row),
             str(row["requests"]),
             str(row["met_objective"]),
@@ -102,7 +107,8 @@ def _draw(axis: Any, rows: Sequence[Row], name: str) -> None:
     lines: dict[str, list[Row]] = {}
     for row in sorted(rows, key=_place):
         kind = "" if row["kv_dtype"] == "bfloat16" else f", {row['kv_dtype']}"
-        label = f"{row['system']} ({backends(row)}{kind}, {row['pool_gb']:g} GB)"
+        more = row["server_args"] and f", {row['server_args']}"
+        label = f"{row['system']} ({backends(row)}{kind}, {row['pool_gb']:g} GB{more})"
         lines.setdefault(label, []).append(row)
     for label, mine in lines.items():
         seen = [(row["rate_per_s"], row[name]) for row in mine if row[name] is not None]
@@ -117,4 +123,29 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-LOAD = Results("load", (*ARM, "system"), "goodput_gain", comparisons, plot, upgraded)
+def same_words(server_args: str) -> str:
+    """Arguments as they stand in rows, however they were quoted and spaced.
+
+    Raises:
+        ValueError: a quotation mark has no other.
+    """
+    try:
+        return shlex.join(shlex.split(server_args))
+    except ValueError as error:
+        raise ValueError(f"--server-args {server_args}: cannot be split ({error}): quote it as for a shell") from None
+
+
+def with_arguments(row: Row) -> Row:
+    """A row as it is written now: before rows named the arguments that all servers got, their command did."""
+    if "server_args" in row:
+        return upgraded(row)
+    words = [part for word in shlex.split(row.get("command") or "") for part in _parted(word)]
+    given = words[words.index(FLAG) + 1] if FLAG in words[:-1] else ""
+    return {"server_args": same_words(given)} | upgraded(row)
+
+
+def _parted(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith(FLAG + "=") else [word]
+
+
+LOAD = Results("load", (*ARM, "system"), "goodput_gain", comparisons, plot, with_arguments)

@@ -65,7 +65,10 @@ class Results:
         """:meth:`write` without the picture, which takes a second: for every row while a benchmark runs."""
         merged = {self.identity(row): row for row in (*self.read(folder), *rows)}
         everything = self.with_ratios(
-            sorted(merged.values(), key=lambda row: tuple((row[k] is None, row[k] or 0) for k in self.key))
+            sorted(
+                merged.values(),
+                key=lambda row: tuple((row[k] is None, 0 if row[k] is None else row[k]) for k in self.key),
+            )
         )
         path = folder / f"{self.name}.json"
         part = path.with_suffix(".part")  # a run that is cut while it writes keeps what it had

@@ -17,6 +17,8 @@ AUTO = "auto"
 """The budget of sets that are as large as they need to be."""
 SHARE = "float | str"
 """Type of the field ``budget``: a number, or :data:`AUTO`."""
+SWITCH = "bool | str"
+"""Type of the field ``groups``: on, off, or :data:`AUTO`."""
 CALIBRATE = ("never", "cached", "always")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
@@ -145,11 +147,12 @@ class LSAConfig:
     cache_outputs: bool = option(
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
-    groups: bool = key(
+    groups: bool | str = key(
         False,
         "Experimental: requests that decode over one prefix read the pages that several of them chose once for all, "
         "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. CUDA graphs are "
-        "captured twice, with groups and without, and batches that share nothing replay the latter.",
+        "captured twice, with groups and without, and batches that share nothing replay the latter. Auto: on where "
+        "decode runs on FlashInfer on a GPU, for models that attend to all they are given; else off.",
     )
     group_margin: float = key(
         0.0,
@@ -202,6 +205,8 @@ class LSAConfig:
             raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.widen > MOST_WIDENED:
             raise ValueError(f"widen {self.widen} is too large: use {MOST_WIDENED} or less")
+        if isinstance(self.groups, str) and self.groups != AUTO:
+            raise ValueError(f"groups is {self.groups!r}: use true, false or {AUTO}")
         if self.group_margin >= 1:
             raise ValueError(f"group_margin {self.group_margin} is too large: use a share below 1")
         if self.group_margin and not self.groups:
@@ -347,6 +352,10 @@ def coerce(name: str, declared: str, value: Any, source: str) -> Any:
     base = declared.removesuffix(" | None")
     if value is None and declared.endswith("| None"):
         return None
+    if base == SWITCH:
+        if isinstance(value, bool) or value == AUTO:
+            return value
+        raise ValueError(f"{source}: {name} is {value!r}: use true, false or {AUTO}")
     accepted: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     if base == SHARE:
         if value == AUTO:

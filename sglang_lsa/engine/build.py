@@ -143,11 +143,11 @@ def lookahead(
 def groups(config: LSAConfig, lookahead: Lookahead, requests: Mapping[str, Request]) -> Groups | None:
     """What forms groups of requests over one prefix, if the server was told to; with a margin, their sets are chosen
     with a view to what groups read."""
-    if not config.groups:
+    if config.groups is not True:  # auto is decided with the arguments of the server, see patches/groups.py
         return None
     found = Groups(lookahead.sets)
     if config.group_margin:
-        lookahead.refresher.common = lambda request: found.common(request, requests.values())
+        lookahead.refresher.chooser.company = lambda choosing: found.company(choosing, requests.values())
     return found
 
 

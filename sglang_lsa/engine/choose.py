@@ -16,6 +16,7 @@ from sglang_lsa.engine.selection import (
     filled,
     needed_pages,
     told_coverage,
+    told_shares,
     widened,
 )
 from sglang_lsa.engine.sizing import expected_pages, set_bounds
@@ -125,7 +126,8 @@ def choose(
         target: share of attention that the set is to cover, by the policy's expectation, in as few pages as that
             takes; None, or a policy without one, takes as many as the budget allows.
         common: pages that the request's group would share with it, ascending: of pages that are nearly as good
-            (``group_margin``) the set has rather these; None where there is no group.
+            (``group_margin``) the set has rather these, as long as it covers the ``target`` if it did; None where there
+            is no group.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -155,7 +157,11 @@ def choose(
     if common is not None:
         fixed = stay.copy()
         fixed[first] = True  # a page that is looked up later is no reason for one that is looked up first to go
-        positions = exchanged(positions, wanted, fixed, common, config.group_margin, threshold)
+        spare = None
+        if target is not None and expectation is not None:  # what was larger than it takes, if anything
+            left = told_coverage(scores, positions) - expectation.told_for(target)
+            spare = max(left, 0.0), told_shares(scores)
+        positions = exchanged(positions, wanted, fixed, common, config.group_margin, threshold, spare)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None
     expected = expectation.covered(told_coverage(scores, positions)) if expectation is not None else None

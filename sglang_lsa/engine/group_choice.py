@@ -6,7 +6,13 @@ import numpy as np
 
 
 def exchanged(
-    positions: np.ndarray, scores: np.ndarray, stay: np.ndarray, common: np.ndarray, margin: float, threshold: float
+    positions: np.ndarray,
+    scores: np.ndarray,
+    stay: np.ndarray,
+    common: np.ndarray,
+    margin: float,
+    threshold: float,
+    spare: tuple[float, np.ndarray] | None = None,
 ) -> np.ndarray:
     """A set of as many pages, of which its group shares as many as nearly equal scores allow.
 
@@ -23,17 +29,23 @@ def exchanged(
         common: positions that would be read for the whole group if the set had them, ascending (``worth_sharing``).
         margin: in [0, 1).
         threshold: scores of pages that are worth a place are above it.
+        spare: how much the set may lose in all, and what each page ``[complete_pages]`` is worth of that; None where
+            only the margin counts.
 
     Returns:
         Positions, ascending, int64: the same number of them.
     """
-    common = common[common < len(scores)]
-    comes = np.setdiff1d(common, positions)
-    comes = comes[scores[comes] > max(threshold, 0.0)]
-    goes = np.setdiff1d(positions[~stay[positions]], common)
+    shared, has = np.zeros((2, len(scores)), dtype=bool)  # a tenth of the time of numpy's setdiff1d
+    shared[common[common < len(scores)]] = has[positions] = True
+    comes = np.flatnonzero(shared & ~has & (scores > max(threshold, 0.0)))
+    goes = np.flatnonzero(has & ~shared & ~stay[: len(scores)])
     goes = goes[np.argsort(scores[goes], kind="stable")]
     comes = comes[np.argsort(-scores[comes], kind="stable")]
     pairs = min(len(goes), len(comes))
     # The first of ``comes`` is the best, the first of ``goes`` the worst: from the first pair that fails on, all do.
     count = int((scores[comes[:pairs]] >= (1 - margin) * scores[goes[:pairs]]).sum())
-    return np.sort(np.concatenate((np.setdiff1d(positions, goes[:count]), comes[:count]))).astype(np.int64)
+    if spare is not None:
+        lost = np.cumsum(spare[1][goes[:count]] - spare[1][comes[:count]])
+        count = int((np.maximum.accumulate(lost) <= spare[0]).sum())
+    has[goes[:count]], has[comes[:count]] = False, True
+    return np.flatnonzero(has)

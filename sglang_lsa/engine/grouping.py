@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, form, own_positions, worth_sharing
+from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, Sharing, form, own_positions
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Request, State
 from sglang_lsa.memory.pages import pages_complete
@@ -37,6 +37,41 @@ class Grouping:
     def sizes(self) -> tuple[int, ...]:
         """Members of each group."""
         return tuple(len(group.members) for group in self.groups)
+
+
+class Company:
+    """The groups of all that are here if each reads next what it has chosen, for those that choose in one step.
+
+    They are formed once. Who is in a group stays as it was while its members exchange pages: an exchange only makes a
+    group save more.
+
+    Args:
+        choosing: have just chosen their next sets.
+        running: all that are here, those or not, in an order that is the same on every rank; those that read everything
+            are in no group.
+    """
+
+    def __init__(self, choosing: Iterable[Request], running: Iterable[Request], page: int, rules: GroupRules = RULES):
+        chose = {request.key: request for request in choosing}
+        everyone = list(({request.key: request for request in running} | chose).values())
+        readers = [_next_reader(request, page) for request in everyone]
+        self._of: dict[str, Sharing] = {}
+        for group in form(readers, rules):
+            members = [key for place in group.members if (key := everyone[place].key) in chose]
+            if members:
+                self._of.update(dict.fromkeys(members, Sharing(readers, group, rules)))
+
+    def common(self, request: Request, positions: np.ndarray) -> np.ndarray | None:
+        """Which positions would be read for all of its group if this request, which has chosen ``positions``, had
+        them in its set; None where it is in no group, or has all of them."""
+        if (sharing := self._of.get(request.key)) is None:
+            return None
+        found = sharing.worth(positions)
+        return None if np.isin(found, positions, kind="table").all() else found
+
+    def exchanged(self, request: Request, before: np.ndarray, after: np.ndarray) -> None:
+        """It has chosen ``after`` in place of ``before``: what those that come after it see."""
+        self._of[request.key].change(before, after)
 
 
 class Groups:
@@ -93,18 +128,9 @@ class Groups:
                 self.check(requests)
         return self.now
 
-    def common(self, choosing: Request, running: Iterable[Request]) -> np.ndarray | None:
-        """Which positions would be read for all of its group if this request, whose next set was just chosen, had them
-        in it, and the others read what they read now, or read next where that is chosen; None without a group.
-
-        Args:
-            running: all that are here, in an order that is the same on every rank; those that read everything are in
-                no group.
-        """
-        company = [choosing, *(request for request in running if request is not choosing)]
-        readers = [_next_reader(request, self.own.page) for request in company]
-        group = next((group for group in form(readers, self.rules) if 0 in group.members), None)
-        return None if group is None else worth_sharing(readers, group, 0, self.rules)
+    def company(self, choosing: Iterable[Request], running: Iterable[Request]) -> Company:
+        """Of these, whose next sets were just chosen; see :class:`Company`."""
+        return Company(choosing, running, self.own.page, self.rules)
 
     def forget(self) -> None:
         """Nothing decodes any more."""

@@ -96,13 +96,35 @@ def form(readers: Sequence[Reader], rules: GroupRules = RULES) -> tuple[Group, .
     return tuple(sorted(groups, key=lambda group: group.members))
 
 
-def worth_sharing(readers: Sequence[Reader], group: Group, place: int, rules: GroupRules = RULES) -> np.ndarray:
-    """Positions, ascending, that would be read for all of the group if this member chose them: those that enough of the
-    others chose without it, or with it."""
-    common = _common(readers, group.members, 0)
-    others = [readers[other].positions for other in group.members if other != place]
-    counts = np.bincount(np.concatenate([each[: np.searchsorted(each, common)] for each in others]), minlength=common)
-    return np.flatnonzero(counts + 1 > rules.price(len(group.members)))
+class Sharing:
+    """What would be read for all of a group while its members, one after the other, change what they choose.
+
+    Choices are counted once for all members; what one member asks or changes takes as long as its set is large, however
+    many they are.
+
+    Args:
+        readers: of the step, as the group was formed of them.
+    """
+
+    def __init__(self, readers: Sequence[Reader], group: Group, rules: GroupRules = RULES):
+        self._price = rules.price(len(group.members))
+        self._common = _common(readers, group.members, 0)
+        self._counts = _counted([readers[place].positions for place in group.members], self._common)
+
+    def worth(self, positions: np.ndarray) -> np.ndarray:
+        """Positions, ascending, that would be read for all of the group if the member that has ``positions`` chose
+        them: those that enough of the others chose without it, or with it."""
+        counts = self._counts + 1
+        counts[self._below(positions)] -= 1
+        return np.flatnonzero(counts > self._price)
+
+    def change(self, before: np.ndarray, after: np.ndarray) -> None:
+        """A member that had ``before`` has ``after``; both ascending, without repetition."""
+        self._counts[self._below(before)] -= 1
+        self._counts[self._below(after)] += 1
+
+    def _below(self, positions: np.ndarray) -> np.ndarray:
+        return positions[: np.searchsorted(positions, self._common)]
 
 
 def own_positions(reader: Reader, group: Group) -> np.ndarray:
@@ -139,10 +161,15 @@ def _common(readers: Sequence[Reader], members: Sequence[int], agreed: int) -> i
     return common
 
 
+def _counted(chosen: Sequence[np.ndarray], common: int) -> np.ndarray:
+    """How often each of the first ``common`` positions was chosen; each choice is ascending."""
+    return np.bincount(np.concatenate([each[: np.searchsorted(each, common)] for each in chosen]), minlength=common)
+
+
 def _group(readers: Sequence[Reader], members: Sequence[int], common: int, rules: GroupRules) -> Group | None:
     """These requests over their first ``common`` pages; None if that saves too little."""
     chosen = [readers[place].positions for place in members]
-    counts = np.bincount(np.concatenate([each[: np.searchsorted(each, common)] for each in chosen]), minlength=common)
+    counts = _counted(chosen, common)
     price = rules.price(len(members))
     positions = np.flatnonzero(counts > price)
     total = int(counts[positions].sum())

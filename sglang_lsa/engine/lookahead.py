@@ -80,9 +80,8 @@ class Lookahead:
         """These requests are about to decode: those that cannot be read whole get their first set now."""
         if self.sets.incomplete:
             with self.counts.timed():
-                for key in decoding:
-                    if key in self.sets.incomplete:
-                        self.refresher.complete_first(self.sets.incomplete[key])
+                found = [self.sets.incomplete[key] for key in decoding if key in self.sets.incomplete]
+                self.refresher.complete_first(found)
 
     def end_step(self, requests: Sequence[Request]) -> list[Request]:
         """A decode step is done, or (GPU) queued: returns the requests whose window ends soon, for :meth:`refresh`."""

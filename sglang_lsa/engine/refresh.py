@@ -7,23 +7,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sglang_lsa.engine.choose import Chosen, Rules, choose
+from sglang_lsa.engine.choose import Rules
+from sglang_lsa.engine.chooser import Chooser
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.failures import kind_and_place
-from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Refresh, Request, State
 from sglang_lsa.engine.score import Scorer
-from sglang_lsa.engine.selection import affordable, watched
+from sglang_lsa.engine.selection import affordable
 from sglang_lsa.engine.window import Clock
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
-
-Choice = Callable[[np.ndarray | None], Chosen]
-"""Chooses a set, with the pages that are common to a group or without, and gives it to its refresh."""
 
 
 class Refresher:
@@ -37,11 +34,10 @@ class Refresher:
     ) -> None:
         self.rules, self.clock, self.pager, self.sets = rules, clock, pager, sets
         self.scorer, self.counts = scorer, counts
+        self.chooser = Chooser(rules, clock, pager.page, scorer, counts)
         self.on_their_way: dict[str, Request] = {}
         self.together = False
         """Pages are sent for by :meth:`_send`."""
-        self.common: Callable[[Request], np.ndarray | None] | None = None
-        """Where sets are chosen for groups: the pages that a request whose set was just chosen can share."""
 
     def start(self, requests: Sequence[Request], predict: bool = False) -> None:
         """Queue what predicts the next resident sets of these requests, of all in one go.
@@ -89,7 +85,7 @@ class Refresher:
     def _advance(self, requests: Sequence[Request]) -> None:
         """Sets are chosen for all, and for those whose window begins the table changes in one go. Then each takes its
         pages in turn, as what is left depends on who comes first; what is not there is sent for together."""
-        failed = self._choose_all(requests)
+        failed = self.chooser.choose_all(requests)
         self._write_table(requests)
         loading: list[Request] = []
         for request in requests:
@@ -144,121 +140,53 @@ class Refresher:
                 self._attempt(request, self._load)
         loading.clear()
 
-    def _choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
-        """Choose the sets of these, then of each in turn for its group; returns what went wrong, by request."""
-        failed: dict[str, Exception] = {}
-        chosen: list[tuple[Request, Choice]] = []
-        for request in requests:
-            try:
-                if (new := request.resident.next) is not None and (choice := self._choose(request, new)) is not None:
-                    chosen.append((request, choice))
-            except LedgerError:
-                raise
-            except Exception as error:
-                failed[request.key] = error
-        for request, choice in chosen if self.common is not None else ():
-            try:
-                self._choose_for_group(request, choice)
-            except Exception as error:
-                failed[request.key] = error
-        return failed
-
     def load_now(self, request: Request, urgent: bool) -> None:
         """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
         if request.resident.next is not None:
-            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
-            self._attempt(request, self._choose)
+            self._choose_now([request], urgent)
             self._attempt(request, self._load)
 
     def switch_now(self, request: Request) -> None:
         """Read the next set of ``request``, which is held, from now on."""
         self._attempt(request, self._switch)
 
-    def complete_first(self, request: Request) -> None:
-        """A request is about to decode that cannot be read whole: it gets its first set now.
+    def complete_first(self, requests: Sequence[Request]) -> None:
+        """Requests are about to decode that cannot be read whole: they get their first sets now.
 
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
-        if request.resident.next is None:
-            self.start([request])
-        for last in (False, True):
-            if (new := request.resident.next) is not None and not new.held:
-                self.load_now(request, urgent=last)
-                if request.steps_left <= 0:
-                    self._attempt(request, self._switch_if_held)
-                if not new.held and not last:
-                    self.pager.settle()
-        if request.resident.next is not None:  # sent for, though its window has not begun
-            self.switch_now(request)
-        if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
-            self._keep_tail(request)
+        queued = [request for request in requests if (new := request.resident.next) and new.state is State.QUEUED]
+        failed = self._choose_now(queued)  # at once: those of a group look at each other
+        for request in requests:
+            if request.resident.next is None and request.key not in failed:
+                self.start([request])
+            for last in (False, True):
+                if (new := request.resident.next) is not None and not new.held:
+                    self.load_now(request, urgent=last)
+                    if request.steps_left <= 0:
+                        self._attempt(request, self._switch_if_held)
+                    if not new.held and not last:
+                        self.pager.settle()
+            if request.resident.next is not None:  # sent for, though its window has not begun
+                self.switch_now(request)
+            if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
+                self._keep_tail(request)
+
+    def _choose_now(self, requests: Sequence[Request], urgent: bool = False) -> set[str]:
+        """Choose the next sets of these without waiting for the step that they are due in; returns for whom that
+        failed."""
+        for request in requests:
+            assert request.resident.next is not None
+            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
+        failed = self.chooser.choose_all(requests)
+        for request in requests:
+            if request.key in failed:
+                self._fail(request, failed[request.key])
+        return set(failed)
 
     def forget(self, request: Request) -> None:
         """The request is gone."""
         self.on_their_way.pop(request.key, None)
-
-    # -- QUEUED -> CHOSEN ----------------------------------------------------------------------------------------
-
-    def _choose(self, request: Request, new: Refresh) -> Choice | None:
-        """Which of the complete pages to keep, and where the tail starts; None where scores do not say."""
-        if new.state is not State.QUEUED or self.clock.step < new.due:
-            return None
-        if new.scores is None:
-            new.state = State.CHOSEN
-            return None
-        scores = new.scores.values()
-        self.counts.device_seconds += new.scores.device_seconds
-        new.values = np.where(np.isnan(scores), -np.inf, scores)
-        policy = None if new.scores.failed else self.scorer.policies[request.asked.policy]
-        prompt = pages_spanned(request.prompt_tokens, self.pager.page)
-        upcoming, repeated = np.zeros(0, dtype=np.int64), None
-        if policy is not None and policy.queries and request.asked.prompt_lookup:
-            upcoming, repeated = self._looked_up(request, new)
-        name = "" if policy is None else request.asked.policy
-        widen = request.asked.widen if repeated else 1.0
-        follows = repeated.at // self.pager.page if repeated and repeated.jumps else None
-        asked = request.asked
-        sizes = (upcoming, widen, follows, asked.target)
-
-        def choice(common: np.ndarray | None) -> Chosen:
-            found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, *sizes, common=common)
-            new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
-            if asked.watch:
-                unscored = np.isposinf(found.ranks) | np.isin(found.positions, upcoming)
-                new.watched = watched(asked.watch, new.values, new.positions, unscored)
-            request.story.coverage, request.story.expected = found.coverage, found.expected
-            return found
-
-        found = choice(None)
-        new.state = State.CHOSEN  # and not before: one that could not be chosen is not what the request reads next
-        request.story.widened += found.widened
-        self.counts.widened += found.widened
-        self.counts.collapsed += found.collapsed
-        if found.collapsed and not request.story.collapsed:
-            logger.warning(
-                "LSA: no page of %s scored above the threshold, so that it reads its first and last pages only; an "
-                "answer from elsewhere is lost: lower the key threshold (POST /lsa/config), or use another policy",
-                request.rid,
-            )
-        request.story.collapsed += found.collapsed
-        return choice
-
-    def _choose_for_group(self, request: Request, choice: Choice) -> None:
-        """The same set with pages that others of its group read in place of some that are hardly better."""
-        new = request.resident.next
-        if new is not None and self.common is not None and (common := self.common(request)) is not None:
-            alone = new.positions
-            self.counts.exchanged += len(np.setdiff1d(choice(common).positions, alone))
-
-    def _looked_up(self, request: Request, new: Refresh) -> tuple[np.ndarray, Repeats | None]:
-        """Complete pages that the request reads next if it goes on copying, and how it repeats its prompt, where that
-        would widen its set; what is known depends on steps only."""
-        least, text = request.asked.prompt_lookup, request.text(new.computed)
-        pages = pages_next(text, least, self.clock.lead + self.clock.window, self.pager.page)
-        repeated = None
-        if request.asked.widen > 1:
-            repeated = repeats(text, request.prompt_tokens, least, self.clock.window)
-        return pages[pages < new.complete], repeated
 
     # -- CHOSEN -> LOADING ---------------------------------------------------------------------------------------
 

@@ -182,6 +182,12 @@ def told_coverage(shares: np.ndarray, positions: np.ndarray) -> float:
     return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
 
 
+def told_shares(shares: np.ndarray) -> np.ndarray:
+    """What each page has of all scores, float ``[complete_pages]``: those of a set add up to :func:`told_coverage`."""
+    worth = np.where(np.isfinite(shares), np.maximum(shares, 0.0), 0.0)
+    return worth / total if (total := worth.sum()) > 0 else worth
+
+
 def needed_pages(shares: np.ndarray, stay: np.ndarray, least: int, most: int, told: float) -> int:
     """Pages of the smallest set that has so much of all scores, see :func:`told_coverage`.
 

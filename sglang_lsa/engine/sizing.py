@@ -81,7 +81,7 @@ class Needs:
             "graph_indices": graph * 4,
             "staging": self.staging_bytes,
         }
-        if config.groups:
+        if config.groups is True:
             overhead["groups"] = self.rows * columns * 4
         return overhead | {name: pages * size for name, size in self.policy_bytes.items()} | dict(self.fixed_bytes)
 

@@ -201,9 +201,17 @@ class MemoryIndexer(nn.Module):
         if not table.is_cuda:
             every = range(len(asked))
             return torch.cat([self.score_part(asked.recent(ring, i), table, asked.pages_of(i)) for i in every])
-        queries = project_queries(ring, asked, self.q_at, self.scaled_query).bfloat16()
-        shares = page_scores(queries, table, asked, self.key_of_head)
-        return weigh_heads(shares, softplus(self.weight), math.log(2) * self.all_heads)
+        return self.score_by_kernels(ring, table, asked)
+
+    def score_by_kernels(self, ring: torch.Tensor, table: torch.Tensor, asked: Ragged) -> torch.Tensor:
+        """:meth:`score_parts`, of as many requests at a time as there is memory for what they ask."""
+        query_bytes = len(self.q_at) * ring.shape[1] * self.config.key_dim * (4 + 2)  # float32, and bfloat16 made of it
+        found = []
+        for some in asked.within(query_bytes):
+            queries = project_queries(ring, some, self.q_at, self.scaled_query).bfloat16()
+            shares = page_scores(queries, table, some, self.key_of_head)
+            found.append(weigh_heads(shares, softplus(self.weight), math.log(2) * self.all_heads))
+        return torch.cat(found)
 
     def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""

@@ -130,7 +130,7 @@ def watch(path: pathlib.Path) -> None:
     """Put a witness in place."""
     from sglang.srt.layers.attention.dsv4.indexer import C4Indexer, C4IndexerBackendMixin
 
-    from sglang_lsa.engine import refresh
+    from sglang_lsa.engine import chooser
     from sglang_lsa.engine.policies import Native, Retriever
     from sglang_lsa.memory.pager import Pager
 
@@ -139,7 +139,7 @@ def watch(path: pathlib.Path) -> None:
         C4IndexerBackendMixin.forward_c4_indexer,
         C4Indexer.compute_q,
         Pager.__init__,
-        refresh.choose,
+        chooser.choose,
     )
 
     def forward_c4_indexer(self, x, q_lora, c4_indexer, forward_batch, **options):
@@ -168,7 +168,7 @@ def watch(path: pathlib.Path) -> None:
     C4IndexerBackendMixin.forward_c4_indexer = forward_c4_indexer
     C4Indexer.compute_q = compute_q
     Pager.__init__ = init
-    refresh.choose = chosen
+    chooser.choose = chosen
     for kind in (Native, Retriever):
         _watch_policy(kind, witness)
 

@@ -37,6 +37,7 @@ FLAGS: dict[str, Sequence[str]] = {
     "mixed": (*LSA, "--enable-mixed-chunk"),
     "resident": (*LSA, "--lsa-prefill=resident"),
     "groups": (*LSA, '--lsa-config={"groups": true}'),
+    "groups auto": (*LSA, '--lsa-config={"groups": "auto", "group_margin": 0.1}'),
     "no index there": (*LSA, "--lsa-observe-layers=2"),
     "layers": (*LSA, "--lsa-observe-layers=1,5"),
     "recorded": (*LSA, "--lsa-record=/nowhere/at/all"),
@@ -60,7 +61,9 @@ def told(flags: Sequence[str], folder: str) -> dict[str, Any]:
     except Exception as error:  # SGLang's own refusal
         return {"sglang": str(error)}
     names = ("page_size", "attention_backend", "prefill_attention_backend", "kv_cache_dtype", "radix_cache_backend")
-    return {**{name: getattr(server_args, name) for name in names}, "policy": server_args.lsa_config.policy}
+    config = server_args.lsa_config
+    seen = {name: getattr(server_args, name) for name in names}
+    return seen | {"policy": config.policy, "groups": config.groups, "group_margin": config.group_margin}
 
 
 def built(folder: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Scheduler:
         """Prompts of the pass before, which decode from now on."""
         self.chunked: Req | None = None
         self.results: list[tuple[list[Entry] | list[Req], int]] = []
+        self.members: set[str] = set()
+        """Requests that were in a group in the last decode step, in the middle of their windows."""
         self.counts: collections.Counter[str] = collections.Counter()
 
     @property
@@ -176,6 +178,7 @@ class Scheduler:
             assert enough(self.running), f"{self.running[0].rid} finds no page although it is alone"
 
     def _retract(self, req: Req, why: str) -> None:
+        self.counts[f"member {why}"] += key_of(req) in self.members
         self.running.remove(req)
         self._end(req, insert=False)
         self.waiting.append(req)
@@ -273,6 +276,7 @@ class Scheduler:
         """What the requests of a decode step in groups read, which must be all that they chose, and nothing twice."""
         grouping, table = self.runtime.step.grouping, self.runtime.table
         assert self.runtime.step.own_table(table) is (table if grouping is None else grouping.own)
+        self.members = set()
         if grouping is None:
             return
         assert sorted(grouping.order) == np.flatnonzero(grouping.places >= 0).tolist()
@@ -293,6 +297,11 @@ class Scheduler:
                 assert grouping.order[place] == index
                 shared = grouping.pages[groups[place]]
                 self.counts["read in groups"] += len(shared)
+                if request.steps_left > 0:
+                    self.members.add(request.key)
+            elif request.asked.dense:
+                self.counts["full attention beside groups"] += 1
+            assert place < 0 or not request.asked.dense, f"{req.rid} asked for full attention and is in a group"
             position = {page: position for position, page in enumerate(req.pages)}
             read = [position[virtual[physical]] for physical in (*own.tolist(), *shared.tolist())]
             assert len(read) == len(set(read)), f"{req.rid} reads a page twice"
@@ -320,6 +329,7 @@ class Scheduler:
             most = req.sampling_params.max_new_tokens
             ended = len(req.output_ids) >= most or (most < 300 and self.chance.random() < 0.01)
             if ended or req.aborted:
+                self.counts["member finished" if ended else "member aborted"] += key_of(req) in self.members
                 self._end(req, insert=True)
                 self.counts["finished"] += 1
             elif isinstance(item, Entry):

@@ -499,9 +499,58 @@ def test_a_run_that_is_resumed_measures_what_is_missing(bench: Bench) -> None:
     assert bench.run(resume=True, mixes=["agents", "documents"], systems=["stock"]) == [("stock", "documents", 1.0)]
     for other in ({"seconds": 30.0}, {"memories": 8}, {"pool_gb": 8.0}, {"objective": Objective(2.0, 30.0)}):
         assert bench.run(resume=True, **other) == both, "under other conditions"
-    assert bench.run() == both
+    for given in ("--mem-fraction-static 0.8", "--mem-fraction-static 0.7"):
+        assert bench.run(resume=True, server_args=given) == both, "other servers"
+        assert bench.run(resume=True, server_args=given.replace(" ", "  ")) == [], "the same, typed otherwise"
+    assert bench.run(resume=True) == [] and bench.run() == both
     rows = LOAD.read(bench.output)
     assert all(one["command"] == "me" and one["gpu"] == "GPU of a test" for one in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "server_args"),
+    [
+        ("sglang-lsa bench load --rates 1", ""),
+        (
+            "sglang-lsa bench load --server-args '--tp-size 2  --log-level info' --rates 1",
+            "--tp-size 2 --log-level info",
+        ),
+        ("sglang-lsa bench load '--server-args=--tp-size 2'", "--tp-size 2"),
+        (None, ""),
+    ],
+)
+def test_rows_of_before_say_the_arguments_of_their_servers(command: str | None, server_args: str) -> None:
+    """They named them in their command only, so that a resumed run took them for those of servers without."""
+    old = row("lsa", command=command)
+    del old["server_args"]
+    assert LOAD.upgrade(old)["server_args"] == server_args
+    assert LOAD.upgrade(old | {"server_args": "--x"})["server_args"] == "--x"
+
+
+def test_servers_with_other_arguments_are_not_compared() -> None:
+    rows = [row("stock"), row("lsa"), row("lsa", server_args="--log-level info")]
+    assert [found.row["server_args"] for found in LOAD.compare(rows)] == [""]
+    text = io.StringIO()
+    Console(file=text, width=260).print(load_report.table(rows))
+    assert text.getvalue().count("--log-level info") == 1
+
+
+def test_a_saturation_is_of_servers_with_the_same_arguments(bench: Bench) -> None:
+    assert bench.run(rates=[], server_args="--log-level info")[0] == ("stock", "agents", "search")
+    assert bench.run(rates=[], resume=True)[0] == ("stock", "agents", "search")
+    assert bench.run(rates=[], resume=True, server_args="--log-level info") == []
+
+
+def test_arguments_that_cannot_be_split_are_refused_before_anything_starts(bench: Bench) -> None:
+    with pytest.raises(ValueError, match=r"--server-args --x 'y: cannot be split .No closing quotation"):
+        bench.run(server_args="--x 'y")
+    assert bench.seen == []
+
+
+@pytest.mark.usefixtures("roomy")
+def test_all_servers_get_the_arguments_last() -> None:
+    flags = plan(server_args="--context-length '7 8'").arguments(SYSTEMS["stock"], pathlib.Path("model"))
+    assert flags[-2:] == ["--context-length", "7 8"]
 
 
 def test_saturation_is_searched_once(bench: Bench) -> None:
@@ -516,7 +565,7 @@ def test_saturation_is_searched_once(bench: Bench) -> None:
 
 
 def test_others_are_not_started_where_stock_could_not_be_searched(tmp_path: pathlib.Path) -> None:
-    measured = load.measure(plan(rates=()), SYSTEMS["lsa"], [AGENTS], "", tmp_path, Console(quiet=True))
+    measured = load.measure(plan(rates=()), SYSTEMS["lsa"], [AGENTS], tmp_path, Console(quiet=True))
     with pytest.raises(RuntimeError, match="the saturation of stock with agents was not found: give --rates"):
         next(measured)
     assert list(tmp_path.iterdir()) == []

@@ -272,6 +272,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dense_steps": -1}, "dense_steps -1 is too small: use 0 or more"),
     ({"prompt_lookup": 65}, "prompt_lookup 65 is too large: use 64 or less"),
     ({"widen": 5.0}, "widen 5.0 is too large: use 4 or less"),
+    ({"groups": "on"}, "groups is 'on': use true, false or auto"),
     ({"groups": True, "group_margin": 1.0}, "group_margin 1.0 is too large: use a share below 1"),
     ({"groups": True, "group_margin": -0.1}, "group_margin -0.1 is too small: use 0 or more"),
     ({"group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
@@ -346,6 +347,16 @@ def test_bad_files_are_refused(text: str | None, words: str, tmp_path: pathlib.P
     with pytest.raises(ValueError, match=words) as caught:
         parse("--lsa-config", file)
     assert file in str(caught.value)
+
+
+def test_groups_may_be_decided_by_the_backend() -> None:
+    assert LSAConfig().groups is False
+    config = parse("--lsa-config", '{"groups": "auto", "group_margin": 0.1}')
+    assert config == LSAConfig(groups=AUTO, group_margin=0.1)
+    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config == pickle.loads(pickle.dumps(config))
+    for wrong in ("yes", 1, 0.5, None, ["auto"]):
+        with pytest.raises(ValueError, match=r"groups is .*: use true, false or auto"):
+            LSAConfig.from_mapping({"groups": wrong})
 
 
 def test_an_object_in_place_of_a_file() -> None:

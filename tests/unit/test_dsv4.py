@@ -257,13 +257,14 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.parametrize("flags", ["tiny", "policy", "full", "other page", "layers"])
+@pytest.mark.parametrize("flags", ["tiny", "policy", "full", "other page", "layers", "groups auto"])
 def test_what_is_served(flags: str, started: dict[str, Any]) -> None:
     told = started["flags"][flags]
     assert "problems" not in told, told
     assert (told["page_size"], told["attention_backend"], told["kv_cache_dtype"]) == (256, "dsv4", "fp8_e4m3")
     assert told["prefill_attention_backend"] is None
     assert told["radix_cache_backend"] == "lsa"
+    assert (told["groups"], told["group_margin"]) == (False, 0.0)
     expected = {"policy": "random", "full": FULL}.get(flags, needed(LSAConfig(), index=True)[0].name)
     assert told["policy"] == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,14 @@ from sglang_lsa.config import LSAConfig
 from sglang_lsa.engine.choose import Rules, choose
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.group_choice import exchanged
-from sglang_lsa.engine.grouping import Groups
-from sglang_lsa.engine.groups import GroupRules, Reader, form, worth_sharing
+from sglang_lsa.engine.grouping import Company, Groups
+from sglang_lsa.engine.groups import Group, GroupRules, Reader, Sharing, form
 from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Asked, Refresh, Request, State
 from sglang_lsa.engine.selection import filled
 from sglang_lsa.engine.window import Clock
+from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.resident_table import ResidentTable
 
@@ -160,6 +162,58 @@ def paid(readers: list[Reader]) -> float:
     return sum(len(reader.positions) for reader in readers) - saved
 
 
+def worth_sharing(readers: list[Reader], group: Group, place: int, rules: GroupRules) -> list[int]:
+    """Positions that would be read for all of the group if this member chose them; page by page."""
+    common, members = 0, [readers[member] for member in group.members]
+    while (
+        all(len(each.prefix) > common for each in members) and len({int(each.prefix[common]) for each in members}) == 1
+    ):
+        common += 1
+    others = [set(readers[other].positions.tolist()) for other in group.members if other != place]
+    return [
+        position
+        for position in range(common)
+        if sum(position in each for each in others) + 1 > rules.price(len(group.members))
+    ]
+
+
+@REPEATABLE
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 5), max_size=8))
+def test_what_is_worth_sharing_after_every_change(seed: int, turns: list[int]) -> None:
+    """Choices are counted once, and as they change: as if all were looked at each time."""
+    sets, _, _, prefix = alone(seed)
+    draw = np.random.default_rng(seed)
+    private = [np.append(prefix, 1000 + place) for place in range(len(sets))]  # behind what all share
+    readers = [Reader(each, own) for each, own in zip(private, sets, strict=True)]
+    for group in form(readers, ANY):
+        sharing = Sharing(readers, group, ANY)
+        for turn in turns:
+            place = group.members[turn % len(group.members)]
+            before = readers[place].positions
+            assert sharing.worth(before).tolist() == worth_sharing(readers, group, place, ANY)
+            after = np.flatnonzero(draw.random(len(prefix) + 1) < 0.5)
+            sharing.change(before, after)
+            readers[place] = Reader(private[place], after)
+
+
+@REPEATABLE
+@given(st.integers(0, 10_000), MARGINS)
+def test_members_of_groups_that_are_formed_once_read_no_more(seed: int, margin: float) -> None:
+    """As below, where nobody asks anew who is in whose group."""
+    sets, scores, stay, prefix = alone(seed)
+    before = [Reader(prefix, each) for each in sets]
+    for group in form(before, ANY):
+        sharing = Sharing(before, group, ANY)
+        for place in group.members:
+            found = exchanged(sets[place], scores[place], stay, sharing.worth(sets[place]), margin, 0.0)
+            sharing.change(sets[place], found)
+            sets[place] = found
+    after = [Reader(prefix, each) for each in sets]
+    assert set(np.concatenate(sets)) <= set(np.concatenate([reader.positions for reader in before]))
+    came = sum(len(np.setdiff1d(now.positions, then.positions)) for now, then in zip(after, before, strict=True))
+    assert paid(after) <= paid(before) - (1 - 6 / 64) * came + 1e-9
+
+
 @REPEATABLE
 @given(st.integers(0, 10_000), MARGINS)
 def test_a_group_reads_no_more_when_its_members_exchange_by_turns(seed: int, margin: float) -> None:
@@ -170,7 +224,7 @@ def test_a_group_reads_no_more_when_its_members_exchange_by_turns(seed: int, mar
         group = next((group for group in form(readers, ANY) if place in group.members), None)
         if group is None:
             continue
-        common = worth_sharing(readers, group, place, ANY)
+        common = Sharing(readers, group, ANY).worth(sets[place])
         assert set(common) <= set(np.concatenate([each for other, each in enumerate(sets) if other != place]))
         assert set(group.positions) <= set(common) | set(before)
         sets[place] = exchanged(before, scores[place], stay, common, margin, 0.0)
@@ -184,20 +238,21 @@ def test_what_is_worth_sharing() -> None:
     readers = [Reader(np.arange(9), np.array(each)) for each in ([0, 1, 2], [0, 1, 4], [0, 5])]
     (group,) = form(readers, ANY)
     assert group.positions.tolist() == [0, 1]
-    assert [worth_sharing(readers, group, place, ANY).tolist() for place in range(3)] == [
+    sharing = Sharing(readers, group, ANY)
+    assert [sharing.worth(reader.positions).tolist() for reader in readers] == [
         [0, 1, 4, 5],
         [0, 1, 2, 5],
         [0, 1, 2, 4],
     ]
     many = [Reader(np.arange(9), np.array([0, 1] if place == 0 else [0])) for place in range(70)]
     (group,) = form(many, ANY)
-    assert worth_sharing(many, group, 5, ANY).tolist() == [0]
+    assert Sharing(many, group, ANY).worth(many[5].positions).tolist() == [0]
 
 
 def test_what_lies_behind_the_common_prefix_cannot_be_shared() -> None:
     readers = [Reader(np.array([1, 2, 3, own]), np.arange(4)) for own in (8, 9)]
     (group,) = form(readers, ANY)
-    assert worth_sharing(readers, group, 0, ANY).tolist() == [0, 1, 2]
+    assert Sharing(readers, group, ANY).worth(readers[0].positions).tolist() == [0, 1, 2]
 
 
 def test_without_a_group_nothing_is_looked_at() -> None:
@@ -219,6 +274,38 @@ def test_looked_up_pages_do_not_go_for_later_ones(margin: float) -> None:
     assert {5, 6, 7, 8} <= set(alone.positions.tolist()) and not set(later) & set(alone.positions)
     found = choose(rules, scores, 21, 0.3, upcoming=upcoming, common=later)
     assert found.positions.tolist() == alone.positions.tolist()
+
+
+TOLD = Expectation(((0.0, 0.0, 0.0), (0.5, 0.7, 0.1), (1.0, 1.0, 1.0)))
+SIZED = Rules(LSAConfig(groups=True, group_margin=0.4, min_pages=1, sink_pages=1, prompt_pages=0), 100)
+SIZED.expectations, SIZED.thresholds = {"indexer": TOLD}, {"indexer": 0.0}
+
+
+@REPEATABLE
+@given(st.integers(0, 10_000), st.sampled_from([0.2, 0.5, 0.8, 0.95]), st.sampled_from([0.15, 0.5, 1.0]))
+def test_a_set_that_is_as_large_as_it_needs_to_be_still_covers_its_target(
+    seed: int, target: float, budget: float
+) -> None:
+    """Or what it covered without a group, where the budget was too small for the target."""
+    draw = np.random.default_rng(seed)
+    scores, common = draw.random(40) ** 4, np.flatnonzero(draw.random(40) < 0.4)
+    alone = choose(SIZED, scores, 41, budget, "indexer", target=target)
+    found = choose(SIZED, scores, 41, budget, "indexer", target=target, common=common)
+    assert alone.expected is not None and found.expected is not None
+    assert len(found.positions) == len(alone.positions)
+    assert found.expected >= min(target, alone.expected) - 1e-9
+
+
+def test_what_a_set_covers_beyond_its_target_may_be_exchanged() -> None:
+    """0.07 of all scores are to spare: enough for one page that is worth less by 0.04 of them, not for a second."""
+    scores = np.array([0.0, 10, 10, 10, 10, 6, 6, 6, 6, 6, 6, 6, 6, 4, 4, 4])
+    spare, worth = 0.07, scores / 100
+    positions, common = np.arange(5), np.arange(5, 9)
+    given = positions, scores, np.arange(16) == 0, common, 0.5, 0.0
+    assert exchanged(*given, (spare, worth)).tolist() == [0, 2, 3, 4, 5]
+    assert exchanged(*given, (0.0, worth)).tolist() == positions.tolist()
+    assert exchanged(*given, (0.09, worth)).tolist() == [0, 3, 4, 5, 6]
+    assert exchanged(*given).tolist() == [0, 5, 6, 7, 8], "nothing is to be covered"
 
 
 # --- where sets are chosen -------------------------------------------------------------------------------------------
@@ -247,6 +334,7 @@ class World:
         scorer: Any = SimpleNamespace(policies={"quest": SimpleNamespace(queries=False)})
         self.refresher = Refresher(Rules(config, 100), Clock(8, 0, 0), pager, self.sets, scorer, self.counts)
         self.requests: list[Request] = []
+        self.formed = 0
         for number in range(requests):
             request = Request(f"r{number}", number + 1, Asked("quest", 0.5), prompt_tokens=PAGE * MEMORY)
             request.pages = np.array([*range(MEMORY), 40 + number], dtype=np.int64)
@@ -254,7 +342,11 @@ class World:
             self.sets.enter(request.row)
             self.requests.append(request)
         if margin:
-            self.refresher.common = lambda request: self.groups.common(request, self.requests)
+            self.refresher.chooser.company = self.company
+
+    def company(self, choosing: Sequence[Request]) -> Company:
+        self.formed += 1
+        return self.groups.company(choosing, self.requests)
 
     def reads(self, request: Request, positions: list[int]) -> None:
         self.sets.remap(request, np.array(positions, dtype=np.int64), MEMORY)
@@ -267,7 +359,7 @@ class World:
             values[list(some)] = list(some.values())
             fetch: Any = SimpleNamespace(values=lambda values=values: values, device_seconds=0.0, failed=False)
             request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
-        failed = self.refresher._choose_all(choosing)
+        failed = self.refresher.chooser.choose_all(choosing)
         assert not failed, failed
         found = [request.resident.next for request in choosing]
         assert all(new is not None and new.state is State.CHOSEN for new in found)
@@ -306,6 +398,24 @@ def test_sets_that_are_chosen_in_one_step_look_at_each_other() -> None:
         assert all(each == [0, 1, 2, 3, 4] for each in found)
 
 
+def test_groups_are_formed_once_for_all_windows_that_end_together() -> None:
+    world = World(0.1, requests=12)
+    world.chosen({number: LIKES_7 for number in range(12)})
+    assert world.formed == 1
+    world.refresher.chooser.choose_all(world.requests)
+    assert world.formed == 1, "nobody chose"
+
+
+def test_where_no_groups_can_be_formed_all_keep_what_they_read() -> None:
+    def broken(choosing: Sequence[Request]) -> Company:
+        raise RuntimeError("no groups")
+
+    world = World(0.1)
+    world.refresher.chooser.company = broken
+    with pytest.raises(AssertionError, match=r"r0.*no groups.*r2.*no groups"):
+        world.chosen({0: LIKES_7, 2: LIKES_7})
+
+
 def test_who_reads_everything_or_another_text_is_not_asked() -> None:
     world = World(0.1)
     world.reads(world.requests[0], OTHERS)  # the second reads everything
@@ -320,21 +430,20 @@ def test_sets_that_a_request_names_stay() -> None:
     new = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, state=State.CHOSEN)
     new.positions, new.tail_start = np.array([0, 8]), MEMORY
     world.requests[2].resident.next = new
-    world.refresher._choose_all(world.requests[2:])
+    world.refresher.chooser.choose_all(world.requests[2:])
     assert new.positions.tolist() == [0, 8]
 
 
-def test_a_failure_costs_the_set_of_one() -> None:
+def test_a_failure_costs_the_set_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(0.1)
     for request in world.requests[:1]:
         world.reads(request, OTHERS)
-    common = world.refresher.common
-    assert common is not None
+    common = Company.common
 
-    def broken(request: Request) -> Any:
-        return "no positions" if request.rid == "r1" else common(request)
+    def broken(self: Company, request: Request, positions: np.ndarray) -> Any:
+        return "no positions" if request.rid == "r1" else common(self, request, positions)
 
-    world.refresher.common = broken
+    monkeypatch.setattr(Company, "common", broken)
     for number in (1, 2):
         world.requests[number].resident.next = None
     with pytest.raises(AssertionError, match="r1"):
@@ -356,6 +465,6 @@ def test_who_gets_no_new_set_is_seen_with_the_one_it_keeps() -> None:
     for request, read in zip(world.requests, (lost, lambda: values), strict=True):
         fetch: Any = SimpleNamespace(values=read, device_seconds=0.0, failed=False)
         request.resident.next = Refresh(PAGE * MEMORY + 1, MEMORY, MEMORY + 1, due=0, scores=fetch)
-    assert list(world.refresher._choose_all(world.requests)) == [world.requests[0].key]
+    assert list(world.refresher.chooser.choose_all(world.requests)) == [world.requests[0].key]
     new = world.requests[1].resident.next
     assert new is not None and new.positions.tolist() == OTHERS

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_lsa.config import AUTO, LSAConfig
+from sglang_lsa.engine import build
 from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.groups import MOST_GROUPS, RULES, Group, GroupRules, Reader, form, own_positions
 from sglang_lsa.engine.remap import ResidentSets
@@ -308,3 +312,10 @@ def test_groups_follow_who_decodes_and_what_they_read() -> None:
     assert groups.of(requests[1:]) is None, "it asked for everything"
     assert groups.of([]) is None
     assert groups.formed == 6
+
+
+def test_groups_that_nobody_decided_on_are_not_formed() -> None:
+    """Auto is for the arguments of a server to decide; a runtime of a program's own has none."""
+    lookahead: Any = SimpleNamespace(sets=ResidentSets(ResidentTable(2, 4, 64), Ledger(4, 4)))
+    assert build.groups(LSAConfig(groups=AUTO), lookahead, {}) is None
+    assert isinstance(build.groups(LSAConfig(groups=True), lookahead, {}), Groups)

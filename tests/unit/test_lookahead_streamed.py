@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from lookahead_server import LAG, LEAD, LONG, STAGES, Server, fail, given_sets, 
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.request import Request, State
+from sglang_lsa.engine.chooser import Chooser
+from sglang_lsa.engine.grouping import Company
+from sglang_lsa.engine.request import Refresh, Request, State
 
 # --- a request that cannot be read whole -----------------------------------------------------------------------------
 
@@ -85,6 +87,43 @@ def test_what_has_come_meanwhile_is_not_waited_for() -> None:
     first_step(server, request)
     is_complete(server, request, FIRST)
     assert server.gpu.calls["before_next_kernel"] == 0
+
+
+def test_first_sets_that_cannot_wait_are_chosen_for_their_groups_at_once() -> None:
+    server, choosing = Server(LEAD, LAG, window=LONG), []
+
+    def company(requests: Sequence[Request]) -> Company:
+        choosing.append([request.rid for request in requests])
+        return Company(requests, (), PAGE_SIZE)
+
+    server.lookahead.refresher.chooser.company = company
+    server.wanted.positions = [3, 6]
+    requests = [server.prefill(rid, PROMPT, promised=4) for rid in ("a", "b", "c")]
+    server.before_decode(requests[0])
+    server.lookahead.complete_first(["b", "a"])
+    assert choosing == [["b", "a"]]
+    assert [request.resident.positions.tolist() for request in requests[:2]] == [FIRST, FIRST]
+    assert list(server.lookahead.sets.incomplete) == ["c"]
+
+
+def test_a_first_set_that_cannot_be_chosen_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs this request its set, and nobody else."""
+    server = Server(LEAD, LAG, window=LONG)
+    server.wanted.positions = [3, 6]
+    requests = [server.prefill(rid, PROMPT, promised=4) for rid in ("a", "b")]
+    chosen = Chooser.choose
+
+    def choose_b(self: Chooser, request: Request, new: Refresh) -> object:
+        if request.rid == "a":
+            raise RuntimeError("no set")
+        return chosen(self, request, new)
+
+    monkeypatch.setattr(Chooser, "choose", choose_b)
+    server.before_decode(requests[0])
+    server.lookahead.complete_first(["a", "b"])
+    a, b = requests
+    assert (a.window, a.story.failures, a.resident.positions.tolist(), a.resident.tail_start) == (0, 1, [], 12)
+    assert (b.window, b.story.failures, b.resident.positions.tolist(), b.resident.tail_start) == (0, 0, FIRST, 12)
 
 
 def test_only_requests_that_decode_are_completed() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from made_arguments import GPU, arguments, graphs, on_a_gpu
 
-from sglang_lsa.config import LSAConfig
+from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.patches import compatibility
 from sglang_lsa.patches.compatibility import (
     Unsupported,
@@ -18,6 +20,7 @@ from sglang_lsa.patches.compatibility import (
     device_problems,
     flash_attention_problem,
 )
+from sglang_lsa.patches.groups import with_groups
 
 pytestmark = pytest.mark.release
 
@@ -161,6 +164,49 @@ def test_groups_need_flashinfer_in_decode(
     expected = f"--{flag} fa3: not supported with groups yet: use flashinfer"
     assert seen == ([] if flag is None else [expected])
     assert device_problems(arguments(**(GPU | changed)), LSAConfig()) == []
+
+
+DECODES_ON: dict[str, tuple[dict[str, Any], bool]] = {
+    "flashinfer": ({"device": "cuda", "attention_backend": "flashinfer"}, True),
+    "flashinfer, prompts on fa3": (
+        {"device": "cuda", "attention_backend": "flashinfer", "prefill_attention_backend": "fa3"},
+        True,
+    ),
+    "fa3": ({"device": "cuda", "attention_backend": "fa3"}, False),
+    "fa3 in decode only": (
+        {"device": "cuda", "attention_backend": "flashinfer", "decode_attention_backend": "fa3"},
+        False,
+    ),
+    "flashinfer in decode only": (
+        {"device": "cuda", "attention_backend": "fa3", "decode_attention_backend": "flashinfer"},
+        True,
+    ),
+    "not known": ({"device": "cuda", "attention_backend": None}, False),
+    "cpu": ({"device": "cpu", "attention_backend": "torch_native"}, False),
+}
+
+
+@pytest.mark.parametrize(("seen", "fits"), DECODES_ON.values(), ids=DECODES_ON)
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_groups_are_on_where_they_pay(seen: dict[str, Any], fits: bool, margin: float) -> None:
+    given, asked = arguments(**seen), LSAConfig(groups=AUTO, group_margin=margin, calibrate="cached")
+    found = with_groups(asked, given, dense=True)
+    assert (found.groups, found.group_margin) == (fits, margin if fits else 0.0)
+    assert found.calibrates and found == dataclasses.replace(asked, groups=fits, group_margin=found.group_margin)
+    assert with_groups(asked, given, dense=False).groups is False, "DeepSeek-V4"
+    for said in (LSAConfig(), LSAConfig(groups=True)):
+        assert with_groups(said, given, dense=True) is said
+
+
+def test_servers_know_whether_they_have_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Auto is decided when arguments are checked, so that every process hears the same; it is never refused."""
+    on_a_gpu(monkeypatch, (9, 0))
+    for changed, fits in (({}, False), (GPU, True), (GPU | {"decode_attention_backend": "fa3"}, False)):
+        given = attach(arguments(**changed), LSAConfig(groups=AUTO))
+        assert pickle.loads(pickle.dumps(given.lsa_config)).groups is fits
+    with pytest.raises(Unsupported, match="fa3: not supported with groups yet"):
+        attach(arguments(**(GPU | {"decode_attention_backend": "fa3"})), LSAConfig(groups=True))
+    assert attach(arguments(), LSAConfig(groups=True)).lsa_config.groups is True, "a CPU can, and shows it"
 
 
 def test_defaults_of_a_gpu_leave_what_was_given() -> None:

@@ -19,6 +19,7 @@ from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer
+from sglang_lsa.kernels.project_queries import project_queries
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.scores import Reduction, Scores
@@ -196,6 +197,29 @@ def test_scores_of_many_are_those_of_each(with_indexer: LSARuntime) -> None:
         np.testing.assert_array_equal(found.values(), expected)
     assert {len(own) for own in alone} >= {0, PAGES}, "of no pages, too"
     assert scorer.score_all([], []) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_an_indexer_asks_for_as_many_requests_at_a_time_as_fit(
+    with_indexer: LSARuntime, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; here the kernels' references, which also say what each request gets."""
+    indexer, policy = with_indexer.indexer.indexer, with_indexer.indexer
+    ring = policy.observer.buffer
+    requests, complete = several(with_indexer, *["indexer"] * 10)
+    asked = policy.observer.asked(requests, [one.pages[:pages] for one, pages in zip(requests, complete, strict=True)])
+    expected = indexer.score_by_kernels(ring, policy.table, asked)
+    each, most = len(indexer.q_at) * ring.shape[1] * indexer.config.key_dim * 6, []
+
+    def projected(*given: torch.Tensor) -> torch.Tensor:
+        most.append(len(given[1]))
+        return project_queries(*given)
+
+    monkeypatch.setattr("sglang_lsa.indexer.model.project_queries", projected)
+    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", each * at_once)
+    found = indexer.score_by_kernels(ring, policy.table, asked)
+    assert sum(most) == 10 and max(most) == min(at_once, 10)
+    assert torch.equal(found, expected)
 
 
 def test_requests_of_a_policy_are_scored_by_one_call(with_indexer: LSARuntime, monkeypatch: pytest.MonkeyPatch) -> None:

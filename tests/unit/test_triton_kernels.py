@@ -450,6 +450,29 @@ def test_project_queries(
         assert_same(own, _project_queries_triton(ring, alone[index], *given)[0, :, :positions])
 
 
+@pytest.mark.parametrize("requests", TOGETHER)
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_requests_in_parts(
+    requests: Sequence[tuple[int, int, int, int]], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as their memory allows; each gets what it gets among all, bit for bit."""
+    ring, heads, tower = random(4, PLACES, 2, 3, 16), ids([5, 0]), random(2, 16, 16, seed=1)
+    table, key_of_head = to_8_bits(random(201, 2, 4, 16, seed=2)), ids([0, 1])
+    every, _ = together(requests)
+
+    def shares(asked: Ragged) -> torch.Tensor:
+        return _page_scores_triton(_project_queries_triton(ring, asked, heads, tower), table, asked, key_of_head)
+
+    expected = shares(every)
+    monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", 1000 * at_once + 999)
+    parts = list(every.within(1000))
+    assert [len(part) for part in parts[:-1]] == [at_once] * (len(parts) - 1) and len(parts[-1]) <= at_once
+    assert sum(map(len, parts)) == len(every)
+    assert_same(torch.cat([part.pages for part in parts]), every.pages)
+    assert all(sum(part.sizes) == len(part.pages) for part in parts)
+    assert_same(torch.cat([shares(part) for part in parts], dim=1), expected)
+
+
 @pytest.mark.parametrize(("heads", "pages"), [(1, 1), (8, 700), (3, 0)])
 def test_weigh_heads(heads: int, pages: int) -> None:
     shares, weights = random(heads, pages), random(heads, seed=1)
