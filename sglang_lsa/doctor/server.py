@@ -193,7 +193,8 @@ def _planned(server_args: Any, gpu: Gpu | None, assumed: Assumed) -> Server:
     extra, page = arguments.extra_context(server_args), arguments.kv_page(model, **shape)
     dummy = server_args.load_format == "dummy"
     ranks = server_args.tp_size
-    whole = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy)
+    quantization = server_args.quantization
+    whole = weights_of(server_args.model_path, model.hf_config, model.dtype.itemsize, dummy, quantization)
     weights = whole if ranks == 1 else shared(whole, ranks)
     memory = _device_memory(server_args.device, gpu, assumed)
     if server_args.device != "cuda":

@@ -579,6 +579,31 @@ def test_without_files_the_shape_counts(dummy: bool, tmp_path: pathlib.Path) -> 
     )
 
 
+@pytest.mark.parametrize("name", ["fp8", "w8a8_fp8"])
+def test_what_sglang_narrows_itself_counts_as_narrow(name: str, tmp_path: pathlib.Path) -> None:
+    """Matrices, but not those of tokens, nor norms; what is quantized in its files stays as it is."""
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**shape, vocab_size=32, tie_word_embeddings=False)
+    narrow, wide = 2 * (4 * 8 * 8 + 3 * 8 * 16), 2 * 32 * 8 + 2 * 2 * 8 + 8
+    found = weights_of(str(tmp_path), config, 2, quantization=name)
+    assert found == Weights(
+        narrow + 2 * wide, "computed", f"shape of the model: no weights are here, with --quantization {name}"
+    )
+    assert weights_of(str(tmp_path), config, 2, quantization="gptq").bytes == 2 * (narrow + wide)
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(32, 8),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8),
+        "model.norm.weight": torch.zeros(8),
+        "lm_head.weight": torch.zeros(32, 8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weights_of(str(tmp_path), config, 2, quantization=name).bytes == 16 * 8 + 2 * (2 * 32 * 8 + 8)
+    config.quantization_config = {"quant_method": "fp8"}
+    assert weights_of(str(tmp_path), config, 2, quantization=name).bytes == 4 * (16 * 8 + 2 * 32 * 8 + 8)
+
+
 def test_no_files_and_no_shape(tmp_path: pathlib.Path) -> None:
     from transformers import PretrainedConfig
 
