@@ -81,7 +81,7 @@ class LSASwaComponent(SWAComponent):
     def redistribute_on_node_split(self, new_parent, child):
         super().redistribute_on_node_split(new_parent, child)
         if child in self.checkpoints:  # both have a part of its window
-            self.checkpoints.keep(new_parent)
+            self.checkpoints.keep(new_parent, child)
 
     def evict_component(self, node, *arguments, **options):
         freed = super().evict_component(node, *arguments, **options)

@@ -100,7 +100,7 @@ class Witness:
     ) -> tuple[Callable[[torch.dtype | None], torch.Tensor], dict[tuple[int, int, int], torch.Tensor], torch.Tensor]:
         """Scores by torch in a type (that of the policy by default), what was noted, and what is in the ring."""
         from sglang_lsa.engine.policies.native import shares
-        from sglang_lsa.engine.policies.retriever import NEEDED
+        from sglang_lsa.engine.policies.retriever import NEEDED, worth
         from sglang_lsa.kernels.retriever_score_paged import retriever_score_paged_reference as reference
 
         tables = policy.keys.tables
@@ -120,7 +120,7 @@ class Witness:
             found = torch.zeros(len(ids), device=ids.device, dtype=dtype)
             for n, (layer, table) in enumerate(zip(policy.layers, tables, strict=True)):
                 best, needed = reference(*layer(hidden[:, n].to(dtype or hidden.dtype), at), table, ids, NEEDED)
-                found = torch.maximum(found, (needed + best.sigmoid()).amax(dim=0).to(found.dtype))
+                found = torch.maximum(found, worth(best, needed).amax(dim=0).to(found.dtype))
             return found
 
         return retriever, self.entered, hidden

@@ -278,7 +278,8 @@ class SwaScheduler(Scheduler):
         """Every page has one owner, who has it right, and every slot of both halves is counted once."""
         checkpoints = self.cache.checkpoints
         assert len(checkpoints) <= checkpoints.most
-        for number in checkpoints._nodes:
+        assert checkpoints._inner.keys().isdisjoint(checkpoints._ends)
+        for number in (*checkpoints._inner, *checkpoints._ends):
             assert checkpoints._has_window(self.cache.tree_core.node_by_id(number)), "a checkpoint has no window"
         page, cache, core = self.page, self.cache, self.cache.tree_core
         places = self.swa.full_to_swa_index_mapping.numpy()

@@ -39,6 +39,8 @@ INDEX = NativeIndex(C4_LAYERS, 64, 128, 4096, torch.bfloat16)
 FLASH_INDEX = NativeIndex(
     tuple(layer for layer, ratio in enumerate(FLASH_RATIOS) if ratio == 4), 64, 128, 4096, INDEX.dtype
 )
+PRO_INDEX = NativeIndex(tuple(range(0, 60, 2)), 64, 128, 7168, INDEX.dtype)
+"""DeepSeek-V4-Pro: 30 of 61 layers have pages."""
 
 
 def rows(width: int, pages: int = PHYSICAL) -> dict[int, torch.Tensor]:
@@ -151,18 +153,23 @@ def planned(config: LSAConfig, index: NativeIndex, c128: int, budgeted: int) -> 
     )
 
 
-def test_what_virtual_pages_take_is_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("index", "c128", "page"), [(FLASH_INDEX, 20, 963_648), (PRO_INDEX, 31, 1_376_640)], ids=["Flash", "Pro"]
+)
+def test_what_virtual_pages_take_is_subtracted(
+    index: NativeIndex, c128: int, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sizing, "available_host_memory", lambda: 10_000 * GB)
     monkeypatch.setattr(sizing, "require_host_memory", lambda *_: None)
-    budgeted = 40 * GB // 963_648 * PAGE
-    made = planned(LSAConfig(host_memory_gb=100), FLASH_INDEX, 20, budgeted)
+    budgeted = 40 * GB // page * PAGE
+    made = planned(LSAConfig(host_memory_gb=100), index, c128, budgeted)
     virtual = made.virtual_tokens // PAGE
-    assert virtual == 100 * GB // 963_648 - 1
-    each = 20 * 1_728 + 256 * 8
+    assert virtual == 100 * GB // page - 1
+    each = c128 * 1_728 + 256 * 8
     assert made.overhead["c128_kv"] + made.overhead["swa_map"] == (virtual + 1) * each
     assert made.overhead["page_keys"] == (virtual + 1) * 3 * INDEX_ROW
-    taken = sum(made.overhead.values()) + made.physical_tokens // PAGE * 963_648
-    assert 0 <= budgeted // PAGE * 963_648 - taken < 2 * 963_648
+    taken = sum(made.overhead.values()) + made.physical_tokens // PAGE * page
+    assert 0 <= budgeted // PAGE * page - taken < 2 * page
     assert made.overhead["staging"] == made.overhead["graph_indices"] == 0
 
 

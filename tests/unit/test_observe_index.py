@@ -13,6 +13,7 @@ from sglang_lsa.engine import build, native_index
 from sglang_lsa.engine.native_index import NativeIndex, scorer_layers
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.policies.native import shares
+from sglang_lsa.engine.policies.retriever import worth
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.sizing_dsv4 import dsv4_needs
 from sglang_lsa.indexer.flashmemory import NAMES, load_retrievers
@@ -267,9 +268,19 @@ def test_retriever_scores_are_the_keys_that_are_needed(tmp_path: pathlib.Path) -
             x, _, _ = asked(layer, 2, position)
             query, weights = trained(x.double()[None], torch.tensor([position]))
             logits = entry_logits(query, weights, keys.tables[slot][[15, 2, 9, 20, 4, 1]])[0]
-            expected = np.maximum(expected, ((logits > 0).sum(dim=1) + logits.amax(dim=1).sigmoid()).numpy())
+            expected = np.maximum(expected, (worth(logits.amax(dim=1), (logits > 0).sum(dim=1))).numpy())
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
     assert scores.max() > 1
+
+
+def test_pages_keep_their_order_however_large_logits_are() -> None:
+    """And all are worth something, so that a budget is filled though no key is needed."""
+    best = torch.tensor([-1e9, -1000, -999, -90, -89, -17, -0.5, 0, 0.5, 17.5, 18, 18.5, 1000])
+    found = worth(best, (best > 0).int())
+    assert found.dtype is torch.float32
+    assert (found.diff() > 0).all() and found[1] > 0 and found.isfinite().all()
+    assert (worth(best, torch.full_like(best, 3)) < 4.001).all()
+    assert worth(torch.tensor([-torch.inf, torch.inf]), torch.zeros(2)).tolist() == [0, 1]
 
 
 def test_a_checkpoint_of_another_width_is_refused(tmp_path: pathlib.Path) -> None:

@@ -388,6 +388,19 @@ def test_another_question_finds_a_document_to_within_32k_tokens(chunk: int | Non
     server.assert_idle()
 
 
+def test_short_prompts_leave_a_document_its_checkpoints() -> None:
+    """Twice as many of them as there may be checkpoints."""
+    server = Server(256, 128, swa_pages=420, virtual=2000)
+    document = text(0, 100_000)
+    server.end(server.come("first", [*document, *text(10**6, 77)], 8192))
+    for number in range(400):
+        server.end(server.come(f"short {number}", text((number + 5) * 10**6, 300)))
+    assert len(server.tree.checkpoints) == server.tree.checkpoints.most
+    hit = len(server.match([*document[:70_000], *text(2 * 10**6, 300)]).device_indices)
+    assert hit >= 65_536 - 256, hit
+    server.assert_idle()
+
+
 def test_without_checkpoints_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "spare", lambda self, tokens: None)
     server = Server()

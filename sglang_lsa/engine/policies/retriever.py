@@ -19,6 +19,17 @@ NEEDED = 0.0
 """Logit above which a key counts as needed: a probability of one half."""
 
 
+def worth(best: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """Of pages by how many of their keys are needed, and of those with as many by their best key: a part of one that
+    orders logits of any size, where a sigmoid is 0 or 1.
+
+    Args:
+        best, needed: from :func:`retriever_score_paged`.
+    """
+    best = best.clamp(-1e30, 1e30)
+    return needed + 0.5 + 0.5 * best / (1 + best.abs())
+
+
 class Retriever(Policy):
     """A trained checkpoint. A page is worth the number of its keys that are needed, by the layer and the recent
     position that need most of them.
@@ -59,8 +70,7 @@ class Retriever(Policy):
         score = torch.zeros(len(pages), device=hidden.device)
         for slot, (layer, table) in enumerate(zip(self.layers, self.keys.tables, strict=True)):
             best, needed = retriever_score_paged(*layer(hidden[:, slot], at), table, ids, NEEDED)
-            # Of pages with as many keys, the one with the better best key.
-            score = torch.maximum(score, (needed + best.sigmoid()).amax(dim=0)) if len(at) else score
+            score = torch.maximum(score, worth(best, needed).amax(dim=0)) if len(at) else score
         return score
 
     @property
