@@ -38,6 +38,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "sglang.srt.layers.logits_processor.LogitsProcessorOutput": ("input_token_logprobs",),
     "sglang.srt.managers.schedule_batch.Req": (
+        "customized_info",  # of ``evaluation/forced.py``
         "finished_output",
         "finished_reason",
         "inflight_middle_chunks",
@@ -128,6 +129,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "full_max_total_num_tokens",
         "max_total_num_tokens",
     ),
+    "sglang.srt.mem_cache.radix_cache.TreeNode": ("children", "id", "lock_ref"),  # the view's
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
         "device",
         "kv_cache_dtype",

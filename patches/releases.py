@@ -100,6 +100,7 @@ RELEASES = {
         sized_by="sglang.srt.arg_groups.memory_hook",
         lacks=UNTIL_0_5_21,
         moved={
+            f"{REQ}.extend_range": f"{REQ}.extend_end",
             f"{REQ}.kv_committed_len": f"{REQ_KV}.kv_committed_len",
             f"{REQ}.prefix_indices": f"{REQ}.prefix_len",
             f"{REQ}.req_pool_idx": f"{REQ_KV}.req_pool_idx",

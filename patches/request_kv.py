@@ -1,4 +1,5 @@
-"""Where an SGLang request says which KV it has: on itself (0.5.17), or in ``req.kv`` and the tree (0.5.23).
+"""Where an SGLang request says which KV it has: on itself (0.5.17), or in ``req.kv`` and the tree (0.5.23); and how far
+its prefill is.
 
 Imports no SGLang.
 """
@@ -28,6 +29,10 @@ class OnRequest:
         return req.kv_committed_len
 
     @staticmethod
+    def prefilled(req: Any) -> int:
+        return req.extend_range.end
+
+    @staticmethod
     def prefix(req: Any, index: PageIndex) -> np.ndarray:
         return index.matched(req.prefix_indices, slots_up_from(getattr(req, "last_node", None)))
 
@@ -42,6 +47,10 @@ class InRecord:
     @staticmethod
     def committed(req: Any) -> int:
         return req.kv.kv_committed_len
+
+    @staticmethod
+    def prefilled(req: Any) -> int:
+        return req.extend_end
 
     @staticmethod
     def prefix(req: Any, index: PageIndex) -> np.ndarray:
@@ -63,6 +72,11 @@ def row_of(req: Any) -> int:
 def committed_of(req: Any) -> int:
     """Tokens whose KV is there, or is being computed."""
     return _of_release().committed(req)
+
+
+def prefilled_of(req: Any) -> int:
+    """Tokens of its prompt that were computed when its last prefill pass ended, or will be."""
+    return _of_release().prefilled(req)
 
 
 def prefix_of(req: Any, index: PageIndex) -> np.ndarray:

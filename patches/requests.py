@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 READS: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.schedule_batch.Req": (
+        "extend_range",
         "extra_key",
         "finished",
         "finished_reason",

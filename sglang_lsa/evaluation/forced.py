@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_lsa.patches.request_kv import prefilled_of
+
 NAME = "sglang_lsa_next"
 
 
@@ -31,7 +33,7 @@ class Forced:
         told = torch.log_softmax(logits.float(), dim=-1)
         for row, params in enumerate(custom_param_list):
             asked, request = params[NAME], params["__req__"]
-            if request.extend_range.end < len(request.full_untruncated_fill_ids):
+            if prefilled_of(request) < len(request.full_untruncated_fill_ids):
                 continue  # a chunk in the middle of the prompt: SGLang samples after it, and throws the token away
             request.customized_info = request.customized_info or {}
             written: list[str] = request.customized_info.setdefault(NAME, [])

@@ -154,7 +154,20 @@ def test_hooks_read_of_requests_what_is_listed(file: pathlib.Path) -> None:
     assert attributes_of(ast.parse(file.read_text()), ["req", "other"]) <= of_req
 
 
-ELSEWHERE = {"kv", "prefix_len"}
+@pytest.mark.parametrize(
+    ("file", "variables", "symbol"),
+    [
+        ("evaluation/forced.py", ["request"], REQ),
+        ("serve/view/tree.py", ["node", "root"], "sglang.srt.mem_cache.radix_cache.TreeNode"),
+    ],
+)
+def test_what_others_read_is_listed(file: str, variables: list[str], symbol: str) -> None:
+    """Code of ours that SGLang's objects are handed to, though no hook."""
+    tree = ast.parse((ROOT / "sglang_lsa" / file).read_text())
+    assert attributes_of(tree, variables) <= set(reads.READS[symbol])
+
+
+ELSEWHERE = {"extend_end", "kv", "prefix_len"}
 """Where newer releases have what is listed; see ``Release.moved``."""
 CALLED = {"init_next_round_input", "set_finish_with_abort"}
 """Methods of requests that hooks call, whose source is compared with what it was (``relies_on``)."""

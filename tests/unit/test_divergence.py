@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from release import RELEASE
 
 from sglang_lsa.evaluation.divergence import LEAST_REST, TOP, divergences, summary
 from sglang_lsa.evaluation.forced import NAME, PROCESSOR, Forced, packed, unpacked
@@ -17,8 +18,14 @@ from sglang_lsa.evaluation.summary import markdown, summarise
 
 def prefilled(chunk: int = 4, prompt: int = 4) -> SimpleNamespace:
     """What the sampler sees of a request whose last pass read its prompt up to there."""
-    extended = SimpleNamespace(end=chunk)
-    return SimpleNamespace(customized_info=None, extend_range=extended, full_untruncated_fill_ids=list(range(prompt)))
+    request = SimpleNamespace(customized_info=None, full_untruncated_fill_ids=list(range(prompt)))
+    return goes_up_to(request, chunk)
+
+
+def goes_up_to(request: SimpleNamespace, chunk: int) -> SimpleNamespace:
+    """The same request with another last pass, as the installed SGLang notes it."""
+    vars(request).update({"extend_end": chunk} if RELEASE.checkpoints else {"extend_range": SimpleNamespace(end=chunk)})
+    return request
 
 
 def decode(logits: torch.Tensor, asked: dict[str, Any]) -> tuple[list[int], list[str]]:
@@ -61,7 +68,7 @@ def test_chunks_in_the_middle_of_a_prompt_are_no_steps(asked: dict[str, Any]) ->
     plain = logits.clone()
     assert (Forced()(logits, [{NAME: asked, "__req__": request}]) == plain).all()
     assert not request.customized_info
-    request.extend_range.end = 4
+    goes_up_to(request, 4)
     Forced()(logits, [{NAME: asked, "__req__": request}])
     assert len(request.customized_info[NAME]) == 1
 
