@@ -5,7 +5,8 @@
     python examples/agent_branches.py --memory notes.txt --ask "Who paid?" --ask "When?" --chat-template chatml
 
 The memory is computed once and lies on the host once, whatever the number of branches; on the device each branch keeps
-only the pages that it reads. The last lines count what the whole server did, so nobody else should ask it meanwhile.
+only the pages that it reads; a server with ``--lsa-config '{"groups": true}'`` reads those that several chose once for
+all. The last lines count what the whole server did, so nobody else should ask it meanwhile.
 """
 
 from __future__ import annotations
@@ -104,6 +105,13 @@ def main() -> None:
     print(f"\n{saved.requests} branches, each for itself: {saved}")
     if watch.context:
         print(f"at once, shared pages counted once: {watch.most} device pages ({watch.most * page / 1e6:.1f} MB)")
+    if groups := after["groups"]:
+        steps, saved_reads, added = (
+            groups[name] - before["groups"][name] for name in ("steps", "saved_reads", "added_reads")
+        )
+        print(
+            f"read once for all that chose it: {saved_reads:,} pages not read again in {steps} steps, {added:,} added"
+        )
     print(f"on the host once: {done.stored_pages} pages copied ({done.stored_bytes / 1e6:.1f} MB) for all branches")
     print(f"the radix tree had {done.hit_tokens:,} of {done.prompt_tokens:,} prompt tokens ({done.hit_share:.0%})")
 

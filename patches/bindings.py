@@ -12,13 +12,15 @@ from typing import Any
 @contextlib.contextmanager
 def replaced_at_the_end() -> Iterator[None]:
     """For every function that it wraps, SGLang looks through all names of all modules for it, which takes 50 ms and
-    would be two seconds of every process of a server. Meanwhile it notes what is to be replaced, and that is done when
-    the block ends."""
+    would be two seconds of every process of a server. Meanwhile it notes methods, which hardly anybody has by a name of
+    his own, and they are replaced when the block ends; functions of a module are replaced at once."""
     from sglang.srt.plugins import hook_registry
 
     noted: list[tuple[Any, Any, Any]] = []
 
     def note(original: Any, wrapped: Any, source_module: Any) -> int:
+        if isinstance(source_module, types.ModuleType):
+            return int(propagate(original, wrapped, source_module))
         noted.append((original, wrapped, source_module))
         return 0
 
@@ -41,7 +43,11 @@ def replace(noted: list[tuple[Any, Any, Any]]) -> None:
     for module in list(sys.modules.values()):
         if not isinstance(module, types.ModuleType):
             continue
-        for name, value in list(vars(module).items()):
+        try:
+            names = list(vars(module).items())
+        except TypeError:  # it only says that it is a module
+            continue
+        for name, value in names:
             seen = value
             while (found := by_id.get(id(seen))) is not None and found[1] is not module:
                 seen = found[0]

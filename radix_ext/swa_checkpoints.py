@@ -66,7 +66,7 @@ class Checkpoints:
         end = kept = 0
         for node in self._path(last):
             start, end = end, end + len(node.key)
-            if node in self:
+            if node.id in self._inner:
                 kept = end
             while self._has_window(node) and end - kept >= self.spacing and end - start >= self.tail:
                 kept = min(max(start + self.tail, kept + self.spacing), end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
@@ -18,16 +19,21 @@ def with_defaults(argv: list[str]) -> list[str]:
     trained for it unless anything is said of how pages are chosen; what was given comes last, and so wins."""
     defaults = []
     given = {argument.split("=")[0] for argument in argv}
-    if given.isdisjoint(("--model-path", "--model", "--config", "-h", "--help")):
+    if given.isdisjoint(("--model", "--config", "-h", "--help")) and not _begins(given, "--model-p"):
         from sglang_lsa.embedded_model import INDEXER_NAME, MODEL_NAME, embedded_model_path
 
         defaults += ["--model-path", str(embedded_model_path()), "--served-model-name", MODEL_NAME]
         # An override may make another model of it; SGLang takes abbreviated flags, too.
-        if "--json-model-override-args" not in given and not any(map(_chooses, given)):
+        if not _begins(given, "--json-model") and not any(map(_chooses, given)):
             defaults += ["--lsa-indexer", INDEXER_NAME]
     if not any(argument.startswith("--lsa-") for argument in argv):
         defaults += ["--lsa-budget", str(LSAConfig.budget)]
     return [*defaults, *argv]
+
+
+def _begins(given: Iterable[str], begin: str) -> bool:
+    """Whether one of the flags is, or abbreviates, one that begins so."""
+    return any(flag.startswith(begin) for flag in given)
 
 
 def _chooses(flag: str) -> bool:

@@ -105,7 +105,7 @@ class ServerProcess:
         """
         started = self._started()
         for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
-            self._signal(how)
+            self._signal(how, started)
             self.process.kill()
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline and any(map(_runs, started)):
@@ -115,21 +115,33 @@ class ServerProcess:
             held.close()
 
     def _started(self) -> list[psutil.Process]:
-        """What the server started, and whatever that did."""
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+        """What the server started, and whatever that did, also where the server itself has ended."""
+        found = {process.pid: process for process in psutil.process_iter() if _session(process) == self.process.pid}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)  # some in sessions of their own
+            found |= {process.pid: process for process in children}
+        found.pop(self.process.pid, None)
+        return list(found.values())
 
-    def _signal(self, how: signal.Signals) -> None:
+    def _signal(self, how: signal.Signals, started: Sequence[psutil.Process]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, how)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if _session(process) != self.process.pid:
+                    process.send_signal(how)
 
     def __enter__(self) -> ServerProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+
+def _session(process: psutil.Process) -> int:
+    with contextlib.suppress(OSError):
+        return os.getsid(process.pid)
+    return 0
 
 
 def _runs(process: psutil.Process) -> bool:

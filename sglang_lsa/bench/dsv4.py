@@ -105,7 +105,7 @@ def run(
                         for churn in (asked.churns if system.lsa else (None,))
                         if DSV4.identity(labels(asked, arm, system, churn) | facts) not in done
                     ]
-                    measured = measure(asked, system, left, server_args, output, console) if left else ()
+                    measured = measure(asked, system, sharing[0], left, server_args, output, console) if left else ()
                     for row in failures.go_on(system.name, f"{model} {sharing[0].name}", measured):
                         rows.append(row | facts)
                         DSV4.keep(output, [rows[-1]])
@@ -157,6 +157,7 @@ def arguments(asked: Asked, arm: Dsv4Arm, system: Dsv4System, planned: Plan, mod
 def measure(
     asked: Asked,
     system: Dsv4System,
+    arm: Dsv4Arm,
     rows: Sequence[tuple[Dsv4Arm, float | None]],
     server_args: str,
     output: pathlib.Path,
@@ -165,9 +166,9 @@ def measure(
     """Start one server, forge its prefixes and send requests over them, once for each arm and churn.
 
     Args:
-        rows: arms of one context, in the order of :func:`share_servers`, and churns.
+        arm: the server is for.
+        rows: arms of the same context, and churns.
     """
-    arm = rows[0][0]
     planned = plan(
         arm,
         system,

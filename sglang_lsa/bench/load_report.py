@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -27,9 +28,6 @@ ARM = (
     "server_args",
 )
 """What rows must have in common to be compared: their servers got the same arguments, and the same requests."""
-
-
-FLAG = "--server-args"
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
@@ -139,13 +137,10 @@ def with_arguments(row: Row) -> Row:
     """A row as it is written now: before rows named the arguments that all servers got, their command did."""
     if "server_args" in row:
         return upgraded(row)
-    words = [part for word in shlex.split(row.get("command") or "") for part in _parted(word)]
-    given = words[words.index(FLAG) + 1] if FLAG in words[:-1] else ""
-    return {"server_args": same_words(given)} | upgraded(row)
-
-
-def _parted(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith(FLAG + "=") else [word]
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--server-args", default="")
+    given, _ = parser.parse_known_args(shlex.split(row.get("command") or ""))
+    return {"server_args": same_words(given.server_args)} | upgraded(row)
 
 
 LOAD = Results("load", (*ARM, "system"), "goodput_gain", comparisons, plot, with_arguments)

@@ -12,7 +12,7 @@ from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
 from sglang_lsa.evaluation.parser import add_calibration, add_resident, add_selectors
 
-ARMS = ("1k", "32k", "131k", "256k", "shared32", "8x40k", "16x16k", "iso60k", "iso131k")
+ARMS = ("1k", "32k", "131k", "256k", "shared8", "shared32", "8x40k", "16x16k", "iso60k", "iso131k")
 KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 

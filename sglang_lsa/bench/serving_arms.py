@@ -124,9 +124,9 @@ def tpot(*sizes: tuple[int, int]) -> tuple[Arm, ...]:
 
 
 SINGLE = tpot((1, 1024), (1, 32_768), (1, 131_072), (1, 256_000))
-SHARED = Arm("shared", 131_072 + 1024, 32, 240, shared=131_072)
+SHARED = tuple(Arm("shared", 131_072 + 1024, agents, 240, shared=131_072) for agents in (8, 32))
 GROUPS = (
-    Group("8b", 48, (*SINGLE, SHARED, *tpot((8, 40_000), (16, 16_000)))),
+    Group("8b", 48, (*SINGLE, *SHARED, *tpot((8, 40_000), (16, 16_000)))),
     Group("8b", 32, (Arm("iso", 60_000, 13, 640),)),
     Group("1b", 8, (*SINGLE, Arm("iso", 60_000, 26, 800))),
     Group("70b", 48, (*tpot((1, 131_072)), Arm("iso", 131_072, 3, 640))),

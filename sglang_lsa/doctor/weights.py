@@ -15,7 +15,7 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Types of safetensors that become the model's own type when they are loaded, with their bytes."""
 NARROWED = {"fp8": 1, "w8a8_fp8": 1}
 """Values of ``--quantization`` with which SGLang narrows what it loads itself, to so many bytes a number: matrices, but
-not those of tokens."""
+not those of tokens, nor those that choose experts."""
 FILES = ("*.bin", "*.pt", "*.gguf")
 
 
@@ -103,8 +103,8 @@ def _tensor_bytes(name: str, tensor: dict[str, Any], itemsize: int | None, narro
 
 
 def _item_bytes(name: str, dimensions: int, itemsize: int, narrowed: int | None) -> int:
-    of_tokens = "embed" in name or "lm_head" in name
-    return itemsize if narrowed is None or dimensions < 2 or of_tokens else min(narrowed, itemsize)
+    wide = dimensions < 2 or "embed" in name or "lm_head" in name or name.endswith(".gate.weight")  # of experts
+    return itemsize if narrowed is None or wide else min(narrowed, itemsize)
 
 
 def _local(model_path: str) -> pathlib.Path | None:

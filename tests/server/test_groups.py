@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from prompts import prose
 from read_together import AGENTS, MEMORY_PAGES, ask_together, grouped, leave_one_by_one, named, prompts
-from serving import Answer, assert_idle, differs_at_a_tie, generate
+from serving import Answer, assert_idle, differs_at_a_tie, generate, run_example
 from soak import FLAGS
 
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -91,3 +91,13 @@ def test_members_leave_in_the_middle_of_a_window(server: ServerProcess) -> None:
     generate(server, memory, 1)
     leave_one_by_one(server, [f"{memory} {prose(60, 70 + agent)}" for agent in range(AGENTS)], 160, budget=0.9)
     assert_idle(server)
+
+
+def test_the_example_says_what_was_read_once(server: ServerProcess) -> None:
+    before = grouped(server)
+    printed = run_example("agent_branches", server, "--branches", 6, "--tokens", 3000, "--max-tokens", 80)
+    after = grouped(server)
+    steps, saved, added = (after[name] - before[name] for name in ("steps", "saved_reads", "added_reads"))
+    assert saved > steps > 0
+    said = f"read once for all that chose it: {saved:,} pages not read again in {steps} steps, {added:,} added"
+    assert said in printed.splitlines()

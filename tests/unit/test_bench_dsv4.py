@@ -482,11 +482,13 @@ class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, output: pathlib.Path):
         self.output, self.seen, self.broken = output, [], ""
         self.seen: list[tuple[str, str, list[float | None]]]
+        self.servers: list[str] = []
         monkeypatch.setattr(dsv4, "gpu_name", lambda: "GPU of a test")
         monkeypatch.setattr(dsv4, "measure", self.measure)
         monkeypatch.setattr(dsv4, "DSV4", dataclasses.replace(DSV4, draw=lambda *_: None))
 
-    def measure(self, asked: dsv4.Asked, system: Any, rows: Any, *_: Any) -> Iterator[dict[str, Any]]:
+    def measure(self, asked: dsv4.Asked, system: Any, arm: Any, rows: Any, *_: Any) -> Iterator[dict[str, Any]]:
+        self.servers.append(arm.name)
         names = "+".join(dict.fromkeys(arm.name for arm, _ in rows))
         self.seen.append((names, system.name, [churn for _, churn in rows]))
         if self.broken == system.name:
@@ -531,6 +533,8 @@ def test_arms_of_one_context_share_a_server_that_is_made_for_the_most_requests(b
         ("256k", "lsa", [0.1]),
     ]
     assert bench.run(arms=["1x1m"], systems=["lsa"], churns=[30], resume=True) == [("1x1m", "lsa", [0.3])]
+    assert bench.run(arms=["1m", "1x1m"], systems=["lsa"], churns=[30], resume=True) == [("1m", "lsa", [0.3])]
+    assert bench.servers == ["1m", "1m", "256k", "256k", "1x1m", "1m"]
 
 
 def test_one_request_is_measured_over_prefixes_that_fill_the_kv(

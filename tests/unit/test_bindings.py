@@ -45,12 +45,12 @@ def test_it_is_done_at_the_end_and_then_by_sglang_again(fails: bool, monkeypatch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     original = saying("original")
-    source = module("lsa_test_source", monkeypatch, run=original)
+    source = module("lsa_test_source", monkeypatch, Has=type("Has", (), {"run": original})).Has
     user = module("lsa_test_user", monkeypatch, run=original)
     hooks = [(HookType("around"), around, None)]
     try:
         with replaced_at_the_end():
-            HookRegistry._apply_target("lsa_test_source.run", hooks)
+            HookRegistry._apply_target("lsa_test_source.Has.run", hooks)
             assert (source.run(), user.run()) == ("around original", "original")
             if fails:
                 raise ValueError("the next one cannot be wrapped")
@@ -58,5 +58,28 @@ def test_it_is_done_at_the_end_and_then_by_sglang_again(fails: bool, monkeypatch
         assert fails
     assert (source.run(), user.run()) == ("around original", "around original")
     again = module("lsa_test_again", monkeypatch, run=user.run)
-    HookRegistry._apply_target("lsa_test_source.run", hooks)
+    HookRegistry._apply_target("lsa_test_source.Has.run", hooks)
     assert again.run() == "around around original"
+
+
+def test_two_targets_that_are_one_function_both_wrap_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    run = saying("original")
+    modules = [module(f"lsa_test_{name}", monkeypatch, run=run) for name in ("source", "user", "other")]
+    with replaced_at_the_end():
+        for name in ("source", "user"):
+            HookRegistry._apply_target(f"lsa_test_{name}.run", [(HookType("around"), around, None)])
+    assert [each.run() for each in modules] == ["around around original"] * 3
+
+
+class Proxy:
+    """Says that it is a module, as some lazy ones do, and has no names."""
+
+    __slots__ = ()
+    __class__ = property(lambda self: types.ModuleType)  # type: ignore[assignment]
+
+
+def test_what_only_says_that_it_is_a_module_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lsa_test_proxy", Proxy())
+    replace([(saying("a"), saying("b"), sys)])

@@ -33,7 +33,7 @@ def test_the_embedded_model_has_its_indexer() -> None:
     [
         *("--lsa-policy quest", "--lsa-pol=quest", "--lsa-indexer mine", "--lsa-calibrate cached"),
         *("--lsa-config c.json", "--lsa-record r", "--lsa-observe-layers 3,9"),
-        *("--json-model-override-args {}", "--model-path m"),
+        *("--json-model-override-args {}", "--json-model-override {}", "--model-path m", "--model-pa m"),
     ],
 )
 def test_an_indexer_is_not_added_to_another_choice(given: str) -> None:
@@ -44,7 +44,9 @@ def test_a_name_that_was_given_comes_last_and_wins() -> None:
     assert with_defaults(["--served-model-name", "mine"])[-2:] == ["--served-model-name", "mine"]
 
 
-@pytest.mark.parametrize("given", [["--model-path", "m"], ["--model-path=m"], ["--model", "m"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "given", [["--model-path", "m"], ["--model-path=m"], ["--model", "m"], ["--model-p", "m"]], ids=" ".join
+)
 def test_a_model_that_was_given_is_kept(given: list[str]) -> None:
     assert with_defaults(given) == ["--lsa-budget", "0.135", *given]
 

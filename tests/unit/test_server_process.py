@@ -129,3 +129,41 @@ def wait(until: Callable[[], bool], seconds: float = 60) -> None:
     while not until():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_child_in_its_own_session_ends_too(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "served.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = [sys.executable, '-c', 'import time; time.sleep(120)']\n"
+        "child = subprocess.Popen(child, start_new_session=True)\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    with ServerProcess("served", [], tmp_path / "log", {"PYTHONPATH": str(tmp_path)}):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_a_server_that_crashed_had_started_is_waited_for(tmp_path: pathlib.Path) -> None:
+    """It ends by itself, and in its own time."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "ended, ready = map(pathlib.Path, sys.argv[1:])\n"
+        "signal.signal(15, lambda *_: (time.sleep(1), ended.touch(), sys.exit()))\n"
+        "ready.touch()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "child.py").write_text(code)
+    (tmp_path / "served.py").write_text(
+        "import os, subprocess, sys, time\n"
+        f"begun = [{str(tmp_path / 'child.py')!r}, {str(tmp_path / 'ended')!r}, {str(tmp_path / 'ready')!r}]\n"
+        "subprocess.Popen([sys.executable, *begun])\n"
+        "while not os.path.exists(begun[2]):\n"
+        "    time.sleep(0.05)\n"
+        "os._exit(1)\n"
+    )
+    with ServerProcess("served", [], tmp_path / "log", {"PYTHONPATH": str(tmp_path)}) as server:
+        server.process.wait()
+    assert (tmp_path / "ended").exists()

@@ -401,6 +401,18 @@ def test_short_prompts_leave_a_document_its_checkpoints() -> None:
     server.assert_idle()
 
 
+def test_short_prompts_leave_a_conversation_its_checkpoints() -> None:
+    """Whose ends are checkpoints that go first: they stand for none of those that stay."""
+    server = Server(256, 128, swa_pages=420, virtual=2000)
+    document = text(0, 100_000)
+    for end in range(25_000, 100_001, 25_000):
+        server.end(server.come(f"turn {end}", [*document[:end], *text(10**6, 77)], 8192))
+    for number in range(400):
+        server.end(server.come(f"short {number}", text((number + 5) * 10**6, 300)))
+    hit = len(server.match([*document[:70_000], *text(2 * 10**6, 300)]).device_indices)
+    assert hit >= 32_768 - 256, hit
+
+
 def test_without_checkpoints_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "spare", lambda self, tokens: None)
     server = Server()

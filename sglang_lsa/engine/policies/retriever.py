@@ -21,7 +21,7 @@ NEEDED = 0.0
 
 def worth(best: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
     """Of pages by how many of their keys are needed, and of those with as many by their best key: a part of one that
-    orders logits of any size, where a sigmoid is 0 or 1.
+    orders logits of up to a hundred thousand, where a sigmoid is 0 or 1 from a hundred on.
 
     Args:
         best, needed: from :func:`retriever_score_paged`.
