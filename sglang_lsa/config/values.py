@@ -205,7 +205,7 @@ class LSAConfig:
             raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
         if self.widen > MOST_WIDENED:
             raise ValueError(f"widen {self.widen} is too large: use {MOST_WIDENED} or less")
-        if isinstance(self.groups, str) and self.groups != AUTO:
+        if not isinstance(self.groups, bool) and self.groups != AUTO:
             raise ValueError(f"groups is {self.groups!r}: use true, false or {AUTO}")
         if self.group_margin >= 1:
             raise ValueError(f"group_margin {self.group_margin} is too large: use a share below 1")

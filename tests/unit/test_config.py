@@ -273,6 +273,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_lookup": 65}, "prompt_lookup 65 is too large: use 64 or less"),
     ({"widen": 5.0}, "widen 5.0 is too large: use 4 or less"),
     ({"groups": "on"}, "groups is 'on': use true, false or auto"),
+    ({"groups": 1}, "groups is 1: use true, false or auto"),
     ({"groups": True, "group_margin": 1.0}, "group_margin 1.0 is too large: use a share below 1"),
     ({"groups": True, "group_margin": -0.1}, "group_margin -0.1 is too small: use 0 or more"),
     ({"group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
