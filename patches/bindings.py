@@ -1,4 +1,4 @@
-"""Functions that other modules imported by name, once they are wrapped: looked for once, after all hooks."""
+"""Methods that a module has by a name of its own, once they are wrapped: looked for once, after all hooks."""
 
 from __future__ import annotations
 
