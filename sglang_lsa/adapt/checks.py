@@ -18,6 +18,8 @@ LAST, NEW_TOKENS, LAYERS = 512, 16, 4
 """Of ``sglang-lsa record``: tokens of a prompt that are predicted, tokens generated, layers observed."""
 BLOCK_BYTES = 1 << 24
 """Of a file that are read at a time."""
+SERVERS, SERVER_BYTES = 4, 8 << 30
+"""That record side by side at most, and device memory of one beside twice its weights."""
 
 
 def model_folder(model: str) -> pathlib.Path:
@@ -94,6 +96,18 @@ def fingerprint(model: str) -> str:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def servers_that_fit(model: str) -> int:
+    """How many servers record side by side: each waits for its host more than for its device; one without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    free, _ = torch.cuda.mem_get_info()
+    folder = model_folder(model)
+    weights = sum(path.stat().st_size for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+    return max(1, min(SERVERS, free // (2 * weights + SERVER_BYTES)))
 
 
 def recorded_bytes(shape: ModelShape, settings: Settings) -> int:

@@ -36,6 +36,7 @@ def adapt(
     texts: pathlib.Path | None = None,
     server_args: str = "",
     keep_recordings: bool = False,
+    servers: int | None = None,
 ) -> None:
     """Make an indexer for ``model`` in ``output``: ``config.json``, ``model.safetensors``, ``README.md``,
     ``adapt.png``, ``recall.json``, and ``evaluation/``.
@@ -46,6 +47,7 @@ def adapt(
         model: path or hub name.
         texts: files to record over; None takes Python's library.
         server_args: more arguments for every server; others may be given when a run goes on.
+        servers: that record side by side; None takes as many as the device has memory for, four at most.
 
     Raises:
         ValueError: something asked for cannot be done, or another run is in the folder; before any work.
@@ -70,7 +72,7 @@ def adapt(
     with locked(output):
         state = State.open(output, about)  # as another run has left it meanwhile
         state.save()
-        _run_steps(state, model, settings, console, texts, server_args)
+        _run_steps(state, model, settings, console, texts, server_args, servers or checks.servers_that_fit(model))
         if not keep_recordings:
             shutil.rmtree(work / "recordings", ignore_errors=True)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in state.done.items())
@@ -80,7 +82,13 @@ def adapt(
 
 
 def _run_steps(
-    state: State, model: str, settings: Settings, console: Console, texts: pathlib.Path | None, server_args: str
+    state: State,
+    model: str,
+    settings: Settings,
+    console: Console,
+    texts: pathlib.Path | None,
+    server_args: str,
+    servers: int,
 ) -> None:
     """All that are not done, in their order."""
     output, work = state.folder, state.folder / WORK
@@ -92,12 +100,12 @@ def _run_steps(
 
     def record(run: Run) -> None:
         # Held-out prompts first: they are few, and what is wrong shows early.
-        for split, each in (("held-out", settings.held_out), ("train", settings.each)):
-            run(
-                *("record", *source, "--output", recordings, "--splits", split, "--families", *settings.families),
-                *("--lengths", *settings.lengths, "--each", each, "--last", checks.LAST, *over),
-                *("--new-tokens", checks.NEW_TOKENS, "--layers", checks.LAYERS),
-            )
+        run(
+            *("record", *source, "--output", recordings, "--splits", "held-out", "train"),
+            *("--families", *settings.families, "--lengths", *settings.lengths, "--each", settings.each),
+            *("--held-out", settings.held_out, "--last", checks.LAST, "--new-tokens", checks.NEW_TOKENS),
+            *("--layers", checks.LAYERS, "--servers", servers, *over),
+        )
 
     def train(run: Run) -> None:
         partial = work / "indexer.partial"

@@ -36,6 +36,12 @@ def add_parser(commands: Commands) -> None:
             metavar=field.metadata["metavar"],
             help=f"{field.metadata['help']}; default: {shown(default)}",
         )
+    command.add_argument(
+        "--servers",
+        type=int,
+        metavar="N",
+        help="that record side by side; default: as many as the GPU has memory for, 4 at most; 1 on a CPU",
+    )
     command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for every server")
     command.add_argument("--keep-recordings", action="store_true", help="they are deleted at the end otherwise")
     command.set_defaults(run=run_adapt)
@@ -57,6 +63,8 @@ def run_adapt(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = Settings(**values)
+    if args.servers is not None and args.servers < 1:
+        raise ValueError(f"--servers {args.servers} is too small: use 1 or more")
     adapt(
         args.model or str(embedded_model_path()),
         args.output,
@@ -65,5 +73,6 @@ def run_adapt(args: argparse.Namespace) -> int:
         texts=args.texts,
         server_args=args.server_args,
         keep_recordings=args.keep_recordings,
+        servers=args.servers,
     )
     return 0

@@ -50,7 +50,17 @@ def add_record(commands: Commands) -> None:
         metavar="N",
         help="layers to observe, those whose heads look at evidence most; default: 4",
     )
-    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the server")
+    command.add_argument(
+        "--held-out", type=int, metavar="N", help="prompts per family and length that are held out; default: as --each"
+    )
+    command.add_argument(
+        "--servers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="that record side by side on the same device: recording is bound by the host; default: 1",
+    )
+    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for every server")
     command.set_defaults(run=run_record)
 
 
@@ -58,10 +68,11 @@ def add_record(commands: Commands) -> None:
 def run_record(args: argparse.Namespace) -> int:
     from sglang_lsa.training.record import record
 
-    names = ("splits", "families", "lengths", "each", "texts", "last", "new_tokens", "layers", "server_args", "first")
-    count = record(
-        args.output, args.model or str(embedded_model_path()), **{name: getattr(args, name) for name in names}
-    )
+    if args.servers < 1:
+        raise ValueError(f"--servers {args.servers} is too small: use 1 or more")
+    names = ("splits", "families", "lengths", "each", "held_out", "texts", "last", "new_tokens", "layers", "first")
+    given = {name: getattr(args, name) for name in (*names, "server_args", "servers")}
+    count = record(args.output, args.model or str(embedded_model_path()), **given)
     print(f"{count} prompts recorded; all recordings are in {args.output}")
     return 0
 

@@ -7,6 +7,8 @@ import pathlib
 import shlex
 import urllib.error
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +22,10 @@ from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
 OBSERVE = "--lsa-observe-layers"
 PROBES = ("facts", "pairs", "records")
 """Families by which layers are chosen."""
+POOL = 2
+"""Prompts of the greatest length that the pool of one of several servers takes."""
+BYTES = 4
+"""Of a number of the KV, at most."""
 
 
 def record(
@@ -36,6 +42,8 @@ def record(
     layers: int,
     server_args: str,
     first: int = 0,
+    held_out: int | None = None,
+    servers: int = 1,
 ) -> int:
     """Record what is not recorded yet.
 
@@ -48,6 +56,8 @@ def record(
         new_tokens: tokens that the model generates after each prompt, which are recorded too.
         layers: how many layers to observe.
         first: number of the first prompt of each family and length, see ``make_prompts``.
+        held_out: prompts of each family and length in the split ``held-out``; as ``each`` if None.
+        servers: record side by side, each with a pool for a few of the longest prompts.
 
     Returns:
         How many were recorded now.
@@ -65,17 +75,36 @@ def record(
     tokenizer.model_max_length = 1 << 40  # prompts are cut to length after they were counted
     output.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.open(output, model)
+    counts = {"train": each, "held-out": each if held_out is None else held_out}
     wanted = [
         (prompt, tokens)
         for split in splits
-        for prompt, tokens in make_prompts(tokenizer, split, lengths, each, families, texts, first)
+        for prompt, tokens in make_prompts(tokenizer, split, lengths, counts[split], families, texts, first)
         if not manifest.has(prompt.name)
     ]
     if not wanted:
         return 0
-    with _server(output, model, max(lengths) + new_tokens, server_args) as server:
-        for prompt, tokens in tqdm(wanted, desc="recording", unit="prompt"):
-            manifest.add(_record_one(server, output, prompt, tokens, last, new_tokens))
+    count = min(servers, len(wanted))
+    with _servers(count, output, model, max(lengths) + new_tokens, server_args) as started:
+        idle: SimpleQueue[ServerProcess] = SimpleQueue()
+        for server in started:
+            idle.put(server)
+
+        def by_an_idle_one(prompt: Prompt, tokens: Tokens) -> Entry:
+            server = idle.get()
+            try:
+                return _record_one(server, output, prompt, tokens, last, new_tokens)
+            finally:
+                idle.put(server)
+
+        with ThreadPoolExecutor(count) as pool:
+            asked = [pool.submit(by_an_idle_one, prompt, tokens) for prompt, tokens in wanted]
+            try:
+                for done in tqdm(as_completed(asked), total=len(asked), desc="recording", unit="prompt"):
+                    manifest.add(done.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return len(wanted)
 
 
@@ -139,11 +168,30 @@ def _record_one(
 
 
 @contextlib.contextmanager
-def _server(output: pathlib.Path, model: str, longest: int, server_args: str) -> Iterator[ServerProcess]:
+def _servers(
+    count: int, output: pathlib.Path, model: str, longest: int, server_args: str
+) -> Iterator[list[ServerProcess]]:
+    """Servers that record; those of several start together, and ask for no more memory than they need."""
     flags: list[Any] = ["--model-path", model, "--lsa-record", output.resolve(), "--skip-server-warmup"]
-    flags += ["--context-length", longest + 64, *shlex.split(server_args)]
-    with ServerProcess(LSA, list(map(str, flags)), output / "server.log") as server:
+    flags += ["--context-length", longest + 64]
+    if count > 1:
+        flags += ["--lsa-device-tokens", POOL * (longest + 64), "--lsa-host-memory-gb", _mirror_gb(model, longest + 64)]
+    flags += shlex.split(server_args)
+    with contextlib.ExitStack() as stack:
+        logs = [output / (f"server-{number}.log" if count > 1 else "server.log") for number in range(count)]
+        started = [stack.enter_context(ServerProcess(LSA, list(map(str, flags)), log)) for log in logs]
         try:
-            yield server.wait_until_ready()
+            yield [server.wait_until_ready() for server in started]
         except ServerFailed as error:
             raise RuntimeError(str(error)) from None
+
+
+def _mirror_gb(model: str, longest: int) -> float:
+    """Host memory for what one of several servers caches."""
+    from transformers import AutoConfig
+
+    from sglang_lsa.patches.models import shape_of
+
+    shape = shape_of(AutoConfig.from_pretrained(model).get_text_config())
+    per_token = 2 * shape.num_hidden_layers * shape.kv_heads * shape.head_dim * BYTES
+    return round(max(0.1, 2 * POOL * longest * per_token / 1e9), 2)

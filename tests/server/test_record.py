@@ -54,7 +54,8 @@ def ask(output: pathlib.Path, model: str, **changed: object) -> int:
 def test_recordings_equal_transformers(
     model_path: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ask(tmp_path, model_path) == 2
+    assert ask(tmp_path, model_path, servers=2) == 2, "by two servers, one prompt each"
+    assert len(list(tmp_path.glob("server-*.log"))) == 2
     assert ask(tmp_path, model_path) == 0, "everything is recorded already, and no server is started"
     model = AutoModelForCausalLM.from_pretrained(
         model_path, num_hidden_layers=LAYERS, dtype=torch.float32, attn_implementation="eager"
