@@ -9,6 +9,9 @@ from sglang_lsa.engine.request import Request
 
 NEVER = 1 << 62
 """Steps left of a window that is not followed by another."""
+BEATS = 4
+"""Steps of a window's length in which those of requests that keep time begin: what a refresh takes is then spread over
+some steps still, and groups of requests are formed as many times."""
 
 
 @dataclass
@@ -19,14 +22,19 @@ class Clock:
         window: decode steps of a window.
         lead: decode steps from the start of a refresh to the window that it is for.
         lag: forward passes after which scores are read.
+        beat: windows begin in decode steps that are multiples of it, so that requests that decode together refresh
+            together; at 1, in whatever step a request's own number says.
         step: forward passes so far.
+        decoded: decode steps so far.
         running: requests of the last decode step.
     """
 
     window: int
     lead: int = 0
     lag: int = 0
+    beat: int = 1
     step: int = 0
+    decoded: int = 0
     running: int = 0
 
     def begin(self, request: Request) -> bool:
@@ -47,6 +55,7 @@ class Clock:
     def end_step(self, requests: Iterable[Request]) -> list[Request]:
         """A decode step of these is done, or (GPU) queued: returns those whose next set is to be predicted now."""
         ending = []
+        self.decoded += 1
         for request in requests:
             if request.story.windows and not request.story.windows[-1].tokens:
                 request.story.windows[-1].tokens = request.tokens
@@ -58,12 +67,24 @@ class Clock:
 
     def next_window(self, request: Request) -> None:
         """The window that was to begin does."""
-        # The first is shorter by a number of the request's own, so that not all of them refresh in the same step.
-        early = request.asked.seed % (self.window - self.lead) if request.window <= 0 else 0
-        request.steps_left += self.window - early
+        request.steps_left += self.window
+        if request.window <= 0:
+            request.steps_left -= self._early(request)
         request.lead = self.lead
         if request.given is not None:
             self._await_given(request)
+
+    def _early(self, request: Request) -> int:
+        """By so many steps its first window is shorter. A number of the request's own says it, so that not all of them
+        refresh in the same step; without a beat it depends on nothing else that runs."""
+        to_beat = (self.decoded + request.steps_left) % self.beat
+        return to_beat + self.beat * (request.asked.seed % ((self.window - self.lead) // self.beat))
+
+    def keep_time(self) -> None:
+        """Let windows that begin from now on begin in the same few steps, where window and lead have room for that."""
+        beat, left = divmod(self.window, BEATS)
+        if beat and not left and beat <= self.window - self.lead:
+            self.beat = beat
 
     def _await_given(self, request: Request) -> None:
         assert request.given is not None

@@ -17,6 +17,7 @@ from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.groups import MOST_GROUPS, RULES, Group, GroupRules, Reader, form, own_positions
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Asked, Request
+from sglang_lsa.engine.window import Clock
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.resident_table import ResidentTable
 
@@ -316,6 +317,6 @@ def test_groups_follow_who_decodes_and_what_they_read() -> None:
 
 def test_groups_that_nobody_decided_on_are_not_formed() -> None:
     """Auto is for the arguments of a server to decide; a runtime of a program's own has none."""
-    lookahead: Any = SimpleNamespace(sets=ResidentSets(ResidentTable(2, 4, 64), Ledger(4, 4)))
+    lookahead: Any = SimpleNamespace(sets=ResidentSets(ResidentTable(2, 4, 64), Ledger(4, 4)), clock=Clock(64))
     assert build.groups(LSAConfig(groups=AUTO), lookahead, {}) is None
     assert isinstance(build.groups(LSAConfig(groups=True), lookahead, {}), Groups)

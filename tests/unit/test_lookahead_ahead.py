@@ -62,6 +62,40 @@ def test_windows_after_the_first_are_whole(lead: int, seed: int, window: int) ->
     assert leads == {lead}
 
 
+@pytest.mark.parametrize(("window", "lead", "beat"), [(64, 16, 16), (64, 0, 16), (64, 48, 16), (8, 2, 2)])
+def test_windows_that_keep_time_begin_together(window: int, lead: int, beat: int) -> None:
+    """However many steps apart their prompts were done: in a few steps of each window's length, spread over those that
+    leave time to prefetch."""
+    clock = Clock(window, lead)
+    clock.keep_time()
+    assert clock.beat == beat
+    began: dict[int, list[int]] = {}
+    running: dict[int, Request] = {}
+    for step in range(72 + 4 * window):
+        if step % 3 == 0 and len(running) < 24:
+            seed = len(running)
+            running[seed] = Request(str(seed), seed, Asked("wanted", 0.5, seed=seed), tokens=640, prompt_tokens=640)
+            clock.begin(running[seed])
+        for seed, request in running.items():
+            if request.steps_left <= 0:
+                request.window += 1
+                clock.next_window(request)
+                assert request.steps_left > lead
+                began.setdefault(seed, []).append(clock.decoded)
+        clock.end_step(running.values())
+    later = [steps[1:] for steps in began.values()]
+    assert all(step % beat == 0 for steps in later for step in steps)
+    assert all(after - before == window for steps in later for before, after in pairwise(steps))
+    assert len({steps[0] % window for steps in later}) >= (window - lead) // beat
+
+
+@pytest.mark.parametrize(("window", "lead"), [(50, 3), (64, 60), (3, 0)])
+def test_windows_without_room_for_a_beat_keep_their_own_time(window: int, lead: int) -> None:
+    clock = Clock(window, lead)
+    clock.keep_time()
+    assert clock.beat == 1
+
+
 @pytest.mark.parametrize(("lead", "tail_start", "steps"), [(16, 5, 4), (16, 0, 0), (0, 5, 0)])
 def test_who_reads_what_its_prompt_read_has_time_for_its_first_set(lead: int, tail_start: int, steps: int) -> None:
     """Its pages may be on the host; those of others are there. Nothing comes late on a CPU."""
