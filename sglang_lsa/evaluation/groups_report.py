@@ -155,8 +155,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         "kept*: the share of the pages with the answer that were in a request's own sets. *Read apart*: pages that the "
         "requests' sets have, each counted for every request that has it. *Union*: different ones of these; pages of "
         "the document count once. *Held*: what the server held for these requests, by its own count. *Attention "
-        "reads*: without groups what is read apart, with groups less what was read once for several. Of steps in which all "
-        "requests decode and have their first sets.\n"
+        "reads*: without groups what is read apart, with groups less what was read once for several. All of steps in "
+        "which every request decodes and has its first set.\n"
     )
 
 
