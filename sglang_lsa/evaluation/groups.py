@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import itertools
 import json
 import pathlib
 import shlex
@@ -21,14 +20,13 @@ from sglang_lsa import streaming
 from sglang_lsa.evaluation import groups_report
 from sglang_lsa.evaluation.client import Endpoint, EndpointFailed
 from sglang_lsa.evaluation.command import server
+from sglang_lsa.evaluation.groups_documents import Document, make_documents
 from sglang_lsa.evaluation.groups_report import FULL, SEPARATE
-from sglang_lsa.evaluation.questions import Question, questions
+from sglang_lsa.evaluation.questions import Question
 from sglang_lsa.evaluation.run import fingerprint
 from sglang_lsa.evaluation.store import Store, key
-from sglang_lsa.evaluation.suites import together
 from sglang_lsa.evaluation.union import what_was_read
 from sglang_lsa.provenance import commit, hardware
-from sglang_lsa.texts.haystack import Haystack
 
 ANSWERS = "group-answers.jsonl"
 MOST_QUESTIONS = 60
@@ -67,33 +65,6 @@ def arms_of(margins: Sequence[float]) -> list[Arm]:
 
 
 @dataclass(frozen=True)
-class Document:
-    """All questions about one document, and what they have in common.
-
-    Attributes:
-        number: of the documents of this kind and length.
-    """
-
-    number: int
-    questions: tuple[Question, ...]
-
-    @property
-    def kind(self) -> str:
-        return self.questions[0].sample.task
-
-    @property
-    def length(self) -> int:
-        return self.questions[0].sample.length
-
-    @property
-    def common(self) -> tuple[int, ...]:
-        """What all prompts begin with."""
-        first, last = (choose(question.ids for question in self.questions) for choose in (min, max))
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        return tuple(token for token, _ in same)
-
-
-@dataclass(frozen=True)
 class Asking:
     """What answers depend on, beside the questions and the arm.
 
@@ -123,9 +94,8 @@ class Asking:
         }
 
     def key(self, document: Document, arm: Arm) -> str:
-        asked = [(question.ids, question.asked.new_tokens) for question in document.questions]
         indexer = None if arm.name == FULL else fingerprint(self.indexer)
-        return key("groups", self.about(document, arm), arm.server_config, indexer, self.server_args, asked)
+        return key("groups", self.about(document, arm), arm.server_config, indexer, self.server_args, document.digest)
 
     def options(self, arm: Arm) -> dict[str, Any]:
         """``custom_params.lsa`` of the requests."""
@@ -204,31 +174,6 @@ def _tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def make_documents(
-    tokenizer: Any,
-    kinds: Sequence[str],
-    lengths: Sequence[int],
-    documents: int,
-    asked: int,
-    texts: pathlib.Path | None = None,
-) -> list[Document]:
-    """The first document of every kind and length, then the second, and so on.
-
-    Raises:
-        ValueError: they cannot be made as asked.
-    """
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    tasks, haystack = [together.task(kind, asked) for kind in kinds], Haystack(texts)
-    made = [(number, task, length) for number in range(documents) for length in lengths for task in tasks]
-    return [
-        Document(number, tuple(questions(task.sample(length, number, haystack, count), tokenizer)))
-        for number, task, length in tqdm(made, desc="making documents", leave=False)
-    ]
-
-
 async def _ask_all(
     url: str,
     tokenizer: Any,
@@ -239,6 +184,9 @@ async def _ask_all(
 ) -> None:
     async with streaming.session(silence=3600) as http:
         endpoint = Endpoint(http, url)
+        state, status = (await endpoint.get("/server_info"))["internal_states"][0], await _status(endpoint)
+        for document in dict.fromkeys(document for document, _ in left):
+            document.check(state["effective_max_running_requests_per_dp"], status["physical"]["pages"])
         for document, arm in tqdm(left, desc="rounds"):
             found = await ask(endpoint, tokenizer, document, asking.options(arm))
             known = {"key": asking.key(document, arm), **asking.about(document, arm)}

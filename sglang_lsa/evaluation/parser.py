@@ -206,7 +206,7 @@ def add_groups(kinds: Commands) -> None:
     command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
     command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as given")
     command.add_argument("--indexer", metavar="DIR", help="a folder, or the name of a shipped one; default: Quest")
-    text = "one number each, four numbers each, one number each among other numbers; default: all"
+    text = "one number each, six numbers each, one number each among other numbers; default: all"
     command.add_argument("--kinds", nargs="+", choices=known, default=list(known), help=text)
     command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
     command.add_argument("--documents", type=int, default=4, metavar="N", help="of each kind and length; default: 4")

@@ -1,7 +1,7 @@
 """Many questions about one document, which are asked at the same time; each is answered from places of its own.
 
-Needles as in RULER, one or several for each question, all in one haystack. Answers go on for some windows: the number
-is said again and again, or the next key's number is said.
+Needles as in RULER, one or six for each question, all in one haystack. Answers are lists that go on for some windows:
+the number is said again and again, or that of the next key is said.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from sglang_lsa.evaluation.task import Made, Task, Turn
 from sglang_lsa.texts.haystack import Haystack
 from sglang_lsa.texts.weaving import spread
 
-NEW_TOKENS = 160
-"""Two windows and a half."""
-SEVERAL = 4
+NEW_TOKENS = 192
+"""Three windows."""
+SENTENCES = 6
+"""Of an answer, some 24 tokens each."""
 INTRO = "The text below gives magic numbers for some names. Remember them for a question after it.\n\n"
 
 
@@ -52,16 +53,15 @@ class Questions:
 
 def _turn(keys: list[str], values: tuple[str, ...], spans: tuple[tuple[int, int], ...]) -> Turn:
     if len(keys) == 1:
-        question = (
-            f"Which magic number does the text above give for {keys[0]}? "
-            "Answer with one sentence, and then repeat this sentence five times."
-        )
+        asked = f"Which magic number does the text above give for {keys[0]}? Say it in a sentence, and"
+        how = f"repeat this sentence, so that your answer is a list of {SENTENCES} sentences, numbered from 1."
     else:
-        question = (
-            f"Which magic numbers does the text above give for {listed(keys)}? "
-            f"Answer with {len(keys)} sentences, one for each of these names, in this order."
+        asked = f"Which magic numbers does the text above give for {listed(keys)}?"
+        how = (
+            f"Answer with a list of {len(keys)} sentences, one for each of these names in this order, numbered from 1."
         )
-    start = f"The magic number for {keys[0]} in the text is"
+    start = f"1. The magic number for {keys[0]} in the text is"
+    question = f"{asked} {how}"
     return Turn(question, values, NEW_TOKENS, start=start, evidence=spans)
 
 
@@ -76,7 +76,7 @@ def _other_needles(rng: random.Random, keys: set[str], characters: int) -> list[
 
 KINDS: dict[str, Callable[[int], Questions]] = {
     "one": lambda questions: Questions(questions),
-    "several": lambda questions: Questions(questions, asked=SEVERAL),
+    "several": lambda questions: Questions(questions, asked=SENTENCES),
     "among": lambda questions: Questions(questions, among=True),
 }
 """What is asked, by name, for a number of questions."""
