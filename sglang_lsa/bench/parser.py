@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_lsa.bench.systems import DEFAULT_SYSTEMS, SYSTEMS
 from sglang_lsa.commands import Commands, add_command, failing
-from sglang_lsa.evaluation.parser import add_calibration, add_resident, add_selectors
+from sglang_lsa.evaluation.parser import add_calibration, add_groups, add_resident, add_selectors
 
 ARMS = ("1k", "32k", "131k", "256k", "shared8", "shared32", "8x40k", "16x16k", "iso60k", "iso131k")
 KV_DTYPES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
@@ -89,7 +89,7 @@ def add_parser(commands: Commands) -> None:
     )
     kinds = command.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     against_stock = (add_serving, add_load, add_prefill, add_dsv4)
-    for add in (*against_stock, add_resident, add_selectors, add_calibration, add_overhead):
+    for add in (*against_stock, add_resident, add_selectors, add_groups, add_calibration, add_overhead):
         add(kinds)
 
 

@@ -94,6 +94,8 @@ class Groups:
         self.steps = self.saved_reads = self.added_reads = 0
         """Decode steps with groups, pages that were not read again in them, and pages that members read without having
         chosen them."""
+        self.summed_groups = self.summed_members = 0
+        """Groups and requests in them, of each of these steps."""
         self.formed = 0
         self.host_seconds = 0.0
         self._of: tuple[int, tuple[str, ...]] = (-1, ())
@@ -122,6 +124,8 @@ class Groups:
             self.host_seconds += time.perf_counter() - began
         if self.now is not None:
             self.steps += 1
+            self.summed_groups += len(self.now.groups)
+            self.summed_members += len(self.now.order)
             self.saved_reads += self._reads[0]
             self.added_reads += self._reads[1]
             if check:

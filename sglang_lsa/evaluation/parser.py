@@ -194,3 +194,41 @@ def run_calibration(args: argparse.Namespace) -> int:
     model, name = args.model or str(embedded_model_path()), args.name or args.model or MODEL_NAME
     run(args.output, Console(width=140), model=model, name=name, command=command_line(), **options)
     return 0
+
+
+def add_groups(kinds: Commands) -> None:
+    text = (
+        "answers to many questions about one document at the same time, from separate sets and from sets that groups "
+        "read together, beside full attention, and what a step reads of the document; starts a server for each"
+    )
+    command = add_command(kinds, "groups", text)
+    known = ("one", "several", "among")
+    command.add_argument("--model", metavar="PATH", help="path or hub name; default: the embedded model")
+    command.add_argument("--name", metavar="NAME", help="of the model, in the results; default: as given")
+    command.add_argument("--indexer", metavar="DIR", help="a folder, or the name of a shipped one; default: Quest")
+    text = "one number each, six numbers each, one number each among other numbers; default: all"
+    command.add_argument("--kinds", nargs="+", choices=known, default=list(known), help=text)
+    command.add_argument("--lengths", nargs="+", type=int, default=[4096], metavar="N", help="tokens; default: 4096")
+    command.add_argument("--documents", type=int, default=4, metavar="N", help="of each kind and length; default: 4")
+    command.add_argument("--questions", type=int, default=25, metavar="N", help="about each document; default: 25")
+    command.add_argument("--budget", type=float, default=0.1, metavar="SHARE", help="default: 0.1")
+    text = "group_margin of servers with groups; default: 0 0.1 0.3"
+    command.add_argument("--margins", nargs="+", type=float, default=[0.0, 0.1, 0.3], metavar="SHARE", help=text)
+    command.add_argument("--texts", type=pathlib.Path, metavar="DIR", help="running text; default: speeches")
+    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for the servers")
+    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    command.set_defaults(run=run_groups)
+
+
+@failing("bench", RuntimeError, ValueError, OSError)  # documents that cannot be made, a server or a request that failed
+def run_groups(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sglang_lsa.evaluation.groups import run
+    from sglang_lsa.provenance import command_line
+
+    names = ("indexer", "kinds", "lengths", "documents", "questions", "budget", "margins", "texts", "server_args")
+    options = {name: getattr(args, name) for name in names}
+    model, name = args.model or str(embedded_model_path()), args.name or args.model or MODEL_NAME
+    run(args.output, Console(width=240), model=model, name=name, command=command_line(), **options)
+    return 0

@@ -88,6 +88,7 @@ class Task:
         least: tokens below which it makes no sense.
         like: another task of the suite, whose samples have the same contexts and questions.
         averaged: whether it counts in the suite's average.
+        by_turn: a sample is as long as its context and its longest turn, not all of its turns.
     """
 
     suite: str
@@ -96,6 +97,7 @@ class Task:
     least: int = 1024
     averaged: bool = True
     like: str = ""
+    by_turn: bool = False
 
     def sample(self, length: int, number: int, haystack: Haystack, count: Count, overhead: int = 64) -> Sample:
         """Sample ``number`` of at most ``length`` tokens and at least 0.9 of it, with questions, answers, ``overhead``.
@@ -110,10 +112,15 @@ class Task:
         fit = Fit(length, most=length * 16, tries=24)
         for characters in fit.sizes():
             made = self.make(random.Random(seed), characters, haystack)
-            turns = "".join(turn.question + turn.start for turn in made.turns)
-            asked = count(made.context) + count(turns) + sum(turn.new_tokens for turn in made.turns)
-            asked += overhead + A_TURN * (len(made.turns) - 1)
+            rooms = [(turn,) for turn in made.turns] if self.by_turn else [made.turns]
+            asked = count(made.context) + max(_room(turns, count) for turns in rooms) + overhead
             if fit.fits(asked):
                 shown = (made.context, made.turns, made.together, made.depth, self.averaged)
                 return Sample(name, self.suite, self.name, length, *shown)
         raise ValueError(f"{name} cannot be made {length} tokens long (seen: {fit.tokens}): use another --lengths")
+
+
+def _room(turns: tuple[Turn, ...], count: Count) -> int:
+    """Tokens of a conversation beside its context."""
+    said = "".join(turn.question + turn.start for turn in turns)
+    return count(said) + sum(turn.new_tokens for turn in turns) + A_TURN * (len(turns) - 1)

@@ -107,9 +107,9 @@ def running(runtime: LSARuntime) -> dict[str, int]:
 
 def groups(runtime: LSARuntime) -> dict[str, float] | None:
     """Of the last decode step: groups, their requests, pages that were read once for all, and how often these were
-    chosen; since the start: steps with groups, pages that were not read again in them, pages that requests read
-    without having chosen them, and pages of sets that are there because their group reads them (``group_margin``). None
-    where no groups are formed."""
+    chosen; since the start: steps with groups, the groups and requests of these steps, pages that were not read again
+    in them, pages that requests read without having chosen them, and pages of sets that are there because their group
+    reads them (``group_margin``). None where no groups are formed."""
     if (known := runtime.groups) is None:
         return None
     now = known.now.groups if known.now is not None else ()
@@ -119,6 +119,8 @@ def groups(runtime: LSARuntime) -> dict[str, float] | None:
         "pages": sum(len(group.positions) for group in now),
         "chosen_pages": sum(group.chosen for group in now),
         "steps": known.steps,
+        "summed_groups": known.summed_groups,
+        "summed_requests": known.summed_members,
         "saved_reads": known.saved_reads,
         "added_reads": known.added_reads,
         "exchanged_pages": runtime.lookahead.counts.exchanged,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prompts import prose
@@ -10,6 +12,10 @@ from read_together import AGENTS, MEMORY_PAGES, ask_together, grouped, leave_one
 from serving import Answer, assert_idle, differs_at_a_tie, generate, run_example
 from soak import FLAGS
 
+from sglang_lsa import streaming
+from sglang_lsa.evaluation.client import Endpoint
+from sglang_lsa.evaluation.groups import ask
+from sglang_lsa.evaluation.groups_documents import make_documents
 from sglang_lsa.server_process import LSA, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -101,3 +107,27 @@ def test_the_example_says_what_the_server_counted(server: ServerProcess) -> None
     steps, saved, added = (after[name] - before[name] for name in ("steps", "saved_reads", "added_reads"))
     said = f"read once for all that chose it: {saved:,} pages not read again in {steps} steps, {added:,} added"
     assert said in printed.splitlines()
+
+
+def test_sets_tell_what_the_server_counts(server: ServerProcess, model_path: str) -> None:
+    """``bench groups``: what eight requests read is the union of their sets where all of it is read once for those that
+    chose it, and pages are read with another's set only where two chose them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    (document,) = make_documents(tokenizer, ["one"], [2048], 1, 8)
+
+    async def asked(options: dict[str, Any]) -> dict[str, Any]:
+        async with streaming.session() as http:
+            return await ask(Endpoint(http, server.url), tokenizer, document, options)
+
+    found = asyncio.run(asked({"policy": "quest", "budget": 0.6}))
+    assert [answer["new_tokens"] for answer in found["answers"]] == [192] * 8
+    assert all(len(answer["sets"].split(";")) >= 3 for answer in found["answers"]), "a set for every 64 tokens"
+    assert all(answer["cached_tokens"] >= len(document.common) // 64 * 64 for answer in found["answers"])
+    assert (found["groups"], found["members"]) == (1.0, 8.0)
+    assert found["union"] < found["attention_reads"] + 0.5 < found["pages"] / 2
+    assert found["attention_reads"] == pytest.approx(found["union"], rel=0.05)
+    assert found["held_bytes"] is None or found["held_bytes"] == pytest.approx(found["union_bytes"], rel=0.15)
+    full = asyncio.run(asked({"enabled": False}))
+    assert full["group_steps"] == 0 and full["attention_reads"] == full["pages"] == 8 * full["set_pages"]

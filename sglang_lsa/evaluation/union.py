@@ -1,0 +1,129 @@
+"""What requests over one document read in a decode step: by the sets that a server tells, and by its counts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sglang_lsa.bench.serving import group_figures, held_bytes
+from sglang_lsa.config import PAGE_SIZE, GivenSet
+from sglang_lsa.memory.pages import pages_spanned
+
+
+@dataclass(frozen=True)
+class Member:
+    """One request.
+
+    Attributes:
+        prompt_tokens, new_tokens: of its prompt and its answer.
+        sets: as in ``/lsa/requests``; empty for one that reads everything.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    sets: str
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Means over decode steps.
+
+    Attributes:
+        steps: over how many.
+        pages: that the requests read, each for itself.
+        union: different ones of these: pages of the document count once.
+        set_pages: of one request.
+    """
+
+    steps: int
+    pages: float
+    union: float
+    set_pages: float
+
+
+def reads(members: Sequence[Member], shared_pages: int) -> Reads | None:
+    """What requests that decode beside each other read in a step: their first steps are one step, and so on.
+
+    On a GPU a first set arrives some steps after the first token, and until then a request reads everything. Steps in
+    which that is so for one of them are left out; so are those in which one has ended.
+
+    Args:
+        shared_pages: the first so many pages are the same for all.
+
+    Returns:
+        None if there is no such step.
+    """
+    sets = [_parsed(member.sets) for member in members]
+    first = max(own[0].tokens - member.prompt_tokens if own else 1 for own, member in zip(sets, members, strict=True))
+    steps = range(max(1, first), min(member.new_tokens for member in members))
+    pages = union = 0
+    for step in steps:
+        seen, own_pages = np.zeros(shared_pages, dtype=bool), 0
+        for member, own in zip(members, sets, strict=True):
+            read = _read(own, member.prompt_tokens + step)
+            below = read[:shared_pages]
+            seen[: len(below)] |= below
+            pages += int(read.sum())
+            own_pages += int(read[shared_pages:].sum())
+        union += int(seen.sum()) + own_pages
+    if not steps:
+        return None
+    count = len(steps)
+    return Reads(count, pages / count, union / count, pages / count / len(members))
+
+
+def _parsed(sets: str) -> list[GivenSet]:
+    found = []
+    for part in filter(None, sets.split(";")):
+        tokens, tail, positions = part.split(":")
+        chosen = tuple(int(position) for position in positions.split(",") if position)
+        found.append(GivenSet(int(tokens), int(tail), chosen))
+    return found
+
+
+def _read(sets: Sequence[GivenSet], context: int) -> np.ndarray:
+    """Which pages a step reads that leaves the request with so many tokens; bool ``[pages]``."""
+    now = next((each for each in reversed(sets) if each.tokens <= context), None)
+    read = np.zeros(pages_spanned(context, PAGE_SIZE), dtype=bool)
+    read[now.tail_start if now is not None else 0 :] = True
+    if now is not None:
+        read[list(now.positions)] = True
+    return read
+
+
+def what_was_read(
+    answers: Sequence[dict[str, Any]], shared_tokens: int, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, Any]:
+    """By the sets of the requests, and by what the server counted between two of its statuses.
+
+    Args:
+        answers: with ``prompt_tokens``, ``new_tokens`` and ``sets`` of each request.
+        shared_tokens: that all prompts begin with.
+
+    Returns:
+        ``pages``, ``union``, ``set_pages`` and ``steps`` as in :class:`Reads`, if there was such a step;
+        ``union_bytes``; ``held_bytes``, the KV that the server held at steps that it looked at; ``attention_reads``,
+        pages that attention read in a step, which is less than ``pages`` where some were read for several requests at
+        once. Where there were groups also ``exchanged`` pages of a set, ``groups`` and ``members`` of a step with
+        some, and ``group_...`` as in ``bench serving``.
+    """
+    shared = shared_tokens // PAGE_SIZE
+    read = reads([Member(each["prompt_tokens"], each["new_tokens"], each["sets"] or "") for each in answers], shared)
+    page_bytes = after["page_bytes"] * after["ranks"]["size"]
+    found: dict[str, Any] = {"shared_pages": shared, "held_bytes": held_bytes(before, after, page_bytes)}
+    if read is not None:
+        found |= asdict(read) | {"union_bytes": round(read.union * page_bytes), "attention_reads": read.pages}
+    if (now := after["groups"]) is None:
+        return found
+    then = before["groups"]
+    steps, sets = max(1, now["steps"] - then["steps"]), max(1, after["refreshes"] - before["refreshes"])
+    figures = group_figures(then, now)
+    if read is not None:
+        share = min(1.0, figures["group_steps"] / read.steps)
+        found["attention_reads"] -= figures["group_saved_reads"] * share
+    found["exchanged"] = (now["exchanged_pages"] - then["exchanged_pages"]) / sets
+    found["groups"], found["members"] = ((now[n] - then[n]) / steps for n in ("summed_groups", "summed_requests"))
+    return found | figures
