@@ -22,7 +22,7 @@ ALL = "all"
 """Kinds of questions together."""
 NAME = "group-quality.json"
 READ = ("set_pages", "pages", "union", "union_bytes", "held_bytes", "attention_reads", "exchanged", "groups", "members")
-MEANS = (*READ, "group_steps", "group_saved_reads", "group_added_reads", "seconds")
+MEANS = (*READ, "evidence_read", "group_steps", "group_saved_reads", "group_added_reads", "seconds")
 """Of rounds; see ``union.what_was_read``."""
 TITLES = (
     "model; policy",
@@ -33,7 +33,7 @@ TITLES = (
     "accuracy",
     "against full, 95 %",
     "against separate, 95 %",
-    "evidence kept",
+    "evidence kept; read",
     "set, pages",
     "read apart, pages a step",
     "union, pages",
@@ -153,7 +153,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     lines += [f"| {' | '.join(_cells_of(row))} |" for row in found]
     return "\n".join(lines) + (
         "\n\nAccuracy in points of 100, with its differences on the same questions and their 95 % intervals. *Evidence "
-        "kept*: the share of the pages with the answer that were in a request's own sets. *Read apart*: pages that the "
+        "kept; read*: the share of the pages with the answer that were in a request's own sets, and that it read, with "
+        "what its group read for it. *Read apart*: pages that the "
         "requests' sets have, each counted for every request that has it. *Union*: different ones of these; pages of "
         "the document count once. *Held*: what the server held for these requests, by its own count. *Attention "
         "reads*: without groups what is read apart, with groups less what was read once for several. All of steps in "
@@ -181,7 +182,7 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
         f"{row['accuracy']:.1f}",
         "" if arm == FULL else _difference(row, FULL),
         "" if arm in (FULL, SEPARATE) else _difference(row, SEPARATE),
-        _number(row["evidence_kept"], 100, " %"),
+        "; ".join(_number(row[name], 100, " %") for name in ("evidence_kept", "evidence_read")),
         _number(row["set_pages"]),
         _number(row["pages"]),
         _number(row["union"]),

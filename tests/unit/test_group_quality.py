@@ -84,10 +84,25 @@ def test_steps_before_a_first_set_and_after_an_end_are_left_out() -> None:
     found = reads([late, short], 4)
     assert found == Reads(steps=2, pages=4.0, union=3.0, set_pages=2.0)  # steps 3 and 4
     assert reads([late, Member(300, 3, "301:4:0")], 4) is None
+    assert reads([Member(300, 8, "301:0:;303:4:0"), short], 4) == found, "a set of all pages is none yet"
 
 
 def test_full_attention_reads_everything() -> None:
     assert reads([Member(300, 3, "")] * 3, 4) == Reads(steps=2, pages=15.0, union=7.0, set_pages=5.0)
+
+
+def test_a_group_reads_evidence_for_its_members() -> None:
+    """Ten of twelve chose pages 1 to 9, the others 10 to 18; the answer to the first of them is on page 10."""
+    prompt, few, many = 20 * 64 + 5, "10,11,12,13,14,15,16,17,18", "1,2,3,4,5,6,7,8,9"
+    sets = [f"{prompt + 1}:20:0,{chosen}" for chosen in [many] * 10 + [few] * 2]
+    members = [Member(prompt, 4, each, (10,) if place < 10 else ()) for place, each in enumerate(sets)]
+    apart, together = reads(members, 20), reads(members, 20, grouped=True)
+    assert apart is not None and together is not None
+    assert (apart.evidence, together.evidence) == (0.0, 1.0)
+    assert (apart.pages, apart.union) == (together.pages, together.union) == (12 * 11, 19 + 12)
+    alone = [*members[:10], Member(prompt, 4, f"{prompt + 1}:20:0,{many}"), members[11]]
+    found = reads(alone, 20, grouped=True)
+    assert found is not None and found.evidence == 0.0, "one of twelve is not enough"
 
 
 def status(groups: dict[str, float] | None, refreshes: int, held: int) -> dict[str, Any]:
@@ -102,11 +117,12 @@ def groups(steps: int, each: int) -> dict[str, float]:
 
 
 def test_what_was_read_is_by_sets_and_by_the_counts_of_the_server() -> None:
-    answers = [{"prompt_tokens": 300, "new_tokens": 4, "sets": sets} for sets in ("301:4:0,1", "301:4:1,3")]
+    both = {"prompt_tokens": 300, "new_tokens": 4, "evidence": [1, 2]}
+    answers = [both | {"sets": sets} for sets in ("301:4:0,1", "301:4:1,3")]
     apart = what_was_read(answers, 4 * 64 + 9, status(None, 5, 0), status(None, 7, 20))
     assert (apart["pages"], apart["union"], apart["attention_reads"], apart["shared_pages"]) == (6.0, 5.0, 6.0, 4)
     assert (apart["union_bytes"], apart["held_bytes"]) == (100, 100), "of both ranks"
-    assert "groups" not in apart
+    assert apart["evidence_read"] == 0.5 and "groups" not in apart
     together = what_was_read(answers, 4 * 64, status(groups(7, 1), 5, 0), status(groups(10, 1), 7, 20))
     assert (together["groups"], together["members"], together["exchanged"]) == (1.0, 2.0, 1.5)
     assert (together["pages"], together["union"], together["attention_reads"]) == (6.0, 5.0, 5.0)
