@@ -1,4 +1,4 @@
-"""The text of a request as it grows, kept where numpy can look through it: what a refresh looks up is not copied anew."""
+"""The text of a request as it grows, in one array: a refresh that looks something up in it does not copy it."""
 
 from __future__ import annotations
 

@@ -109,5 +109,7 @@ def test_holders_are_sets(seed: int) -> None:
         else:
             assert sorted(holders.keep(name, given).tolist()) == sorted(before - set(pages.tolist()))
             sets[name] = before & set(pages.tolist())
-        assert {key: set(holders.pages(key).tolist()) for key in holders.names()} == {k: v for k, v in sets.items() if v}
+        assert {key: set(holders.pages(key).tolist()) for key in holders.names()} == {
+            k: v for k, v in sets.items() if v
+        }
         assert not holders._mark.any()
