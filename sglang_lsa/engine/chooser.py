@@ -26,7 +26,9 @@ Choice = Callable[[np.ndarray | None], Chosen]
 """Chooses a set, with the pages that are common to a group or without, and gives it to its refresh."""
 
 
-class _Asking(NamedTuple):
+class Asking(NamedTuple):
+    """A request whose scores are there, and what is to be chosen for it."""
+
     request: Request
     new: Refresh
     ask: Ask
@@ -48,11 +50,11 @@ class Chooser:
     def choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
         """Choose the sets of these, then of each in turn for its group; returns what went wrong, by request."""
         failed: dict[str, Exception] = {}
-        asking: list[_Asking] = []
+        asking: list[Asking] = []
         for request in requests:
             try:
-                if (new := request.resident.next) is not None and (ask := self._ask(request, new)) is not None:
-                    asking.append(_Asking(request, new, ask))
+                if (new := request.resident.next) is not None and (ask := self.ask(request, new)) is not None:
+                    asking.append(Asking(request, new, ask))
             except LedgerError:
                 raise
             except Exception as error:
@@ -66,7 +68,7 @@ class Chooser:
         chosen: list[tuple[Request, Choice]] = []
         for one, its in zip(asking, found, strict=True):
             try:
-                chosen.append((one.request, self._choose(one, its)))
+                chosen.append((one.request, self.take(one, its)))
             except LedgerError:
                 raise
             except Exception as error:
@@ -75,7 +77,7 @@ class Chooser:
             failed |= self._choose_for_groups(chosen, self.company)
         return failed
 
-    def _ask(self, request: Request, new: Refresh) -> Ask | None:
+    def ask(self, request: Request, new: Refresh) -> Ask | None:
         """What is to be chosen; None where scores do not say."""
         if new.state is not State.QUEUED or self.clock.step < new.due:
             return None
@@ -97,7 +99,7 @@ class Chooser:
         sizes = (upcoming, widen, follows, asked.target)
         return Ask(new.values, new.context, asked.budget, name, prompt, *sizes)
 
-    def _choose(self, one: _Asking, found: Chosen | None) -> Choice:
+    def take(self, one: Asking, found: Chosen | None) -> Choice:
         """Which of the complete pages to keep, and where the tail starts.
 
         Args:
