@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.engine.choose import Chosen, Rules, choose, put_first, set_size
-from sglang_lsa.engine.selection import expected_coverage, told_coverage
+from sglang_lsa.engine.choose import Chosen, Rules, Size, choose, put_first, set_size
 
-FEWEST = 3
+FEWEST = 4
 """Requests of one matrix; fewer are chosen for one after the other in less time."""
 
 
@@ -52,6 +51,35 @@ def choose_all(rules: Rules, asks: Sequence[Ask]) -> list[Chosen]:
 
 def _rows(rules: Rules, asks: Sequence[Ask]) -> list[Chosen]:
     """The same of requests with scores of one type, as ``[requests, pages]``; a row ends with its request's pages."""
+    scores, wanted, stay, sizes = _matrices(rules, asks)
+    size, budgeted = (np.array(column) for column in list(zip(*sizes, strict=True))[:2])
+    whole = size >= np.array([ask.context for ask in asks])
+    stays_in_all = stay.sum(axis=1)
+    keep = stay | _best(wanted, stay, size - stays_in_all, np.array([each.threshold for each in sizes]))
+    for row, ask, everything in zip(keep, asks, whole.tolist(), strict=True):
+        row[len(ask.scores) :] = False
+        row[: len(ask.scores)] |= everything
+    collapsed = ~whole & ~(keep & ~stay).any(axis=1) & (stays_in_all < budgeted)
+    flat, counts = np.flatnonzero(keep), keep.sum(axis=1)
+    positions = flat - np.repeat(np.arange(len(asks)) * keep.shape[1], counts)
+    ranks = np.where(stay.ravel()[flat], np.inf, wanted.ravel()[flat])
+    ends = np.cumsum(counts)
+    parts = [slice(*part) for part in zip((ends - counts).tolist(), ends.tolist(), strict=True)]
+    coverage = _shares(scores, flat, parts, asks, rules.thresholds, ~stay)
+    told = _shares(scores, flat, parts, asks, rules.expectations)
+    found = []
+    for index, (ask, part) in enumerate(zip(asks, parts, strict=True)):
+        share = told.get(index)
+        expected = None if share is None else rules.expectations[ask.policy].covered(share)
+        own = positions[part].copy(), ranks[part].copy()  # remembered long after the others of this step are gone
+        larger = bool(size[index] > budgeted[index])
+        found.append(Chosen(*own, bool(collapsed[index]), larger, coverage.get(index), expected))
+    return found
+
+
+def _matrices(rules: Rules, asks: Sequence[Ask]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Size]]:
+    """Scores without NaN; the same with those of pages that come first above all others; which pages stay; and how
+    large each set is to be."""
     shape = len(asks), max(ask.context for ask in asks)
     scores, stay = np.full(shape, -np.inf, dtype=asks[0].scores.dtype), np.zeros(shape, dtype=bool)
     for row, ask in zip(scores, asks, strict=True):
@@ -60,37 +88,48 @@ def _rows(rules: Rules, asks: Sequence[Ask]) -> list[Chosen]:
     wanted, sizes = scores, []
     for index, ask in enumerate(asks):
         own, pages = scores[index, : len(ask.scores)], ask.context
-        stays = rules.stays(pages, rules.set_pages(pages, ask.budget), ask.prompt)
-        stay[index, :pages] = stays
-        size = set_size(rules, own, pages, ask.budget, ask.policy, stays, ask.widen, ask.target)
-        sizes.append(size)
-        first = put_first(ask.upcoming, len(own), size, ask.widen, ask.follows)
+        stays = stay[index, :pages] = rules.stays(pages, rules.set_pages(pages, ask.budget), ask.prompt)
+        sizes.append(set_size(rules, own, pages, ask.budget, ask.policy, stays, ask.widen, ask.target))
+        first = put_first(ask.upcoming, len(own), sizes[-1], ask.widen, ask.follows)
         if len(first):
             wanted = scores.copy() if wanted is scores else wanted
             wanted[index, first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))
-    size, context = np.array([each.pages for each in sizes]), np.array([ask.context for ask in asks])
-    stays_in_all = stay.sum(axis=1)
-    keep = stay | _best(wanted, stay, size - stays_in_all, np.array([each.threshold for each in sizes]))
-    for row, ask, each in zip(keep, asks, sizes, strict=True):
-        row[len(ask.scores) :] = False
-        if each.pages >= ask.context:
-            row[: len(ask.scores)] = True
-    flat = np.flatnonzero(keep)
-    counts = keep.sum(axis=1)
-    ends = np.cumsum(counts)
-    positions = flat - np.repeat(np.arange(len(asks)) * shape[1], counts)
-    ranks = np.where(stay.ravel()[flat], np.inf, wanted.ravel()[flat])
-    budgeted = np.array([each.budgeted for each in sizes])
-    collapsed = (size < context) & ~(keep & ~stay).any(axis=1) & (stays_in_all < budgeted)
-    found = []
-    for index, (ask, end, count) in enumerate(zip(asks, ends.tolist(), counts.tolist(), strict=True)):
-        own, part = scores[index, : len(ask.scores)], slice(end - count, end)
-        chosen = positions[part].copy()  # remembered long after the others of this step are gone
-        expectation = rules.expectations.get(ask.policy)
-        coverage = expected_coverage(own, chosen, stay[index]) if ask.policy in rules.thresholds else None
-        expected = expectation.covered(told_coverage(own, chosen)) if expectation is not None else None
-        widened = bool(size[index] > budgeted[index])
-        found.append(Chosen(chosen, ranks[part].copy(), bool(collapsed[index]), widened, coverage, expected))
+    return scores, wanted, stay, sizes
+
+
+def _shares(
+    scores: np.ndarray,
+    flat: np.ndarray,
+    parts: Sequence[slice],
+    asks: Sequence[Ask],
+    policies: Container[str],
+    free: np.ndarray | None = None,
+) -> dict[int, float]:
+    """What the sets have of all scores, by row, of requests that ask one of these policies.
+
+    ``told_coverage`` or, of pages that are ``free`` to go, ``expected_coverage`` of each row, added up in the same
+    order as there.
+
+    Args:
+        flat: places of all pages that were chosen in the flat matrix, of which each row has its part.
+        free: bool ``[requests, pages]``.
+    """
+    rows = [index for index, ask in enumerate(asks) if ask.policy in policies]
+    if not rows:
+        return {}
+    finite = np.isfinite(scores)
+    if free is None:
+        worth = np.where(finite, np.maximum(scores, 0.0), 0.0)
+    else:
+        worth = np.where(free & finite, scores, 0.0)
+    chosen, found = worth.ravel()[flat], {}
+    for row in rows:
+        own = slice(len(asks[row].scores))
+        if free is not None and not free[row, own].any():
+            found[row] = 1.0
+        else:
+            total = worth[row, own].sum()
+            found[row] = float(chosen[parts[row]].sum() / total) if total > 0 else 0.0
     return found
 
 

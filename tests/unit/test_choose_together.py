@@ -54,7 +54,7 @@ def scores_of(chance: np.random.Generator, pages: int, dtype: Any) -> np.ndarray
         scores = np.exp(chance.normal(0, 4, pages)) - 1.0
     elif what == 6:
         scores[chance.random(pages) < 0.2] = np.inf
-    return (np.nan_to_num(scores) if dtype is np.int64 else scores).astype(dtype)
+    return (np.nan_to_num(scores, posinf=9, neginf=-9) if dtype is np.int64 else scores).astype(dtype)
 
 
 def ask_of(chance: np.random.Generator) -> Ask:
