@@ -118,10 +118,7 @@ def _shares(
     if not rows:
         return {}
     finite = np.isfinite(scores)
-    if free is None:
-        worth = np.where(finite, np.maximum(scores, 0.0), 0.0)
-    else:
-        worth = np.where(free & finite, scores, 0.0)
+    worth = np.where(finite, np.maximum(scores, 0.0), 0.0) if free is None else np.where(free & finite, scores, 0.0)
     chosen, found = worth.ravel()[flat], {}
     for row in rows:
         own = slice(len(asks[row].scores))
