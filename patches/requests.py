@@ -7,13 +7,14 @@ ours: ``lsa_options``, what it asked for; ``lsa_key``, by what the core knows it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sglang_lsa.config import RequestOptions
 from sglang_lsa.engine.arrival import Arrival, Entry, Prompt
+from sglang_lsa.engine.known_text import KnownText
 from sglang_lsa.patches.request_kv import committed_of, prefix_of, row_of
 
 if TYPE_CHECKING:
@@ -106,13 +107,13 @@ def promise(admission: Admission, req: Any, admitted: Admitted) -> None:
 def entry_of(req: Any) -> Entry:
     """A request of which nothing was computed since it was admitted."""
     ids, new_tokens = req.full_untruncated_fill_ids, getattr(req.sampling_params, "max_new_tokens", None) or 0
-    return Entry(req.rid, row_of(req), req.lsa_options, ids, new_tokens, lambda tokens: text_of(req, tokens))
+    return Entry(req.rid, row_of(req), req.lsa_options, ids, new_tokens, text_of(req))
 
 
-def text_of(req: Any, tokens: int) -> np.ndarray:
-    """The first ``tokens`` token ids of a request, or those of them that the scheduler knows, int64 ``[n]``."""
-    prompt, generated = (np.asarray(ids, dtype=np.int64) for ids in (req.origin_input_ids, req.output_ids))
-    return np.concatenate((prompt, generated))[:tokens]
+def text_of(req: Any) -> Callable[[int], np.ndarray]:
+    """What tells the first token ids of a request, at most as many as asked for, or those that the scheduler knows."""
+    text = KnownText()
+    return lambda tokens: text.first(tokens, req.origin_input_ids, req.output_ids)
 
 
 def can_decode(lsa: LSARuntime, reqs: Sequence[Any]) -> bool:

@@ -9,8 +9,6 @@ To compare with another version of the package: ``cd OTHER && python - < .../sgl
 
 from __future__ import annotations
 
-import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -197,17 +195,14 @@ def timed(call: Callable[[], object], repeats: int = 50) -> float:
     return statistics.median(found)
 
 
-def run(console: Console, requests: Sequence[int], tokens: Sequence[int], output: pathlib.Path | None) -> dict:
-    """Measure, print a table, and write JSON to ``output`` if it is given."""
+def run(console: Console, requests: Sequence[int], tokens: Sequence[int]) -> dict[str, Any]:
+    """Measure, and print a table."""
     torch.set_num_threads(1)
     rows = [measure_batch(count, length) for length in tokens for count in requests]
     end = measure_end()
     console.print(table(rows))
     console.print(f"end of a request of {end['tokens']:,} tokens, {end['windows']} windows: {end['end_ms']:.2f} ms")
-    found = {"batches": rows, "end": end, "steps": STEPS}
-    if output is not None:
-        output.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    return {"batches": rows, "end": end, "steps": STEPS}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -230,4 +225,4 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":  # on another version of the package, which has no such command
-    run(Console(width=120), (1, 8, 32), (8192, 131072), None)
+    run(Console(width=120), (1, 8, 32), (8192, 131072))

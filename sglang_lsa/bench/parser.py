@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -262,7 +263,10 @@ def run_dsv4(args: argparse.Namespace) -> int:
 
 
 def add_overhead(kinds: Commands) -> None:
-    text = "the scheduler's time in LSA per decode step, refresh and finished request, on any machine (half a minute)"
+    text = (
+        "the scheduler's time in LSA per decode step, refresh, finished request, and for windows that all begin in one "
+        "step, on any machine (a minute)"
+    )
     command = add_command(kinds, "overhead", text)
     command.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="decoding together")
     command.add_argument("--tokens", nargs="+", type=int, default=[8192, 131072], metavar="N", help="of each request")
@@ -274,9 +278,13 @@ def run_overhead(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sglang_lsa.bench.overhead import run
+    from sglang_lsa.bench.refresh_together import run_together
 
     if min(args.requests) < 1 or min(args.tokens) < 1024:
         print("sglang-lsa bench: use 1 request or more, of 1,024 tokens or more", file=sys.stderr)
         return 1
-    run(Console(width=120), args.requests, args.tokens, args.output)
+    console = Console(width=120)
+    found = run(console, args.requests, args.tokens) | {"together": run_together(console, args.requests, args.tokens)}
+    if args.output is not None:
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -71,7 +71,8 @@ class Entry:
         row: in SGLang's ``req_to_token``.
         ids: tokens to prefill, as in :class:`Prompt`.
         new_tokens: the most that it generates.
-        text: its first tokens, at most as many as asked for and as far as they are known, int64 ``[n]``.
+        text: its first tokens, at most as many as asked for and as far as they are known, integers ``[n]``; good
+            until it is asked again.
     """
 
     rid: str

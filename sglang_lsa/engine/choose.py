@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -99,6 +100,64 @@ class Chosen:
     cover; None where that is not known."""
 
 
+class Size(NamedTuple):
+    """How large a set is to be.
+
+    Attributes:
+        pages: the growing last one included.
+        budgeted: what of them is not added for coverage, or because the request repeats its prompt.
+        threshold: scores of pages that are worth a place are above it.
+    """
+
+    pages: int
+    budgeted: int
+    threshold: float
+
+
+def set_size(
+    rules: Rules,
+    scores: np.ndarray,
+    context: int,
+    budget: float,
+    policy: str,
+    stay: np.ndarray,
+    widen: float = 1.0,
+    target: float | None = None,
+) -> Size:
+    """Of the set of a request, by its scores where that is asked for.
+
+    Args: as for :func:`choose`; of ``scores`` none is NaN, and ``stay`` are pages that stay whatever their score.
+    """
+    config = rules.config
+    share, least = rules.bounds(context, budget)
+    bound = budget_pages(context, share, least)
+    size, threshold = bound, rules.threshold(policy)
+    if target is not None and (expectation := rules.expectations.get(policy)) is not None:
+        size = needed_pages(scores, stay, least, bound, expectation.told_for(target))
+        threshold = config.threshold or 0.0  # the indexer's own says what is worth a page of a fixed budget
+    budgeted = size
+    if policy in rules.thresholds and config.fallback_budget and target is None:
+        most = rules.set_pages(context, max(budget, config.fallback_budget))
+        size = widened(scores, stay, bound, most, config.min_coverage)
+    if widen > 1:
+        size = max(size, int(min(budgeted * widen, context, rules.largest_set)))
+    return Size(size, budgeted, threshold)
+
+
+def put_first(
+    upcoming: Sequence[int] | np.ndarray, complete: int, size: Size, widen: float, follows: int | None
+) -> np.ndarray:
+    """Pages that come before all that are there for their score, the first of them first, int64.
+
+    Args: as for :func:`choose`, which has ``complete`` pages.
+    """
+    first = np.asarray(upcoming, dtype=np.int64)
+    if widen > 1 and follows is not None:
+        ahead = np.arange(follows, min(complete, follows + size.pages - size.budgeted))
+        first = np.concatenate((first, np.setdiff1d(ahead, first)))
+    return first
+
+
 def choose(
     rules: Rules,
     scores: np.ndarray,
@@ -131,25 +190,12 @@ def choose(
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
-    share, least = rules.bounds(context, budget)
-    bound = budget_pages(context, share, least)
     # What is added to a set is not for those that stay: as many of them as a set within the budget has.
-    stay = rules.stays(context, bound, prompt)
+    stay = rules.stays(context, rules.set_pages(context, budget), prompt)
     expectation = rules.expectations.get(policy)
-    size, threshold = bound, rules.threshold(policy)
-    if target is not None and expectation is not None:
-        size = needed_pages(scores, stay, least, bound, expectation.told_for(target))
-        threshold = config.threshold or 0.0  # the indexer's own says what is worth a page of a fixed budget
-    budgeted = size
-    if policy in rules.thresholds and config.fallback_budget and target is None:
-        most = rules.set_pages(context, max(budget, config.fallback_budget))
-        size = widened(scores, stay, bound, most, config.min_coverage)
-    first = np.asarray(upcoming, dtype=np.int64)
-    if widen > 1:
-        size = max(size, int(min(budgeted * widen, context, rules.largest_set)))
-        if follows is not None:
-            ahead = np.arange(follows, min(len(scores), follows + size - budgeted))
-            first = np.concatenate((first, np.setdiff1d(ahead, first)))
+    sized = set_size(rules, scores, context, budget, policy, stay, widen, target)
+    size, budgeted, threshold = sized
+    first = put_first(upcoming, len(scores), sized, widen, follows)
     wanted = scores.copy()
     if len(first):
         wanted[first] = np.finfo(wanted.dtype).max * np.linspace(1, 0.5, len(first))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from sglang_lsa.engine.choose import Chosen, Rules, choose
+from sglang_lsa.engine.choose import Chosen, Rules
+from sglang_lsa.engine.choose_together import Ask, choose_all
 from sglang_lsa.engine.counts import Counts
 from sglang_lsa.engine.grouping import Company
 from sglang_lsa.engine.prompt_lookup import Repeats, pages_next, repeats
@@ -22,6 +24,14 @@ logger = logging.getLogger(__name__)
 
 Choice = Callable[[np.ndarray | None], Chosen]
 """Chooses a set, with the pages that are common to a group or without, and gives it to its refresh."""
+
+
+class Asking(NamedTuple):
+    """A request whose scores are there, and what is to be chosen for it."""
+
+    request: Request
+    new: Refresh
+    ask: Ask
 
 
 class Chooser:
@@ -40,21 +50,35 @@ class Chooser:
     def choose_all(self, requests: Sequence[Request]) -> dict[str, Exception]:
         """Choose the sets of these, then of each in turn for its group; returns what went wrong, by request."""
         failed: dict[str, Exception] = {}
-        chosen: list[tuple[Request, Choice]] = []
+        asking: list[Asking] = []
         for request in requests:
             try:
-                if (new := request.resident.next) is not None and (choice := self.choose(request, new)) is not None:
-                    chosen.append((request, choice))
+                if (new := request.resident.next) is not None and (ask := self.ask(request, new)) is not None:
+                    asking.append(Asking(request, new, ask))
             except LedgerError:
                 raise
             except Exception as error:
                 failed[request.key] = error
+        found: list[Chosen | None] = [None] * len(asking)
+        try:
+            found[:] = choose_all(self.rules, [one.ask for one in asking])
+        except Exception:
+            if len(asking) > 1:
+                logger.warning("LSA: choosing %d sets at once failed; one by one", len(asking), exc_info=True)
+        chosen: list[tuple[Request, Choice]] = []
+        for one, its in zip(asking, found, strict=True):
+            try:
+                chosen.append((one.request, self.take(one, its)))
+            except LedgerError:
+                raise
+            except Exception as error:
+                failed[one.request.key] = error
         if self.company is not None and chosen:
             failed |= self._choose_for_groups(chosen, self.company)
         return failed
 
-    def choose(self, request: Request, new: Refresh) -> Choice | None:
-        """Which of the complete pages to keep, and where the tail starts; None where scores do not say."""
+    def ask(self, request: Request, new: Refresh) -> Ask | None:
+        """What is to be chosen; None where scores do not say."""
         if new.state is not State.QUEUED or self.clock.step < new.due:
             return None
         if new.scores is None:
@@ -73,17 +97,29 @@ class Chooser:
         follows = repeated.at // self.page if repeated and repeated.jumps else None
         asked = request.asked
         sizes = (upcoming, widen, follows, asked.target)
+        return Ask(new.values, new.context, asked.budget, name, prompt, *sizes)
 
-        def choice(common: np.ndarray | None) -> Chosen:
-            found = choose(self.rules, new.values, new.context, asked.budget, name, prompt, *sizes, common=common)
+    def take(self, one: Asking, found: Chosen | None) -> Choice:
+        """Which of the complete pages to keep, and where the tail starts.
+
+        Args:
+            found: what is chosen by scores alone, if that is known already.
+        """
+        request, new, ask = one
+        asked = request.asked
+
+        def give(found: Chosen) -> Chosen:
             new.positions, new.ranks, new.tail_start = found.positions, found.ranks, new.complete
             if asked.watch:
-                unscored = np.isposinf(found.ranks) | np.isin(found.positions, upcoming)
+                unscored = np.isposinf(found.ranks) | np.isin(found.positions, ask.upcoming)
                 new.watched = watched(asked.watch, new.values, new.positions, unscored)
             request.story.coverage, request.story.expected = found.coverage, found.expected
             return found
 
-        found = choice(None)
+        def choice(common: np.ndarray | None) -> Chosen:
+            return give(ask.alone(self.rules, common))
+
+        found = choice(None) if found is None else give(found)
         new.state = State.CHOSEN  # and not before: one that could not be chosen is not what the request reads next
         request.story.widened += found.widened
         self.counts.widened += found.widened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -86,7 +87,9 @@ class Refresher:
         """Sets are chosen for all, and for those whose window begins the table changes in one go. Then each takes its
         pages in turn, as what is left depends on who comes first; what is not there is sent for together."""
         failed = self.chooser.choose_all(requests)
-        self._write_table(requests)
+        ready = self._write_table(requests)
+        if 1 < len(ready) == len(requests) and self._switch_all(ready):
+            return
         loading: list[Request] = []
         for request in requests:
             if request.key in failed:
@@ -105,9 +108,9 @@ class Refresher:
                 self._attempt(request, self._switch_if_held)
         self._send(loading)
 
-    def _write_table(self, requests: Sequence[Request]) -> None:
+    def _write_table(self, requests: Sequence[Request]) -> list[tuple[Request, Refresh]]:
         """Let decode read the sets of those whose window begins and that hold them; the rest of :meth:`_switch` comes
-        in their turn. Where the table refuses, so do they, each for itself."""
+        in their turn. Where the table refuses, so do they, each for itself. Returns who these are."""
         ready = [
             (request, new)
             for request in requests
@@ -123,6 +126,7 @@ class Refresher:
                     new.written = True
             except Exception:
                 logger.warning("LSA: the table refused %d sets at once; one by one", len(ready), exc_info=True)
+        return ready
 
     def _send(self, loading: list[Request]) -> None:
         """Send for the pages of these requests in one copy; if that fails, for those of each."""
@@ -270,13 +274,34 @@ class Refresher:
         self.pager.count_late(needed)
         self._switch(request, new)
 
+    def _switch_all(self, ready: Sequence[tuple[Request, Refresh]]) -> bool:
+        """The same for all of these, which hold their sets. Returns whether it was done; nothing was if not."""
+        needed = [new.needed(request.pages) for request, new in ready]
+        together = np.concatenate(needed)
+        try:
+            self.pager.require(together)
+        except LedgerError:
+            raise
+        except Exception:
+            logger.warning("LSA: waiting for %d sets at once failed; one by one", len(ready), exc_info=True)
+            return False
+        self.pager.count_late(together)
+        for (request, _), own in zip(ready, needed, strict=True):
+            self._attempt(request, functools.partial(self._read, needed=own))
+        return True
+
     def _switch(self, request: Request, new: Refresh) -> None:
         """Let go of the old set and let decode attention read the new one, from the next kernel on."""
-        self.pager.require(new.needed(request.pages))
+        needed = new.needed(request.pages)
+        self.pager.require(needed)
+        self._read(request, new, needed)
+
+    def _read(self, request: Request, new: Refresh, needed: np.ndarray) -> None:
+        """The same where what is queued from now on may read the set, whose pages are ``needed``."""
         self.sets.remap(request, new.positions, new.tail_start, new.ranks, new.watched, written=new.written)
         request.resident.set_asked = new.asked
         if new.tail_start:
-            self.pager.retain(request.key, new.needed(request.pages))
+            self.pager.retain(request.key, needed)
             self.pager.ledger.heat.select(request.pages[new.positions])
         self._end(request)
 

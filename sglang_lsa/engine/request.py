@@ -193,7 +193,8 @@ class Request:
     key: str = ""
     """By which everything on this side knows it: ``rid``, unless an earlier request with that one is still here."""
     text: Callable[[int], np.ndarray] = _unknown
-    """Its first tokens, at most as many as asked for and as far as they are known on the host, int64 ``[n]``."""
+    """Its first tokens, at most as many as asked for and as far as they are known on the host, integers ``[n]``; good
+    until it is asked again."""
     prompt_tokens: int = 0
     """What was prefilled when it was admitted: the prompt, and after a retraction what it had generated."""
     new_tokens: int = 0

@@ -171,7 +171,7 @@ class Recorder:
         document = self.documents.pop(request.key, None)
         if document is None or not finished:
             return
-        input_ids = torch.from_numpy(request.text(document.tokens))
+        input_ids = torch.tensor(request.text(document.tokens), dtype=torch.int32)
         complete = len(input_ids)
         blocks = (complete - document.start) // BLOCK  # the last one may be cut: it is left out
         full = request.pages[: pages_complete(complete, self.layout.page_tokens)]
@@ -183,7 +183,7 @@ class Recorder:
         queries = torch.cat(document.queries)
         spanned = pages_spanned(complete, self.layout.page_tokens)
         tensors = {
-            "input_ids": input_ids.int(),
+            "input_ids": input_ids,
             "queries": queries[: complete - document.first],
             "runs": key_runs(self.layout.keys_of(self.layers, physical)).to(queries.dtype),
             "mass": document.mass[:blocks, :, :spanned],

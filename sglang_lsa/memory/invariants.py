@@ -13,8 +13,10 @@ def broken_invariant(ledger: Any) -> str | None:
     physical = ledger.v2p[mapped]
     limbo = [p for _, p in ledger._limbo]
     pins = np.zeros_like(ledger._pins)
-    for held in ledger._holders.values():
-        pins[list(held)] += 1
+    held = [ledger._holders.pages(holder) for holder in ledger.holders()]
+    for pages in held:
+        pins[pages] += 1
+    standby, evictable = ledger.standby, ledger._evictable()
     for holds, what in (
         (ledger.v2p[0] == 0 and ledger.p2v[0] == 0, "the padding page is mapped"),
         (len(np.unique(physical)) == len(physical), "two virtual pages share a physical page"),
@@ -37,7 +39,11 @@ def broken_invariant(ledger: Any) -> str | None:
             sorted([*ledger._free, *limbo, *physical.tolist()]) == list(range(1, ledger.physical_pages + 1)),
             "a physical page was lost or counted twice",
         ),
-        (all(ledger._holders.values()), "a holder without pages is remembered"),
+        (all(map(len, held)), "a holder without pages is remembered"),
+        (
+            not standby.known or sorted(standby.first(standby.count, pins[:0])) == sorted(evictable),
+            "what can be given up is wrong",
+        ),
     ):
         if not holds:
             return what

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sglang_lsa.memory.device_pages import DevicePages, LedgerError, Pages, distinct, ids
-from sglang_lsa.memory.heat import Heat, lowest
+from sglang_lsa.memory.device_pages import DevicePages, LedgerError, Pages, ascending, distinct, ids
+from sglang_lsa.memory.heat import Heat
+from sglang_lsa.memory.holders import Holders
 from sglang_lsa.memory.invariants import broken_invariant
+from sglang_lsa.memory.standby import Standby
 
 __all__ = ["NEVER", "Ledger", "LedgerError", "Pages", "Plan"]
 
@@ -69,8 +71,8 @@ class Ledger(DevicePages):
 
     def reset(self) -> None:
         """Forget every page (SGLang flushed its cache). Nobody may hold one."""
-        if getattr(self, "_holders", None):
-            raise LedgerError(f"reset while {sorted(self._holders)} hold pages")
+        if holders := getattr(self, "_holders", None):
+            raise LedgerError(f"reset while {holders.names()} hold pages")
         self._free_all()
         self.v2p[:] = 0
         self.p2v[:] = 0
@@ -83,12 +85,27 @@ class Ledger(DevicePages):
         self._last_use = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._last_reader = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._recalled = np.full(self.virtual_pages + 1, NEVER, dtype=np.int64)
-        self._holders: dict[str, set[int]] = {}
+        self._holders = Holders(self.virtual_pages + 1)
         self._generation = np.zeros(self.virtual_pages + 1, dtype=np.int64)
         self._clock = 0
         self.heat = Heat(self.virtual_pages + 1)
+        self.standby = Standby(self.v2p, self.physical_pages, self.heat, self._last_use)
         self._moved = np.ones(self.virtual_pages + 1, dtype=bool)
         self._any_moved = True
+
+    # -- what is in flight ---------------------------------------------------------------------------------------
+
+    def forward_finished(self, number: int) -> None:
+        super().forward_finished(number)
+        self.standby.forget()
+
+    def copy_started(self, physical: Pages, arriving: bool) -> None:
+        super().copy_started(physical, arriving)
+        self.standby.take(physical)
+
+    def copy_finished(self, physical: Pages, arriving: bool) -> None:
+        super().copy_finished(physical, arriving)
+        self.standby.forget()
 
     # -- where content is ----------------------------------------------------------------------------------------
 
@@ -152,7 +169,7 @@ class Ledger(DevicePages):
 
         All or nothing: returns None, and changes nothing, when not enough device pages can be had.
         """
-        v = np.unique(ids(pages))
+        v = ascending(ids(pages))
         if not self._allocated[v].all():
             raise LedgerError(f"held but not allocated: {v[~self._allocated[v]].tolist()}")
         absent = v[self.v2p[v] == 0]
@@ -160,18 +177,21 @@ class Ledger(DevicePages):
         victims = self._victims(wanted, keep=v) if wanted > 0 else v[:0]
         if len(victims) < wanted:
             return None
-        self._free.extend(self._detach(victims).tolist())
-        self.evictions += len(victims)
+        if len(victims):
+            given_up = self._unmap(victims)
+            self.standby.take(given_up)
+            self._free.extend(given_up.tolist())
+            self.evictions += len(victims)
         if len(absent):
             taken = self._free[: -len(absent) - 1 : -1]
             del self._free[-len(absent) :]
-            self._map(absent, np.array(taken, dtype=np.int64))
-        held = self._holders.setdefault(holder, set()) if len(v) else set()
-        added = list(set(v.tolist()) - held)
-        held.update(added)
+            self._place(absent, np.array(taken, dtype=np.int64))
+        added = self._holders.add(holder, v)
         claimed = int((self._pins[added] == 0).sum())
         self._pins[added] += 1
-        self._idle[self.v2p[added]] = False
+        places = self.v2p[added]
+        self._idle[places] = False
+        self.standby.take(places)
         self._clock += 1
         self._last_use[v] = self._clock
         recall = absent[self._mirrored[absent]]
@@ -186,10 +206,7 @@ class Ledger(DevicePages):
         Returns:
             How many pages nobody holds any more.
         """
-        held = self._holders.get(holder)
-        if held is None:
-            return 0
-        return self._unpin(holder, held, list(held if pages is None else held.intersection(ids(pages).tolist())))
+        return self._unpin(self._holders.remove(holder, pages))
 
     def retain(self, holder: str, pages: Iterable[int]) -> int:
         """``holder`` needs none of its pages but these.
@@ -197,12 +214,12 @@ class Ledger(DevicePages):
         Returns:
             How many pages nobody holds any more.
         """
-        held = self._holders.get(holder)
-        return 0 if held is None else self._unpin(holder, held, list(held.difference(ids(pages).tolist())))
+        return self._unpin(self._holders.keep(holder, pages))
 
     def read_next(self, pages: Pages) -> None:
         """The next forward pass reads these pages, held or not: they stay on the device until it is done."""
         self._last_reader[pages] = self._started + 1
+        self.standby.forget()
 
     def substitute(self, holder: str, old: Iterable[int], new: Iterable[int]) -> int:
         """The same tokens now live in other virtual pages (the radix tree already had them): move holds across.
@@ -212,7 +229,7 @@ class Ledger(DevicePages):
         Returns:
             How many pages nobody holds any more.
         """
-        held, let_go = self._holders.get(holder, set()), 0
+        held, let_go = set(self._holders.pages(holder).tolist()), 0
         for before, after in zip(ids(old).tolist(), ids(new).tolist(), strict=True):
             if before == after:
                 continue
@@ -228,7 +245,7 @@ class Ledger(DevicePages):
                 plan = self.hold(holder, [after])
                 assert plan is not None, "it is on the device"
                 let_go -= plan.claimed
-                held = self._holders[holder]
+                held = held - {before} | {after}
         return let_go
 
     def mirrored(self, pages: Iterable[int]) -> None:
@@ -242,10 +259,10 @@ class Ledger(DevicePages):
     # -- questions -----------------------------------------------------------------------------------------------
 
     def held_by(self, holder: str) -> frozenset[int]:
-        return frozenset(self._holders.get(holder, ()))
+        return frozenset(self._holders.pages(holder).tolist())
 
     def holders(self) -> list[str]:
-        return sorted(self._holders)
+        return self._holders.names()
 
     def is_held(self, pages: Iterable[int]) -> np.ndarray:
         return self._pins[ids(pages)] > 0
@@ -292,7 +309,7 @@ class Ledger(DevicePages):
     @property
     def obtainable_pages(self) -> int:
         """Device pages that are free, or would be after giving up pages that nobody holds."""
-        return len(self._free) + len(self._evictable())
+        return len(self._free) + self._looked_through().count
 
     @property
     def obtainable_later(self) -> int:
@@ -322,29 +339,39 @@ class Ledger(DevicePages):
         v = self.p2v[p]
         return v[(self._last_reader[v] <= self._finished) & (self._copies[p] == 0)]
 
+    def _looked_through(self) -> Standby:
+        """What can be given up; the pool is looked through for it, unless that was done and still holds good."""
+        if not self.standby.known:
+            self.standby.found(self._evictable())
+        return self.standby
+
     def _victims(self, count: int, keep: Pages) -> Pages:
         """At most ``count`` evictable pages outside ``keep``, the coldest first, of those the least recently used."""
-        kept = np.zeros(self.virtual_pages + 1, dtype=bool)
-        kept[keep] = True
-        candidates = self._evictable()
-        return lowest(candidates[~kept[candidates]], self.heat.values, self._last_use, count)
+        return self._looked_through().first(count, keep)
 
-    def _unpin(self, holder: str, held: set[int], gone: list[int]) -> int:
-        held.difference_update(gone)
-        self._pins[gone] -= 1
-        self._note_idle(np.array(gone, dtype=np.int64))
+    def _unpin(self, gone: Pages) -> int:
+        if not len(gone):
+            return 0
+        pins = self._pins[gone] - 1
+        self._pins[gone] = pins
+        self._note_idle(gone)
         self._last_reader[gone] = np.maximum(self._last_reader[gone], self._started)
-        if not held:
-            del self._holders[holder]
-        return int((self._pins[gone] == 0).sum())
+        return int((pins == 0).sum())
 
     def _map(self, v: Pages, p: Pages) -> None:
+        self._place(v, p)
+        self._note_idle(v)
+
+    def _place(self, v: Pages, p: Pages) -> None:
         self.v2p[v] = p
         self.p2v[p] = v
-        self._note_idle(v)
         self._note_moved(v)
 
     def _detach(self, v: Pages) -> Pages:
+        self.standby.forget()
+        return self._unmap(v)
+
+    def _unmap(self, v: Pages) -> Pages:
         p = self.v2p[v]
         self.v2p[v] = 0
         self.p2v[p] = 0
@@ -356,6 +383,7 @@ class Ledger(DevicePages):
         """Who holds these pages, where they are, or what the mirror has of them has changed."""
         self._idle[self.v2p[v]] = self._mirrored[v] & (self._pins[v] == 0)
         self._idle[0] = False  # where those are that are not on the device
+        self.standby.forget()
 
     def _note_moved(self, v: Pages) -> None:
         self._moved[v] = True

@@ -11,6 +11,7 @@ policy scores pages, these are compared and one line is written:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
@@ -135,11 +136,11 @@ def watch(path: pathlib.Path) -> None:
     from sglang_lsa.memory.pager import Pager
 
     witness = Witness(path)
-    forward, compute, make, choose = (
+    forward, compute, make, choose_all = (
         C4IndexerBackendMixin.forward_c4_indexer,
         C4Indexer.compute_q,
         Pager.__init__,
-        chooser.choose,
+        chooser.choose_all,
     )
 
     def forward_c4_indexer(self, x, q_lora, c4_indexer, forward_batch, **options):
@@ -156,19 +157,20 @@ def watch(path: pathlib.Path) -> None:
         make(self, *given, **options)
         witness.pager = self
 
-    def chosen(rules, scores, context, budget, policy="", *given, **options):
-        found = choose(rules, scores, context, budget, policy, *given, **options)
-        expected = witness.expected.get(policy)
-        if expected is not None and len(expected) == len(scores):
-            other = choose(rules, expected, context, budget, policy, *given, **options)
-            shared = len(np.intersect1d(found.positions, other.positions))
-            witness.note(policy=policy, set=len(found.positions), shared=shared)
-        return found
+    def chosen(rules, asks):
+        every = choose_all(rules, asks)
+        for ask, found in zip(asks, every, strict=True):
+            expected = witness.expected.get(ask.policy)
+            if expected is not None and len(expected) == len(ask.scores):
+                other = dataclasses.replace(ask, scores=expected).alone(rules)
+                shared = len(np.intersect1d(found.positions, other.positions))
+                witness.note(policy=ask.policy, set=len(found.positions), shared=shared)
+        return every
 
     C4IndexerBackendMixin.forward_c4_indexer = forward_c4_indexer
     C4Indexer.compute_q = compute_q
     Pager.__init__ = init
-    chooser.choose = chosen
+    chooser.choose_all = chosen
     for kind in (Native, Retriever):
         _watch_policy(kind, witness)
 

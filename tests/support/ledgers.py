@@ -39,6 +39,8 @@ def state(ledger: Ledger) -> dict[str, Any]:
     """Everything the ledger knows, comparable."""
     values = copy.deepcopy(vars(ledger))
     values["heat"] = vars(values["heat"])["values"]
+    values["_holders"] = {holder: ledger.held_by(holder) for holder in ledger.holders()}
+    del values["standby"]  # follows from the others
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 

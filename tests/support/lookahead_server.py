@@ -174,7 +174,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 STAGES: dict[str, Callable[[Server, pytest.MonkeyPatch], None]] = {
-    "choose": lambda server, patch: patch.setattr("sglang_lsa.engine.chooser.choose", fail),
+    "choose": lambda server, patch: patch.setattr("sglang_lsa.engine.chooser.Ask.alone", fail),
     "recall": lambda server, patch: patch.setattr(server.pager, "hold_if_spare", fail),
     "table": lambda server, patch: patch.setattr(server.table, "remap", fail),
 }

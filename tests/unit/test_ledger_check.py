@@ -213,7 +213,12 @@ def doubled_place(ledger: Ledger) -> None:
 
 
 def empty_holder(ledger: Ledger) -> None:
-    ledger._holders["b"] = set()
+    ledger._holders._held["b"] = np.zeros(0, dtype=np.int64)
+
+
+def stale_standby(ledger: Ledger) -> None:
+    assert ledger.obtainable_pages
+    ledger._last_reader[1] = 1
 
 
 @pytest.mark.parametrize(
@@ -231,6 +236,7 @@ def empty_holder(ledger: Ledger) -> None:
         (nowhere, "a page is nowhere"),
         (lost_place, "a physical page was lost or counted twice"),
         (doubled_place, "a physical page was lost or counted twice"),
+        (stale_standby, "what can be given up is wrong"),
         (empty_holder, "a holder without pages is remembered"),
     ],
 )

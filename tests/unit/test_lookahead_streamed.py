@@ -111,14 +111,14 @@ def test_a_first_set_that_cannot_be_chosen_is_not_asked_for_again(monkeypatch: p
     server = Server(LEAD, LAG, window=LONG)
     server.wanted.positions = [3, 6]
     requests = [server.prefill(rid, PROMPT, promised=4) for rid in ("a", "b")]
-    chosen = Chooser.choose
+    asked = Chooser.ask
 
-    def choose_b(self: Chooser, request: Request, new: Refresh) -> object:
+    def ask_b(self: Chooser, request: Request, new: Refresh) -> object:
         if request.rid == "a":
             raise RuntimeError("no set")
-        return chosen(self, request, new)
+        return asked(self, request, new)
 
-    monkeypatch.setattr(Chooser, "choose", choose_b)
+    monkeypatch.setattr(Chooser, "ask", ask_b)
     server.before_decode(requests[0])
     server.lookahead.complete_first(["a", "b"])
     a, b = requests

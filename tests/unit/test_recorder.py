@@ -53,7 +53,7 @@ class Server:
             finished=lambda: True,
             finished_reason=SimpleNamespace(to_json=lambda: {"type": "length"}),
         )
-        self.request.text = lambda tokens: text_of(self.req, tokens)
+        self.request.text = text_of(self.req)
 
     def slots(self, stop: int) -> torch.Tensor:
         pages = torch.from_numpy(self.v2p[self.request.pages].astype(np.int64))

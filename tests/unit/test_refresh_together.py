@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 import torch
 from simulation import Simulation
 
+from sglang_lsa.bench.refresh_together import WINDOW, together
+from sglang_lsa.engine import choose_together
 from sglang_lsa.engine.policies import Policy
+from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.memory.scores import Reduction
+from sglang_lsa.memory.standby import Standby
 
 
 class Company(Policy):
@@ -104,3 +109,39 @@ def test_each_gets_what_it_would_get_alone(part: int) -> None:
         assert max(both[1].company.together_with, default=1) == 1
         groups += sum(count > 1 for count in both[0].company.together_with)
     assert groups > 10
+
+
+def decoded(requests: int, tokens: int, windows: int) -> list[Any]:
+    """After every step of so many windows that all begin together: what each request reads, where every page is, and
+    what was counted."""
+    scheduler = together(requests, tokens)
+    for number, req in enumerate(scheduler.requests[::2]):  # answers that copy their prompts
+        req.output_ids = array("q", req.origin_input_ids[100 * number :][: 4 * WINDOW * windows])
+    lookahead, ledger, seen = scheduler.runtime.lookahead, scheduler.pager.ledger, []
+    for _ in range(WINDOW * windows):
+        scheduler.decode()
+        counts = vars(lookahead.counts) | {"host_seconds": 0, "late": scheduler.pager.late_pages}
+        reads = [
+            (one.resident.positions.tolist(), ranks if (ranks := one.resident.ranks) is None else ranks.tolist(), story)
+            for one in scheduler.runtime.requests.values()
+            for story in [(one.story.coverage, one.story.widened, one.resident.tail_start, one.steps_left)]
+        ]
+        seen.append((reads, ledger.v2p.tobytes(), ledger.recalls, ledger.evictions, list(ledger._free), counts))
+    ledger.check()
+    return seen
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(2, 4096), (7, 8192)])
+def test_what_is_done_together_is_what_is_done_one_after_the_other(
+    requests: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets, order, device pages: where all windows begin in one step, as they hardly do in the simulation."""
+    found = decoded(requests, tokens, 5)
+    switched = []
+    monkeypatch.setattr(choose_together, "FEWEST", 1 << 30)
+    monkeypatch.setattr(Refresher, "_switch_all", lambda self, ready: switched.append(len(ready)))
+    monkeypatch.setattr(Standby, "known", False)
+    expected = decoded(requests, tokens, 5)
+    for step, (seen, alone) in enumerate(zip(found, expected, strict=True)):
+        assert seen == alone, f"step {step}"
+    assert set(switched) == {requests} and found[-1][2] > found[0][2], "pages came from the mirror"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from simulation import failure_of
 
 from sglang_lsa.engine.choose import Chosen, choose
-from sglang_lsa.engine.chooser import Chooser
+from sglang_lsa.engine.choose_together import Ask
+from sglang_lsa.engine.chooser import Asking, Chooser
 from sglang_lsa.engine.grouping import Grouping, Groups
 from sglang_lsa.engine.observe_index import IndexRings, KeptIndexKeys
 from sglang_lsa.engine.prefill import Prefill
-from sglang_lsa.engine.request import Refresh, Request, State
+from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.engine.step import Step
 from sglang_lsa.memory.ledger import Ledger
 from sglang_lsa.memory.pager import Pager
@@ -54,41 +56,40 @@ def test_pages_of_other_sizes(page: int, seeds: range) -> None:
 
 def test_sets_that_are_wider_than_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first, as of requests that repeat their prompts; nothing promised room for them."""
-    chosen = Chooser.choose
-    later, widened = [False], [0]
+    ask, take, widened = Chooser.ask, Chooser.take, [0]
 
-    def noted(self: Chooser, request: Request, new: Refresh) -> None:
-        later[0] = request.window > 0
-        chosen(self, request, new)
+    def wider(self: Chooser, request: Request, new: Refresh) -> Ask | None:
+        asked = ask(self, request, new)
+        if asked is None or request.window <= 0:
+            return asked
+        return dataclasses.replace(asked, widen=4.0, follows=asked.context // 3 if asked.context % 2 else None)
 
-    def wider(*asked: Any, **group: Any) -> Chosen:
-        widened_by = (4.0, asked[2] // 3 if asked[2] % 2 else None, asked[-1])
-        found = choose(*asked[:-3], *widened_by, **group) if later[0] else choose(*asked, **group)
-        widened[0] += found.widened
-        return found
+    def noted(self: Chooser, one: Asking, found: Chosen | None) -> Any:
+        widened[0] += found is not None and found.widened
+        return take(self, one, found)
 
-    monkeypatch.setattr(Chooser, "choose", noted)
-    monkeypatch.setattr("sglang_lsa.engine.chooser.choose", wider)
+    monkeypatch.setattr(Chooser, "ask", wider)
+    monkeypatch.setattr(Chooser, "take", noted)
     assert failures(range(1000, 1050)) == []
     assert widened[0] > 500
 
 
 def test_sets_that_are_as_large_as_they_need_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Far larger than was promised, and of all requests at once: nobody reads what is not there, nobody starves."""
-    chosen = Chooser.choose
+    take = Chooser.take
     above, at_most, sets = [0], [0], [0]
 
-    def noted(self: Chooser, request: Request, new: Refresh) -> None:
-        queued = new.state is State.QUEUED
-        chosen(self, request, new)
-        asked, scored = request.asked, queued and new.state is State.CHOSEN and new.ranks is not None
-        if scored and asked.target is not None and request.story.coverage is not None:
+    def noted(self: Chooser, one: Asking, found: Chosen | None) -> Any:
+        choice = take(self, one, found)
+        request, new, asked = one.request, one.new, one.request.asked
+        if asked.target is not None and request.story.coverage is not None:
             pages, expected = len(new.positions) + new.context - new.complete, (new.context, asked.policy, asked.budget)
             sets[0] += 1
             above[0] += pages > self.rules.expected_pages(*expected, asked.target)
             at_most[0] += pages == self.rules.set_pages(new.context, asked.budget)
+        return choice
 
-    monkeypatch.setattr(Chooser, "choose", noted)
+    monkeypatch.setattr(Chooser, "take", noted)
     total = collections.Counter[str]()
     for seed in range(2000, 2060):
         failure, counts = failure_of(seed, auto=True)

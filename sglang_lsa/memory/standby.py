@@ -1,0 +1,82 @@
+"""Standby: the pages that can be given up, in the order in which they go, looked through once for many holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_lsa.memory.heat import Heat, lowest
+
+FIRST = 512
+"""Of the order, so many pages are found at once at least. Finding these takes hardly longer than finding one; sorting
+all of a pool takes several times as long."""
+
+
+class Standby:
+    """What was found when the device pool was last looked through for pages that nobody needs.
+
+    A pool has tens of thousands of pages, and every set that is brought in asks twice what can be given up. Holding
+    pages only takes some away from that, and changes neither the order nor the worth of the others, so what was found
+    holds good from one hold to the next, until something else happens (:meth:`forget`).
+
+    Args:
+        places: by virtual page the device page that it lies in, 0 for none; the ledger's.
+        physical_pages: of the device pool.
+        heat, use: by virtual page, what they are ordered by.
+    """
+
+    def __init__(self, places: np.ndarray, physical_pages: int, heat: Heat, use: np.ndarray):
+        self._places, self._heat, self._use = places, heat, use
+        self._can_go = np.zeros(physical_pages + 1, dtype=bool)
+        """By device page, whether what lies there was found, and not taken since."""
+        self._pages = self._next = np.zeros(0, dtype=np.int64)
+        """Virtual pages that were found; and, in order, the first ones of those that were left when it was made."""
+        self._known, self._heat_changes = False, 0
+        self.count = 0
+        """Pages that can be given up now."""
+
+    @property
+    def known(self) -> bool:
+        """Whether what was found holds good."""
+        return self._known and self._heat_changes == self._heat.changes
+
+    def forget(self) -> None:
+        """Which pages can be given up may have changed, by something else than :meth:`take`."""
+        self._known = False
+
+    def found(self, pages: np.ndarray) -> None:
+        """These virtual pages are all that can be given up now."""
+        self._can_go[:] = False
+        self._can_go[self._places[pages]] = True
+        self._pages, self._next, self.count = pages, pages[:0], len(pages)
+        self._known, self._heat_changes = True, self._heat.changes
+
+    def take(self, physical: np.ndarray) -> None:
+        """What lies in these device pages, all different, is given up, or cannot be any more."""
+        if self._known:
+            self.count -= int(self._can_go[physical].sum())
+            self._can_go[physical] = False
+
+    def first(self, count: int, spared: np.ndarray) -> np.ndarray:
+        """At most ``count`` pages, the coldest first, of those the least recently used, of those by their numbers.
+
+        Args:
+            spared: virtual pages that must not go, all different.
+
+        Returns:
+            Virtual pages, int64.
+        """
+        theirs = self._places[spared]
+        theirs = theirs[self._can_go[theirs]]
+        self._can_go[theirs] = False
+        found = self._left(self._next)
+        if len(found) < min(count, self.count - len(theirs)):
+            self._can_go[theirs] = True
+            self._pages = self._left(self._pages)
+            self._next = lowest(self._pages, self._heat.values, self._use, max(FIRST, 2 * (count + len(theirs))))
+            self._can_go[theirs] = False
+            found = self._left(self._next)
+        self._can_go[theirs] = True
+        return found[:count]
+
+    def _left(self, pages: np.ndarray) -> np.ndarray:
+        return pages[self._can_go[self._places[pages]]]
