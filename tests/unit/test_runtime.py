@@ -24,7 +24,8 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.serve import metrics
-from sglang_lsa.serve.metric_table import METRICS, Counter
+from sglang_lsa.serve.metric import Counter
+from sglang_lsa.serve.metric_table import METRICS
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.serve.status import overhead_bytes, status
 
