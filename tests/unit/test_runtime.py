@@ -208,6 +208,19 @@ def test_counters_are_those_of_their_owners() -> None:
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
 
 
+def test_counters_of_groups_are_those_of_their_owners() -> None:
+    runtime = make_runtime(groups=True)
+    assert runtime.groups is not None
+    known = runtime.groups
+    known.steps, known.saved_reads, known.added_reads, known.formed, known.host_seconds = 2, 3, 4, 6, 7.0
+    runtime.lookahead.counts.exchanged = 5
+    names = ("steps", "saved_reads", "added_reads", "exchanged_pages", "formed", "host_seconds")
+    assert [status(runtime)["groups"][name] for name in names] == list(range(2, 8))
+    values = measure(runtime)
+    metrics_of = [f"lsa_group_{name}" if name != "formed" else "lsa_groups_formed" for name in names]
+    assert [values[name] for name in metrics_of] == list(range(2, 8))
+
+
 @pytest.mark.parametrize("indexer", [None, object()], ids=["quest", "indexer"])
 def test_new_weights_make_an_indexer_stale(indexer: object, caplog: pytest.LogCaptureFixture) -> None:
     """It was trained for the old ones. A policy without training is not."""
