@@ -80,7 +80,7 @@ def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
     """In the live view, of each request, and as metrics; of a server on which nobody runs, nothing."""
     asked = [(prompt, named(prompt)) for prompt in prompts()]
     with ThreadPoolExecutor(1) as pool, urllib.request.urlopen(server.url + "/lsa/events", timeout=120) as stream:
-        answers = pool.submit(ask_together, server, asked, 60)
+        answers = pool.submit(ask_together, server, asked, 240)
         frames = (frame for line in stream if (frame := event_of(line)) is not None)
         frame = next(frame for frame in frames if answers.done() or frame["groups"])
         told: list[Any] = []

@@ -48,6 +48,9 @@ class Crowd:
 
     def __init__(self, requests: int, seed: int = 0, groups: list[list[int]] | None = None):
         self.groups = groups
+        self.last: dict[str, Any] | None = None
+        self.frozen = False
+        """The last snapshot is given again."""
         self.rng = np.random.default_rng(seed)
         self.pages = self.rng.integers(40, 900, requests)
         self.states = [self._begin(int(pages)) for pages in self.pages]
@@ -73,7 +76,9 @@ class Crowd:
         return np.append(states, np.uint8(RESIDENT)) if self.rng.random() < 0.3 else states
 
     async def __call__(self) -> str:
-        return json.dumps(self.next())
+        if self.last is None or not self.frozen:
+            self.last = self.next()
+        return json.dumps(self.last)
 
     def next(self) -> dict[str, Any]:
         self.updates += 1
