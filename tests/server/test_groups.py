@@ -82,10 +82,10 @@ def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
     with ThreadPoolExecutor(1) as pool, urllib.request.urlopen(server.url + "/lsa/events", timeout=120) as stream:
         answers = pool.submit(ask_together, server, asked, 240)
         frames = (frame for line in stream if (frame := event_of(line)) is not None)
-        frame = next(frame for frame in frames if answers.done() or frame["groups"])
+        frame = next(f for f in frames if answers.done() or [g["members"] for g in f["groups"]] == [AGENTS])
         told: list[Any] = []
         metrics: dict[str, float] = {}
-        while not answers.done() and not (metrics.get("lsa_groups") and any(told)):
+        while not answers.done() and not (metrics.get("lsa_groups") and len(told) == AGENTS and all(told)):
             told = [request["group"] for request in running_requests(server)] or told
             metrics = group_metrics(server)
         frame_after = next(frame for frame in frames if answers.done() and not frame["requests"])
