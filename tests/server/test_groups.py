@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,15 +80,15 @@ def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
     """In the live view, of each request, and as metrics; of a server on which nobody runs, nothing."""
     asked = [(prompt, named(prompt)) for prompt in prompts()]
     with ThreadPoolExecutor(1) as pool, urllib.request.urlopen(server.url + "/lsa/events", timeout=120) as stream:
-        answers = pool.submit(ask_together, server, asked, 240)
-        frames = (frame for line in stream if (frame := event_of(line)) is not None)
+        answers = pool.submit(ask_together, server, asked, 120)
+        frames = events(stream)
         frame = next(f for f in frames if answers.done() or [g["members"] for g in f["groups"]] == [AGENTS])
         told: list[Any] = []
         metrics: dict[str, float] = {}
         while not answers.done() and not (metrics.get("lsa_groups") and len(told) == AGENTS and all(told)):
             told = [request["group"] for request in running_requests(server)] or told
             metrics = group_metrics(server)
-        frame_after = next(frame for frame in frames if answers.done() and not frame["requests"])
+        frame_after = next(f for f in frames if answers.done() and not f["requests"])
     (group,) = frame["groups"]
     assert (group["members"], group["pages"], group["chosen"]) == (AGENTS, MEMORY_PAGES, AGENTS * MEMORY_PAGES)
     assert group["map"] == ":" * MEMORY_PAGES, "all of the memory, and nothing behind it"
@@ -108,6 +108,13 @@ def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
         assert time.monotonic() < deadline, metrics
     counts = grouped(server)
     assert metrics["lsa_group_saved_reads_total"] == counts["saved_reads"] and counts["now"] == 0
+
+
+def events(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Snapshots of the live view as they come."""
+    for line in stream:
+        if (event := event_of(line)) is not None:
+            yield event
 
 
 def group_metrics(server: ServerProcess) -> dict[str, float]:
