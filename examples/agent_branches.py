@@ -91,7 +91,8 @@ def main() -> None:
         memory, questions = args.memory.read_text() + "\n", args.ask
     before = get_status(args.url)
     size = f"{len(questions)} branches over one memory of {len(memory):,} characters"
-    print(f"{size}: minutes on a CPU (less with fewer --branches and --tokens); see {args.url}/lsa", flush=True)
+    seen = f"see {args.url}/lsa" + (" for who reads what together" if before["groups"] else "")
+    print(f"{size}: minutes on a CPU (less with fewer --branches and --tokens); {seen}", flush=True)
     sgl.set_default_backend(sgl.RuntimeEndpoint(args.url, chat_template_name=args.chat_template))
     watch = DevicePages(args.url)
     watch.start()

@@ -99,6 +99,8 @@ class Groups:
         self.formed = 0
         self.host_seconds = 0.0
         self._of: tuple[int, tuple[str, ...]] = (-1, ())
+        self._requests: Sequence[Request] = ()
+        """Of whom ``now`` was formed; some may be gone."""
         self._reads = (0, 0)
 
     @property
@@ -119,6 +121,7 @@ class Groups:
         if asked != self._of:
             began = time.perf_counter()
             self.now, self._of, self.formed = self._form(requests), asked, self.formed + 1
+            self._requests = requests
             groups = self.now.groups if self.now is not None else ()
             self._reads = sum(group.saved_reads for group in groups), sum(group.added_reads for group in groups)
             self.host_seconds += time.perf_counter() - began
@@ -132,13 +135,18 @@ class Groups:
                 self.check(requests)
         return self.now
 
+    def members(self) -> list[tuple[Group, list[Request]]]:
+        """The groups of the last decode step, each with its members, some of whom may be gone by now."""
+        groups = self.now.groups if self.now is not None else ()
+        return [(group, [self._requests[place] for place in group.members]) for group in groups]
+
     def company(self, choosing: Iterable[Request], running: Iterable[Request]) -> Company:
         """Of these, whose next sets were just chosen; see :class:`Company`."""
         return Company(choosing, running, self.own.page, self.rules)
 
     def forget(self) -> None:
         """Nothing decodes any more."""
-        self.now, self._of = None, (-1, ())
+        self.now, self._of, self._requests = None, (-1, ()), ()
 
     def check(self, requests: Sequence[Request]) -> None:
         """See whether these requests, of the last decode step, read all that they chose, and nothing twice.

@@ -5,63 +5,13 @@ Whoever makes something happen counts it, in an attribute of its own; nothing el
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sglang_lsa.serve.metric import Counter, Gauge
 
 if TYPE_CHECKING:
-    from sglang_lsa.engine.counts import Counts
     from sglang_lsa.engine.runtime import LSARuntime
-    from sglang_lsa.memory.ledger import Ledger
-    from sglang_lsa.memory.pager import Pager
-
-
-class Now(NamedTuple):
-    """What metrics are read from.
-
-    Attributes:
-        sizes: of the running requests: pages, and pages that decode reads.
-    """
-
-    runtime: LSARuntime
-    pager: Pager
-    ledger: Ledger
-    counts: Counts
-    sizes: Sequence[tuple[int, int]]
-
-    @classmethod
-    def of(cls, runtime: LSARuntime) -> Now:
-        sizes = [request.sizes() for request in runtime.requests.values()]
-        return cls(runtime, runtime.pager, runtime.pager.ledger, runtime.lookahead.counts, sizes)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric, and one line of the table in ``docs/metrics.md``.
-
-    Attributes:
-        name: without prefix, and without the ``_total`` of a counter.
-        unit: of its value.
-        text: what it means.
-        read: its value; of a counter the total since the start.
-    """
-
-    name: str
-    unit: str
-    text: str
-    read: Callable[[Now], float]
-
-
-class Gauge(Metric):
-    """Goes up and down."""
-
-    kind, suffix = "gauge", ""
-
-
-class Counter(Metric):
-    """Only grows."""
-
-    kind, suffix = "counter", "_total"
 
 
 def resident_share(sizes: Sequence[tuple[int, int]]) -> float:
@@ -164,6 +114,21 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "ranks",
         "Ranks that share the model (`--tp-size`); pages and bytes are those of each",
         lambda now: now.pager.ranks.size,
+    ),
+    Gauge(
+        "lsa_groups",
+        "groups",
+        "Groups of requests that read pages of a common prefix once for all of a group, in the last decode step; 0 "
+        "unless the server forms them (`groups`)",
+        lambda now: now.groups.now,
+    ),
+    Gauge("lsa_group_requests", "requests", "Requests in these groups", lambda now: now.groups.requests),
+    Gauge("lsa_group_pages", "pages", "Pages that are read once for all of a group", lambda now: now.groups.pages),
+    Gauge(
+        "lsa_group_chosen_pages",
+        "pages",
+        "The same pages, counted for each request that chose them: what is read of them without groups",
+        lambda now: now.groups.chosen_pages,
     ),
     Counter("lsa_recalled_pages", "pages", "Pages copied from host to device", lambda now: now.ledger.recalls),
     Counter(
@@ -307,6 +272,37 @@ METRICS: tuple[Gauge | Counter, ...] = (
         "steps",
         "Decode steps that read more than the CUDA graphs' buffers hold, so without one",
         lambda now: now.runtime.graphless_steps,
+    ),
+    Counter("lsa_group_steps", "steps", "Decode steps with groups", lambda now: now.groups.steps),
+    Counter(
+        "lsa_group_saved_reads",
+        "pages",
+        "Pages that were not read again in them, because a group read them once",
+        lambda now: now.groups.saved_reads,
+    ),
+    Counter(
+        "lsa_group_added_reads",
+        "pages",
+        "Pages that requests read in them without having chosen them",
+        lambda now: now.groups.added_reads,
+    ),
+    Counter(
+        "lsa_group_exchanged_pages",
+        "pages",
+        "Pages of sets that are there because their group reads them (`group_margin`)",
+        lambda now: now.groups.exchanged_pages,
+    ),
+    Counter(
+        "lsa_groups_formed",
+        "batches",
+        "Times that groups were formed: a request came, went, or reads another set",
+        lambda now: now.groups.formed,
+    ),
+    Counter(
+        "lsa_group_host_seconds",
+        "seconds",
+        "Time that the scheduler spent on forming them",
+        lambda now: now.groups.host_seconds,
     ),
     Counter("lsa_prompt_tokens", "tokens", "Tokens of admitted prompts", lambda now: now.runtime.prefill.prompt_tokens),
     Counter(

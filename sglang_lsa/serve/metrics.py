@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_lsa.serve.metric_table import METRICS, Counter, Gauge, Now
+from sglang_lsa.serve.metric import Counter, Gauge, Now
+from sglang_lsa.serve.metric_table import METRICS
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime

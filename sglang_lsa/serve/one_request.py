@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import GivenSet
-from sglang_lsa.engine.request import Window
+from sglang_lsa.engine.request import Request, Window
 from sglang_lsa.engine.summary import describe
+from sglang_lsa.serve.read_together import memberships
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -30,7 +31,7 @@ def overview(runtime: LSARuntime) -> dict[str, Any]:
     running = list(runtime.requests.values())
     return {
         "finished": [_shortened(request.summary) for request in runtime.finished],
-        "running": [_shortened(describe(request, runtime.config.min_pages)) for request in running[:MOST_RUNNING]],
+        "running": [_shortened(summary) for summary in _running(runtime, running[:MOST_RUNNING])],
         "more_running": max(0, len(running) - MOST_RUNNING),
     }
 
@@ -42,9 +43,8 @@ def collect(runtime: LSARuntime, rid: str) -> dict[str, Any]:
     return {
         "finished": [request.summary | {"windows": _packed(request.windows)} for request in gone],
         "running": [
-            describe(request, runtime.config.min_pages)
-            | {"windows": _packed(request.story.windows), "resident": _bytes(request.read_pages())}
-            for request in here
+            summary | {"windows": _packed(request.story.windows), "resident": _bytes(request.read_pages())}
+            for request, summary in zip(here, _running(runtime, here), strict=True)
         ],
         "more_running": 0,
     }
@@ -55,12 +55,18 @@ def formatted(collected: dict[str, Any]) -> dict[str, Any]:
 
     ``history`` has the resident positions of each window below its tail. ``sets`` can be given to another request with
     the same prompt, see ``RequestOptions.sets``. ``watched`` has the scores of the pages that the request asked about.
-    ``resident``, of a running request, are the virtual pages that its decode steps read.
+    ``resident``, of a running request, are the virtual pages that its decode steps read; ``group`` says with how many
+    others it reads some of them, see :class:`sglang_lsa.serve.read_together.Membership`, and is None if with none.
     """
     return {
         name: [_formatted(entry) for entry in value] if isinstance(value, list) else value
         for name, value in collected.items()
     }
+
+
+def _running(runtime: LSARuntime, requests: list[Request]) -> list[dict[str, Any]]:
+    groups = memberships(runtime, requests)
+    return [describe(request, runtime.config.min_pages) | {"group": groups.get(request.key)} for request in requests]
 
 
 def _formatted(entry: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_lsa.engine.policies import Indexer
 from sglang_lsa.indexer.expectation import Expectation
 from sglang_lsa.serve.metrics import measure
+from sglang_lsa.serve.read_together import Figures
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -106,27 +107,8 @@ def running(runtime: LSARuntime) -> dict[str, int]:
 
 
 def groups(runtime: LSARuntime) -> dict[str, float] | None:
-    """Of the last decode step: groups, their requests, pages that were read once for all, and how often these were
-    chosen; since the start: steps with groups, the groups and requests of these steps, pages that were not read again
-    in them, pages that requests read without having chosen them, and pages of sets that are there because their group
-    reads them (``group_margin``). None where no groups are formed."""
-    if (known := runtime.groups) is None:
-        return None
-    now = known.now.groups if known.now is not None else ()
-    return {
-        "now": len(now),
-        "requests": sum(len(group.members) for group in now),
-        "pages": sum(len(group.positions) for group in now),
-        "chosen_pages": sum(group.chosen for group in now),
-        "steps": known.steps,
-        "summed_groups": known.summed_groups,
-        "summed_requests": known.summed_members,
-        "saved_reads": known.saved_reads,
-        "added_reads": known.added_reads,
-        "exchanged_pages": runtime.lookahead.counts.exchanged,
-        "formed": known.formed,
-        "host_seconds": known.host_seconds,
-    }
+    """:class:`Figures`; None where no groups are formed."""
+    return dataclasses.asdict(Figures.of(runtime)) if runtime.groups is not None else None
 
 
 def config_in_force(runtime: LSARuntime) -> dict[str, Any]:

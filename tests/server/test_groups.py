@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import re
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from prompts import prose
 from read_together import AGENTS, MEMORY_PAGES, ask_together, grouped, leave_one_by_one, named, prompts
-from serving import Answer, assert_idle, differs_at_a_tie, generate, run_example
+from serving import (
+    Answer,
+    assert_idle,
+    differs_at_a_tie,
+    generate,
+    run_example,
+    running_requests,
+    wait_until_idle,
+)
 from soak import FLAGS
 
 from sglang_lsa import streaming
@@ -17,6 +29,7 @@ from sglang_lsa.evaluation.client import Endpoint
 from sglang_lsa.evaluation.groups import ask
 from sglang_lsa.evaluation.groups_documents import make_documents
 from sglang_lsa.server_process import LSA, ServerProcess
+from sglang_lsa.streaming import event_of
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 TOKENS = 12
@@ -66,6 +79,53 @@ def test_all_pages_read_together_are_full_attention(server: ServerProcess) -> No
         differs_at_a_tie(alone, seen)
         assert distance(alone, seen) < CLOSE
     assert grouped(server)["steps"] == after["steps"], "one request is no group"
+
+
+def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
+    """In the live view, of each request, and as metrics; of a server on which nobody runs, nothing."""
+    asked = [(prompt, named(prompt)) for prompt in prompts()]
+    with ThreadPoolExecutor(1) as pool, urllib.request.urlopen(server.url + "/lsa/events", timeout=120) as stream:
+        answers = pool.submit(ask_together, server, asked, 120)
+        frames = events(stream)
+        frame = next(f for f in frames if answers.done() or [g["members"] for g in f["groups"]] == [AGENTS])
+        told: list[Any] = []
+        metrics: dict[str, float] = {}
+        while not answers.done() and not (metrics.get("lsa_groups") and len(told) == AGENTS and all(told)):
+            told = [request["group"] for request in running_requests(server)] or told
+            metrics = group_metrics(server)
+        frame_after = next(f for f in frames if answers.done() and not f["requests"])
+    (group,) = frame["groups"]
+    assert (group["members"], group["pages"], group["chosen"]) == (AGENTS, MEMORY_PAGES, AGENTS * MEMORY_PAGES)
+    assert group["map"] == ":" * MEMORY_PAGES, "all of the memory, and nothing behind it"
+    part = {"number": 0, "members": AGENTS, "pages": MEMORY_PAGES, "added_pages": 0}
+    assert len(frame["requests"]) == AGENTS
+    for request in frame["requests"]:
+        assert request["group"] == part | {"own_pages": request["resident"] - MEMORY_PAGES}
+    for own in told:
+        assert own | part == own and own["own_pages"] >= 1
+    shown = ("lsa_groups", "lsa_group_requests", "lsa_group_pages", "lsa_group_chosen_pages")
+    assert [metrics[name] for name in shown] == [1, AGENTS, MEMORY_PAGES, AGENTS * MEMORY_PAGES]
+    assert metrics["lsa_group_steps_total"] > 0 and metrics["lsa_group_saved_reads_total"] > 0
+    assert frame_after["groups"] == []
+    wait_until_idle(server)
+    deadline = time.monotonic() + 20
+    while any((metrics := group_metrics(server))[name] for name in shown):
+        assert time.monotonic() < deadline, metrics
+    counts = grouped(server)
+    assert metrics["lsa_group_saved_reads_total"] == counts["saved_reads"] and counts["now"] == 0
+
+
+def events(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Snapshots of the live view as they come."""
+    for line in stream:
+        if (event := event_of(line)) is not None:
+            yield event
+
+
+def group_metrics(server: ServerProcess) -> dict[str, float]:
+    """What ``/metrics`` says of groups, by names without prefix."""
+    text = urllib.request.urlopen(server.url + "/metrics", timeout=60).read().decode()
+    return {name: float(value) for name, value in re.findall(r"^sglang:(lsa_group\w*){.*} (.*)$", text, re.M)}
 
 
 def test_a_member_reads_what_others_chose(server: ServerProcess) -> None:

@@ -61,6 +61,7 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
     """What every metric should say of a server with this status, on which nothing runs."""
     physical, host, virtual, recalls = (status[part] for part in ("physical", "host", "virtual", "recalls"))
     prefill, pressure, failures, radix = (status[part] for part in ("prefill", "pressure", "failures", "radix"))
+    groups = status["groups"] or dict.fromkeys((*GROUP_COUNTS, "formed"), 0)
     assert status["running"]["requests"] == 0
     return {
         "lsa_device_pages": physical["pages"],
@@ -111,8 +112,13 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_prompt_tokens": radix["prompt_tokens"],
         "lsa_prefix_hit_tokens": radix["hit_tokens"],
         "lsa_config_changes": status["config_changes"],
+        **dict.fromkeys(("lsa_groups", "lsa_group_requests", "lsa_group_pages", "lsa_group_chosen_pages"), 0),
+        **{f"lsa_group_{name}": groups[name] for name in GROUP_COUNTS},
+        "lsa_groups_formed": groups["formed"],
     }
 
+
+GROUP_COUNTS = ("steps", "saved_reads", "added_reads", "exchanged_pages", "host_seconds")
 
 PROMETHEUS = {
     "2.42": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"

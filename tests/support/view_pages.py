@@ -8,16 +8,29 @@ import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import uvicorn
 from fastapi import APIRouter, FastAPI
 
+from sglang_lsa.engine.groups import Group
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES
+from sglang_lsa.serve.read_together import Membership
 from sglang_lsa.serve.view.events import Broadcast
 from sglang_lsa.serve.view.routes import add_routes
-from sglang_lsa.serve.view.snapshot import ARRIVING, CACHED, HOST, RECALLED, RESIDENT, SINK, encode, pages_per_column
+from sglang_lsa.serve.view.snapshot import (
+    ARRIVING,
+    CACHED,
+    HOST,
+    RECALLED,
+    RESIDENT,
+    SINK,
+    describe_group,
+    encode,
+    pages_per_column,
+)
 from sglang_lsa.server_process import held_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,9 +39,18 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 
 class Crowd:
-    """So many requests, each with a set that changes every few updates; awaited, the next snapshot."""
+    """So many requests, each with a set that changes every few updates; awaited, the next snapshot.
 
-    def __init__(self, requests: int, seed: int = 0):
+    Args:
+        groups: places of the requests of each group, which read together what its first member reads, as far as all of
+            them reach; None on a server without groups.
+    """
+
+    def __init__(self, requests: int, seed: int = 0, groups: list[list[int]] | None = None):
+        self.groups = groups
+        self.last: dict[str, Any] | None = None
+        self.frozen = False
+        """The last snapshot is given again."""
         self.rng = np.random.default_rng(seed)
         self.pages = self.rng.integers(40, 900, requests)
         self.states = [self._begin(int(pages)) for pages in self.pages]
@@ -54,13 +76,19 @@ class Crowd:
         return np.append(states, np.uint8(RESIDENT)) if self.rng.random() < 0.3 else states
 
     async def __call__(self) -> str:
-        return json.dumps(self.next())
+        if self.last is None or not self.frozen:
+            self.last = self.next()
+        return json.dumps(self.last)
 
     def next(self) -> dict[str, Any]:
         self.updates += 1
         for index in range(self.updates % 3, len(self.states), 3):
             self.states[index] = self._go_on(self.states[index])
         requests = [self._request(index, states) for index, states in enumerate(self.states)]
+        groups = None if self.groups is None else [self._group(*numbered) for numbered in enumerate(self.groups)]
+        for _, own in groups or ():
+            for place, membership in own.items():
+                requests[place]["group"] = membership
         context, resident = sum(r["pages"] for r in requests), sum(r["resident"] for r in requests)
         recalled = self.values["recalled_pages"] + sum(r["recalled"] for r in requests) / 3
         self.values |= {
@@ -73,6 +101,8 @@ class Crowd:
             "resident_pages": resident,
             "recalled_pages": recalled,
             "stalls": self.values["stalls"] + int(self.rng.random() < 0.2),
+            "group_saved_reads": self.values["group_saved_reads"]
+            + 20 * sum(group["chosen"] - group["pages"] for group, _ in groups or ()),
         }
         return {
             "time": time.time(),
@@ -86,6 +116,7 @@ class Crowd:
             "values": dict(self.values),
             "requests": requests,
             "more_requests": 0,
+            "groups": groups and [group for group, _ in groups],
             "tree": {"nodes": self._tree(), "more": 0},
         }
 
@@ -110,7 +141,27 @@ class Crowd:
             "recalled": int((states == RECALLED).sum()),
             "column": column,
             "map": encode(states, column),
+            "group": None,
         }
+
+    def _group(self, number: int, members: list[int]) -> tuple[dict[str, Any], dict[int, dict[str, int]]]:
+        """A group, and the part of each member in it, by the member's place."""
+        common = min(len(self.states[place]) for place in members) - 4
+        read = [self.states[place][:common] >= RESIDENT for place in members]
+        positions = np.flatnonzero(read[0])
+        chosen = [int(each[positions].sum()) for each in read]
+        group = describe_group(Group(tuple(members), positions, sum(chosen), 0.0))
+        parts = {
+            place: Membership(
+                number,
+                len(members),
+                len(positions),
+                len(positions) - count,
+                int((self.states[place] >= RESIDENT).sum()) - count,
+            )
+            for place, count in zip(members, chosen, strict=True)
+        }
+        return group, {place: asdict(part) for place, part in parts.items()}
 
     def _tree(self) -> list[list[float]]:
         nodes: list[list[float]] = [[-1, 120, len(self.states), 40.0, 90, 120]]

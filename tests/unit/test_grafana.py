@@ -73,7 +73,7 @@ def test_the_dashboard_is_laid_out() -> None:
     identities = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(identities)) == len(identities)
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Memory", "Selection quality", "Transfers", "Pressure", "SGLang"]
+    assert rows == ["Memory", "Selection quality", "Transfers", "Pressure", "Groups", "SGLang"]
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from sglang.srt.managers import io_struct
 
 from sglang_lsa.config import PAGE_SIZE, GivenSet, LSAConfig
-from sglang_lsa.engine.request import HISTORY_WINDOWS, Asked, Request, Window
+from sglang_lsa.engine.groups import GroupRules
+from sglang_lsa.engine.request import HISTORY_WINDOWS, Asked, Request, Residency, Window
 from sglang_lsa.engine.runtime import FINISHED_REMEMBERED, LSARuntime
 from sglang_lsa.engine.selection import Watched
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -26,6 +27,7 @@ from sglang_lsa.patches.own_pages import refuse_foreign
 from sglang_lsa.patches.scheduler_init_request_dispatcher import tell
 from sglang_lsa.serve.one_request import LONGEST_NAME, MOST_RUNNING, collect, formatted, overview
 from sglang_lsa.serve.status import config_in_force, status
+from sglang_lsa.serve.view.snapshot import snapshot
 
 
 @pytest.fixture
@@ -34,6 +36,18 @@ def runtime() -> LSARuntime:
     return LSARuntime(
         LSAConfig(), Pager(MhaLayout(keys, values, PAGE_SIZE), 64), torch.zeros((9, 1280), dtype=torch.int32), 2, 1.0
     )
+
+
+@pytest.fixture
+def grouped() -> LSARuntime:
+    """It forms any group that saves something."""
+    keys, values = ([torch.zeros(41 * PAGE_SIZE, 1, 2)] for _ in range(2))
+    pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 64)
+    table = torch.zeros((9, 1280), dtype=torch.int32)
+    runtime = LSARuntime(LSAConfig(groups=True), pager, table, 2, 1.0)
+    assert runtime.groups is not None
+    runtime.groups.rules = GroupRules(least_saved=1e-9)
+    return runtime
 
 
 class Unread(np.ndarray):
@@ -108,7 +122,9 @@ def test_everything_of_a_request(runtime: LSARuntime) -> None:
     found = told(runtime, "a")
     assert found["running"] == [] and found["more_running"] == 0
     (entry,) = found["finished"]
-    assert entry == {name: value for name, value in here.items() if name != "resident"} | {"number": 1}
+    assert here["group"] is None, "the server forms no groups"
+    gone_too = {"resident", "group"}
+    assert entry == {name: value for name, value in here.items() if name not in gone_too} | {"number": 1}
     assert entry["history"] == [[0, 2]] * 3
     assert entry["sets"] == ";".join(str(GivenSet(900 + n, 14, (0, 2))) for n in range(3))
     assert entry["watched"] == [{"tokens": 901, "pages": [[3, 0.5, 7], [4, None, 9]], "lowest": 0.25}]
@@ -189,6 +205,10 @@ def test_a_scheduler_that_cannot_say() -> None:
 
 @pytest.fixture
 def client(runtime: LSARuntime) -> TestClient:
+    return http(runtime)
+
+
+def http(runtime: LSARuntime) -> TestClient:
     """HTTP over the real messages and routes, and a scheduler that has this runtime; no process in between."""
     scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lsa=runtime)))
 
@@ -215,6 +235,54 @@ def test_over_http(runtime: LSARuntime, client: TestClient) -> None:
     assert client.get("/lsa/requests").json() == json.loads(json.dumps(overview(runtime)))
     for path in ("/lsa/status", "/lsa/config", "/lsa/requests", "/lsa/requests?rid=other"):
         assert client.get(path, headers={"Origin": "http://elsewhere"}).status_code == 403
+
+
+def test_a_group_is_told_of_those_who_are_in_it(grouped: LSARuntime) -> None:
+    """Three read pages 1 and 3 together; the third did not choose page 3 and is not told it did. One more reads all."""
+    for number in range(3):
+        running(grouped, f"r{number}", 1).row = number + 1
+    grouped.requests["r2"].resident.positions = np.array([0, 5])
+    running(grouped, "full", 1).resident = Residency()
+    assert grouped.groups is not None
+    grouped.groups.of(list(grouped.requests.values()))
+    with http(grouped) as client:
+        told = {entry["rid"]: entry for entry in client.get("/lsa/requests").json()["running"]}
+        (alone,) = client.get("/lsa/requests", params={"rid": "r2"}).json()["running"]
+        counts = client.get("/lsa/status").json()["groups"]
+    shared = {"number": 0, "members": 3, "pages": 2}
+    assert [told[f"r{number}"]["group"] for number in range(3)] == [
+        shared | {"added_pages": 0, "own_pages": 2},
+        shared | {"added_pages": 0, "own_pages": 2},
+        shared | {"added_pages": 1, "own_pages": 3},
+    ]
+    assert alone["group"] == told["r2"]["group"]
+    assert told["full"]["group"] is None
+    for entry in told.values():
+        if group := entry["group"]:
+            assert entry["resident_pages"] == group["pages"] - group["added_pages"] + group["own_pages"]
+    assert [counts[name] for name in ("now", "requests", "pages", "chosen_pages")] == [1, 3, 2, 5]
+
+
+def test_who_comes_after_a_member_is_not_taken_for_it(grouped: LSARuntime) -> None:
+    """Its name is given again before the next decode step."""
+    for number in range(3):
+        running(grouped, f"r{number}", 1).row = number + 1
+    assert grouped.groups is not None
+    grouped.groups.of(list(grouped.requests.values()))
+    gone(grouped, "r1")
+    assert [entry["group"]["members"] for entry in overview(grouped)["running"]] == [3, 3], "of the last decode step"
+    running(grouped, "r1")
+    assert {entry["rid"]: bool(entry["group"]) for entry in overview(grouped)["running"]} == {
+        "r0": True,
+        "r2": True,
+        "r1": False,
+    }
+    for rid in ("r0", "r2"):
+        gone(grouped, rid)
+    assert overview(grouped)["running"][0]["group"] is None
+    assert snapshot(grouped)["groups"] == [], "nobody of it is left"
+    grouped.on_idle()
+    assert grouped.groups.members() == []
 
 
 def test_a_description_that_fails_costs_one_answer(

@@ -24,7 +24,8 @@ from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.batch import batch_of
 from sglang_lsa.serve import metrics
-from sglang_lsa.serve.metric_table import METRICS, Counter
+from sglang_lsa.serve.metric import Counter
+from sglang_lsa.serve.metric_table import METRICS
 from sglang_lsa.serve.metrics import COUNTERS, GAUGES, measure
 from sglang_lsa.serve.status import overhead_bytes, status
 
@@ -205,6 +206,19 @@ def test_counters_are_those_of_their_owners() -> None:
     assert shown["pressure"] == {"admission_waits": 7, "shrunk_sets": 9, "retractions": 8, "host_evicted_pages": 10}
     assert shown["failures"] == {"refreshes": 11, "batches": 12, "integrity": 0}
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
+
+
+def test_counters_of_groups_are_those_of_their_owners() -> None:
+    runtime = make_runtime(groups=True)
+    assert runtime.groups is not None
+    known = runtime.groups
+    known.steps, known.saved_reads, known.added_reads, known.formed, known.host_seconds = 2, 3, 4, 6, 7.0
+    runtime.lookahead.counts.exchanged = 5
+    names = ("steps", "saved_reads", "added_reads", "exchanged_pages", "formed", "host_seconds")
+    assert [status(runtime)["groups"][name] for name in names] == list(range(2, 8))
+    values = measure(runtime)
+    metrics_of = [f"lsa_group_{name}" if name != "formed" else "lsa_groups_formed" for name in names]
+    assert [values[name] for name in metrics_of] == list(range(2, 8))
 
 
 @pytest.mark.parametrize("indexer", [None, object()], ids=["quest", "indexer"])

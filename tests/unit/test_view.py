@@ -19,6 +19,7 @@ from aiohttp import web
 
 from sglang_lsa.cli import main
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.engine.groups import MOST_GROUPS, Group
 from sglang_lsa.engine.request import Asked, Request, Residency
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.layout.mha import MhaLayout
@@ -40,6 +41,7 @@ from sglang_lsa.serve.view.snapshot import (
     RECALLED,
     RESIDENT,
     SINK,
+    describe_group,
     encode,
     page_states,
     pages_per_column,
@@ -184,6 +186,21 @@ def test_maps_are_bounded(pages: int) -> None:
     assert [state for state, _ in decode(text)] == [
         int(states[start : start + column].max()) for start in range(0, pages, column)
     ]
+    assert not set(text) & {'"', "\\"} and text.isascii(), "JSON needs no escapes"
+
+
+@pytest.mark.parametrize("pages", [1, 10, 512, 513, 5000, 100_000])
+def test_maps_of_groups(pages: int) -> None:
+    """Up to the last page that is read together, in columns as wide as those of a request of that length, or finer."""
+    positions = np.unique(np.random.default_rng(pages).integers(0, pages, max(1, pages // 3)))
+    found = describe_group(Group((1, 4), positions, 2 * len(positions) - 1, 0.0))
+    assert (found["members"], found["pages"], found["chosen"]) == (2, len(positions), 2 * len(positions) - 1)
+    column, text = found["column"], found["map"]
+    assert column & (column - 1) == 0 and column <= pages_per_column(pages)
+    assert len(text) == positions[-1] // column + 1 <= MOST_COLUMNS
+    for number, character in enumerate(text):
+        within = ((positions >= number * column) & (positions < (number + 1) * column)).sum()
+        assert ord(character) - ord("0") == -(-within * 10 // column)
     assert not set(text) & {'"', "\\"} and text.isascii(), "JSON needs no escapes"
 
 
@@ -477,6 +494,7 @@ def test_the_page_knows_the_states_of_the_snapshot() -> None:
     assert f"SHARES = {snapshot_module.SHARES};" in text
     assert 'COLOURS = ["host", "cached", "arriving", "resident", "recalled", "sink"]' in text
     assert (HOST, CACHED, ARRIVING, RESIDENT, RECALLED, SINK) == (0, 1, 2, 3, 4, 5)
+    assert len(re.findall(r'LETTERS = "([A-Z]+)"', text)[0]) == MOST_GROUPS, "one for each group"
     assert tree_module.FIELDS == ("parent", "pages", "readers", "heat", "device_pages", "host_pages")
     assert "nodes.map(([parent, pages, readers, heat, device, host])" in text
 

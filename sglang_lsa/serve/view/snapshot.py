@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_lsa.config import FULL
+from sglang_lsa.engine.groups import Group
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.selection import budget_pages
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.serve.metrics import measure
+from sglang_lsa.serve.read_together import memberships, running_groups
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
@@ -37,6 +40,7 @@ def snapshot(runtime: LSARuntime) -> dict[str, Any]:
     """Pools, counters and running requests; see :func:`encode` for the maps. Without the radix tree."""
     requests = list(runtime.requests.values())
     shown = requests[:MOST_REQUESTS]
+    in_groups = memberships(runtime, shown)
     ledger = runtime.pager.ledger
     return {
         "time": time.time(),
@@ -49,10 +53,11 @@ def snapshot(runtime: LSARuntime) -> dict[str, Any]:
         "virtual_allocated": ledger.allocated_pages,
         "values": {name.removeprefix("lsa_"): value for name, value in measure(runtime).items()},
         "requests": [
-            describe(runtime, request, states)
+            describe(runtime, request, states) | {"group": in_groups.get(request.key)}
             for request, states in zip(shown, page_states(runtime, shown), strict=True)
         ],
         "more_requests": len(requests) - len(shown),
+        "groups": None if runtime.groups is None else [describe_group(group) for group, _ in running_groups(runtime)],
     }
 
 
@@ -84,6 +89,22 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
         "recalled": int((states == RECALLED).sum()),
         "column": (column := pages_per_column(len(states))),
         "map": encode(states, column),
+    }
+
+
+def describe_group(group: Group) -> dict[str, Any]:
+    """Requests that read pages together; ``map`` has a character for each ``column`` pages of what they have in common,
+    up to the last page that is read together: ``0`` to ``:``, the share of them that is, in tenths, rounded up."""
+    extent = int(group.positions[-1]) + 1
+    column = pages_per_column(extent)
+    counts = np.bincount(group.positions // column, minlength=pages_spanned(extent, column))
+    shares = np.ceil(counts / column * SHARES).astype(np.uint8)
+    return {
+        "members": len(group.members),
+        "pages": len(group.positions),
+        "chosen": group.chosen,
+        "column": column,
+        "map": (shares + ord("0")).tobytes().decode("ascii"),
     }
 
 
