@@ -18,8 +18,9 @@ from sglang_lsa.bench.load_client import LOADS, Load, offer
 from sglang_lsa.bench.load_figures import Objective, completed_within, figures
 from sglang_lsa.bench.load_mix import MIXES, SMALLER, Mix
 from sglang_lsa.bench.load_plan import SEARCHED, Plan
-from sglang_lsa.bench.load_report import LOAD, same_words, table
+from sglang_lsa.bench.load_report import LOAD, table
 from sglang_lsa.bench.load_saturation import saturation
+from sglang_lsa.bench.server_args import same_words
 from sglang_lsa.bench.servers import gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import Group
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System

@@ -333,6 +333,7 @@ def row(system: str, policy: str | None = None, **other: Any) -> dict[str, Any]:
         "tpot_ms_p99": 30.0,
         "kv_gpu_bytes": 32_000_000_000,
         "gpu": "GPU of a test",
+        "server_args": "",
         **ATTENDING[system],
     }
     return found | ({"stalls": 2} if system == "lsa" else {}) | other
@@ -400,7 +401,7 @@ def test_results_of_one_system_are_written(rows: list[dict[str, Any]], tmp_path:
 def test_only_rows_of_the_same_arm_are_compared() -> None:
     others = [
         row("lsa", "quest", **other)
-        for other in ({"context": 1024}, {"kv_dtype": "fp8_e4m3"}, {"gpu": "another card"}, {"model": "1b"})
+        for other in ({"context": 1024}, {"kv_dtype": "fp8_e4m3"}, {"gpu": "another card"}, {"server_args": "--x"})
     ]
     random = row("lsa", "random")
     found = report.comparisons([LSA, STOCK, *others, random])
@@ -462,6 +463,7 @@ def prefill_row(system: str, seconds: float, context: int = 131_072, **other: An
         "ttft_s": seconds,
         "ttft_all_s": [seconds],
         "gpu": "GPU of a test",
+        "server_args": "",
         "pool": "full",
         **ATTENDING[system],
     }

@@ -507,26 +507,6 @@ def test_a_run_that_is_resumed_measures_what_is_missing(bench: Bench) -> None:
     assert all(one["command"] == "me" and one["gpu"] == "GPU of a test" for one in rows)
 
 
-@pytest.mark.parametrize(
-    ("command", "server_args"),
-    [
-        ("sglang-lsa bench load --rates 1", ""),
-        (
-            "sglang-lsa bench load --server-args '--tp-size 2  --log-level info' --rates 1",
-            "--tp-size 2 --log-level info",
-        ),
-        ("sglang-lsa bench load '--server-args=--tp-size 2'", "--tp-size 2"),
-        (None, ""),
-    ],
-)
-def test_rows_of_before_say_the_arguments_of_their_servers(command: str | None, server_args: str) -> None:
-    """They named them in their command only, so that a resumed run took them for those of servers without."""
-    old = row("lsa", command=command)
-    del old["server_args"]
-    assert LOAD.upgrade(old)["server_args"] == server_args
-    assert LOAD.upgrade(old | {"server_args": "--x"})["server_args"] == "--x"
-
-
 def test_servers_with_other_arguments_are_not_compared() -> None:
     rows = [row("stock"), row("lsa"), row("lsa", server_args="--log-level info")]
     assert [found.row["server_args"] for found in LOAD.compare(rows)] == [""]
