@@ -20,7 +20,7 @@ from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, MOST, Dsv4Arm, D
 from sglang_lsa.bench.dsv4_report import DSV4, table
 from sglang_lsa.bench.dsv4_shapes import DSV4_SHAPES, ENVIRONMENT, Dsv4Shape
 from sglang_lsa.bench.plateau import Plateau, plateau
-from sglang_lsa.bench.server_args import same_words
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import READY_SECONDS, gpu_name
 from sglang_lsa.bench.systems import Failures, Row
 from sglang_lsa.memory.layout.dsv4 import PAGE_TOKENS
@@ -188,7 +188,10 @@ def measure(
         plugin = folder / "plugin"
         environment = {**ENVIRONMENT, **dsv4_plugin.install(plugin, asked.kv_bytes)}
         flags = arguments(asked, arm, system, planned, model)
-        log, began = output / f"{system.name}-{asked.shape.name}-{arm.name}.log", time.perf_counter()
+        log = log_path(
+            output, (system.name, asked.shape.name, arm.name), asked, [(one.name, churn) for one, churn in rows]
+        )
+        began = time.perf_counter()
         with ServerProcess(system.module, flags, log, environment) as server:
             server.wait_until_ready(READY_SECONDS)
             console.print(f"{system.name} {arm.name}: up after {time.perf_counter() - began:.0f} s, {planned}")

@@ -30,7 +30,7 @@ from sglang_lsa.bench.prefill_groups import (
     groups,
 )
 from sglang_lsa.bench.prefill_report import PREFILL, table
-from sglang_lsa.bench.server_args import same_words
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import DUMMY, gpu_name, ready
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
@@ -146,7 +146,8 @@ def measure(
     def flags(model: pathlib.Path) -> list[str]:
         return [*arguments(group, shape, system, model), *shlex.split(server_args)]
 
-    log = output / f"{system.name}-{group.name}-{group.pool_tokens}-{group.kv_dtype}.log"
+    names = (system.name, group.name, str(group.pool_tokens), group.kv_dtype)
+    log = log_path(output, names, group.prompts, group.questions, repeats, server_args)
     with ExitStack() as stack:
         server = servers.begin(system, shape, group.context, flags, log, stack)
         facts = ready(server, f"{system.name} {group.name}", console)

@@ -1,8 +1,10 @@
-"""``--server-args`` of the benchmarks: as rows say them, of rows that did not say them, and in pictures."""
+"""``--server-args`` of the benchmarks: as rows say them, of rows that did not say them, and in names of logs."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import pathlib
 import shlex
 from collections.abc import Callable, Sequence
 
@@ -46,3 +48,14 @@ def told_apart(rows: Sequence[Row], name: Callable[[Row], str]) -> Callable[[Row
     for row in rows:
         given.setdefault(name(row), set()).add(row["server_args"])
     return lambda row: name(row) + (and_arguments(row, "\n") if len(given[name(row)]) > 1 else "")
+
+
+def log_path(folder: pathlib.Path, names: Sequence[str], *asked: object) -> pathlib.Path:
+    """Where a server's log goes: the same for the same names and arguments, and another for others.
+
+    Args:
+        names: that one reads; the file begins with them.
+        asked: everything else that tells one run from another, ``--server-args`` among it; too long for a file's name.
+    """
+    digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+    return folder / f"{'-'.join((*names, digest))}.log"

@@ -19,7 +19,7 @@ from sglang_lsa.bench import servers
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.report import SERVING, table
-from sglang_lsa.bench.server_args import same_words
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import DUMMY, gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import CONTEXT, Arm, Group, chosen
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
@@ -75,9 +75,13 @@ def run(
             }
             left = {system: planned for system, planned in left.items() if planned}
             with ExitStack() as stack:
-                begun = {system: begin(group, system, typed, output, stack) for system in left if together}
+                begun = {
+                    system: begin(group, system, planned, typed, output, stack)
+                    for system, planned in left.items()
+                    if together
+                }
                 for system, planned in left.items():
-                    server = begun.get(system) or begin(group, system, typed, output, stack)
+                    server = begun.get(system) or begin(group, system, planned, typed, output, stack)
                     for row in failures.go_on(
                         system.name, group.model, measure(server, group, system, planned, console)
                     ):
@@ -110,10 +114,18 @@ def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
     return system.arguments(flags, group.kv_dtype, group.pool_tokens, group.host_gb() if system.lsa else 0)
 
 
-def begin(group: Group, system: System, server_args: str, output: pathlib.Path, stack: ExitStack) -> ServerProcess:
-    """The server that measures the group; it runs as long as the stack at most."""
-    ranks = "" if group.tp == 1 else f"-tp{group.tp}"
-    log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}{ranks}.log"
+def begin(
+    group: Group,
+    system: System,
+    planned: Iterable[tuple[Arm, str]],
+    server_args: str,
+    output: pathlib.Path,
+    stack: ExitStack,
+) -> ServerProcess:
+    """The server that measures these arms of the group, each with its policy; it runs as long as the stack at most."""
+    ranks = () if group.tp == 1 else (f"tp{group.tp}",)
+    names = (system.name, group.model, f"{group.pool_gb:g}", group.kv_dtype, *ranks)
+    log = log_path(output, names, [(arm.name, policy) for arm, policy in planned], server_args)
 
     def flags(model: pathlib.Path) -> list[str]:
         return [*arguments(group, system, model), *shlex.split(server_args)]

@@ -536,6 +536,28 @@ def test_rows_of_servers_with_other_arguments_are_other_rows(bench: Bench) -> No
         bench.run(server_args="--x 'y")
 
 
+def test_logs_of_other_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """By names that tell arms, churns and arguments apart."""
+    logs: list[pathlib.Path] = []
+
+    def begin(module: str, flags: Any, log: pathlib.Path, environment: Any) -> Any:
+        logs.append(log)
+        raise ServerFailed("no server here")
+
+    monkeypatch.setattr(dsv4, "ServerProcess", begin)
+    monkeypatch.setattr(dsv4_arms, "available_host_memory", lambda: 1 << 50)
+    arm, lsa = DSV4_ARMS["256k"], DSV4_SYSTEMS["lsa"]
+    asked = asked_of()
+    others = [
+        asked,
+        *(dataclasses.replace(asked, **one) for one in ({"tokens": 32}, {"server_args": "--log-level info"})),
+    ]
+    for one, churns in [*((one, (0.0,)) for one in others), (asked, (0.0, 0.1)), (asked, (0.0,))]:
+        with pytest.raises(ServerFailed):
+            list(dsv4.measure(one, lsa, arm, [(arm, churn) for churn in churns], tmp_path, Console(quiet=True)))
+    assert len(set(logs)) == 4 and logs[0] == logs[-1]
+
+
 def test_arms_of_one_context_share_a_server_that_is_made_for_the_most_requests(bench: Bench) -> None:
     seen = bench.run(arms=["1x1m", "256k", "1m"], systems=["stock-tuned", "lsa"], churns=[10])
     assert seen == [

@@ -527,6 +527,19 @@ def test_arguments_that_cannot_be_split_are_refused_before_anything_starts(bench
     assert bench.seen == []
 
 
+def test_logs_of_other_runs_are_kept(tmp_path: pathlib.Path) -> None:
+    """By names that tell system, mixes and arguments apart: a run with other ones used to write over them."""
+    others: list[dict[str, Any]] = [{}, {"rates": (3.0,)}, {"seconds": 30.0}, {"objective": Objective(2.0, 30.0)}]
+    others += [{"server_args": "--x"}, {"mixes": (AGENTS.with_memories(8),)}, {"times": (4.0,)}]
+    logs = [load.log_of(plan(**other), SYSTEMS["lsa"], [AGENTS], tmp_path) for other in others]
+    logs += [load.log_of(plan(), SYSTEMS[name], mixes, tmp_path) for name, mixes in LOGGED]
+    assert len(set(logs)) == len(logs) and logs[0] == load.log_of(plan(), SYSTEMS["lsa"], [AGENTS], tmp_path)
+    assert logs[0].name.startswith("load-lsa-8b-16-auto-agents-")
+
+
+LOGGED = (("stock", [AGENTS]), ("lsa", [DOCUMENTS]), ("lsa", [AGENTS, DOCUMENTS]))
+
+
 @pytest.mark.usefixtures("roomy")
 def test_all_servers_get_the_arguments_last() -> None:
     flags = plan(server_args="--context-length '7 8'").arguments(SYSTEMS["stock"], pathlib.Path("model"))

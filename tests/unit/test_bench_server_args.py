@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from sglang_lsa.bench.dsv4_report import DSV4
 from sglang_lsa.bench.load_report import LOAD
 from sglang_lsa.bench.prefill_report import PREFILL
 from sglang_lsa.bench.report import SERVING, Results
-from sglang_lsa.bench.server_args import told_apart
+from sglang_lsa.bench.server_args import log_path, told_apart
 
 ALL = pytest.mark.parametrize("results", [SERVING, PREFILL, LOAD, DSV4], ids=lambda results: results.name)
 
@@ -48,3 +49,11 @@ def test_a_picture_names_arguments_where_nothing_else_tells_rows_apart() -> None
     rows = [{"name": name, "server_args": given} for name, given in (("a", ""), ("a", "--x"), ("b", "--x"))]
     name_of = told_apart(rows, lambda row: row["name"])
     assert [name_of(row) for row in rows] == ["a", "a\n--x", "b"]
+
+
+def test_a_log_has_a_name_for_each_run_that_is_another() -> None:
+    folder, names = pathlib.Path("out"), ("lsa", "8b")
+    runs = [("--x",), ("--y",), ("",), ("", 2.0), ("", 0.2), ((0.2, 0.4), ""), (("agents",), "")]
+    paths = [log_path(folder, names, *asked) for asked in runs]
+    assert len(set(paths)) == len(runs) and paths == [log_path(folder, names, *asked) for asked in runs]
+    assert all(path.parent == folder and path.name.startswith("lsa-8b-") for path in paths)

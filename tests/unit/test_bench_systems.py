@@ -9,6 +9,7 @@ import json
 import pathlib
 import urllib.error
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -256,6 +257,35 @@ def test_servers_start_one_after_the_other_or_together(bench: Bench) -> None:
     assert bench.begun == ["stock", "measures stock", "stops stock", "lsa", "measures lsa", "stops lsa"]
     bench.serving(together=True)
     assert bench.begun == ["stock", "lsa", "measures stock", "measures lsa"], "all have the same company"
+
+
+def test_logs_of_other_runs_are_kept(roomy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By names that tell arms, policies and arguments apart."""
+    logs: list[pathlib.Path] = []
+
+    def begin(system: System, shape: Any, context: int, flags: Any, log: pathlib.Path, stack: Any) -> Any:
+        logs.append(log)
+        raise ServerFailed("no server here")
+
+    monkeypatch.setattr(serving.servers, "begin", begin)
+    (one,) = serving_arms.chosen(["8b"], ["tpot"], ["1k"], "auto")
+    (arm,), out = one.arms, pathlib.Path("out")
+    for system, policies, given in (
+        ("stock", "", ""),
+        ("lsa", "q", ""),
+        ("lsa", "qr", ""),
+        ("lsa", "q", "--x"),
+        ("lsa", "q", ""),
+    ):
+        with pytest.raises(ServerFailed):
+            serving.begin(one, SYSTEMS[system], [(arm, policy) for policy in policies], given, out, ExitStack())
+    assert len(set(logs)) == 4 and logs[1] == logs[4], "the same run has the same"
+    logs.clear()
+    for prompts, repeats, given in (((1024,), 3, ""), ((2048,), 3, ""), ((1024,), 1, ""), ((1024,), 3, "--x")):
+        group = prefill_groups.Group("full", 4096, prompts)
+        with pytest.raises(ServerFailed):
+            list(prefill.measure(group, SHAPES["8b"], SYSTEMS["lsa"], repeats, given, out, Console(quiet=True)))
+    assert len(set(logs)) == 4
 
 
 def test_rows_of_several_ranks_are_rows_of_their_own(bench: Bench) -> None:
