@@ -20,6 +20,7 @@ from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, MOST, Dsv4Arm, D
 from sglang_lsa.bench.dsv4_report import DSV4, table
 from sglang_lsa.bench.dsv4_shapes import DSV4_SHAPES, ENVIRONMENT, Dsv4Shape
 from sglang_lsa.bench.plateau import Plateau, plateau
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import READY_SECONDS, gpu_name
 from sglang_lsa.bench.systems import Failures, Row
 from sglang_lsa.memory.layout.dsv4 import PAGE_TOKENS
@@ -43,6 +44,7 @@ class Asked:
         share: requests over each prefix.
         budget: of LSA.
         churns: share of a resident set that every window replaces; each is measured.
+        server_args: more arguments of all servers, as one would type them. Rows with others are other rows.
     """
 
     shape: Dsv4Shape
@@ -52,6 +54,7 @@ class Asked:
     share: int
     budget: float
     churns: tuple[float, ...]
+    server_args: str = ""
 
     @property
     def kv_bytes(self) -> int:
@@ -79,14 +82,16 @@ def run(
 
     Args:
         churns: in per cent.
+        server_args: more arguments of all servers, as one would type them.
 
     Returns:
         The new rows.
 
     Raises:
         RuntimeError: there is no GPU, or a server or a request failed; the other systems have been measured.
-        ValueError: what was asked for does not fit.
+        ValueError: what was asked for does not fit, or a quotation mark of ``server_args`` has no other.
     """
+    typed = same_words(server_args)
     facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
     output.mkdir(parents=True, exist_ok=True)
     done = DSV4.measured(output, resume)
@@ -94,9 +99,8 @@ def run(
     rows: list[Row] = []
     with DSV4.drawn(output):
         for model in models:
-            asked = Asked(
-                DSV4_SHAPES[model], weights, kv_gb, tokens, share, budget, tuple(churn / 100 for churn in churns)
-            )
+            parts = tuple(churn / 100 for churn in churns)
+            asked = Asked(DSV4_SHAPES[model], weights, kv_gb, tokens, share, budget, parts, typed)
             for sharing in share_servers([DSV4_ARMS[name] for name in arms]):
                 for system in (DSV4_SYSTEMS[name] for name in systems):
                     left = [
@@ -105,7 +109,7 @@ def run(
                         for churn in (asked.churns if system.lsa else (None,))
                         if DSV4.identity(labels(asked, arm, system, churn) | facts) not in done
                     ]
-                    measured = measure(asked, system, sharing[0], left, server_args, output, console) if left else ()
+                    measured = measure(asked, system, sharing[0], left, output, console) if left else ()
                     for row in failures.go_on(system.name, f"{model} {sharing[0].name}", measured):
                         rows.append(row | facts)
                         DSV4.keep(output, [rows[-1]])
@@ -135,6 +139,7 @@ def labels(asked: Asked, arm: Dsv4Arm, system: Dsv4System, churn: float | None) 
         "system": system.name,
         "budget": asked.budget if system.lsa else None,
         "churn": churn,
+        "server_args": asked.server_args,
     }
 
 
@@ -151,7 +156,7 @@ def arguments(asked: Asked, arm: Dsv4Arm, system: Dsv4System, planned: Plan, mod
         flags += ["--swa-full-tokens-ratio", f"{planned.window_ratio:.5f}"]
     if system.lsa:
         flags += ["--lsa-budget", f"{asked.budget:g}", "--lsa-host-memory-gb", f"{planned.host_gb:g}"]
-    return flags
+    return [*flags, *shlex.split(asked.server_args)]
 
 
 def measure(
@@ -159,7 +164,6 @@ def measure(
     system: Dsv4System,
     arm: Dsv4Arm,
     rows: Sequence[tuple[Dsv4Arm, float | None]],
-    server_args: str,
     output: pathlib.Path,
     console: Console,
 ) -> Iterator[Row]:
@@ -183,8 +187,11 @@ def measure(
         model = asked.shape.write(folder / asked.shape.name, asked.weights)
         plugin = folder / "plugin"
         environment = {**ENVIRONMENT, **dsv4_plugin.install(plugin, asked.kv_bytes)}
-        flags = [*arguments(asked, arm, system, planned, model), *shlex.split(server_args)]
-        log, began = output / f"{system.name}-{asked.shape.name}-{arm.name}.log", time.perf_counter()
+        flags = arguments(asked, arm, system, planned, model)
+        log = log_path(
+            output, (system.name, asked.shape.name, arm.name), asked, [(one.name, churn) for one, churn in rows]
+        )
+        began = time.perf_counter()
         with ServerProcess(system.module, flags, log, environment) as server:
             server.wait_until_ready(READY_SECONDS)
             console.print(f"{system.name} {arm.name}: up after {time.perf_counter() - began:.0f} s, {planned}")

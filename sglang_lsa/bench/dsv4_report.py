@@ -10,10 +10,11 @@ from rich.table import Table
 
 from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS
 from sglang_lsa.bench.report import Results
+from sglang_lsa.bench.server_args import and_arguments, told_apart, with_arguments
 from sglang_lsa.bench.systems import Comparison, Row
 
-SAME = ("model", "weights", "arm", "kv_gb", "share", "gpu")
-"""What rows must have in common to be compared: the same bytes for KV among it."""
+SAME = ("model", "weights", "arm", "kv_gb", "share", "gpu", "server_args")
+"""What rows must have in common to be compared: the same bytes for KV, and the same arguments, among it."""
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
@@ -42,7 +43,7 @@ def table(rows: Sequence[Row]) -> Table:
         shown.add_row(
             f"{row['model']} {row['weights']}",
             row["arm"],
-            row["system"],
+            row["system"] + and_arguments(row, "\n"),
             "" if row["churn"] is None else f"{row['churn']:.0%}",
             f"{row['kv_bytes'] / 1e9:.1f}",
             str(row["running_requests"]),
@@ -67,11 +68,12 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     arms = [name for name in DSV4_ARMS if any(row["arm"] == name for row in rows)]
-    labels = list(dict.fromkeys(_label(row) for row in sorted(rows, key=_place)))
+    label_of = told_apart(rows, _label)
+    labels = list(dict.fromkeys(label_of(row) for row in sorted(rows, key=_place)))
     figure, axis = pyplot.subplots(figsize=(9, 4))
     width = 0.8 / max(1, len(labels))
     for number, label in enumerate(labels):
-        mine = [row for row in rows if _label(row) == label]
+        mine = [row for row in rows if label_of(row) == label]
         places = [arms.index(row["arm"]) + (number + 0.5) * width - 0.4 for row in mine]
         drawn = axis.bar(places, [row["decode_tokens_per_s"] for row in mine], width, label=label)
         axis.bar_label(drawn, [str(row["running_requests"]) for row in mine], fontsize=6)
@@ -91,7 +93,7 @@ def _is_lsa(row: Row) -> bool:
 
 def _place(row: Row) -> tuple[Any, ...]:
     order = list(DSV4_ARMS).index(row["arm"]), list(DSV4_SYSTEMS).index(row["system"])
-    return (row["model"], row["weights"], row["kv_gb"], row["share"], *order, row["churn"] or 0)
+    return (row["model"], row["weights"], row["kv_gb"], row["share"], row["server_args"], *order, row["churn"] or 0)
 
 
 def _label(row: Row) -> str:
@@ -108,4 +110,4 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-DSV4 = Results("dsv4", (*SAME, "system", "budget", "churn"), "gain", comparisons, plot, upgrade=lambda row: row)
+DSV4 = Results("dsv4", (*SAME, "system", "budget", "churn"), "gain", comparisons, plot, with_arguments)

@@ -18,8 +18,9 @@ from sglang_lsa.bench.load_client import LOADS, Load, offer
 from sglang_lsa.bench.load_figures import Objective, completed_within, figures
 from sglang_lsa.bench.load_mix import MIXES, SMALLER, Mix
 from sglang_lsa.bench.load_plan import SEARCHED, Plan
-from sglang_lsa.bench.load_report import LOAD, same_words, table
+from sglang_lsa.bench.load_report import LOAD, table
 from sglang_lsa.bench.load_saturation import saturation
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import Group
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System
@@ -131,7 +132,7 @@ def measure(plan: Plan, system: System, mixes: Sequence[Mix], output: pathlib.Pa
     def flags(folder: pathlib.Path) -> list[str]:
         return plan.arguments(system, folder)
 
-    log = output / f"load-{system.name}-{model}-{plan.group.pool_gb:g}-{plan.group.kv_dtype}.log"
+    log = log_of(plan, system, mixes, output)
     with ExitStack() as stack:
         server = servers.begin(system, plan.group.shape, plan.context, flags, log, stack)
         facts = ready(server, f"{system.name} {model}", console)
@@ -143,6 +144,13 @@ def measure(plan: Plan, system: System, mixes: Sequence[Mix], output: pathlib.Pa
                 plan.saturations[mix.name] = bench.search()
             for rate in plan.left(system, mix):
                 yield bench.row(rate) | facts
+
+
+def log_of(plan: Plan, system: System, mixes: Sequence[Mix], output: pathlib.Path) -> pathlib.Path:
+    """Where the log goes of a server that measures these mixes."""
+    names = ("load", system.name, plan.group.model, f"{plan.group.pool_gb:g}", plan.group.kv_dtype)
+    asked = (plan.mixes, plan.group.room, plan.rates, plan.times, plan.seconds, plan.objective, plan.server_args)
+    return log_path(output, (*names, "+".join(mix.name for mix in mixes)), *asked)
 
 
 class Measurement:

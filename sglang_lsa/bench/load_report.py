@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from sglang_lsa.bench.report import Results, ratios_text
+from sglang_lsa.bench.server_args import and_arguments, with_arguments
 from sglang_lsa.bench.systems import SYSTEMS, Comparison, Row, backends, compare, is_lsa, upgraded
 
 ARM = (
@@ -54,7 +53,7 @@ def table(rows: Sequence[Row]) -> Table:
             row["mix"] + (f" {row['memories']}" if row["memories"] else ""),
             f"{row['pool_gb']:g}",
             f"{row['rate_per_s']:g}",
-            row["system"] + (row["server_args"] and f"\n{row['server_args']}"),
+            row["system"] + and_arguments(row, "\n"),
             backends(row),
             str(row["requests"]),
             str(row["met_objective"]),
@@ -105,8 +104,7 @@ def _draw(axis: Any, rows: Sequence[Row], name: str) -> None:
     lines: dict[str, list[Row]] = {}
     for row in sorted(rows, key=_place):
         kind = "" if row["kv_dtype"] == "bfloat16" else f", {row['kv_dtype']}"
-        more = row["server_args"] and f", {row['server_args']}"
-        label = f"{row['system']} ({backends(row)}{kind}, {row['pool_gb']:g} GB{more})"
+        label = f"{row['system']} ({backends(row)}{kind}, {row['pool_gb']:g} GB{and_arguments(row, ', ')})"
         lines.setdefault(label, []).append(row)
     for label, mine in lines.items():
         seen = [(row["rate_per_s"], row[name]) for row in mine if row[name] is not None]
@@ -121,26 +119,9 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def same_words(server_args: str) -> str:
-    """Arguments as they stand in rows, however they were quoted and spaced.
-
-    Raises:
-        ValueError: a quotation mark has no other.
-    """
-    try:
-        return shlex.join(shlex.split(server_args))
-    except ValueError as error:
-        raise ValueError(f"--server-args {server_args}: cannot be split ({error}): quote it as for a shell") from None
+def upgrade(row: Row) -> Row:
+    """A row as it is written now."""
+    return with_arguments(upgraded(row))
 
 
-def with_arguments(row: Row) -> Row:
-    """A row as it is written now: before rows named the arguments that all servers got, their command did."""
-    if "server_args" in row:
-        return upgraded(row)
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--server-args", default="")
-    given, _ = parser.parse_known_args(shlex.split(row.get("command") or ""))
-    return {"server_args": same_words(given.server_args)} | upgraded(row)
-
-
-LOAD = Results("load", (*ARM, "system"), "goodput_gain", comparisons, plot, with_arguments)
+LOAD = Results("load", (*ARM, "system"), "goodput_gain", comparisons, plot, upgrade)

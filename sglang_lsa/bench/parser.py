@@ -68,8 +68,8 @@ def add_several(
     command.add_argument(flag, action=Several, among=among, default=default, help=what)
 
 
-def add_common(command: argparse.ArgumentParser, of_arguments: str = "") -> None:
-    """What benchmarks against stock SGLang take; more may be said of ``--server-args``."""
+def add_common(command: argparse.ArgumentParser) -> None:
+    """What benchmarks against stock SGLang take."""
     text = (
         "stock is SGLang with what it chooses itself, stock-flashinfer with that backend, lsa with what it chooses "
         "itself, lsa-fa3 and lsa-flashinfer with one backend, lsa-groups with pages that requests share read once"
@@ -79,7 +79,12 @@ def add_common(command: argparse.ArgumentParser, of_arguments: str = "") -> None
     command.add_argument("--kv-cache-dtype", choices=KV_DTYPES, default="auto", dest="kv_dtype", help=text)
     text = "measure only what has no row in the output folder: same card, KV type and system, at whatever commit"
     command.add_argument("--resume", action="store_true", help=text)
-    text = f"more arguments for all servers{of_arguments}"
+    add_rest(command)
+
+
+def add_rest(command: argparse.ArgumentParser) -> None:
+    """What those take whose systems are others."""
+    text = "more arguments for all servers; rows with other ones are other rows, not measured by --resume nor compared"
     command.add_argument("--server-args", default="", metavar="'...'", help=text)
     command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
 
@@ -165,7 +170,7 @@ def add_load(kinds: Commands) -> None:
     command.add_argument("--ttft", type=float, default=5.0, metavar="S", help=text)
     text = "of the objective: most milliseconds a token on average over an answer; default: 30"
     command.add_argument("--tpot", type=float, default=30.0, metavar="MS", help=text)
-    add_common(command, "; rows with other ones are other rows, not measured by --resume nor compared")
+    add_common(command)
     command.set_defaults(run=run_load)
 
 
@@ -239,8 +244,7 @@ def add_dsv4(kinds: Commands) -> None:
     command.add_argument("--churns", nargs="+", type=int, default=[0, 10, 30], metavar="PERCENT", help=text)
     text = "measure only what has no row in the output folder: same card and settings, at whatever commit"
     command.add_argument("--resume", action="store_true", help=text)
-    command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for all servers")
-    command.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench-output"), metavar="DIR")
+    add_rest(command)
     command.set_defaults(run=run_dsv4)
 
 

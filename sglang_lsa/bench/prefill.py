@@ -30,6 +30,7 @@ from sglang_lsa.bench.prefill_groups import (
     groups,
 )
 from sglang_lsa.bench.prefill_report import PREFILL, table
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import DUMMY, gpu_name, ready
 from sglang_lsa.bench.shapes import SHAPES, Shape
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
@@ -54,15 +55,19 @@ def run(
 ) -> list[Row]:
     """Measure; every row is written at once, so that nothing is lost.
 
+    Args:
+        server_args: more arguments of all servers, as one would type them.
+
     Returns:
         The new rows.
 
     Raises:
         RuntimeError: there is no GPU, or a server or a request failed; the other systems have been measured.
-        ValueError: the machine has too little host memory.
+        ValueError: the machine has too little host memory, or a quotation mark of ``server_args`` has no other.
     """
     shape = SHAPES["8b"]
-    facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
+    typed = same_words(server_args)
+    facts = {"gpu": gpu_name(), "commit": commit(), "command": command, "server_args": typed}
     asked = groups(pools, prompts, workloads, kv_dtype)
     if any(SYSTEMS[name].lsa for name in systems):
         for group in asked:
@@ -79,7 +84,7 @@ def run(
                 left = remaining(group.of_system(system), shape, system, facts, done)
                 if not left.prompts and not left.questions:
                     continue
-                measured = measure(left, shape, system, repeats, server_args, output, console)
+                measured = measure(left, shape, system, repeats, typed, output, console)
                 for row in failures.go_on(system.name, group.name, measured):
                     rows.append(row | facts)
                     PREFILL.keep(output, [rows[-1]])
@@ -92,8 +97,8 @@ def remaining(group: Group, shape: Shape, system: System, facts: Row, done: set[
     """What of the group no row is there for; questions are measured together."""
 
     def there(*what: Any) -> bool:
-        row = labels(group, shape, system, *what) | {"kv_dtype": kv_name(group.kv_dtype), "gpu": facts["gpu"]}
-        return PREFILL.identity(row) in done
+        row = labels(group, shape, system, *what) | facts
+        return PREFILL.identity(row | {"kv_dtype": kv_name(group.kv_dtype)}) in done
 
     prompts = tuple(tokens for tokens in group.prompts if not there("ttft", tokens, None, None))
     questions = [("question", MEMORY + QUESTION, prefill, device) for device in DEVICES for prefill in READINGS]
@@ -141,7 +146,8 @@ def measure(
     def flags(model: pathlib.Path) -> list[str]:
         return [*arguments(group, shape, system, model), *shlex.split(server_args)]
 
-    log = output / f"{system.name}-{group.name}-{group.pool_tokens}-{group.kv_dtype}.log"
+    names = (system.name, group.name, str(group.pool_tokens), group.kv_dtype)
+    log = log_path(output, names, group.prompts, group.questions, repeats, server_args)
     with ExitStack() as stack:
         server = servers.begin(system, shape, group.context, flags, log, stack)
         facts = ready(server, f"{system.name} {group.name}", console)

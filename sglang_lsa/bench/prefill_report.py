@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sglang_lsa.bench.prefill_groups import MEMORY, PROMPT, QUESTION
 from sglang_lsa.bench.report import Results, ratios_text
+from sglang_lsa.bench.server_args import and_arguments, told_apart, with_arguments
 from sglang_lsa.bench.systems import Comparison, Row, backends, compare, upgraded
 from sglang_lsa.memory.mirror import GB
 
@@ -21,7 +22,7 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
 
 def speedups(rows: Sequence[Row]) -> dict[int, float]:
     """How many times as fast as exact ones resident questions are, by the row's ``id``."""
-    same = ("model", "system", "kv_dtype", "gpu", "pool_tokens", "context", "device")
+    same = ("model", "system", "kv_dtype", "gpu", "server_args", "pool_tokens", "context", "device")
     questions = [row for row in rows if row["workload"] == "question"]
     exact = {tuple(row[name] for name in same): row["ttft_s"] for row in questions if row["prefill"] == "exact"}
     return {
@@ -48,7 +49,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         shown.add_row(
             row["model"],
-            row["system"],
+            row["system"] + and_arguments(row, "\n"),
             backends(row),
             row["kv_dtype"],
             str(row["page_size"]),
@@ -79,15 +80,10 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     titles = {"ttft": "a new prompt", "question": f"a question of {QUESTION:,} tokens about {MEMORY:,} cached ones"}
     for axis, (workload, title) in zip(axes, titles.items(), strict=True):
         mine = [row for row in rows if row["workload"] == workload]
-        names = [
-            f"{row['system']}\n{backends(row)}\n{row['pool']} {row['kv_pool_bytes'] / GB:.0f} GB\n{row['context']:,}"
-            if workload == "ttft"
-            else f"{row['system']}\n{backends(row)}\n{row['prefill']}\n{row['device']}"
-            for row in mine
-        ]
+        name_of = told_apart(mine, _name)
         bars = axis.bar(range(len(mine)), [row["ttft_s"] for row in mine])
         axis.bar_label(bars, [f"{row['ttft_s']:.2f} s\n{beside.get(id(row), '')}" for row in mine], fontsize=6)
-        axis.set_xticks(range(len(mine)), names, fontsize=6)
+        axis.set_xticks(range(len(mine)), [name_of(row) for row in mine], fontsize=6)
         axis.set(title=title, ylabel="seconds to the first token")
         axis.margins(y=0.2)
     figure.suptitle(", ".join(sorted({f"{row['gpu']}, {row['model'].upper()} shape" for row in rows})))
@@ -96,13 +92,21 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     pyplot.close(figure)
 
 
+def _name(row: Row) -> str:
+    """Under its bar."""
+    what = f"{row['pool']} {row['kv_pool_bytes'] / GB:.0f} GB\n{row['context']:,}"
+    if row["workload"] == "question":
+        what = f"{row['prefill']}\n{row['device']}"
+    return f"{row['system']}\n{backends(row)}\n{what}"
+
+
 def upgrade(row: Row) -> Row:
     """A row as it is written now."""
     pools = {140_032: "full", PROMPT // 4: "quarter", PROMPT: "16gb"}
-    return {"pool": pools.get(row["pool_tokens"], "other")} | upgraded(row)
+    return {"pool": pools.get(row["pool_tokens"], "other")} | with_arguments(upgraded(row))
 
 
-ARM = ("model", "context", "kv_dtype", "gpu")
+ARM = ("model", "context", "kv_dtype", "gpu", "server_args")
 """What rows of new prompts must have in common to be compared: stock's pool holds the prompt, LSA's need not."""
-KEY = ("model", "system", "pool", "workload", "context", "prefill", "device", "kv_dtype", "gpu")
+KEY = ("model", "system", "pool", "workload", "context", "prefill", "device", "kv_dtype", "gpu", "server_args")
 PREFILL = Results("prefill", KEY, "ttft_ratio", comparisons, plot, upgrade)

@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
+from sglang_lsa.bench.server_args import and_arguments, told_apart, with_arguments
 from sglang_lsa.bench.systems import SYSTEMS, Comparison, Row, backends, compare, is_lsa, upgraded
 
-ARM = ("model", "workload", "context", "batch", "kv_dtype", "tp", "gpu")
-"""What rows must have in common to be compared."""
+ARM = ("model", "workload", "context", "batch", "kv_dtype", "tp", "gpu", "server_args")
+"""What rows must have in common to be compared: their servers got the same arguments, and the same requests."""
 Draw = Callable[[pathlib.Path, Sequence[Row]], None]
 
 
@@ -92,9 +93,9 @@ class Results:
         return {self.identity(row) for row in self.read(folder)} if resume else set()
 
 
-def with_ranks(row: Row) -> Row:
-    """A row as it is written now: before rows named them, every server had one rank."""
-    return {"tp": 1} | upgraded(row)
+def upgrade(row: Row) -> Row:
+    """A row as it is written now: before rows named its ranks, every server had one."""
+    return {"tp": 1} | with_arguments(upgraded(row))
 
 
 def gain(stock: Row, lsa: Row) -> float:
@@ -132,7 +133,7 @@ def table(rows: Sequence[Row]) -> Table:
             str(row["tp"]),
             row["workload"],
             f"{row['batch']} x {row['context']:,}",
-            row["system"],
+            row["system"] + and_arguments(row, "\n"),
             backends(row),
             row["kv_dtype"],
             str(row["page_size"]),
@@ -176,8 +177,9 @@ def _label(row: Row) -> str:
 
 def _draw_pace(axis: Any, rows: Sequence[Row]) -> None:
     lines: dict[str, list[Row]] = {}
+    label_of = told_apart(rows, lambda row: f"{row['model']} {_label(row)}")
     for row in sorted(rows, key=lambda row: (row["model"], list(SYSTEMS).index(row["system"]), row["context"])):
-        lines.setdefault(f"{row['model']} {_label(row)}", []).append(row)
+        lines.setdefault(label_of(row), []).append(row)
     for label, mine in lines.items():
         style = "s-" if is_lsa(mine[0]) else "o--"
         axis.plot([row["context"] for row in mine], [row["tpot_ms_p50"] for row in mine], style, label=label)
@@ -187,12 +189,13 @@ def _draw_pace(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_throughput(axis: Any, rows: Sequence[Row]) -> None:
-    arms = sorted({tuple(row[column] for column in ARM) for row in rows})
-    labels = sorted({_label(row) for row in rows}, key=lambda label: list(SYSTEMS).index(label.split()[0]))
+    label_of, sent = told_apart(rows, _label), [column for column in ARM if column != "server_args"]
+    arms = sorted({tuple(row[column] for column in sent) for row in rows})
+    labels = sorted({label_of(row) for row in rows}, key=lambda label: (list(SYSTEMS).index(label.split()[0]), label))
     width = 0.8 / max(1, len(labels))
     for number, label in enumerate(labels):
-        mine = [row for row in rows if _label(row) == label]
-        places = [arms.index(tuple(row[column] for column in ARM)) + (number + 0.5) * width - 0.4 for row in mine]
+        mine = [row for row in rows if label_of(row) == label]
+        places = [arms.index(tuple(row[column] for column in sent)) + (number + 0.5) * width - 0.4 for row in mine]
         drawn = axis.bar(places, [row["decode_tokens_per_s"] for row in mine], width, label=label)
         axis.bar_label(drawn, [f"{row['running_requests']} running" for row in mine], fontsize=6)
     axis.set(ylabel="tokens per second", title="same KV pool, as many requests as fit")
@@ -206,4 +209,4 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-SERVING = Results("serving", (*ARM, "system", "policy"), "gain", comparisons, plot, with_ranks)
+SERVING = Results("serving", (*ARM, "system", "policy"), "gain", comparisons, plot, upgrade)

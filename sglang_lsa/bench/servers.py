@@ -51,7 +51,7 @@ def ready(server: ServerProcess, what: str, console: Console) -> Row:
     began = time.perf_counter()
     server.wait_until_ready(READY_SECONDS)
     facts = server_facts(server.get("/server_info"))
-    console.print(f"{what}: up after {time.perf_counter() - began:.0f} s, {facts}")
+    console.print(f"{what}: up after {time.perf_counter() - began:.0f} s, {facts}; its log: {server.log.name}")
     return facts
 
 

@@ -19,6 +19,7 @@ from sglang_lsa.bench import servers
 from sglang_lsa.bench.client import run_together
 from sglang_lsa.bench.plateau import Plateau, plateau
 from sglang_lsa.bench.report import SERVING, table
+from sglang_lsa.bench.server_args import log_path, same_words
 from sglang_lsa.bench.servers import DUMMY, gpu_name, ready, warm_up
 from sglang_lsa.bench.serving_arms import CONTEXT, Arm, Group, chosen
 from sglang_lsa.bench.systems import SYSTEMS, Failures, Row, System, kv_name
@@ -48,15 +49,18 @@ def run(
     Args:
         tp: ranks of every server.
         together: start all servers of a pool at once; they are measured one after the other all the same.
+        server_args: more arguments of all servers, as one would type them.
 
     Returns:
         The new rows.
 
     Raises:
         RuntimeError: there is no GPU, or a server or a request failed; the other systems have been measured.
-        ValueError: the machine has too little memory, or nothing could be measured.
+        ValueError: the machine has too little memory, nothing could be measured, or a quotation mark of
+            ``server_args`` has no other.
     """
-    facts = {"gpu": gpu_name(), "commit": commit(), "command": command}
+    typed = same_words(server_args)
+    facts = {"gpu": gpu_name(), "commit": commit(), "command": command, "server_args": typed}
     output.mkdir(parents=True, exist_ok=True)
     done = SERVING.measured(output, resume)
     failures = Failures(console.print)
@@ -71,9 +75,13 @@ def run(
             }
             left = {system: planned for system, planned in left.items() if planned}
             with ExitStack() as stack:
-                begun = {system: begin(group, system, server_args, output, stack) for system in left if together}
+                begun = {
+                    system: begin(group, system, planned, typed, output, stack)
+                    for system, planned in left.items()
+                    if together
+                }
                 for system, planned in left.items():
-                    server = begun.get(system) or begin(group, system, server_args, output, stack)
+                    server = begun.get(system) or begin(group, system, planned, typed, output, stack)
                     for row in failures.go_on(
                         system.name, group.model, measure(server, group, system, planned, console)
                     ):
@@ -93,8 +101,7 @@ def plan(group: Group, system: System, policies: Sequence[str]) -> list[tuple[Ar
 
 def identity(group: Group, system: System, arm: Arm, policy: str, facts: Row) -> tuple[str, ...]:
     """Of the row that this arm gives."""
-    row = labels(group, system, arm, policy) | {"kv_dtype": kv_name(group.kv_dtype), "gpu": facts["gpu"]}
-    return SERVING.identity(row)
+    return SERVING.identity(labels(group, system, arm, policy) | facts | {"kv_dtype": kv_name(group.kv_dtype)})
 
 
 def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
@@ -107,10 +114,18 @@ def arguments(group: Group, system: System, model: pathlib.Path) -> list[str]:
     return system.arguments(flags, group.kv_dtype, group.pool_tokens, group.host_gb() if system.lsa else 0)
 
 
-def begin(group: Group, system: System, server_args: str, output: pathlib.Path, stack: ExitStack) -> ServerProcess:
-    """The server that measures the group; it runs as long as the stack at most."""
-    ranks = "" if group.tp == 1 else f"-tp{group.tp}"
-    log = output / f"{system.name}-{group.model}-{group.pool_gb:g}-{group.kv_dtype}{ranks}.log"
+def begin(
+    group: Group,
+    system: System,
+    planned: Iterable[tuple[Arm, str]],
+    server_args: str,
+    output: pathlib.Path,
+    stack: ExitStack,
+) -> ServerProcess:
+    """The server that measures these arms of the group, each with its policy; it runs as long as the stack at most."""
+    ranks = () if group.tp == 1 else (f"tp{group.tp}",)
+    names = (system.name, group.model, f"{group.pool_gb:g}", group.kv_dtype, *ranks)
+    log = log_path(output, names, [(arm.name, policy) for arm, policy in planned], server_args)
 
     def flags(model: pathlib.Path) -> list[str]:
         return [*arguments(group, system, model), *shlex.split(server_args)]

@@ -15,6 +15,7 @@ from sglang_lsa.engine.selection import (
     budget_pages,
     expected_coverage,
     filled,
+    free_shares,
     needed_pages,
     told_coverage,
     told_shares,
@@ -64,6 +65,10 @@ class Rules:
         """Pages that stay in a set of ``bound`` pages whatever their score, see :func:`always_kept`."""
         config = self.config
         return always_kept(context, bound, config.sink_pages, config.recent_pages, prompt, config.prompt_pages)
+
+    def widens(self, policy: str, target: float | None) -> bool:
+        """Whether sets of this policy, with this target, are widened until they cover ``min_coverage``."""
+        return bool(policy in self.thresholds and self.config.fallback_budget and target is None)
 
     def no_auto(self, policy: str) -> str | None:
         """Why this policy cannot have a budget of ``auto`` here; None if it can."""
@@ -136,8 +141,8 @@ def set_size(
         size = needed_pages(scores, stay, least, bound, expectation.told_for(target))
         threshold = config.threshold or 0.0  # the indexer's own says what is worth a page of a fixed budget
     budgeted = size
-    if policy in rules.thresholds and config.fallback_budget and target is None:
-        most = rules.set_pages(context, max(budget, config.fallback_budget))
+    if rules.widens(policy, target):
+        most = rules.set_pages(context, max(budget, config.fallback_budget or 0.0))
         size = widened(scores, stay, bound, most, config.min_coverage)
     if widen > 1:
         size = max(size, int(min(budgeted * widen, context, rules.largest_set)))
@@ -185,8 +190,8 @@ def choose(
         target: share of attention that the set is to cover, by the policy's expectation, in as few pages as that
             takes; None, or a policy without one, takes as many as the budget allows.
         common: pages that the request's group would share with it, ascending: of pages that are nearly as good
-            (``group_margin``) the set has rather these, as long as it covers the ``target`` if it did; None where there
-            is no group.
+            (``group_margin``) the set has rather these, as long as it covers the ``target`` if it did, or
+            ``min_coverage`` where sets are widened for that; None where there is no group.
     """
     config = rules.config
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -207,6 +212,9 @@ def choose(
         if target is not None and expectation is not None:  # what was larger than it takes, if anything
             left = told_coverage(scores, positions) - expectation.told_for(target)
             spare = max(left, 0.0), told_shares(scores)
+        elif rules.widens(policy, target):  # or it would be widened for what it then gives away
+            left = expected_coverage(scores, positions, stay) - config.min_coverage
+            spare = max(left, 0.0), free_shares(scores, stay)
         positions = exchanged(positions, wanted, fixed, common, config.group_margin, threshold, spare)
     collapsed = size < context and bool(stay[positions].all()) and int(stay.sum()) < budgeted
     coverage = expected_coverage(scores, positions, stay) if policy in rules.thresholds else None

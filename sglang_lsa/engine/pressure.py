@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Request
 from sglang_lsa.memory.ledger import LedgerError
 from sglang_lsa.memory.pager import Pager
-from sglang_lsa.memory.pages import pages_spanned
+from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
 
@@ -34,38 +35,56 @@ class Pressure:
         they asked for that many steps or wait for a set of their own, get their first set now. What was let go can be
         had once no forward pass reads it.
         """
+        smaller = [one for one in requests if one.resident.ranks is not None and one.resident.tail_start]
+        whole = [one for one in requests if not one.resident.tail_start and self._may_be_pruned(one)]
+        smaller.sort(key=lambda request: -len(request.resident.positions))
+        whole.sort(key=lambda request: -len(request.pages))
+        freed = self._let_go(smaller, self._halve, wanted)
+        while whole and freed < wanted:
+            count = self._surely_needed(whole, wanted - freed)
+            some, whole = whole[:count], whole[count:]
+            self._attempt(some, partial(self.refresher.choose_now, some, predict=True))
+            freed += self._let_go(some, self._prune, wanted - freed)
+
+    def _let_go(self, requests: Sequence[Request], how: Callable[[Request], object], wanted: int) -> int:
+        """Until ``wanted`` pages are let go, of one after the other; returns how many are."""
         freed = 0
-        smaller = [
-            request for request in requests if request.resident.ranks is not None and request.resident.tail_start
-        ]
-        whole = [request for request in requests if not request.resident.tail_start and self._may_be_pruned(request)]
-        for request, let_go in (
-            *(
-                (request, self._halve)
-                for request in sorted(smaller, key=lambda request: -len(request.resident.positions))
-            ),
-            *((request, self._prune_now) for request in sorted(whole, key=lambda request: -len(request.pages))),
-        ):
+        for request in requests:
             if freed >= wanted:
-                return
+                break
             held = self.pager.ledger.held_pages
-            try:
-                let_go(request)
+            if self._attempt([request], partial(how, request)):
                 freed += held - self.pager.ledger.held_pages
-            except LedgerError:
-                raise
-            except Exception as error:
-                self.pager.ranks.failed_together(f"{request.rid}: {kind_and_place(error)}")
-                self.counts.failures += 1
-                logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", request.rid)
+        return freed
+
+    def _attempt(self, requests: Sequence[Request], what: Callable[[], object]) -> bool:
+        """Whether that worked; if not, these requests keep what they have."""
+        try:
+            what()
+        except LedgerError:
+            raise
+        except Exception as error:
+            rids = ", ".join(request.rid for request in requests)
+            self.pager.ranks.failed_together(f"{rids}: {kind_and_place(error)}")
+            self.counts.failures += 1
+            logger.exception("LSA: shrinking the set of %s failed; it keeps the pages that it has", rids)
+            return False
+        return True
+
+    def _surely_needed(self, whole: Sequence[Request], wanted: int) -> int:
+        """So many of these have to be pruned, however small their sets will be: fewer do not hold ``wanted`` pages that
+        nobody else holds."""
+        page = self.pager.page
+        each = (request.pages[: pages_complete(request.computed, page)] for request in whole)
+        most = self.pager.ledger.letting_go(each)
+        return next((count for count, gone in enumerate(most, 1) if gone >= wanted), len(whole))
 
     def _may_be_pruned(self, request: Request) -> bool:
         decodes = request.computed == request.tokens >= self.rules.config.min_context
         return decodes and not request.asked.dense and not request.resident.incomplete
 
-    def _prune_now(self, request: Request) -> None:
-        if request.resident.next is None:
-            self.refresher.start([request], predict=True)
+    def _prune(self, request: Request) -> None:
+        """Read the set that was chosen for it."""
         self.refresher.load_now(request, urgent=True)
         if request.resident.next is not None and request.resident.next.held:
             request.steps_left = 0  # of those that were to read everything

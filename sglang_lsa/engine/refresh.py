@@ -40,8 +40,14 @@ class Refresher:
         self.together = False
         """Pages are sent for by :meth:`_send`."""
 
-    def start(self, requests: Sequence[Request], predict: bool = False) -> None:
-        """Queue what predicts the next resident sets of these requests, of all in one go.
+    def start(self, requests: Sequence[Request]) -> None:
+        """Queue what predicts the next resident sets of these requests, of all in one go, and take them as far as they
+        can go now."""
+        begun = self._queue(requests)
+        self._advance([request for request, new in begun if new.due <= self.clock.step])
+
+    def _queue(self, requests: Sequence[Request], predict: bool = False) -> list[tuple[Request, Refresh]]:
+        """Begin refreshes of these requests.
 
         Args:
             predict: also where a request names its sets itself; those stay for their time.
@@ -55,7 +61,7 @@ class Refresher:
         for request, new in begun:
             request.resident.next = new
             self.on_their_way[request.key] = request
-        self._advance([request for request, new in begun if new.due <= self.clock.step])
+        return begun
 
     def advance(self) -> None:
         """Take every refresh as far as it can go now."""
@@ -145,9 +151,10 @@ class Refresher:
         loading.clear()
 
     def load_now(self, request: Request, urgent: bool) -> None:
-        """Choose the next set of ``request``, and send for it, without waiting for the step that this is due in."""
+        """Send for the next set of ``request``, which :meth:`choose_now` has chosen, without waiting for the step that
+        this is due in."""
         if request.resident.next is not None:
-            self._choose_now([request], urgent)
+            request.resident.next.urgent = urgent
             self._attempt(request, self._load)
 
     def switch_now(self, request: Request) -> None:
@@ -159,11 +166,8 @@ class Refresher:
 
         That may wait for the scores, for device pages and, on the device, for the pages' content.
         """
-        queued = [request for request in requests if (new := request.resident.next) and new.state is State.QUEUED]
-        failed = self._choose_now(queued)  # at once: those of a group look at each other
+        self.choose_now([one for one in requests if (new := one.resident.next) is None or new.state is State.QUEUED])
         for request in requests:
-            if request.resident.next is None and request.key not in failed:
-                self.start([request])
             for last in (False, True):
                 if (new := request.resident.next) is not None and not new.held:
                     self.load_now(request, urgent=last)
@@ -176,17 +180,21 @@ class Refresher:
             if request.resident.incomplete:  # nothing worked: what its tail holds is all that is sure to be there
                 self._keep_tail(request)
 
-    def _choose_now(self, requests: Sequence[Request], urgent: bool = False) -> set[str]:
-        """Choose the next sets of these without waiting for the step that they are due in; returns for whom that
-        failed."""
+    def choose_now(self, requests: Sequence[Request], predict: bool = False) -> None:
+        """Choose the next sets of these without waiting for the step that they are due in; of all at once, so that
+        those of a group look at each other, and groups are formed once.
+
+        Args:
+            predict: also where a request that has none on its way names its sets itself; those stay for their time.
+        """
+        self._queue([request for request in requests if request.resident.next is None], predict)
         for request in requests:
             assert request.resident.next is not None
-            request.resident.next.due, request.resident.next.urgent = self.clock.step, urgent
+            request.resident.next.due = self.clock.step
         failed = self.chooser.choose_all(requests)
         for request in requests:
             if request.key in failed:
                 self._fail(request, failed[request.key])
-        return set(failed)
 
     def forget(self, request: Request) -> None:
         """The request is gone."""

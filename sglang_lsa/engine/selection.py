@@ -173,6 +173,13 @@ def expected_coverage(shares: np.ndarray, positions: np.ndarray, stay: np.ndarra
     return float(worth[positions].sum() / total) if (total := worth.sum()) > 0 else 0.0
 
 
+def free_shares(shares: np.ndarray, stay: np.ndarray) -> np.ndarray:
+    """What each page has of the attention to pages that may be left out, float ``[complete_pages]``: those of a set add
+    up to :func:`expected_coverage`."""
+    worth = np.where(~stay[: len(shares)] & np.isfinite(shares), shares, 0.0)
+    return worth / total if (total := worth.sum()) > 0 else np.zeros(len(shares))
+
+
 def told_coverage(shares: np.ndarray, positions: np.ndarray) -> float:
     """What a set has of all scores, pages that always stay included: in [0, 1], 0 when nothing is expected of any.
 

@@ -6,7 +6,7 @@ physical page 0 for ever and belongs to nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -266,6 +266,19 @@ class Ledger(DevicePages):
 
     def is_held(self, pages: Iterable[int]) -> np.ndarray:
         return self._pins[ids(pages)] > 0
+
+    def letting_go(self, several: Iterable[Pages]) -> Iterator[int]:
+        """How many pages nobody would hold any more if holders let go of these one after the other: of each in turn,
+        with those before it.
+
+        Args:
+            several: of each holder, pages that it holds, each once.
+        """
+        left, gone = self._pins.copy(), 0
+        for pages in several:
+            left[pages] -= 1
+            gone += int((left[pages] == 0).sum())
+            yield gone
 
     def is_mirrored(self, pages: Iterable[int]) -> np.ndarray:
         return self._mirrored[ids(pages)]

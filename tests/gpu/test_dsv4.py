@@ -5,6 +5,7 @@ All servers have the same drawn weights (``dsv4_plugin``) and start at the same 
 - ``stock``: SGLang as it comes.
 - ``masked``: SGLang with a mask over index logits, which is what a named resident set must amount to.
 - ``lsa``: CUDA graphs, SGLang's own kernels throughout, a small device pool whose free pages hold NaN.
+- ``retracting``: the same, and SGLang takes its place from a request that decodes every so many passes.
 - ``ordered``: without graphs, a pool of little more than one prompt; attention adds up in the order of ``masked``.
 
 What a difference means is measured first, between answers of SGLang without LSA. ``masked`` repeats itself to the bit,
@@ -57,6 +58,8 @@ CHUNK = 8192
 COMMON = ["--max-total-tokens", str(VIRTUAL_PAGES * PAGE_TOKENS), "--chunked-prefill-size", str(CHUNK)]
 WITH_LSA = ["--lsa-host-memory-gb", f"{MIRROR_GB:.6f}", "--lsa-min-context", "1024", "--lsa-debug"]
 EAGER = ["--disable-cuda-graph"]
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"}
+"""As when memory is full, which the pools of these servers never are for long enough."""
 IN_ORDER = {"SGLANG_TOPK_TRANSFORM_512_TORCH": "1", "DSV4_TEST_SORTED": "1"}
 BOUNDARIES = (63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 2047, 2049, CHUNK - 1, CHUNK, CHUNK + 1)
 """Lengths of prompts about a window, a page, the top-k, and a chunk."""
@@ -116,6 +119,7 @@ def servers(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, extr
         "stock": (STOCK, [], {}),
         "masked": (STOCK, [*EAGER, "--disable-overlap-schedule"], {**IN_ORDER, "DSV4_TEST_MASKED": "1"}),
         "lsa": (LSA, [*WITH_LSA, *pool], poison),
+        "retracting": (LSA, [*WITH_LSA, *pool], RETRACTING),
         "ordered": (LSA, [*WITH_LSA, *few, *EAGER, "--lsa-indexer", str(retriever)], {**IN_ORDER, **scores}),
     }
     started = {
@@ -150,6 +154,11 @@ def masked(servers: Servers) -> ServerProcess:
 @pytest.fixture
 def lsa(servers: Servers) -> ServerProcess:
     return servers["lsa"]
+
+
+@pytest.fixture
+def retracting(servers: Servers) -> ServerProcess:
+    return servers["retracting"]
 
 
 @pytest.fixture
@@ -423,6 +432,30 @@ def test_2000_requests_with_aborts_leave_nothing(lsa: ServerProcess) -> None:
     assert ends.count("length") >= 1700
     assert ends.count("abort") >= 100
     assert after["recalls"]["pages"] > before["recalls"]["pages"]
+
+
+def test_requests_that_are_retracted_are_answered_whole(retracting: ServerProcess) -> None:
+    """Their answers are prefilled with their prompts then, and what others read stays."""
+    rng = random.Random(1)
+    options = ({}, {"policy": "random"}, {"budget": 1.0}, {"enabled": False}, {"budget": 0.3})
+    asked = [
+        (rng.choice((20, 255, 256, 1500, 3000)) if number % 20 else 16_000, rng.choice((40, 300)), rng.choice(options))
+        for number in range(120)
+    ]
+
+    def request(number: int) -> Said:
+        length, tokens, how = asked[number]
+        return ask(retracting, random_ids(length, 500 + number % 60), tokens, f"retracted-{number:03}", **how)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(request, range(len(asked))))
+    retractions = [said.retractions for said in answers]
+    print(f"\n{sum(retractions)} retractions of {sum(map(bool, retractions))} requests")
+    assert [len(said.tokens) for said in answers] == [tokens for _, tokens, _ in asked]
+    assert all(said.finite for said in answers)
+    assert sum(map(bool, retractions)) >= 5
+    assert "Testing retraction" in retracting.log.read_text(errors="replace"), "as one that decodes, not by a pause"
+    flush(retracting)
 
 
 def aborted(server: ServerProcess, prompt: list[int], rid: str, polls: int) -> str:

@@ -69,11 +69,13 @@ class Said:
         tokens: chosen ones.
         chances: for each of them, log-probabilities of the best candidates by token.
         cached: tokens of the prompt that the radix tree had.
+        retractions: how often it lost its place and began again with what it had said.
     """
 
     tokens: tuple[int, ...]
     chances: tuple[dict[int, float], ...]
     cached: int
+    retractions: int = 0
 
     @property
     def finite(self) -> bool:
@@ -81,7 +83,7 @@ class Said:
 
     def since(self, token: int) -> Said:
         """Without the tokens before this one, counted from 0."""
-        return Said(self.tokens[token:], self.chances[token:], self.cached)
+        return Said(self.tokens[token:], self.chances[token:], self.cached, self.retractions)
 
 
 def ask(server: ServerProcess, prompt: list[int], tokens: int, rid: str | None = None, **lsa: Any) -> Said:
@@ -109,7 +111,8 @@ def ask_together(
 
 def _said(meta: dict[str, Any]) -> Said:
     best = tuple({token: value for value, token, _ in top} for top in meta["output_top_logprobs"])
-    return Said(tuple(token for _, token, _ in meta["output_token_logprobs"]), best, meta["cached_tokens"])
+    tokens = tuple(token for _, token, _ in meta["output_token_logprobs"])
+    return Said(tokens, best, meta["cached_tokens"], meta["num_retractions"])
 
 
 def on_both(first: ServerProcess, second: ServerProcess, question: Any) -> tuple[Any, Any]:

@@ -500,7 +500,7 @@ class Bench:
         chosen: dict[str, Any] = {"models": ["rank"], "weights": "bfloat16", "arms": ["1m"], "kv_gb": 45.0, "share": 1}
         chosen |= {"systems": list(DSV4_SYSTEMS), "tokens": 64, "budget": 0.1, "churns": [0, 10], "resume": False}
         self.seen = []
-        dsv4.run(self.output, Console(quiet=True), server_args="", command="", **(chosen | other))
+        dsv4.run(self.output, Console(quiet=True), command="", **({"server_args": ""} | chosen | other))
         return self.seen
 
 
@@ -522,6 +522,40 @@ def test_every_system_of_an_arm_is_measured_and_lsa_with_every_churn(bench: Benc
     assert bench.run(resume=True, churns=[0, 30]) == [("1m", "lsa", [0.3])]
     assert bench.run(resume=True, kv_gb=30.0, systems=["stock"]) == [("1m", "stock", [None])]
     assert [row["gain"] for row in DSV4.read(bench.output) if row["system"] == "lsa"] == [3, 3, 3]
+
+
+def test_rows_of_servers_with_other_arguments_are_other_rows(bench: Bench) -> None:
+    asked = {"resume": True, "systems": ["stock-tuned", "lsa"], "churns": [10]}
+    seen = bench.run(**asked)
+    assert bench.run(**asked, server_args="--log-level info") == seen
+    assert bench.run(**asked, server_args="--log-level  info") == bench.run(**asked) == []
+    bench.run(**asked | {"systems": ["stock"]}, server_args="--log-level info")
+    compared = {row["server_args"]: row for row in DSV4.read(bench.output) if row["system"] == "lsa"}
+    assert "gain_to_stock" not in compared[""] and "gain_to_stock" in compared["--log-level info"]
+    with pytest.raises(ValueError, match="--server-args --x 'y: cannot be split"):
+        bench.run(server_args="--x 'y")
+
+
+def test_logs_of_other_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """By names that tell arms, churns and arguments apart."""
+    logs: list[pathlib.Path] = []
+
+    def begin(module: str, flags: Any, log: pathlib.Path, environment: Any) -> Any:
+        logs.append(log)
+        raise ServerFailed("no server here")
+
+    monkeypatch.setattr(dsv4, "ServerProcess", begin)
+    monkeypatch.setattr(dsv4_arms, "available_host_memory", lambda: 1 << 50)
+    arm, lsa = DSV4_ARMS["256k"], DSV4_SYSTEMS["lsa"]
+    asked = asked_of()
+    others = [
+        asked,
+        *(dataclasses.replace(asked, **one) for one in ({"tokens": 32}, {"server_args": "--log-level info"})),
+    ]
+    for one, churns in [*((one, (0.0,)) for one in others), (asked, (0.0, 0.1)), (asked, (0.0,))]:
+        with pytest.raises(ServerFailed):
+            list(dsv4.measure(one, lsa, arm, [(arm, churn) for churn in churns], tmp_path, Console(quiet=True)))
+    assert len(set(logs)) == 4 and logs[0] == logs[-1]
 
 
 def test_arms_of_one_context_share_a_server_that_is_made_for_the_most_requests(bench: Bench) -> None:

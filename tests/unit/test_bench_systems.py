@@ -9,6 +9,7 @@ import json
 import pathlib
 import urllib.error
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,14 +224,14 @@ class Bench:
         chosen: dict[str, Any] = {"models": ["8b"], "workloads": ["tpot"], "arms": ["1k", "256k"], "resume": False}
         chosen |= {"systems": ["stock", "lsa"], "policies": ["quest"], "kv_dtype": "auto", "tp": 1, "together": False}
         self.seen, self.begun, chosen = [], [], chosen | asked
-        serving.run(self.output, Console(quiet=True), server_args="", command="", **chosen)
+        serving.run(self.output, Console(quiet=True), command="", **({"server_args": ""} | chosen))
         return self.seen
 
     def prefill(self, **asked: Any) -> list[tuple[str, list[str]]]:
         chosen: dict[str, Any] = {"pools": ["full", "quarter"], "prompts": [131_072, 262_144], "resume": False}
         chosen |= {"workloads": ["ttft"], "systems": ["stock", "lsa"], "kv_dtype": "auto", "repeats": 1, **asked}
         self.seen = []
-        prefill.run(self.output, Console(quiet=True), server_args="", command="", **chosen)
+        prefill.run(self.output, Console(quiet=True), command="", **({"server_args": ""} | chosen))
         return self.seen
 
 
@@ -258,6 +259,35 @@ def test_servers_start_one_after_the_other_or_together(bench: Bench) -> None:
     assert bench.begun == ["stock", "lsa", "measures stock", "measures lsa"], "all have the same company"
 
 
+def test_logs_of_other_runs_are_kept(roomy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By names that tell arms, policies and arguments apart."""
+    logs: list[pathlib.Path] = []
+
+    def begin(system: System, shape: Any, context: int, flags: Any, log: pathlib.Path, stack: Any) -> Any:
+        logs.append(log)
+        raise ServerFailed("no server here")
+
+    monkeypatch.setattr(serving.servers, "begin", begin)
+    (one,) = serving_arms.chosen(["8b"], ["tpot"], ["1k"], "auto")
+    (arm,), out = one.arms, pathlib.Path("out")
+    for system, policies, given in (
+        ("stock", "", ""),
+        ("lsa", "q", ""),
+        ("lsa", "qr", ""),
+        ("lsa", "q", "--x"),
+        ("lsa", "q", ""),
+    ):
+        with pytest.raises(ServerFailed):
+            serving.begin(one, SYSTEMS[system], [(arm, policy) for policy in policies], given, out, ExitStack())
+    assert len(set(logs)) == 4 and logs[1] == logs[4], "the same run has the same"
+    logs.clear()
+    for prompts, repeats, given in (((1024,), 3, ""), ((2048,), 3, ""), ((1024,), 1, ""), ((1024,), 3, "--x")):
+        group = prefill_groups.Group("full", 4096, prompts)
+        with pytest.raises(ServerFailed):
+            list(prefill.measure(group, SHAPES["8b"], SYSTEMS["lsa"], repeats, given, out, Console(quiet=True)))
+    assert len(set(logs)) == 4
+
+
 def test_rows_of_several_ranks_are_rows_of_their_own(bench: Bench) -> None:
     bench.serving()
     assert len(bench.serving(resume=True, tp=2)) == 2
@@ -273,6 +303,22 @@ def test_rows_of_another_type_of_kv_are_not_taken_for_those_asked_for(
     assert len(bench.serving(resume=True, kv_dtype="fp8_e4m3")) == 2
     monkeypatch.setattr(serving, "gpu_name", lambda: "another card")
     assert len(bench.serving(resume=True)) == 2
+
+
+@pytest.mark.parametrize("name", ["serving", "prefill"])
+def test_rows_of_servers_with_other_arguments_are_other_rows(bench: Bench, name: str) -> None:
+    """Neither taken for done nor compared, or a resumed run would have measured something else."""
+    run, results = getattr(bench, name), {"serving": SERVING, "prefill": PREFILL}[name]
+    asked = {"resume": True, "systems": ["stock", "lsa"], "server_args": "--log-level info"}
+    seen = run()
+    assert run(**asked) == seen and run(**asked | {"server_args": "--log-level   'info'"}) == []
+    assert run(**asked | {"systems": ["stock-flashinfer"]}) != []
+    rows = results.read(bench.output)
+    assert {row["server_args"] for row in rows} == {"", "--log-level info"}
+    assert {row["server_args"] for row in rows if f"{results.ratio}_to_stock-flashinfer" in row} == {"--log-level info"}
+    with pytest.raises(ValueError, match="--server-args --x 'y: cannot be split"):
+        run(server_args="--x 'y")
+    assert bench.seen == []
 
 
 def test_a_system_that_fails_leaves_its_rows_and_the_other_systems(bench: Bench) -> None:

@@ -1,13 +1,8 @@
-"""sglang-lsa doctor: each kind of trouble is found and named, and the numbers are right.
-
-Importing SGLang takes most of the time, so one process (this file, run as a script) runs all commands that need it.
-"""
+"""``sglang-lsa doctor``: whole commands, wrong usage, versions, hooks, tables."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import importlib.metadata
 import io
 import json
@@ -17,84 +12,25 @@ import subprocess
 import sys
 from typing import Any
 
+import doctor_reports
 import pytest
-import torch
+from doctor_reports import cpu_server
 from rich.console import Console
-from safetensors.torch import save_file
 
 from sglang_lsa.cli import main
-from sglang_lsa.config import LSAConfig
-from sglang_lsa.doctor import command, kernels, machine, versions
-from sglang_lsa.doctor.command import Report, context_finding, examine, plan_findings
-from sglang_lsa.doctor.contexts import Fit, fit
+from sglang_lsa.doctor import command, versions
+from sglang_lsa.doctor.command import Report, context_finding, examine
 from sglang_lsa.doctor.findings import NOTE, OK, SKIPPED, TROUBLE, Finding
 from sglang_lsa.doctor.hooks import hook_findings
-from sglang_lsa.doctor.kernels import REFERENCE, kernel_finding, kernel_findings, kernel_mode
-from sglang_lsa.doctor.machine import GB, Host, gpu_here, host_findings, host_here
+from sglang_lsa.doctor.machine import GB
 from sglang_lsa.doctor.report import show
-from sglang_lsa.doctor.server import DeviceMemory, HostMemory, Server
+from sglang_lsa.doctor.server import DeviceMemory
 from sglang_lsa.doctor.versions import package_finding, version_findings
-from sglang_lsa.doctor.weights import Weights, safetensors_bytes, weights_of
-from sglang_lsa.engine.sizing import MemoryPlan
-from sglang_lsa.indexer.expectation import Expectation
-from sglang_lsa.memory.layout.base import PageShape
 from sglang_lsa.patches.hook import Hook
 from sglang_lsa.patches.releases import RELEASES
 
-EIGHT_B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "vocab_size": 128256,
-    "torch_dtype": "bfloat16",
-    "rms_norm_eps": 1e-5,
-}
 EIGHT_B_NUMBERS = 2 * 128256 * 4096 + 32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096) + 4096
-SLIDING = {**EIGHT_B, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4096}
-NAMES_ONE = {**EIGHT_B, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
-"""A window that SGLang's model ignores."""
-
 RELEASE = RELEASES[importlib.metadata.version("sglang")]
-COMMANDS: dict[str, list[str]] = {
-    # the model's folder is added, and --json
-    "80 GB": ["8b", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200", "--context-tokens", "32768", "131072"],
-    "indexer": ["", "--gpu-memory-gb", "24", "--free-host-memory-gb", "9", "--lsa-indexer", "smollm2-135m-instruct"],
-    "12 GB": ["8b", "--gpu-memory-gb", "12"],
-    "sliding window": ["sliding", "--gpu-memory-gb", "80"],
-    "names a window": ["names one", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200"],
-    "two ranks": ["8b", "--gpu-memory-gb", "80", "--free-host-memory-gb", "200", "--tp-size", "2"],
-    "flags": ["", "--tp-size", "2", "--page-size", "32"],
-    "no such model": ["missing"],
-    "too large a mirror": ["", "--lsa-host-memory-gb", "1000000"],
-    "too small a mirror": ["", "--lsa-host-memory-gb", "0.05", "--lsa-device-tokens", "9600"],
-    "context longer than the mirror": [
-        *("", "--lsa-host-memory-gb", "0.1", "--lsa-device-tokens", "1024", "--context-tokens", "2048", "8192"),
-    ],
-    "context longer than the model": ["", "--lsa-host-memory-gb", "1", "--context-tokens", "9000"],
-    "a cpu too small": ["", "--free-host-memory-gb", "1", "--lsa-host-memory-gb", "0.9"],
-}
-
-
-def probe(folder: pathlib.Path) -> dict[str, Any]:
-    """Run all commands in this process."""
-    from sglang_lsa.embedded_model import embedded_model_path
-
-    paths = {name: folder / name for name in ("8b", "sliding", "names one", "missing")}
-    for name, values in (("8b", EIGHT_B), ("sliding", SLIDING), ("names one", NAMES_ONE)):
-        paths[name].mkdir()
-        (paths[name] / "config.json").write_text(json.dumps(values))
-    found = {}
-    for name, (model, *flags) in COMMANDS.items():
-        path = paths[model] if model else embedded_model_path()
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            status = main(["doctor", "--model-path", str(path), *flags, "--json"])
-        found[name] = {"status": status, **json.loads(out.getvalue())}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +38,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("doctor")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, env=environment, timeout=600
+        [sys.executable, doctor_reports.__file__, str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
@@ -420,331 +360,6 @@ def test_a_package_that_our_own_code_misses(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.seen.startswith("not made (import of sglang_lsa.doctor.server")
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "nvidia_smi", lambda: (["NVIDIA H100"], "550.1"))
-    gpu, finding = gpu_here()
-    assert gpu is None
-    assert (finding.status, finding.seen) == (TROUBLE, "nvidia-smi sees NVIDIA H100 (driver 550.1), torch sees none")
-
-
-def test_no_gpu_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "nvidia_smi", lambda: ([], None))
-    assert gpu_here()[1].status == NOTE
-
-
-def test_what_nvidia_smi_says(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.95.05'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert machine.nvidia_smi() == (["NVIDIA H100 80GB HBM3"], "580.95.05")
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed, because it could not reach the driver'\nexit 9\n")
-    assert machine.nvidia_smi() == ([], None)
-
-
-def test_this_host() -> None:
-    host = host_here()
-    assert 0 < host.free_bytes <= host.total_bytes
-    assert host.memlock_bytes is None or host.memlock_bytes >= 0
-
-
-HOST = Host(free_bytes=10 * GB, total_bytes=16 * GB, memlock_bytes=GB, shm_bytes=2 * GB)
-
-
-@pytest.mark.parametrize(
-    ("host", "mirror", "pinned", "statuses"),
-    [
-        pytest.param(HOST, 2 * GB, True, [OK, NOTE, OK], id="a mirror above the limit"),
-        pytest.param(HOST, GB, True, [OK, OK, OK], id="a mirror at the limit"),
-        pytest.param(HOST, 2 * GB, False, [OK, SKIPPED, OK], id="a CPU locks nothing"),
-        pytest.param(dataclasses.replace(HOST, memlock_bytes=None), 2 * GB, True, [OK, OK, OK], id="no limit"),
-        pytest.param(dataclasses.replace(HOST, shm_bytes=64 << 20), None, True, [OK, OK, NOTE], id="Docker's /dev/shm"),
-        pytest.param(dataclasses.replace(HOST, shm_bytes=None), None, True, [OK, OK, NOTE], id="no /dev/shm"),
-    ],
-)
-def test_a_host(host: Host, mirror: int | None, pinned: bool, statuses: list[str]) -> None:
-    assert [finding.status for finding in host_findings(host, mirror, pinned)] == statuses
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there they run")
-def test_without_a_gpu_kernels_are_not_run() -> None:
-    assert kernel_mode() == REFERENCE
-    mode, (finding,) = kernel_findings()
-    assert (mode, finding.status) == (REFERENCE, SKIPPED)
-
-
-def test_kernels_equal_their_references() -> None:
-    """On a GPU as they are, elsewhere under Triton's interpreter, which must be chosen before they are imported."""
-    program = (
-        "import json, dataclasses; from sglang_lsa.doctor.kernels import kernel_findings; mode, found = "
-        "kernel_findings(); print(json.dumps([mode, [dataclasses.asdict(f) for f in found]]))"
-    )
-    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **interpreted}
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    mode, found = json.loads(run.stdout)
-    assert mode == ("interpreted" if interpreted else "triton")
-    assert [finding for finding in found if finding["status"] != OK] == []
-    folder = pathlib.Path(kernels.__file__).parents[1] / "kernels"
-    modules = {file.stem for file in folder.glob("*.py")}
-    tables = dict.fromkeys(("decode_indices", "decode_pages", "physical_slots"), "page_table")
-    assert {tables.get(finding["name"], finding["name"]) for finding in found} == modules
-
-
-@pytest.mark.parametrize(
-    ("seen", "words"),
-    [
-        pytest.param(torch.tensor([1.0, 2.5]), "differs from its reference by 0.5", id="wrong"),
-        pytest.param(torch.tensor([1.0, float("nan")]), "differs from its reference by nan", id="not a number"),
-        pytest.param(None, "failed (RuntimeError: no kernel image)", id="fails"),
-    ],
-)
-def test_a_kernel_that_is_wrong(seen: torch.Tensor | None, words: str) -> None:
-    def check(device: str) -> kernels.Outputs:
-        if seen is None:
-            raise RuntimeError("no kernel image")
-        return seen, torch.tensor([1.0, 2.0]), 1e-3
-
-    finding = kernel_finding("page_score", check, REFERENCE)
-    assert finding.status == TROUBLE
-    assert words in finding.seen
-
-
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-def test_safetensors_in_the_type_that_is_served(tmp_path: pathlib.Path) -> None:
-    """Floats are loaded in the model's type; what is quantized, and whole numbers, stay as they are."""
-    tensors = {
-        "a": torch.zeros(3, 5),
-        "b": torch.zeros(7, dtype=torch.bfloat16),
-        "c": torch.zeros(11, dtype=torch.int8),
-    }
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert safetensors_bytes(tmp_path / "model.safetensors", 2) == 15 * 2 + 7 * 2 + 11
-    assert safetensors_bytes(tmp_path / "model.safetensors", None) == 15 * 4 + 7 * 2 + 11
-    save_file({"d": torch.zeros(4)}, tmp_path / "model-2.safetensors")
-    config = argparse.Namespace()
-    assert weights_of(str(tmp_path), config, 2) == Weights(55 + 8, "measured", "headers of 2 safetensors files")
-    config.quantization_config = {"quant_method": "gptq"}
-    assert weights_of(str(tmp_path), config, 2).bytes == 85 + 16
-
-
-@pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 20, b"version https://git-lfs.github.com"])
-def test_a_file_that_is_no_safetensors(content: bytes, tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors: no safetensors file: download it again"):
-        safetensors_bytes(file, 2)
-
-
-def test_a_file_that_is_cut_off(tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(100)}, file)
-    whole = file.stat().st_size
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"has {whole - 1} bytes, its header says {whole}"):
-        safetensors_bytes(file, 2)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model-1.bin", "model.gguf"])
-def test_other_files_count_by_their_size(name: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / name).write_bytes(b"x" * 123)
-    found = weights_of(str(tmp_path), argparse.Namespace(), 2)
-    assert (found.bytes, found.how) == (123, "measured")
-    assert weights_of(str(tmp_path / name), argparse.Namespace(), 2).bytes == 123
-
-
-@pytest.mark.parametrize("dummy", [False, True])
-def test_without_files_the_shape_counts(dummy: bool, tmp_path: pathlib.Path) -> None:
-    from transformers import LlamaConfig
-
-    if dummy:
-        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**shape, vocab_size=32, tie_word_embeddings=True)
-    numbers = 32 * 8 + 2 * (4 * 8 * 8 + 3 * 8 * 16 + 2 * 8) + 8
-    assert weights_of(str(tmp_path), config, 2, dummy) == Weights(
-        numbers * 2, "computed", "shape of the model: no weights are here"
-    )
-
-
-@pytest.mark.parametrize("name", ["fp8", "w8a8_fp8"])
-def test_what_sglang_narrows_itself_counts_as_narrow(name: str, tmp_path: pathlib.Path) -> None:
-    """Matrices, but not those of tokens, nor norms; what is quantized in its files stays as it is."""
-    from transformers import LlamaConfig
-
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**shape, vocab_size=32, tie_word_embeddings=False)
-    narrow, wide = 2 * (4 * 8 * 8 + 3 * 8 * 16), 2 * 32 * 8 + 2 * 2 * 8 + 8
-    found = weights_of(str(tmp_path), config, 2, quantization=name)
-    assert found == Weights(
-        narrow + 2 * wide, "computed", f"shape of the model: no weights are here, with --quantization {name}"
-    )
-    assert weights_of(str(tmp_path), config, 2, quantization="gptq").bytes == 2 * (narrow + wide)
-    tensors = {
-        "model.embed_tokens.weight": torch.zeros(32, 8),
-        "model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8),
-        "model.norm.weight": torch.zeros(8),
-        "lm_head.weight": torch.zeros(32, 8),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert weights_of(str(tmp_path), config, 2, quantization=name).bytes == 16 * 8 + 2 * (2 * 32 * 8 + 8)
-    config.quantization_config = {"quant_method": "fp8"}
-    assert weights_of(str(tmp_path), config, 2, quantization=name).bytes == 4 * (16 * 8 + 2 * 32 * 8 + 8)
-
-
-def test_no_files_and_no_shape(tmp_path: pathlib.Path) -> None:
-    from transformers import PretrainedConfig
-
-    with pytest.raises(ValueError, match="no weights are here, and transformers makes no model of the configuration"):
-        weights_of(str(tmp_path), PretrainedConfig(), 2)
-
-
-# --- contexts --------------------------------------------------------------------------------------------------------
-
-
-def contexts(
-    tokens: int,
-    physical: int = 1000,
-    virtual: int = 100_000,
-    chunk: int | None = 2048,
-    requests: int = 10_000,
-    overhead: int = 0,
-    on_gpu: bool = True,
-    expectations: dict[str, Expectation] | None = None,
-    **options: Any,
-) -> Fit:
-    """With KV of one byte a token, and a mirror that is never the limit unless ``virtual`` says so."""
-    plan = MemoryPlan(physical * 64, virtual * 64, PageShape(64, ((64,),)), {"staging": overhead})
-    config = LSAConfig(**{"budget": 0.1, "min_context": 1024, **options})
-    return fit(
-        config,
-        plan,
-        tokens,
-        context_tokens=131_072,
-        chunk_tokens=chunk,
-        max_requests=requests,
-        on_gpu=on_gpu,
-        expectations=expectations,
-    )
-
-
-def test_each_context_holds_its_resident_set_and_a_page_to_grow_into() -> None:
-    """100 pages of 1,000: sets of 10 and a page each, and for the last one's prompt a chunk of 32 pages and one."""
-    found = contexts(6400)
-    assert found == Fit(
-        6400, stock=10, lsa=1 + (1000 - 1 - 33) // 11, limit="device pool", resident_pages=10, pages=100
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "lsa", "limit"),
-    [
-        pytest.param({}, 88, "device pool", id="device pool"),
-        pytest.param({"virtual": 1050}, 10, "host mirror", id="host mirror"),
-        pytest.param({"virtual": 99, "physical": 99}, 0, "host mirror", id="longer than the mirror"),
-        pytest.param({"requests": 5}, 5, "--max-running-requests", id="requests"),
-        pytest.param({"chunk": None}, 82, "device pool", id="prompts in one pass"),
-        pytest.param({"chunk": 64 * 400}, 82, "device pool", id="a chunk longer than the prompt"),
-        pytest.param({"physical": 60}, 3, "device pool", id="a chunk larger than half of the pool"),
-        pytest.param({"physical": 60, "chunk": None}, 0, "device pool", id="no chunks, larger than the pool"),
-        pytest.param({"budget": 1.0}, 9, "device pool", id="all pages"),
-        pytest.param({"policy": "full"}, 9, "device pool", id="policy full"),
-        pytest.param({"policy": "full", "physical": 100}, 0, "device pool", id="all pages, larger than the pool"),
-        pytest.param({"min_context": 8192}, 9, "device pool", id="too short to be pruned"),
-        pytest.param({"min_pages": 50}, 19, "device pool", id="least pages"),
-    ],
-)
-def test_what_limits_contexts_of_100_pages(options: dict[str, Any], lsa: int, limit: str) -> None:
-    found = contexts(6400, **options)
-    assert (found.lsa, found.limit) == (lsa, limit)
-
-
-def test_of_a_budget_of_auto_what_sets_are_expected_to_take_is_counted() -> None:
-    known = {"indexer": Expectation(((0.0, 0.0, 0.0), (1.0, 1.0, 0.05)), "a test")}
-    auto = {"budget": "auto", "indexer": "x", "policy": "indexer", "max_budget": 0.5}
-    assert contexts(6400, **auto, expectations=known).resident_pages == 5 + 3  # 0.6 of a twentieth of 95 pages
-    assert contexts(6400, **auto, target_coverage=1.0, expectations=known).resident_pages == 5 + 5
-    assert contexts(6400, **auto).resident_pages == 50, "nobody knows"
-
-
-def test_pruning_starts_at_half_of_a_small_pool() -> None:
-    assert contexts(6400, physical=150, min_context=100_000).resident_pages == 10
-    assert contexts(6400, physical=220, min_context=100_000).resident_pages == 100
-
-
-def test_no_set_is_larger_than_half_of_the_pool() -> None:
-    assert contexts(6400, physical=40, budget=0.9).resident_pages == 20
-
-
-@pytest.mark.parametrize(("on_gpu", "stock"), [(True, 11), (False, 10)])
-def test_what_lsa_takes_beside_kv_is_kv_for_stock(on_gpu: bool, stock: int) -> None:
-    assert contexts(6400, overhead=6400, on_gpu=on_gpu).stock == stock
-
-
-# --- findings about a plan -------------------------------------------------------------------------------------------
-
-
-def cpu_server(virtual: int = 64 * 1000, **changed: Any) -> Server:
-    server = Server(
-        name="a model",
-        device="cpu",
-        config=LSAConfig(),
-        memory=DeviceMemory(20 * GB, 10 * GB, "measured"),
-        host=HostMemory(10 * GB, "measured"),
-        weights=Weights(GB, "measured", "headers of 1 safetensors file"),
-        static_share=0.8,
-        budgeted_bytes=7 * GB,
-        budgeted_tokens=300_032,
-        plan=MemoryPlan(64 * 64, virtual, PageShape(64, ((64 * 23040,),)), {"page_keys": 1000}),
-        context_tokens=8192,
-        table_tokens=8196,
-        chunk_tokens=2048,
-        max_requests=256,
-        dtype="bfloat16",
-    )
-    return dataclasses.replace(server, **changed)
-
-
-def test_a_mirror_smaller_than_the_device_is_noted() -> None:
-    (finding,) = plan_findings(cpu_server(device="cuda"))
-    assert finding.status == NOTE
-    assert float(finding.fix.split()[1].rstrip(",")) * GB >= (300_032 + 64) * 23040
-    assert plan_findings(cpu_server(device="cuda", config=LSAConfig(device_tokens=4096)))[0].status == OK
-    assert plan_findings(cpu_server(device="cuda", budgeted_tokens=64_000))[0].status == OK
-
-
-def test_a_cpu_server_that_needs_more_than_there_is() -> None:
-    assert plan_findings(cpu_server())[0].status == OK
-    (finding,) = plan_findings(cpu_server(host=HostMemory(2 * GB, "measured")))
-    assert finding.status == TROUBLE
-
-
-def test_default_lengths_are_no_trouble() -> None:
-    server = cpu_server(virtual=64 * 70)
-    notes = [context_finding(server, server.fit(8192), asked) for asked in (False, True)]
-    assert [note.status for note in notes if note] == [NOTE, TROUBLE]
-    assert context_finding(server, server.fit(4096), asked=True) is None
-
-
-def test_a_context_that_reads_all_and_is_larger_than_the_pool() -> None:
-    server = cpu_server(config=LSAConfig(policy="full"))
-    problem = context_finding(server, server.fit(8192), asked=True)
-    assert problem is not None
-    assert "a budget below 1 and a policy other than full" in problem.fix
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -775,8 +390,3 @@ def test_what_libraries_print_does_not_reach_stdout(capfd: pytest.CaptureFixture
     assert seen.out == "the report\n"
     assert "from Python" in seen.err
     assert "from C" in seen.err
-
-
-if __name__ == "__main__":
-    results = pathlib.Path(sys.argv[1])
-    (results / "found.json").write_text(json.dumps(probe(results)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -294,6 +295,44 @@ def test_a_set_that_is_as_large_as_it_needs_to_be_still_covers_its_target(
     assert alone.expected is not None and found.expected is not None
     assert len(found.positions) == len(alone.positions)
     assert found.expected >= min(target, alone.expected) - 1e-9
+
+
+@REPEATABLE
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.2, 0.5, 0.8, 0.95]),
+    st.sampled_from([0.15, 0.3, 1.0]),
+    st.sampled_from([0.0, 0.4, 0.9]),
+    st.sampled_from([(), (7, 21)]),
+)
+def test_a_set_that_is_widened_for_what_it_covers_still_covers_it(
+    seed: int, least: float, fallback: float, margin: float, upcoming: tuple[int, ...]
+) -> None:
+    """Or what it covered without a group, where the budget was too small for it."""
+    config = {"group_margin": margin, "min_coverage": least, "fallback_budget": fallback}
+    rules = Rules(LSAConfig(groups=True, min_pages=1, sink_pages=1, prompt_pages=0, **config), 100)
+    rules.thresholds = {"indexer": 0.0}
+    draw = np.random.default_rng(seed)
+    scores, common = draw.random(40) ** 4, np.flatnonzero(draw.random(40) < 0.4)
+    scores[draw.random(40) < 0.1] = np.nan
+    alone = choose(rules, scores, 41, 0.15, "indexer", upcoming=upcoming)
+    found = choose(rules, scores, 41, 0.15, "indexer", upcoming=upcoming, common=common)
+    assert alone.coverage is not None and found.coverage is not None
+    assert len(found.positions) == len(alone.positions)
+    assert found.coverage >= min(least, alone.coverage) - 1e-9
+    if not margin:
+        assert found.coverage >= alone.coverage - 1e-9
+
+
+def test_without_a_fallback_budget_nothing_is_widened_and_the_margin_alone_counts() -> None:
+    scores, common = np.array([1.0, 1, 1, 0.7, 0.7, 0.7, *[0.5] * 14]), np.arange(3, 6)
+    found = []
+    for fallback in (None, 0.15):
+        config = LSAConfig(groups=True, group_margin=0.4, min_coverage=0.3, fallback_budget=fallback, min_pages=1)
+        rules = Rules(dataclasses.replace(config, sink_pages=0, recent_pages=1, prompt_pages=0), 100)
+        rules.thresholds = {"indexer": 0.0}
+        found.append(choose(rules, scores, 21, 0.2, "indexer", common=common).positions.tolist())
+    assert found == [[3, 4, 5], [0, 1, 2]]
 
 
 def test_what_a_set_covers_beyond_its_target_may_be_exchanged() -> None:

@@ -1,6 +1,6 @@
 """Kernels against naive loops in float64, over shapes and types; and that Quest's bound is one.
 
-What a GPU runs instead is compared with these in ``test_triton_kernels.py``.
+What a GPU runs instead is compared with these in ``test_triton_*.py``.
 """
 
 from __future__ import annotations
@@ -525,10 +525,10 @@ def test_record(dtype: torch.dtype) -> None:
 # --- what a GPU runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton_kernels.py runs on this GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton_*.py run on this GPU themselves")
 def test_triton_kernels_under_the_interpreter() -> None:
-    file = pathlib.Path(__file__).with_name("test_triton_kernels.py")
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    files = sorted(map(str, pathlib.Path(__file__).parent.glob("test_triton_*.py")))
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", run.stdout)}

@@ -153,6 +153,19 @@ def test_drop_some_pages() -> None:
     ledger.check()
 
 
+def test_a_page_goes_with_the_last_of_its_holders() -> None:
+    """Known before anybody lets go."""
+    ledger = ledger_with(1, 2, 3, 4, 5, physical=5)
+    for holder, pages in {"a": [1, 2, 3], "b": [1, 2], "c": [2, 4, 5]}.items():
+        ledger.hold(holder, pages)
+    mine = {name: np.array(sorted(ledger.held_by(name))) for name in "abc"}
+    assert list(ledger.letting_go([mine["a"], mine["b"], mine["c"]])) == [1, 2, 5]
+    assert list(ledger.letting_go([mine["b"], mine["c"], mine["a"]])) == [0, 2, 5]
+    assert list(ledger.letting_go([mine["c"][:1], np.array([4])])) == [0, 1]
+    assert ledger.held_pages == 5 and list(ledger.letting_go([])) == []
+    ledger.check()
+
+
 def test_dropping_what_is_not_held_is_ignored() -> None:
     ledger = ledger_with(1, 2)
     held(ledger, "a", 1)

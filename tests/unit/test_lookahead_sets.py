@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from lookahead_server import LAG, LEAD, LONG, SERVERS, WINDOW, Server, given_sets, reads, two_requests
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.engine.grouping import Company
 from sglang_lsa.engine.request import Request, State
 
 # --- a set that fits in part -----------------------------------------------------------------------------------------
@@ -288,6 +290,38 @@ def test_pressure_completes_a_first_set_and_leaves_prompts_alone(first: bool) ->
         request.tokens += 1
     server.lookahead.shrink([request], 1)
     assert (request.resident.tail_start, request.story.shrunk) == ((12, 1) if first else (0, 0))
+
+
+@pytest.mark.parametrize(("lead", "lag"), [(0, 0), (LEAD, LAG)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        pytest.param(13, ["abcd"], id="all"),
+        pytest.param(9, ["abc"], id="some"),
+        pytest.param(4, ["a", "b"], id="one that let go of less than all"),
+    ],
+)
+def test_groups_are_formed_once_for_all_that_must_be_pruned(
+    wanted: int, chosen: list[str], lead: int, lag: int
+) -> None:
+    """Not once for each of them. Nobody chooses who need not."""
+    server, choosing = Server(lead, lag, window=LONG), []
+    requests = [server.prefill(rid, 4 * PAGE_SIZE, dense_steps=1000) for rid in "abcd"]
+
+    def company(choosers: Sequence[Request]) -> Company:
+        choosing.append("".join(request.rid for request in choosers))
+        return Company(choosers, requests, PAGE_SIZE)
+
+    server.lookahead.refresher.chooser.company = company
+    for request in requests:
+        server.decode(request)
+    server.lookahead.shrink(requests, wanted)
+    assert choosing == chosen, "each lets go of three of its four pages"
+    pruned = "".join(chosen)
+    assert [server.held_positions(one) == [0, 4] for one in requests] == [one.rid in pruned for one in requests]
+    assert [one.story.shrunk for one in requests] == [one.rid in pruned for one in requests]
+    assert [one.resident.next for one in requests] == [None] * 4
+    server.pager.ledger.check()
 
 
 def test_pages_that_stay_are_told_from_pages_without_a_score() -> None:

@@ -64,17 +64,22 @@ class Watched(Simulation):
 
         refresher._hold_all = copies_apart  # type: ignore[method-assign]
         if alone:
-            start, advance = refresher.start, refresher._advance
+            start, choose_now, advance = refresher.start, refresher.choose_now, refresher._advance
 
-            def start_each(requests: Sequence[Request], predict: bool = False) -> None:
+            def start_each(requests: Sequence[Request]) -> None:
                 for request in requests:
-                    start([request], predict)
+                    start([request])
+
+            def choose_each(requests: Sequence[Request], predict: bool = False) -> None:
+                for request in requests:
+                    choose_now([request], predict)
 
             def advance_each() -> None:
                 for request in list(refresher.on_their_way.values()):
                     advance([request])
 
             refresher.start, refresher.advance = start_each, advance_each  # type: ignore[method-assign]
+            refresher.choose_now = choose_each  # type: ignore[method-assign]
 
     def step(self) -> bool:
         ran = super().step()
