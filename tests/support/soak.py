@@ -1,5 +1,5 @@
-"""A soak: many clients, tiny pools, aborts, disconnects, flushes, priorities, several answers to one prompt, ids that
-are used again, other configurations and wrong options; then every answer is checked on the idle server.
+"""A soak: many clients, tiny pools, aborts, disconnects, flushes, priorities, retractions, several answers to one
+prompt, ids that are used again, other configurations, wrong options; then every answer is checked on the idle server.
 
     python tests/support/soak.py --requests 3000            # starts its own server; `make test` runs a short one
 
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from soak_more import WrongOptions, change_configuration, several_answers, use_an_id_again
+from soak_more import WrongOptions, change_configuration, retract_all, several_answers, use_an_id_again
 from tqdm import tqdm
 
 from sglang_lsa.client import get_requests
@@ -41,6 +41,8 @@ FLAGS += ["--json-model-override-args", '{"num_hidden_layers": 6}', "--enable-pr
 """The first six layers of the embedded model."""
 KINDS = {"ask": 66, "abort": 7, "disconnect": 7, "flush": 3, "bad": 3, "many": 6, "again": 4, "config": 4}
 """What a client does, by how often."""
+RETRACT_EVERY = 40
+"""Requests, at one of which all that run lose their places."""
 PRIORITIES = (0, 0, 100)
 LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16}
 """32 pages on the device, 221 on the host; a chunk takes 8."""
@@ -156,6 +158,8 @@ class Soak:
 
     def _one(self, number: int, question: Question, kind: str, chance: float) -> Outcome:
         outcome = Outcome(question, f"soak-{number:05}-{kind}", kind)
+        if number % RETRACT_EVERY == RETRACT_EVERY // 2:
+            retract_all(self)
         if kind == "flush":
             outcome.ended = self._post_quietly("/flush_cache", {})
         elif kind == "bad":

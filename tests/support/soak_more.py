@@ -1,4 +1,4 @@
-"""What a soak does besides asking: re-used ids, other configurations, several answers, wrong options."""
+"""What a soak does besides asking: re-used ids, retractions, other configurations, several answers, wrong options."""
 
 from __future__ import annotations
 
@@ -81,6 +81,12 @@ class WrongOptions(AbstractContextManager["WrongOptions"]):
             return 200
         except urllib.error.HTTPError as error:
             return error.code
+
+
+def retract_all(soak: Soak) -> None:
+    """Whoever runs loses its place, wherever it is, and begins again with what it has said."""
+    for path, content in (("/pause_generation", {"mode": "retract"}), ("/continue_generation", {})):
+        soak.server.post(path, content, parse=False)
 
 
 def change_configuration(soak: Soak, chance: float) -> str:
