@@ -19,10 +19,13 @@ from sglang_lsa.adapt.settings import Settings
 from sglang_lsa.adapt.state import State
 from sglang_lsa.adapt.steps import run_step
 from sglang_lsa.texts.haystack import Texts
+from sglang_lsa.training.pool import pool_flags
 
 WORK = "work"
 """Recordings, logs and half-done things, in the output folder."""
 ARMS = ("lsa", "recency", "random")
+TOGETHER, ANSWERS = 8, 1024
+"""Samples that are compared at a time, and tokens of their answers at most."""
 SHARES = {"record": 0.5, "train": 0.2, "compare": 0.25, "write": 0.05}
 """About which share of the time each step takes."""
 
@@ -115,10 +118,13 @@ def _run_steps(
         os.replace(partial, indexer)
 
     def compare(run: Run) -> None:
+        pool = pool_flags(model, max(settings.eval_lengths) + ANSWERS, TOGETHER, server_args)
+        asked = " ".join((*pool, server_args))
         run(
-            *("eval", *source, "--indexer", indexer, "--suites", "ruler", "--tasks", *settings.tasks),
-            *("--lengths", *settings.eval_lengths, "--samples", settings.samples, "--arms", *ARMS),
-            *("--budgets", settings.budget, "--output", output / "evaluation", "--kl"),
+            *("eval", "--model", model, f"--server-args={asked}", "--indexer", indexer, "--suites", "ruler"),
+            *("--tasks", *settings.tasks, "--lengths", *settings.eval_lengths, "--samples", settings.samples),
+            *("--arms", *ARMS, "--budgets", settings.budget, "--output", output / "evaluation", "--kl"),
+            *("--together", TOGETHER),
         )
 
     def write(run: Run) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import pathlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def make_prompts(
     families: Sequence[str] = tuple(FAMILIES),
     texts: pathlib.Path | None = None,
     first: int = 0,
+    known: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[tuple[Prompt, Tokens]]:
     """Prompts of every family and length, the same ones every time, with their tokens.
 
@@ -79,6 +80,7 @@ def make_prompts(
         lengths: tokens of a prompt at most; it is at least nine tenths as long.
         each: prompts of each family and length.
         first: number of the first of them; those of lower numbers are other prompts.
+        known: names of prompts that are not made.
 
     Raises:
         ValueError: see :class:`Texts`.
@@ -87,14 +89,17 @@ def make_prompts(
     for length in lengths:
         for number in range(first, first + each):
             for family in families:
-                yield _of_length(tokenizer, documents, family, split, length, number)
+                if not known(name := name_of(split, family, length, number)):
+                    yield _of_length(tokenizer, documents, family, split, length, name)
 
 
-def _of_length(
-    tokenizer: Any, texts: Texts, family: str, split: str, length: int, number: int
-) -> tuple[Prompt, Tokens]:
+def name_of(split: str, family: str, length: int, number: int) -> str:
+    """What a prompt and its recording are named."""
+    return f"{split}-{family}-{length}-{number}"
+
+
+def _of_length(tokenizer: Any, texts: Texts, family: str, split: str, length: int, name: str) -> tuple[Prompt, Tokens]:
     """Make the prompt shorter or longer until its tokens fit; all attempts draw the same random numbers."""
-    name = f"{split}-{family}-{length}-{number}"
     fit = Fit(length, most=length * 20, tries=20, least=100)
     for characters in fit.sizes():
         made = {**FAMILIES, **EVALUATION}[family](random.Random(name), split, texts, characters)

@@ -6,8 +6,9 @@ import contextlib
 import pathlib
 import shlex
 import urllib.error
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from itertools import chain, islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,15 +18,14 @@ from sglang_lsa.indexer.heads import retrieval_heads
 from sglang_lsa.indexer.manifest import Entry, Manifest
 from sglang_lsa.indexer.recording import read_recording
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
-from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts
+from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts, name_of
+from sglang_lsa.training.pool import pool_flags
 
 OBSERVE = "--lsa-observe-layers"
 PROBES = ("facts", "pairs", "records")
 """Families by which layers are chosen."""
 POOL = 2
-"""Prompts of the greatest length that the pool of one of several servers takes."""
-BYTES = 4
-"""Of a number of the KV, at most."""
+"""Prompts of the greatest length that the pool of a server takes."""
 
 
 def record(
@@ -76,36 +76,61 @@ def record(
     output.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.open(output, model)
     counts = {"train": each, "held-out": each if held_out is None else held_out}
-    wanted = [
-        (prompt, tokens)
+    made = chain.from_iterable(
+        make_prompts(tokenizer, split, sorted(lengths), counts[split], families, texts, first, manifest.has)
         for split in splits
-        for prompt, tokens in make_prompts(tokenizer, split, lengths, counts[split], families, texts, first)
-        if not manifest.has(prompt.name)
-    ]
-    if not wanted:
+    )
+    ahead = list(islice(made, len(families)))  # what cannot be made is told before a server starts
+    if not ahead:
         return 0
-    count = min(servers, len(wanted))
-    with _servers(count, output, model, max(lengths) + new_tokens, server_args) as started:
-        idle: SimpleQueue[ServerProcess] = SimpleQueue()
-        for server in started:
+    left = sum(
+        not manifest.has(name_of(split, family, length, number))
+        for split in splits
+        for family in families
+        for length in lengths
+        for number in range(first, first + counts[split])
+    )
+    with (
+        _servers(min(servers, left), output, model, max(lengths) + new_tokens, server_args) as started,
+        tqdm(total=left, desc="recording", unit="prompt") as progress,
+    ):
+        for entry in _entries(started, chain(ahead, made), output, last, new_tokens):
+            manifest.add(entry)
+            progress.update()
+    return left
+
+
+def _entries(
+    servers: Sequence[ServerProcess],
+    prompts: Iterable[tuple[Prompt, Tokens]],
+    output: pathlib.Path,
+    last: int,
+    new_tokens: int,
+) -> Iterator[Entry]:
+    """Of each prompt, recorded by a server that has nothing else to do, while the next ones are made; servers may
+    still be starting."""
+    idle: SimpleQueue[ServerProcess] = SimpleQueue()
+    for server in servers:
+        idle.put(server)
+
+    def by_an_idle_one(prompt: Prompt, tokens: Tokens) -> Entry:
+        server = idle.get()
+        try:
+            return _record_one(server.wait_until_ready(), output, prompt, tokens, last, new_tokens)
+        finally:
             idle.put(server)
 
-        def by_an_idle_one(prompt: Prompt, tokens: Tokens) -> Entry:
-            server = idle.get()
-            try:
-                return _record_one(server, output, prompt, tokens, last, new_tokens)
-            finally:
-                idle.put(server)
-
-        with ThreadPoolExecutor(count) as pool:
-            asked = [pool.submit(by_an_idle_one, prompt, tokens) for prompt, tokens in wanted]
-            try:
-                for done in tqdm(as_completed(asked), total=len(asked), desc="recording", unit="prompt"):
-                    manifest.add(done.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return len(wanted)
+    with ThreadPoolExecutor(len(servers)) as pool:
+        asked: set[Future[Entry]] = set()
+        try:
+            for prompt, tokens in prompts:
+                asked.add(pool.submit(by_an_idle_one, prompt, tokens))
+                done, asked = wait(asked, timeout=0)
+                yield from (one.result() for one in done)
+            yield from (one.result() for one in as_completed(asked))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _layers_that_retrieve(
@@ -171,27 +196,13 @@ def _record_one(
 def _servers(
     count: int, output: pathlib.Path, model: str, longest: int, server_args: str
 ) -> Iterator[list[ServerProcess]]:
-    """Servers that record; those of several start together, and ask for no more memory than they need."""
+    """Servers that record, which start together, each with a pool for a few prompts."""
     flags: list[Any] = ["--model-path", model, "--lsa-record", output.resolve(), "--skip-server-warmup"]
-    flags += ["--context-length", longest + 64]
-    if count > 1:
-        flags += ["--lsa-device-tokens", POOL * (longest + 64), "--lsa-host-memory-gb", _mirror_gb(model, longest + 64)]
+    flags += ["--context-length", longest + 64, *pool_flags(model, longest + 64, POOL, server_args)]
     flags += shlex.split(server_args)
     with contextlib.ExitStack() as stack:
         logs = [output / (f"server-{number}.log" if count > 1 else "server.log") for number in range(count)]
-        started = [stack.enter_context(ServerProcess(LSA, list(map(str, flags)), log)) for log in logs]
         try:
-            yield [server.wait_until_ready() for server in started]
+            yield [stack.enter_context(ServerProcess(LSA, list(map(str, flags)), log)) for log in logs]
         except ServerFailed as error:
             raise RuntimeError(str(error)) from None
-
-
-def _mirror_gb(model: str, longest: int) -> float:
-    """Host memory for what one of several servers caches."""
-    from transformers import AutoConfig
-
-    from sglang_lsa.patches.models import shape_of
-
-    shape = shape_of(AutoConfig.from_pretrained(model).get_text_config())
-    per_token = 2 * shape.num_hidden_layers * shape.kv_heads * shape.head_dim * BYTES
-    return round(max(0.1, 2 * POOL * longest * per_token / 1e9), 2)
