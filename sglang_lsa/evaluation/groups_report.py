@@ -15,7 +15,7 @@ from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.paired import against_full
 from sglang_lsa.evaluation.quality import by_run
-from sglang_lsa.evaluation.summary import RUN
+from sglang_lsa.evaluation.summary import LEAST_FULL, RUN
 
 FULL, SEPARATE = "full", "separate"
 ALL = "all"
@@ -50,18 +50,31 @@ def summarise(rounds: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Accuracy is in points of 100, and its difference to full attention (``full_delta``) and to separate sets
     (``separate_delta``) on the same questions has a 95 % interval by bootstrap over questions. Only documents that
-    every arm was asked about count. What was read is a mean over documents.
+    every arm was asked about count. What was read is a mean over documents. Kinds that full attention itself cannot do
+    are there, and do not count in all.
 
     Args:
         rounds: as ``groups`` stores them; of the same document and arm, the last one counts.
     """
     found = []
     for about, own in _cells(list(rounds)):
-        for kind in (ALL, *dict.fromkeys(row["kind"] for row in own)):
-            members = _complete([row for row in own if kind in (ALL, row["kind"])])
-            if kind != ALL or len({row["kind"] for row in members}) > 1:
-                found += _rows(about | {"kind": kind}, members)
+        kinds = {kind: _complete([row for row in own if row["kind"] == kind]) for kind in _kinds(own)}
+        rows = {kind: _rows(about | {"kind": kind}, members) for kind, members in kinds.items()}
+        counted = [kind for kind, each in rows.items() if each and _counts(each)]
+        if len(counted) > 1:
+            together = _complete([row for row in own if row["kind"] in counted])
+            found += [row | {"counted": True} for row in _rows(about | {"kind": ALL}, together)]
+        found += [row | {"counted": kind in counted} for kind, each in rows.items() for row in each]
     return found
+
+
+def _kinds(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["kind"] for row in rounds))
+
+
+def _counts(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether full attention can do what is asked, as in ``sglang-lsa eval``."""
+    return all(row["accuracy"] >= LEAST_FULL for row in rows if row["arm"] == FULL)
 
 
 def _cells(rounds: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -179,7 +192,7 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
         f"{row['kind']}, {row['n']} about {row['documents']}",
         arm,
         _number(row["said_tokens"]),
-        f"{row['accuracy']:.1f}",
+        f"{row['accuracy']:.1f}" + ("" if row["counted"] else " *"),
         "" if arm == FULL else _difference(row, FULL),
         "" if arm in (FULL, SEPARATE) else _difference(row, SEPARATE),
         "; ".join(_number(row[name], 100, " %") for name in ("evidence_kept", "evidence_read")),

@@ -197,6 +197,16 @@ def test_kinds_are_told_apart_and_together() -> None:
     }
 
 
+def test_what_full_attention_cannot_do_is_there_and_does_not_count() -> None:
+    can = {"one": [1, 1, 0, 0], "several": [1, 1, 1, 1], "among": [0, 0, 1, 0]}
+    rounds = [a_round(arm, right, kind=kind) for arm in ("full", "separate") for kind, right in can.items()]
+    found = summarise(rounds)
+    assert {row["kind"]: row["counted"] for row in found} == {ALL: True, "one": True, "several": True, "among": False}
+    assert {(row["accuracy"], row["n"]) for row in found if row["kind"] == ALL} == {(75.0, 8)}
+    assert "| full | 9.0 | 25.0 * |" in markdown(found)
+    assert ALL not in {row["kind"] for row in summarise([row for row in rounds if row["kind"] != "several"])}
+
+
 def test_results_name_their_run(tmp_path: pathlib.Path) -> None:
     rows = write(tmp_path, summarise([a_round("full", [1]), a_round("separate", [1])]))
     written = json.loads((tmp_path / "group-quality.json").read_text())
