@@ -21,7 +21,7 @@ class Heat:
         self.values = np.zeros(pages, dtype=np.float64)
         self._unit = 1.0
         self.changes = 0
-        """How often any of them changed."""
+        """How often any of them changed, other than of pages that had no content."""
 
     def select(self, pages: np.ndarray) -> None:
         """A resident set has these virtual pages."""
@@ -33,8 +33,7 @@ class Heat:
             self._unit = 1.0
 
     def forget(self, pages: np.ndarray) -> None:
-        """These pages have new content."""
-        self.changes += 1
+        """These pages have no content yet."""
         self.values[pages] = 0.0
 
     def move(self, old: int, new: int) -> None:

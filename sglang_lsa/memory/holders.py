@@ -43,6 +43,11 @@ class Holders:
             self._held[holder] = np.concatenate((before, added))
         return added
 
+    def replace(self, holder: str, pages: Iterable[int]) -> None:
+        """``holder`` holds these, all different, and nothing else."""
+        self._held.pop(holder, None)
+        self.add(holder, ids(pages))
+
     def remove(self, holder: str, pages: Iterable[int] | None) -> Pages:
         """``holder`` holds these no more (None: any). Returns those that it did; others are ignored."""
         if pages is None:

@@ -186,12 +186,7 @@ class Ledger(DevicePages):
             taken = self._free[: -len(absent) - 1 : -1]
             del self._free[-len(absent) :]
             self._place(absent, np.array(taken, dtype=np.int64))
-        added = self._holders.add(holder, v)
-        claimed = int((self._pins[added] == 0).sum())
-        self._pins[added] += 1
-        places = self.v2p[added]
-        self._idle[places] = False
-        self.standby.take(places)
+        claimed = self._pin(self._holders.add(holder, v))
         self._clock += 1
         self._last_use[v] = self._clock
         recall = absent[self._mirrored[absent]]
@@ -229,8 +224,15 @@ class Ledger(DevicePages):
         Returns:
             How many pages nobody holds any more.
         """
-        held, let_go = set(self._holders.pages(holder).tolist()), 0
-        for before, after in zip(ids(old).tolist(), ids(new).tolist(), strict=True):
+        held = set(self._holders.pages(holder).tolist())
+        try:
+            return self._substitute(held, ids(old), ids(new))
+        finally:
+            self._holders.replace(holder, held)
+
+    def _substitute(self, held: set[int], old: Pages, new: Pages) -> int:
+        let_go = 0
+        for before, after in zip(old.tolist(), new.tolist(), strict=True):
             if before == after:
                 continue
             self.heat.move(before, after)
@@ -241,11 +243,12 @@ class Ledger(DevicePages):
             if before in held:
                 if not self.v2p[after]:
                     raise LedgerError(f"{after} replaces {before} but is not on the device")
-                let_go += self.drop(holder, [before])
-                plan = self.hold(holder, [after])
-                assert plan is not None, "it is on the device"
-                let_go -= plan.claimed
-                held = held - {before} | {after}
+                let_go += self._unpin(np.array([before]))
+                let_go -= self._pin(np.array([after] if after not in held else [], dtype=np.int64))
+                held -= {before}
+                held |= {after}
+                self._clock += 1
+                self._last_use[after] = self._clock
         return let_go
 
     def mirrored(self, pages: Iterable[int]) -> None:
@@ -362,7 +365,16 @@ class Ledger(DevicePages):
         """At most ``count`` evictable pages outside ``keep``, the coldest first, of those the least recently used."""
         return self._looked_through().first(count, keep)
 
+    def _pin(self, added: Pages) -> int:
+        """Somebody holds these pages, which are on the device, too. Returns how many nobody held before."""
+        pins, places = self._pins[added], self.v2p[added]
+        self._pins[added] = pins + 1
+        self._idle[places] = False
+        self.standby.take(places)
+        return int((pins == 0).sum())
+
     def _unpin(self, gone: Pages) -> int:
+        """Somebody holds these pages no more. Returns how many nobody holds now."""
         if not len(gone):
             return 0
         pins = self._pins[gone] - 1

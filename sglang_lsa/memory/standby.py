@@ -6,9 +6,9 @@ import numpy as np
 
 from sglang_lsa.memory.heat import Heat, lowest
 
-FIRST = 512
-"""Of the order, so many pages are found at once at least. Finding these takes hardly longer than finding one; sorting
-all of a pool takes several times as long."""
+FIRST, MORE = 64, 4
+"""Of the order, so many pages are found at once at least, and so many times as many whenever these do not do. Finding
+some takes hardly longer than finding one; sorting all of a pool takes several times as long."""
 
 
 class Standby:
@@ -30,7 +30,7 @@ class Standby:
         """By device page, whether what lies there was found, and not taken since."""
         self._pages = self._next = np.zeros(0, dtype=np.int64)
         """Virtual pages that were found; and, in order, the first ones of those that were left when it was made."""
-        self._known, self._heat_changes = False, 0
+        self._known, self._heat_changes, self._size = False, 0, FIRST
         self.count = 0
         """Pages that can be given up now."""
 
@@ -48,7 +48,7 @@ class Standby:
         self._can_go[:] = False
         self._can_go[self._places[pages]] = True
         self._pages, self._next, self.count = pages, pages[:0], len(pages)
-        self._known, self._heat_changes = True, self._heat.changes
+        self._known, self._heat_changes, self._size = True, self._heat.changes, FIRST
 
     def take(self, physical: np.ndarray) -> None:
         """What lies in these device pages, all different, is given up, or cannot be any more."""
@@ -72,7 +72,8 @@ class Standby:
         if len(found) < min(count, self.count - len(theirs)):
             self._can_go[theirs] = True
             self._pages = self._left(self._pages)
-            self._next = lowest(self._pages, self._heat.values, self._use, max(FIRST, 2 * (count + len(theirs))))
+            size = max(self._size, 2 * (count + len(theirs)))
+            self._next, self._size = lowest(self._pages, self._heat.values, self._use, size), MORE * size
             self._can_go[theirs] = False
             found = self._left(self._next)
         self._can_go[theirs] = True

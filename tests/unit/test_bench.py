@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from sglang_lsa import cli
-from sglang_lsa.bench import overhead, prefill, serving, serving_arms
+from sglang_lsa.bench import overhead, prefill, refresh_together, serving, serving_arms
 from sglang_lsa.serve.status import status as status_of
 from sglang_lsa.server_process import ServerFailed
 from sglang_lsa.streaming import RequestFailed
@@ -122,6 +122,21 @@ def test_overhead_is_that_of_requests_that_are_pruned_and_refreshed(tmp_path: pa
     assert lookahead.counts.refreshes >= 4 and lookahead.counts.failures == lookahead.counts.stalls == 0
     assert all(len(request.resident.positions) < 20 and request.resident.tail_start >= 64 for request in requests)
     assert scheduler.pager.ledger.recalls > 0, "pages come from the mirror"
+
+
+def test_windows_that_begin_together_are_measured_stage_by_stage() -> None:
+    """Every request is refreshed in every window, all in the same three steps, and pages come from the mirror."""
+    found = refresh_together.measure_together(4, 4096)
+    stages = [found[name] for name in ("queue_us", "choose_us", "switch_us")]
+    assert min(stages) > 0 and found["total_us"] == pytest.approx(sum(stages))
+    assert found["request_us"] == pytest.approx(found["total_us"] / 4) and found["recalled_pages"] > 0
+    scheduler = refresh_together.together(4, 4096)
+    counts, steps = scheduler.runtime.lookahead.counts, []
+    for _ in range(refresh_together.WINDOW):
+        before = counts.refreshes
+        scheduler.decode()
+        steps.append(counts.refreshes - before)
+    assert sorted(steps)[-2:] == [0, 4]
 
 
 def test_what_decode_holds_is_sampled_while_no_prompt_waits() -> None:
