@@ -68,17 +68,14 @@ class Clock:
     def next_window(self, request: Request) -> None:
         """The window that was to begin does."""
         request.steps_left += self.window
-        if request.window <= 0:
-            request.steps_left -= self._early(request)
+        if request.window <= 0:  # so that not all of them refresh in the same step
+            request.steps_left -= self.beat * (request.asked.seed % ((self.window - self.lead) // self.beat))
+        # Of later windows none is shorter, but one that begins early, as under pressure, is out of time. Without a beat
+        # nothing else that runs enters.
+        request.steps_left -= (self.decoded + request.steps_left) % self.beat
         request.lead = self.lead
         if request.given is not None:
             self._await_given(request)
-
-    def _early(self, request: Request) -> int:
-        """By so many steps its first window is shorter. A number of the request's own says it, so that not all of them
-        refresh in the same step; without a beat it depends on nothing else that runs."""
-        to_beat = (self.decoded + request.steps_left) % self.beat
-        return to_beat + self.beat * (request.asked.seed % ((self.window - self.lead) // self.beat))
 
     def keep_time(self) -> None:
         """Let windows that begin from now on begin in the same few steps, where window and lead have room for that."""

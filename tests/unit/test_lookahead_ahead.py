@@ -89,6 +89,20 @@ def test_windows_that_keep_time_begin_together(window: int, lead: int, beat: int
     assert len({steps[0] % window for steps in later}) >= (window - lead) // beat
 
 
+@pytest.mark.parametrize("decoded", range(16))
+def test_who_is_out_of_time_is_in_time_from_the_next_window_on(decoded: int) -> None:
+    """As a request that read everything for some windows, until pressure lets its first set begin at once."""
+    clock = Clock(64, 16, decoded=decoded)
+    clock.keep_time()
+    request = Request("late", 0, Asked("wanted", 0.5, seed=5), tokens=640, prompt_tokens=640, window=3)
+    clock.next_window(request)
+    assert (clock.decoded + request.steps_left) % clock.beat == 0
+    assert 64 - clock.beat < request.steps_left <= 64
+    clock.beat, request.steps_left = 1, 0
+    clock.next_window(request)
+    assert request.steps_left == 64, "nobody keeps time"
+
+
 @pytest.mark.parametrize(("window", "lead"), [(50, 3), (64, 60), (3, 0)])
 def test_windows_without_room_for_a_beat_keep_their_own_time(window: int, lead: int) -> None:
     clock = Clock(window, lead)
