@@ -79,5 +79,14 @@ class Standby:
         self._can_go[theirs] = True
         return found[:count]
 
+    def agrees(self, pages: np.ndarray) -> bool:
+        """Whether what is remembered, if it holds good, is that these virtual pages can be given up, in their order."""
+        if not self.known:
+            return True
+        here, places = self._left(self._next), self._places[pages]
+        order = lowest(pages, self._heat.values, self._use, len(here))
+        same = self.count == len(pages) == int(self._can_go.sum()) and bool(self._can_go[places].all())
+        return same and np.array_equal(here, order)
+
     def _left(self, pages: np.ndarray) -> np.ndarray:
         return pages[self._can_go[self._places[pages]]]

@@ -8,7 +8,7 @@ import pytest
 from sglang_lsa.memory import standby
 from sglang_lsa.memory.heat import Heat, lowest
 from sglang_lsa.memory.holders import Holders
-from sglang_lsa.memory.ledger import Ledger
+from sglang_lsa.memory.ledger import Ledger, LedgerError
 from sglang_lsa.memory.standby import Standby
 
 
@@ -89,6 +89,32 @@ def test_a_ledger_gives_up_what_it_would_find_anew(seed: int) -> None:
         assert ledger.obtainable_pages == len(ledger._free) + len(ledger._evictable())
         ledger.check()
     assert compared > 3
+
+
+@pytest.mark.parametrize("what", ["heat", "use", "taken", "count"])
+def test_a_check_finds_what_was_not_told(what: str) -> None:
+    """That the order is another one, too, and by looking changes nothing."""
+    ledger = Ledger(20, 10)
+    ledger.allocate(range(1, 21))
+    ledger.hold("a", range(1, 11))
+    ledger.mirrored(range(1, 11))
+    ledger.drop("a")
+    ledger.hold("b", [11])
+    ledger.check()
+    remembered = ledger.standby._next
+    assert remembered.tolist() == list(range(1, 11)) and ledger.standby.known
+    ledger.check()
+    assert ledger.standby._next is remembered
+    if what == "heat":
+        ledger.heat.values[5] = 1.0
+    elif what == "use":
+        ledger._last_use[5] += 1
+    elif what == "taken":
+        ledger.standby._can_go[ledger.v2p[5]] = False
+    else:
+        ledger.standby.count += 1
+    with pytest.raises(LedgerError, match="what can be given up is wrong"):
+        ledger.check()
 
 
 @pytest.mark.parametrize("seed", range(10))
