@@ -13,9 +13,10 @@ import shlex
 import tempfile
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -183,6 +184,18 @@ class Plan:
             return self.corpora.tasks
         return qa_tasks(self.qa) if self.qa is not None else {}
 
+    def require_samples(self, tokenizer: Any) -> None:
+        """See whether the first sample of each task and length can be made.
+
+        Raises:
+            ValueError: it cannot, or there is none.
+        """
+        if not (first := len(self.lengths) * len(self.chosen())):
+            raise ValueError("there is nothing to ask: give some --suites or files")
+        for _, sample in islice(self.samples_of(counting(tokenizer)), first):
+            for _ in questions(sample, tokenizer):
+                pass
+
     def samples_of(self, count: Count) -> Iterator[tuple[int, Sample]]:
         """Samples with their numbers."""
         haystack, tasks = Haystack(self.texts), self.chosen()
@@ -240,15 +253,20 @@ def evaluate(
     store = Store(output / "answers.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.model_max_length = 1 << 40
-    asked = make_questions(plan, tokenizer, files or Files())
-    if not asked:
+    files = files or Files()
+    if files == Files():
+        plan.require_samples(tokenizer)
+        asked = None
+    elif not (asked := make_questions(plan, tokenizer, files)):
         raise ValueError("there is nothing to ask: give some --suites or files")
     if kl:
         server_args += " --enable-custom-logit-processor"
-    with server(url, model, indexer, server_args, output) as address:
+    with starting(url, model, indexer, server_args) as ready:
+        if asked is None:  # takes about as long as a start
+            asked = make_questions(plan, tokenizer, files)
         rows = run(
             asked,
-            url=address,
+            url=ready(),
             model=name,
             arms=arms,
             store=store,
@@ -286,16 +304,18 @@ def same_apart(rows: Sequence[dict[str, Any]]) -> tuple[int, int] | None:
     return (sum(one == other for one, other in pairs), len(pairs)) if pairs else None
 
 
+def counting(tokenizer: Any) -> Count:
+    """Counts the tokens of a text."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def make_questions(plan: Plan, tokenizer: Any, files: Files) -> list[Question]:
     """Every turn of every sample: the first sample of every task and length, then the second, and so on, so that any
     part of the work is a fair one.
 
     Samples of files count as of the smallest length that has room for them; longer ones are left out.
     """
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
+    count = counting(tokenizer)
     total = plan.samples * len(plan.lengths) * len(plan.chosen())
     made = tqdm(plan.samples_of(count), desc="making samples", unit="sample", total=total, leave=False)
     numbered = [(number, list(questions(sample, tokenizer))) for number, sample in made]
@@ -328,14 +348,22 @@ def keep(output: pathlib.Path, rows: list[dict[str, Any]]) -> list[dict[str, Any
 
 
 @contextlib.contextmanager
-def server(url: str | None, model: str, indexer: str | None, server_args: str, output: pathlib.Path) -> Iterator[str]:
-    """Address of the server: the one given, or one that runs as long as the questions do.
+def server(url: str | None, model: str, indexer: str | None, server_args: str) -> Iterator[str]:
+    """Address of a server that answers; see :func:`starting`."""
+    with starting(url, model, indexer, server_args) as ready:
+        yield ready()
+
+
+@contextlib.contextmanager
+def starting(url: str | None, model: str, indexer: str | None, server_args: str) -> Iterator[Callable[[], str]]:
+    """Gives what waits for the server and tells its address: the one given, or one that is being started and runs as
+    long as the questions do.
 
     Raises:
         RuntimeError: it did not start.
     """
     if url is not None:
-        yield url
+        yield lambda: url
         return
     flags = [
         "--model-path",
@@ -352,7 +380,7 @@ def server(url: str | None, model: str, indexer: str | None, server_args: str, o
         log = pathlib.Path(folder) / "server.log"
         with ServerProcess(LSA, flags, log) as process:
             try:
-                yield process.wait_until_ready(600).url
+                yield lambda: process.wait_until_ready(600).url
             except ServerFailed as error:
                 raise RuntimeError(str(error)) from None
             except RuntimeError as error:

@@ -158,7 +158,7 @@ def run(
             continue
         console.print(f"{', '.join(arm.name for arm in own)}: {len(left)} rounds of {questions} questions")
         flags = f"{server_args} --lsa-config {shlex.quote(config)}"
-        with server(None, model, indexer, flags, output) as url:
+        with server(None, model, indexer, flags) as url:
             asyncio.run(_ask_all(url, tokenizer, asking, left, store, about))
     found = groups_report.summarise(store.rows.values())
     written = groups_report.write(output, found)

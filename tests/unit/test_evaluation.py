@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.embedded_model import embedded_model_path
+from sglang_lsa.evaluation import command
 from sglang_lsa.evaluation.analysis import blame, evidence_kept, lost, union_of_sets, windows
 from sglang_lsa.evaluation.arms import ARMS, Arm, asked_of, parse_arms
 from sglang_lsa.evaluation.command import Files, Plan, keep, make_questions
@@ -414,6 +418,53 @@ def test_plans_make_fair_parts(tokenizer: Any) -> None:
     assert all(len(question.ids) + question.asked.new_tokens <= question.sample.length for question in asked)
     with pytest.raises(ValueError, match="--tasks best: no suite asked for has it"):
         dataclasses.replace(plan, tasks=("best",)).chosen()
+
+
+def test_what_cannot_be_made_is_told_before_the_rest_is(tokenizer: Any) -> None:
+    plan = Plan(("ruler",), ("niah_single_1",), (2048,), 1000)
+    plan.require_samples(tokenizer)
+    with pytest.raises(ValueError, match="64"):
+        dataclasses.replace(plan, lengths=(2048, 64)).require_samples(tokenizer)
+    with pytest.raises(ValueError, match="there is nothing to ask"):
+        dataclasses.replace(plan, suites=(), tasks=()).require_samples(tokenizer)
+
+
+def test_samples_are_made_while_a_server_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """And those of published files, which can be anything, before it does."""
+    done: list[str] = []
+
+    class Ready(Exception):
+        pass
+
+    @contextlib.contextmanager
+    def starting(*given: Any) -> Iterator[Callable[[], str]]:
+        def ready() -> str:
+            raise Ready
+
+        done.append("starts")
+        yield ready
+
+    def made(*given: Any) -> Any:
+        done.append("made")
+        return make_questions(*given)
+
+    monkeypatch.setattr(command, "starting", starting)
+    monkeypatch.setattr(command, "make_questions", made)
+    plan, arms = Plan(("ruler",), ("niah_single_1",), (2048,), 1), parse_arms(["quest"], [0.5])
+    common: dict[str, Any] = {
+        "model": str(embedded_model_path()),
+        "name": "a model",
+        "arms": arms,
+        "output": tmp_path,
+        "command": "x",
+    }
+    with pytest.raises(Ready):
+        command.evaluate(plan, Console(), **common)
+    assert done == ["starts", "made"]
+    files = Files(pathlib.Path(__file__).parents[1] / "data" / "longbench_v2.json")
+    with pytest.raises(Ready):
+        command.evaluate(dataclasses.replace(plan, suites=(), tasks=()), Console(), **common, files=files)
+    assert done == ["starts", "made", "made", "starts"]
 
 
 def test_samples_of_files_go_where_they_fit(tokenizer: Any) -> None:
