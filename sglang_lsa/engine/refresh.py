@@ -173,7 +173,7 @@ class Refresher:
                     self.load_now(request, urgent=last)
                     if request.steps_left <= 0:
                         self._attempt(request, self._switch_if_held)
-                    if not new.held and not last:
+                    if request.resident.next is new and not new.held and not last:
                         self.pager.settle()
             if request.resident.next is not None:  # sent for, though its window has not begun
                 self.switch_now(request)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lookahead_server import LAG, LEAD, LONG, STAGES, Server, fail, given_sets, reads
+from lookahead_server import LAG, LEAD, LONG, PHYSICAL, STAGES, Server, fail, given_sets, reads
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE
@@ -87,6 +87,18 @@ def test_what_has_come_meanwhile_is_not_waited_for() -> None:
     first_step(server, request)
     is_complete(server, request, FIRST)
     assert server.gpu.calls["before_next_kernel"] == 0
+
+
+def test_a_first_set_that_is_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names its set itself, so none of it can be left out, and there will be no room for it on this device."""
+    server, waited = Server(window=LONG), []
+    request = server.prefill("a", PROMPT, promised=1, sets=given_sets(f"{PROMPT + 9}:12:0,1,2"))
+    server.hold("others", server.allocate(PHYSICAL - 2))
+    monkeypatch.setattr(server.pager, "settle", lambda: waited.append(server.lookahead.counts.stalls))
+    server.before_decode(request)
+    server.lookahead.complete_first(["a"])
+    assert (server.held_positions(request), request.resident.next) == ([12], None)
+    assert waited == []
 
 
 def test_first_sets_that_cannot_wait_are_chosen_for_their_groups_at_once() -> None:
