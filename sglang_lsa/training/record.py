@@ -94,9 +94,10 @@ def record(
         _servers(min(servers, left), output, model, max(lengths) + new_tokens, server_args) as started,
         tqdm(total=left, desc="recording", unit="prompt") as progress,
     ):
-        for entry in _entries(started, chain(ahead, made), output, last, new_tokens):
-            manifest.add(entry)
-            progress.update()
+        with contextlib.closing(_entries(started, chain(ahead, made), output, last, new_tokens)) as entries:
+            for entry in entries:
+                manifest.add(entry)
+                progress.update()
     return left
 
 
@@ -120,17 +121,16 @@ def _entries(
         finally:
             idle.put(server)
 
-    with ThreadPoolExecutor(len(servers)) as pool:
-        asked: set[Future[Entry]] = set()
-        try:
-            for prompt, tokens in prompts:
-                asked.add(pool.submit(by_an_idle_one, prompt, tokens))
-                done, asked = wait(asked, timeout=0)
-                yield from (one.result() for one in done)
-            yield from (one.result() for one in as_completed(asked))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool, asked = ThreadPoolExecutor(len(servers)), set[Future[Entry]]()
+    try:
+        for prompt, tokens in prompts:
+            asked.add(pool.submit(by_an_idle_one, prompt, tokens))
+            done, asked = wait(asked, timeout=0)
+            yield from (one.result() for one in done)
+        yield from (one.result() for one in as_completed(asked))
+    finally:
+        # Not waited for where it failed: what servers are at ends with them, and they are stopped next.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _layers_that_retrieve(

@@ -92,3 +92,58 @@ def test_a_server_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     servers: list[Any] = [Server(ready, fails=True)]
     with pytest.raises(record.ServerFailed, match="it ended"):
         list(record._entries(servers, prompts([], 1000), tmp_path, 8, 1))
+
+
+def test_nobody_waits_for_the_others_when_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """They may take minutes to start, or to record; they are stopped once the failure is told."""
+    monkeypatch.setattr(record, "_record_one", answer)
+    at_once, late, told = threading.Event(), threading.Event(), threading.Event()
+    at_once.set()
+
+    def ask() -> None:
+        with pytest.raises(record.ServerFailed, match="it ended"):
+            list(record._entries([Server(late), Server(at_once, fails=True)], prompts([], 8), tmp_path, 8, 1))  # type: ignore[list-item]
+        told.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert told.wait(10)
+    finally:
+        late.set()
+        asking.join()
+
+
+def test_an_interrupted_one_asks_nothing_more(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    begun, going_on = threading.Semaphore(0), threading.Event()
+    asked: list[str] = []
+
+    def slow(server: Server, output: pathlib.Path, prompt: Prompt, *more: Any) -> Entry:
+        asked.append(prompt.name)
+        begun.release()
+        assert going_on.wait(30)
+        return entry(prompt.name)
+
+    def interrupted() -> Any:
+        yield from prompts([], 20)
+        begun.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "_record_one", slow)
+    ready = threading.Event()
+    ready.set()
+    ended = threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            list(record._entries([Server(ready)], interrupted(), tmp_path, 8, 1))  # type: ignore[list-item]
+        ended.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert ended.wait(10)
+    finally:
+        going_on.set()
+        asking.join()
+    assert asked == ["p0"]
