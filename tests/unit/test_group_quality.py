@@ -209,7 +209,7 @@ def test_what_full_attention_cannot_do_is_there_and_does_not_count() -> None:
 
 def test_indexers_and_arguments_are_not_mixed() -> None:
     """The first indexer was asked about two documents, the second about one of them."""
-    first, second = ({"policy": "indexer", "indexer": name} for name in ("a", "b"))
+    first, second = (dict[str, Any](policy="indexer", indexer=name) for name in ("a", "b"))
     rounds = [a_round("full", [1, 1], document) for document in (0, 1)]
     rounds += [a_round("separate", [1, 1], document, **first) for document in (0, 1)]
     rounds += [a_round("separate", [0, 0], **second)]

@@ -82,7 +82,7 @@ class Told(Scheduler):
 def test_what_is_told_is_what_is_read() -> None:
     """Seeds that together have what there is to tell: pages that members did not choose, and such as were exchanged."""
     counts, totals = Counter[str](), Counter[str]()
-    for seed in (2, 7, 11, 13, 16, 23):
+    for seed in (16, 27, 33, 38, 45):
         simulation = Simulation(seed, scheduler=Told, groups=True)
         simulation.run(100)
         counts.update(simulation.counts)
