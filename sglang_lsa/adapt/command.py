@@ -19,7 +19,7 @@ from sglang_lsa.adapt.settings import Settings
 from sglang_lsa.adapt.state import State
 from sglang_lsa.adapt.steps import run_step
 from sglang_lsa.texts.haystack import Texts
-from sglang_lsa.training.pool import pool_flags
+from sglang_lsa.training.pool import names_pool, pool_flags
 
 WORK = "work"
 """Recordings, logs and half-done things, in the output folder."""
@@ -50,7 +50,8 @@ def adapt(
         model: path or hub name.
         texts: files to record over; None takes Python's library.
         server_args: more arguments for every server; others may be given when a run goes on.
-        servers: that record side by side; None takes as many as the device has memory for, four at most.
+        servers: that record side by side; None takes as many as the device has memory for, four at most, and one where
+            ``server_args`` name a pool.
 
     Raises:
         ValueError: something asked for cannot be done, or another run is in the folder; before any work.
@@ -75,7 +76,9 @@ def adapt(
     with locked(output):
         state = State.open(output, about)  # as another run has left it meanwhile
         state.save()
-        _run_steps(state, model, settings, console, texts, server_args, servers or checks.servers_that_fit(model))
+        if servers is None:
+            servers = 1 if names_pool(server_args) else checks.servers_that_fit(model)
+        _run_steps(state, model, settings, console, texts, server_args, servers)
         if not keep_recordings:
             shutil.rmtree(work / "recordings", ignore_errors=True)
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in state.done.items())

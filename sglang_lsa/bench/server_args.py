@@ -28,7 +28,7 @@ def with_arguments(row: Row) -> Row:
     if "server_args" in row:
         return row
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--server-args", default="")
+    parser.add_argument("--server-args", nargs="?", default="", const="")
     try:
         given, _ = parser.parse_known_args(shlex.split(row.get("command") or ""))
     except ValueError:  # words of somebody, not what was typed

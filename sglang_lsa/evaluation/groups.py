@@ -91,6 +91,8 @@ class Asking:
             "arm": arm.name,
             "policy": FULL if full else self.policy,
             "budget": 1.0 if full else self.budget,
+            "indexer": None if full else self.indexer,
+            "server_args": self.server_args,
         }
 
     def key(self, document: Document, arm: Arm) -> str:
@@ -160,7 +162,9 @@ def run(
         flags = f"{server_args} --lsa-config {shlex.quote(config)}"
         with server(None, model, indexer, flags) as url:
             asyncio.run(_ask_all(url, tokenizer, asking, left, store, about))
-    found = groups_report.summarise(store.rows.values())
+    # Of a document that was asked about twice, say with other weights of an indexer, the round of this run counts.
+    now = {asking.key(document, arm) for document in asked for arm in arms}
+    found = groups_report.summarise(sorted(store.rows.values(), key=lambda row: row["key"] in now))
     written = groups_report.write(output, found)
     console.print(groups_report.table([row for row in found if row["model"] == name]))
     return written

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sglang_lsa.bench.server_args import and_arguments
 from sglang_lsa.evaluation.analysis import evidence_kept
 from sglang_lsa.evaluation.metrics import METRICS
 from sglang_lsa.evaluation.paired import against_full
@@ -25,7 +26,7 @@ READ = ("set_pages", "pages", "union", "union_bytes", "held_bytes", "attention_r
 MEANS = (*READ, "evidence_read", "group_steps", "group_saved_reads", "group_added_reads", "seconds")
 """Of rounds; see ``union.what_was_read``."""
 TITLES = (
-    "model; policy",
+    "model; policy; arguments",
     "tokens",
     "questions",
     "arm",
@@ -46,7 +47,8 @@ TITLES = (
 
 
 def summarise(rounds: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each model, policy, budget, number of questions, length, kind and arm, and for all kinds together.
+    """One row for each model, policy, budget, indexer, server's arguments, number of questions, length, kind and arm,
+    and for all kinds together.
 
     Accuracy is in points of 100, and its difference to full attention (``full_delta``) and to separate sets
     (``separate_delta``) on the same questions has a 95 % interval by bootstrap over questions. Only documents that
@@ -78,19 +80,20 @@ def _counts(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def _cells(rounds: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Rounds to compare with each other: those of one policy and budget, and those of full attention."""
-    names = ("model", "questions", "length")
-    last = {tuple(row[name] for name in (*names, "kind", "document", "arm", "policy", "budget")): row for row in rounds}
+    """Rounds to compare with each other: those of one way to choose sets, and those of full attention."""
+    names, how = ("model", "questions", "length", "server_args"), ("policy", "budget", "indexer")
+    last = {tuple(row[name] for name in (*names, *how, "kind", "document", "arm")): row for row in rounds}
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in last.values():
         if row["arm"] != FULL:
-            cells.setdefault(tuple(row[name] for name in (*names, "policy", "budget")), [])
+            cells.setdefault(tuple(row[name] for name in (*names, *how)), [])
     for which, cell in cells.items():
         for row in last.values():
             same = tuple(row[name] for name in names) == which[: len(names)]
-            if same and (row["arm"] == FULL or (row["policy"], row["budget"]) == which[len(names) :]):
+            if same and (row["arm"] == FULL or tuple(row[name] for name in how) == which[len(names) :]):
                 cell.append(row)
-    return [(dict(zip((*names, "policy", "budget"), which, strict=True)), cells[which]) for which in sorted(cells)]
+    ordered = sorted(cells, key=lambda which: tuple("" if part is None else part for part in which))
+    return [(dict(zip((*names, *how), which, strict=True)), cells[which]) for which in ordered]
 
 
 def _complete(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,7 +190,7 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
     arm = row["arm"]
     in_groups = f"{row['groups']:.1f} ({row['members']:.1f})" if row["group_steps"] else ""
     return [
-        f"{row['model']}; {row['policy']} {row['budget']:.1%}",
+        f"{row['model']}; {row['indexer'] or row['policy']} {row['budget']:.1%}" + and_arguments(row, "; "),
         str(row["length"]),
         f"{row['kind']}, {row['n']} about {row['documents']}",
         arm,

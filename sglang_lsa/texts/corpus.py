@@ -85,12 +85,14 @@ def make_prompts(
     Raises:
         ValueError: see :class:`Texts`.
     """
-    documents = Texts(split, texts)
-    for length in lengths:
-        for number in range(first, first + each):
-            for family in families:
-                if not known(name := name_of(split, family, length, number)):
-                    yield _of_length(tokenizer, documents, family, split, length, name)
+    documents = Texts(split, texts)  # before the first prompt is asked for
+    return (
+        _of_length(tokenizer, documents, family, split, length, name)
+        for length in lengths
+        for number in range(first, first + each)
+        for family in families
+        if not known(name := name_of(split, family, length, number))
+    )
 
 
 def name_of(split: str, family: str, length: int, number: int) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import pathlib
 import shlex
 import urllib.error
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from itertools import chain, islice
 from queue import SimpleQueue
@@ -76,9 +76,13 @@ def record(
     output.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.open(output, model)
     counts = {"train": each, "held-out": each if held_out is None else held_out}
+    # What is named twice is recorded once: two servers would write the same file.
+    splits, families, lengths = list(dict.fromkeys(splits)), list(dict.fromkeys(families)), sorted(set(lengths))
     made = chain.from_iterable(
-        make_prompts(tokenizer, split, sorted(lengths), counts[split], families, texts, first, manifest.has)
-        for split in splits
+        [
+            make_prompts(tokenizer, split, lengths, counts[split], families, texts, first, manifest.has)
+            for split in splits
+        ]
     )
     ahead = list(islice(made, len(families)))  # what cannot be made is told before a server starts
     if not ahead:
@@ -93,8 +97,9 @@ def record(
     with (
         _servers(min(servers, left), output, model, max(lengths) + new_tokens, server_args) as started,
         tqdm(total=left, desc="recording", unit="prompt") as progress,
+        contextlib.closing(_entries(started, chain(ahead, made), output, last, new_tokens)) as entries,
     ):
-        for entry in _entries(started, chain(ahead, made), output, last, new_tokens):
+        for entry in entries:
             manifest.add(entry)
             progress.update()
     return left
@@ -106,7 +111,7 @@ def _entries(
     output: pathlib.Path,
     last: int,
     new_tokens: int,
-) -> Iterator[Entry]:
+) -> Generator[Entry]:
     """Of each prompt, recorded by a server that has nothing else to do, while the next ones are made; servers may
     still be starting."""
     idle: SimpleQueue[ServerProcess] = SimpleQueue()
@@ -120,17 +125,16 @@ def _entries(
         finally:
             idle.put(server)
 
-    with ThreadPoolExecutor(len(servers)) as pool:
-        asked: set[Future[Entry]] = set()
-        try:
-            for prompt, tokens in prompts:
-                asked.add(pool.submit(by_an_idle_one, prompt, tokens))
-                done, asked = wait(asked, timeout=0)
-                yield from (one.result() for one in done)
-            yield from (one.result() for one in as_completed(asked))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool, asked = ThreadPoolExecutor(len(servers)), set[Future[Entry]]()
+    try:
+        for prompt, tokens in prompts:
+            asked.add(pool.submit(by_an_idle_one, prompt, tokens))
+            done, asked = wait(asked, timeout=0)
+            yield from (one.result() for one in done)
+        yield from (one.result() for one in as_completed(asked))
+    finally:
+        # Not waited for where it failed: what servers are at ends with them, and they are stopped next.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _layers_that_retrieve(
@@ -198,7 +202,7 @@ def _servers(
 ) -> Iterator[list[ServerProcess]]:
     """Servers that record, which start together, each with a pool for a few prompts."""
     flags: list[Any] = ["--model-path", model, "--lsa-record", output.resolve(), "--skip-server-warmup"]
-    flags += ["--context-length", longest + 64, *pool_flags(model, longest + 64, POOL, server_args)]
+    flags += ["--context-length", longest + 64, *pool_flags(model, longest + 64, POOL, server_args, count)]
     flags += shlex.split(server_args)
     with contextlib.ExitStack() as stack:
         logs = [output / (f"server-{number}.log" if count > 1 else "server.log") for number in range(count)]

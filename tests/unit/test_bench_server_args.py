@@ -27,6 +27,7 @@ ALL = pytest.mark.parametrize("results", [SERVING, PREFILL, LOAD, DSV4], ids=lam
         ),
         ("sglang-lsa bench load '--server-args=--tp-size 2'", "--tp-size 2"),
         ("both servers' arguments by a script", ""),
+        ("a script with --server-args", ""),
         (None, ""),
     ],
 )

@@ -159,7 +159,7 @@ def a_round(arm: str, right: list[int], document: int = 0, kind: str = "one", **
     read = {"set_pages": 3.0, "pages": 6.0, "union": 5.0, "union_bytes": 5_000_000, "attention_reads": 5.0}
     about = {"model": "m", "kind": kind, "length": 4096, "document": document, "questions": len(right), "arm": arm}
     run = {"command": "c", "hardware": "h", "commit": "d", "date": "2000-01-01"}
-    return about | budget | read | {"answers": answers, **run} | more
+    return about | budget | read | {"answers": answers, "indexer": None, "server_args": "", **run} | more
 
 
 def test_every_arm_is_paired_with_full_attention_and_with_separate_sets() -> None:
@@ -207,6 +207,22 @@ def test_what_full_attention_cannot_do_is_there_and_does_not_count() -> None:
     assert ALL not in {row["kind"] for row in summarise([row for row in rounds if row["kind"] != "several"])}
 
 
+def test_indexers_and_arguments_are_not_mixed() -> None:
+    """The first indexer was asked about two documents, the second about one of them."""
+    first, second = (dict[str, Any](policy="indexer", indexer=name) for name in ("a", "b"))
+    rounds = [a_round("full", [1, 1], document) for document in (0, 1)]
+    rounds += [a_round("separate", [1, 1], document, **first) for document in (0, 1)]
+    rounds += [a_round("separate", [0, 0], **second)]
+    rounds += [a_round(arm, [0, 1], server_args="--dtype float32", **first) for arm in ("full", "separate")]
+    found = [row for row in summarise(rounds) if row["arm"] == "separate"]
+    assert [(row["indexer"], row["server_args"], row["accuracy"], row["documents"]) for row in found] == [
+        ("a", "", 100.0, 2),
+        ("b", "", 0.0, 1),
+        ("a", "--dtype float32", 50.0, 1),
+    ]
+    assert "| m; b 10.0% |" in markdown(found) and "| m; a 10.0%; --dtype float32 |" in markdown(found)
+
+
 def test_results_name_their_run(tmp_path: pathlib.Path) -> None:
     rows = write(tmp_path, summarise([a_round("full", [1]), a_round("separate", [1])]))
     written = json.loads((tmp_path / "group-quality.json").read_text())
@@ -250,3 +266,7 @@ def test_what_was_answered_needs_no_server(
     options |= {"margins": [0.0], "texts": None, "server_args": "", "indexer": None, "command": "again"}
     found = run(tmp_path, Console(quiet=True), model=str(embedded_model_path()), name="m", **options)
     assert [row["arm"] for row in found] == ["full", "separate", "grouped"]
+    with (tmp_path / "group-answers.jsonl").open("a") as file:  # in between, with other weights
+        file.write(json.dumps(a_round("separate", [0, 0]) | {"key": "another"}) + "\n")
+    again = run(tmp_path, Console(quiet=True), model=str(embedded_model_path()), name="m", **options)
+    assert again == found, "of this command's rounds"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import pathlib
 import threading
 from typing import Any
 
 import pytest
 
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.indexer.manifest import Entry
 from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts, name_of
-from sglang_lsa.training import record
-from sglang_lsa.training.pool import LEAST_GB, LEAST_TOKENS, pool_flags
+from sglang_lsa.training import pool, record
+from sglang_lsa.training.pool import LEAST_TOKENS, names_pool, pool_flags
 
 
 def test_known_prompts_are_not_made() -> None:
@@ -26,8 +29,44 @@ def test_known_prompts_are_not_made() -> None:
     assert [prompt.name for prompt, _ in left] == [every[2]]
 
 
-def test_a_pool_is_of_what_is_asked_for() -> None:
+def test_texts_without_held_out_ones_are_told_first(tmp_path: pathlib.Path) -> None:
+    """Not when everything else is recorded."""
+    (tmp_path / "c.txt").write_text("a text")  # by its name it is one to train on
+    make_prompts(None, "train", (600,), 1, ("text",), tmp_path)
+    with pytest.raises(ValueError, match="too few"):
+        make_prompts(None, "held-out", (600,), 1, ("text",), tmp_path)
+
+
+def test_what_is_named_twice_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    asked: list[str] = []
+
+    def entries(servers: Any, prompts: Any, *more: Any) -> Any:
+        for prompt, _ in prompts:
+            asked.append(prompt.name)
+            yield entry(prompt.name)
+
+    monkeypatch.setattr(record, "_servers", lambda count, *more: contextlib.nullcontext([None] * count))
+    monkeypatch.setattr(record, "_entries", entries)
+    found = record.record(
+        tmp_path,
+        str(embedded_model_path()),
+        splits=("train", "train"),
+        lengths=(600, 600),
+        each=1,
+        families=("facts", "facts"),
+        texts=None,
+        last=8,
+        new_tokens=1,
+        layers=1,
+        server_args="--lsa-observe-layers 1",
+        servers=2,
+    )
+    assert found == 1 and asked == ["train-facts-600-0"]
+
+
+def test_a_pool_is_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 keeps 3 heads of 64 numbers, keys and values, in 30 layers."""
+    monkeypatch.setattr(pool, "_host_bytes", lambda: 64e9)
     model = str(embedded_model_path())
     flags = pool_flags(model, 32_100, 2, "")
     assert flags[::2] == ["--lsa-device-tokens", "--lsa-host-memory-gb"]
@@ -35,9 +74,41 @@ def test_a_pool_is_of_what_is_asked_for() -> None:
         2 * 64_256 * 2 * 30 * 3 * 64 * 4 / 1e9, abs=0.01
     )
     assert pool_flags(model, 600, 2, "--lsa-host-memory-gb 1") == ["--lsa-device-tokens", str(LEAST_TOKENS)]
-    least = pool_flags(model, 600, 2, "--lsa-device-memory-gb 1")
-    assert least[0] == "--lsa-host-memory-gb" and float(least[1]) >= LEAST_GB
+    least = pool_flags(model, 600, 2, "--lsa-host-memory-gb=0.05")
+    assert int(least[1]) * 2 * 30 * 3 * 64 * 4 < 0.05e9 and len(least) == 2
     assert pool_flags(model, 600, 2, """--lsa-config '{"device_tokens": 9984}'""") == []
+
+
+@pytest.mark.parametrize(
+    "named", ["--lsa-device-tokens 100000", "--lsa-device-tokens=100000", "--lsa-device-t 9984", "--config a.yaml"]
+)
+def test_a_pool_that_is_named_has_the_mirror_of_one_server_alone(named: str) -> None:
+    """A smaller one than the pool is refused, and only the server knows how large the pool is."""
+    model = str(embedded_model_path())
+    assert pool_flags(model, 600, 2, named) == []
+    assert names_pool(named) and not names_pool("--lsa-host-memory-gb 1 --tp-size 2")
+
+
+def test_servers_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(embedded_model_path())
+    monkeypatch.setattr(pool, "_host_bytes", lambda: 4e9)
+    assert pool_flags(model, 600, 2, "--lsa-device-tokens 9984", servers=4) == ["--lsa-host-memory-gb", "1.00"]
+    flags = pool_flags(model, 60_000, 2, "", servers=4)
+    assert flags[2:] == ["--lsa-host-memory-gb", "1.00"]
+    assert 20_000 < int(flags[1]) < 1e9 / (2 * 30 * 3 * 64 * 4) and int(flags[1]) % PAGE_SIZE == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mamba", "num_hidden_layers": 2},
+        {"model_type": "own", "auto_map": {"AutoConfig": "configuration.Own"}},
+    ],
+    ids=["no-heads", "own-code"],
+)
+def test_the_server_says_what_is_wrong_with_a_model(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert pool_flags(str(tmp_path), 600, 2, "") == []
 
 
 def entry(name: str) -> Entry:
@@ -92,3 +163,58 @@ def test_a_server_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     servers: list[Any] = [Server(ready, fails=True)]
     with pytest.raises(record.ServerFailed, match="it ended"):
         list(record._entries(servers, prompts([], 1000), tmp_path, 8, 1))
+
+
+def test_nobody_waits_for_the_others_when_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """They may take minutes to start, or to record; they are stopped once the failure is told."""
+    monkeypatch.setattr(record, "_record_one", answer)
+    at_once, late, told = threading.Event(), threading.Event(), threading.Event()
+    at_once.set()
+
+    def ask() -> None:
+        with pytest.raises(record.ServerFailed, match="it ended"):
+            list(record._entries([Server(late), Server(at_once, fails=True)], prompts([], 8), tmp_path, 8, 1))  # type: ignore[list-item]
+        told.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert told.wait(10)
+    finally:
+        late.set()
+        asking.join()
+
+
+def test_an_interrupted_one_asks_nothing_more(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    begun, going_on = threading.Semaphore(0), threading.Event()
+    asked: list[str] = []
+
+    def slow(server: Server, output: pathlib.Path, prompt: Prompt, *more: Any) -> Entry:
+        asked.append(prompt.name)
+        begun.release()
+        assert going_on.wait(30)
+        return entry(prompt.name)
+
+    def interrupted() -> Any:
+        yield from prompts([], 20)
+        begun.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "_record_one", slow)
+    ready = threading.Event()
+    ready.set()
+    ended = threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            list(record._entries([Server(ready)], interrupted(), tmp_path, 8, 1))  # type: ignore[list-item]
+        ended.set()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert ended.wait(10)
+    finally:
+        going_on.set()
+        asking.join()
+    assert asked == ["p0"]
