@@ -106,7 +106,8 @@ def servers_that_fit(model: str) -> int:
         return 1
     free, _ = torch.cuda.mem_get_info()
     folder = model_folder(model)
-    weights = sum(path.stat().st_size for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))  # some folders have both; one is read
+    weights = sum(path.stat().st_size for path in files)
     return max(1, min(SERVERS, free // (2 * weights + SERVER_BYTES)))
 
 

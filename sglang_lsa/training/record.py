@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import pathlib
 import shlex
 import urllib.error
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from itertools import chain, islice
 from queue import SimpleQueue
 from typing import Any
@@ -24,6 +25,8 @@ from sglang_lsa.training.pool import pool_flags
 OBSERVE = "--lsa-observe-layers"
 PROBES = ("facts", "pairs", "records")
 """Families by which layers are chosen."""
+AHEAD = 256
+"""Prompts that are made while others are recorded, at most: one of 32K tokens takes a megabyte."""
 POOL = 2
 """Prompts of the greatest length that the pool of a server takes."""
 
@@ -129,7 +132,7 @@ def _entries(
     try:
         for prompt, tokens in prompts:
             asked.add(pool.submit(by_an_idle_one, prompt, tokens))
-            done, asked = wait(asked, timeout=0)
+            done, asked = wait(asked, timeout=0 if len(asked) < AHEAD else None, return_when=FIRST_COMPLETED)
             yield from (one.result() for one in done)
         yield from (one.result() for one in as_completed(asked))
     finally:
@@ -178,7 +181,7 @@ def _record_one(
         server.post("/generate", body)
     except urllib.error.HTTPError as error:
         raise RuntimeError(f"{prompt.name} was refused: {error.read().decode()[:400]}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise RuntimeError(f"the server failed at {prompt.name} ({error}):\n{server.log_tail()}") from None
     path = output / f"{prompt.name}.safetensors"
     if not path.is_file():

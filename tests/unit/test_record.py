@@ -218,3 +218,22 @@ def test_an_interrupted_one_asks_nothing_more(monkeypatch: pytest.MonkeyPatch, t
         going_on.set()
         asking.join()
     assert asked == ["p0"]
+
+
+def test_prompts_are_made_no_further_ahead_than_memory_is_meant_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(record, "AHEAD", 5)
+    most, made, recorded = [0], list[str](), list[str]()
+
+    def slowly(server: Server, output: pathlib.Path, prompt: Prompt, *more: Any) -> Entry:
+        most[0] = max(most[0], len(made) - len(recorded))
+        recorded.append(prompt.name)
+        return entry(prompt.name)
+
+    monkeypatch.setattr(record, "_record_one", slowly)
+    ready = threading.Event()
+    ready.set()
+    servers: list[Any] = [Server(ready), Server(ready)]
+    assert len(list(record._entries(servers, prompts(made, 60), tmp_path, 8, 1))) == 60
+    assert most[0] <= 5 + len(servers) + 1
