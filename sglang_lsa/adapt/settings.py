@@ -19,7 +19,7 @@ class Settings:
 
     The defaults are meant to take at most a quarter of an hour on one data-center GPU for models of 0.5B to 1.5B.
     That is an estimate: on one H200 four servers recorded 494 prompts of a 1.5B model in 236 s, and 600 steps of
-    training on 432 of them would have taken 190 s.
+    training on 432 of them would have taken about 190 s.
 
     Raises:
         ValueError: a value is impossible.
