@@ -1,7 +1,7 @@
 """Configuration: flags, the JSON file, ``docs/configuration.md`` and a request's options, of one frozen dataclass."""
 
 from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument
-from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions
+from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions, read_sets
 from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, no_auto, offered
 from sglang_lsa.config.values import (
     AUTO,
@@ -37,4 +37,5 @@ __all__ = [
     "looks_at_index",
     "no_auto",
     "offered",
+    "read_sets",
 ]

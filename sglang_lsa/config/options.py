@@ -180,22 +180,32 @@ def _count(asked: dict[str, Any], name: str, default: int, unit: str) -> int:
     return value
 
 
+def read_sets(text: str) -> tuple[GivenSet, ...]:
+    """Resident sets from their written form, ``tokens:tail_start:p,p,p`` with ``;`` between sets; none if it is empty.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = []
+    for part in filter(None, text.split(";")):
+        tokens, tail_start, positions = part.split(":")
+        found.append(GivenSet(int(tokens), int(tail_start), tuple(int(p) for p in positions.split(",") if p)))
+    return tuple(found)
+
+
 def _parse_sets(text: Any, page: int) -> tuple[GivenSet, ...]:
     """Resident sets in their written form; see :class:`RequestOptions`."""
     problem = f"custom_params.lsa.sets is {text!r:.80}: write tokens:tail_start:p,p,p with ; between sets"
     if not isinstance(text, str):
         raise ValueError(problem)
-    sets: list[GivenSet] = []
-    for part in filter(None, text.split(";")):
-        try:
-            tokens, tail_start, positions = part.split(":")
-            given = GivenSet(int(tokens), int(tail_start), tuple(int(p) for p in positions.split(",") if p))
-        except ValueError:
-            raise ValueError(problem) from None
+    try:
+        sets = read_sets(text)
+    except ValueError:
+        raise ValueError(problem) from None
+    for before, given in zip((None, *sets), sets, strict=False):
         ordered = all(a < b for a, b in zip((-1, *given.positions), (*given.positions, given.tail_start), strict=True))
         if not ordered or given.tail_start * page >= given.tokens:
             raise ValueError(f"{problem}; positions ascend and lie before tail_start, and that before tokens")
-        if sets and sets[-1].tokens >= given.tokens:
+        if before is not None and before.tokens >= given.tokens:
             raise ValueError(f"{problem}; each set begins at more tokens than the one before")
-        sets.append(given)
-    return tuple(sets)
+    return sets

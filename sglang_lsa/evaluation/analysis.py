@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, read_sets
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.memory.pages import pages_spanned
 
@@ -53,13 +54,11 @@ def windows(sets: str, evidence: Sequence[int], watched: Iterable[dict[str, Any]
     """
     found = []
     known = {window["tokens"]: window for window in watched}
-    for part in filter(None, sets.split(";")):
-        at, tail, positions = part.split(":")
-        chosen = {int(page) for page in positions.split(",") if page}
-        missing = [page for page in evidence if page not in chosen and page < int(tail)]
-        pages = len(chosen) + pages_spanned(int(at), PAGE_SIZE) - int(tail)
-        window = {"tokens": int(at), "resident": pages, "missing": missing}
-        if missing and (scored := known.get(int(at))) is not None:
+    for at, tail, chosen in map(dataclasses.astuple, read_sets(sets)):
+        missing = [page for page in evidence if page not in chosen and page < tail]
+        pages = len(chosen) + pages_spanned(at, PAGE_SIZE) - tail
+        window = {"tokens": at, "resident": pages, "missing": missing}
+        if missing and (scored := known.get(at)) is not None:
             window["scores"] = [page for page in scored["pages"] if page[0] in missing]
             window["lowest"] = scored["lowest"]
         found.append(window)
@@ -77,13 +76,11 @@ def union_of_sets(of_turns: Iterable[str]) -> float | None:
     """
     together, pages = set[int](), 0
     for sets in of_turns:
-        first = next((part for part in sets.split(";") if part and part.split(":")[1] != "0"), None)
-        if first is None:
+        if (first := next((one for one in read_sets(sets) if one.tail_start), None)) is None:
             return None
-        at, tail, positions = first.split(":")
-        pages = max(pages, pages_spanned(int(at), PAGE_SIZE))
-        together |= {int(page) for page in positions.split(",") if page}
-        together |= set(range(int(tail), pages_spanned(int(at), PAGE_SIZE)))
+        spanned = pages_spanned(first.tokens, PAGE_SIZE)
+        pages = max(pages, spanned)
+        together.update(first.positions, range(first.tail_start, spanned))
     return len(together) / pages if pages else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, read_sets
 from sglang_lsa.engine.request import HISTORY_WINDOWS
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.memory.pages import pages_spanned
@@ -47,10 +47,7 @@ def mean_resident(sets: str, prompt_tokens: int, new_tokens: int) -> float:
     Steps before the first set read everything. The server remembers the last 32 sets: where there are so many, steps
     before them count as the first of these.
     """
-    begins: list[tuple[int, int, int]] = []
-    for part in filter(None, sets.split(";")):
-        begin, tail_start, positions = part.split(":")
-        begins.append((int(begin), int(tail_start), len(positions.split(",")) if positions else 0))
+    begins = [(one.tokens, one.tail_start, len(one.positions)) for one in read_sets(sets)]
     if len(begins) >= HISTORY_WINDOWS:
         begins[0] = (0, *begins[0][1:])
     total = 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sglang_lsa.bench.serving import group_figures, held_bytes
-from sglang_lsa.config import PAGE_SIZE, GivenSet
+from sglang_lsa.config import PAGE_SIZE, GivenSet, read_sets
 from sglang_lsa.engine.groups import Reader, form
 from sglang_lsa.memory.pages import pages_spanned
 
@@ -63,7 +63,7 @@ def reads(members: Sequence[Member], shared_pages: int, grouped: bool = False) -
     Returns:
         None if there is no such step.
     """
-    sets = [_parsed(member.sets) for member in members]
+    sets = [read_sets(member.sets) for member in members]
     begins = [next((each.tokens for each in own if each.tail_start), 0) for own in sets]
     first = max(begin - member.prompt_tokens for begin, member in zip(begins, members, strict=True))
     steps = range(max(1, first), min(member.new_tokens for member in members))
@@ -92,15 +92,6 @@ def reads(members: Sequence[Member], shared_pages: int, grouped: bool = False) -
     count = len(steps)
     evidence = float(np.mean(found)) if found else None
     return Reads(count, pages / count, union / count, pages / count / len(members), evidence)
-
-
-def _parsed(sets: str) -> list[GivenSet]:
-    found = []
-    for part in filter(None, sets.split(";")):
-        tokens, tail, positions = part.split(":")
-        chosen = tuple(int(position) for position in positions.split(",") if position)
-        found.append(GivenSet(int(tokens), int(tail), chosen))
-    return found
 
 
 def _in_force(sets: Sequence[GivenSet], context: int) -> GivenSet | None:
