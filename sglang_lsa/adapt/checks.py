@@ -13,6 +13,7 @@ from sglang_lsa.config import PAGE_SIZE, RECORDED_POSITIONS, RUNS, LSAConfig
 from sglang_lsa.evaluation.suites.ruler import TASKS
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.recording import BLOCK
+from sglang_lsa.training.pool import gpus_of
 
 LAST, NEW_TOKENS, LAYERS = 512, 16, 4
 """Of ``sglang-lsa record``: tokens of a prompt that are predicted, tokens generated, layers observed."""
@@ -98,16 +99,23 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def servers_that_fit(model: str) -> int:
-    """How many servers record side by side: each waits for its host more than for its device; one without a GPU."""
+def servers_that_fit(model: str, server_args: str = "") -> int:
+    """How many servers record side by side: each waits for its host more than for its device; one without a GPU.
+
+    The ranks of every server are on the same GPUs, each with its part of the weights: the fullest of them decides.
+
+    Raises:
+        ValueError: ``server_args`` cannot be read.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    gpus = gpus_of(server_args)
+    if not torch.cuda.is_available() or gpus[-1] >= torch.cuda.device_count():  # which a server refuses
         return 1
-    free, _ = torch.cuda.mem_get_info()
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     folder = model_folder(model)
     files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))  # some folders have both; one is read
-    weights = sum(path.stat().st_size for path in files)
+    weights = sum(path.stat().st_size for path in files) // len(gpus)
     return max(1, min(SERVERS, free // (2 * weights + SERVER_BYTES)))
 
 

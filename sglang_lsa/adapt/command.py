@@ -51,7 +51,7 @@ def adapt(
         texts: files to record over; None takes Python's library.
         server_args: more arguments for every server; others may be given when a run goes on.
         servers: that record side by side; None takes as many as the device has memory for, four at most, and one where
-            ``server_args`` name a pool.
+            ``server_args``, or a file that they name, name a pool.
 
     Raises:
         ValueError: something asked for cannot be done, or another run is in the folder; before any work.
@@ -73,11 +73,11 @@ def adapt(
     work = output / WORK
     recorded = sum(path.stat().st_size for path in work.glob("recordings/**/*.safetensors"))
     checks.require_disk(output, max(0, needed - recorded))
+    if servers is None:
+        servers = 1 if names_pool(server_args) else checks.servers_that_fit(model, server_args)
     with locked(output):
         state = State.open(output, about)  # as another run has left it meanwhile
         state.save()
-        if servers is None:
-            servers = 1 if names_pool(server_args) else checks.servers_that_fit(model)
         _run_steps(state, model, settings, console, texts, server_args, servers)
         if not keep_recordings:
             shutil.rmtree(work / "recordings", ignore_errors=True)

@@ -41,7 +41,7 @@ def add_parser(commands: Commands) -> None:
         type=int,
         metavar="N",
         help="that record side by side; default: as many as the GPU has memory for, 4 at most; 1 on a CPU, and if "
-        "--server-args name a device pool",
+        "--server-args, or a file that they name, name a device pool",
     )
     command.add_argument("--server-args", default="", metavar="'...'", help="more arguments for every server")
     command.add_argument("--keep-recordings", action="store_true", help="they are deleted at the end otherwise")

@@ -7,9 +7,13 @@ minute or more to be locked.
 from __future__ import annotations
 
 import argparse
+import json
+import pathlib
 import shlex
+from collections.abc import Sequence
 
 from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config.values import read_json_object
 from sglang_lsa.engine.sizing import HOST_SHARE
 from sglang_lsa.memory.mirror import available_host_memory
 from sglang_lsa.memory.pages import align_up
@@ -19,9 +23,12 @@ BYTES = 4
 LEAST_TOKENS = 16_384
 LEAST_GB = 0.25
 GB = 1e9
-FILES = ("--lsa-config", "--config")
+OPTIONS = "--lsa-config"
 POOLS = ("--lsa-device-tokens", "--lsa-device-memory-gb")
 MIRROR = "--lsa-host-memory-gb"
+TRUSTED = "--trust-remote-code"
+RANKS, FIRST_GPU, GPU_STEP = "--tp-size", "--base-gpu-id", "--gpu-id-step"
+FLAGS = (OPTIONS, *POOLS, MIRROR, TRUSTED, RANKS, FIRST_GPU, GPU_STEP)
 
 
 def pool_flags(model: str, longest: int, prompts: int, server_args: str, servers: int = 1) -> list[str]:
@@ -32,20 +39,19 @@ def pool_flags(model: str, longest: int, prompts: int, server_args: str, servers
 
     Args:
         model: path or hub name.
-        server_args: a pool or a mirror that is named there is left as it is, the other one then made to fit.
+        server_args: a pool or a mirror that is named there, or in a file there, is left as it is, the other one then
+            made to fit.
         servers: that share this machine's memory.
 
     Raises:
-        ValueError: a quotation mark of ``server_args`` has no other.
+        ValueError: a quotation mark of ``server_args`` has no other, or a file that they name cannot be read.
     """
     named = _named(server_args)
-    if any(named[flag] is not None for flag in FILES):
-        return []
     share = f"{_host_bytes() / servers / GB:.2f}"
     if any(named[flag] is not None for flag in POOLS):
         # How large it is in bytes is the server's to say; one alone takes the mirror that it takes by default.
         return [] if named[MIRROR] is not None or servers == 1 else [MIRROR, share]
-    per_token = _token_bytes(model, named["--trust-remote-code"] is not None)
+    per_token = _token_bytes(model, named[TRUSTED] is not None)
     if per_token is None:
         return []
     tokens = align_up(max(LEAST_TOKENS, prompts * longest), PAGE_SIZE)
@@ -60,18 +66,73 @@ def pool_flags(model: str, longest: int, prompts: int, server_args: str, servers
 
 
 def names_pool(server_args: str) -> bool:
-    """Whether a device pool is named, or a file in which one may be: how much memory a server takes is not known."""
+    """Whether a device pool is named, by a flag or in a file: a server takes it whatever the machine has.
+
+    Raises:
+        ValueError: as :func:`pool_flags`.
+    """
     named = _named(server_args)
-    return any(named[flag] is not None for flag in (*FILES, *POOLS))
+    return any(named[flag] is not None for flag in POOLS)
+
+
+def gpus_of(server_args: str) -> range:
+    """Numbers of the GPUs that a server runs on, one for each of its ranks.
+
+    Raises:
+        ValueError: as :func:`pool_flags`, or one of them is no number that a server takes.
+    """
+    named = _named(server_args)
+
+    def number(flag: str, default: int, least: int) -> int:
+        try:
+            value = default if (given := named[flag]) is None else int(given)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ValueError(f"--server-args: {flag} {named[flag]}: use a whole number, {least} or more")
+        return value
+
+    ranks, first, step = number(RANKS, 1, 1), number(FIRST_GPU, 0, 0), number(GPU_STEP, 1, 1)
+    return range(first, first + ranks * step, step)
 
 
 def _named(server_args: str) -> dict[str, str | None]:
-    """What flags say, in all spellings that a server reads; None if they are not there."""
+    """What ``FLAGS`` say, in all spellings and files that a server reads; None if they are not there."""
     parser = argparse.ArgumentParser(prog="--server-args", usage=argparse.SUPPRESS, add_help=False)
-    flags = (*FILES, *POOLS, MIRROR, "--trust-remote-code")
-    for flag in flags:
-        parser.add_argument(flag, nargs="?", const="", dest=flag)
-    return vars(parser.parse_known_args(shlex.split(server_args))[0])
+    for flag in FLAGS:
+        spellings = (flag, "--tensor-parallel-size") if flag == RANKS else (flag,)
+        parser.add_argument(*spellings, nargs="?", const="", dest=flag)
+    words = shlex.split(server_args)
+    named: dict[str, str | None] = vars(parser.parse_known_args([*_of_file(words), *words])[0])
+    options = read_json_object(path) if (path := named[OPTIONS]) else {}
+    for flag in (*POOLS, MIRROR):
+        value = options.get(flag.removeprefix("--lsa-").replace("-", "_"))
+        if named[flag] is None and value is not None:  # flags win
+            named[flag] = str(value)
+    return named
+
+
+def _of_file(words: Sequence[str]) -> list[str]:
+    """Flags of the YAML file that SGLang's ``--config`` names, in that spelling only, and puts before all others.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if "--config" not in words:
+        return []
+    import yaml  # which comes with transformers
+
+    file = "".join(words[words.index("--config") + 1 :][:1])
+    try:
+        values = yaml.safe_load(pathlib.Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {file}: cannot be read ({error}): give an existing YAML file of flags") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file}: holds a {type(values).__name__}: write one flag a line, as tp-size: 2")
+    given = {f"--{key}": value for key, value in values.items() if not isinstance(value, bool | list)}
+    switches = [f"--{key}" for key, value in values.items() if value is True]
+    texts = {flag: json.dumps(value) if isinstance(value, dict) else str(value) for flag, value in given.items()}
+    return [*switches, *(word for flag, text in texts.items() for word in (flag, text))]
 
 
 def _host_bytes() -> float:

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_lsa.adapt import checks
 from sglang_lsa.adapt.lock import LOCK, locked
@@ -94,6 +95,29 @@ def test_other_weights_are_seen(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{ }")
     seen.add(checks.fingerprint(str(tmp_path)))
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("server_args", "free", "fit"),
+    [
+        ("", [56, 0, 0, 0], 3),
+        ("", [0, 90, 90, 90], 1),
+        ("--tp-size 2", [56, 56, 0, 0], 4),
+        ("--tp-size 2", [56, 30, 90, 90], 2),
+        ("--tp-size 2 --base-gpu-id 2", [0, 0, 40, 90], 3),
+        ("--tp-size 8", [90, 90, 90, 90], 1),
+    ],
+)
+def test_servers_record_side_by_side_as_the_gpus_of_one_have_room(
+    server_args: str, free: list[int], fit: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with weights of 5 GiB takes 18, and 13 of each of two GPUs."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(5 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu=0: (free[gpu] << 30, 90 << 30))
+    assert checks.servers_that_fit(str(tmp_path), server_args) == fit
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: pathlib.Path) -> None:

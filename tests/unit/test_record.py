@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import json
 import pathlib
+import shlex
 import threading
 from typing import Any
 
@@ -15,7 +18,7 @@ from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.indexer.manifest import Entry
 from sglang_lsa.texts.corpus import Prompt, Tokens, make_prompts, name_of
 from sglang_lsa.training import pool, record
-from sglang_lsa.training.pool import LEAST_TOKENS, names_pool, pool_flags
+from sglang_lsa.training.pool import LEAST_TOKENS, gpus_of, names_pool, pool_flags
 
 
 def test_known_prompts_are_not_made() -> None:
@@ -79,14 +82,109 @@ def test_a_pool_is_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert pool_flags(model, 600, 2, """--lsa-config '{"device_tokens": 9984}'""") == []
 
 
-@pytest.mark.parametrize(
-    "named", ["--lsa-device-tokens 100000", "--lsa-device-tokens=100000", "--lsa-device-t 9984", "--config a.yaml"]
-)
-def test_a_pool_that_is_named_has_the_mirror_of_one_server_alone(named: str) -> None:
+NAMED = [
+    "--lsa-device-tokens 100000",
+    "--lsa-device-tokens=100000",
+    "--lsa-device-t 9984",
+    """--lsa-config '{"device_tokens": 9984}'""",
+    "--lsa-config DIR/lsa.json",
+    "--config DIR/flags.yaml",
+    "--config DIR/object.yaml",
+]
+
+
+@pytest.fixture
+def files(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Files that name a pool, each in its way, and that name none."""
+    (tmp_path / "lsa.json").write_text('{"device_memory_gb": 1}')
+    (tmp_path / "mirror.json").write_text('{"host_memory_gb": 0.05, "device_tokens": null}')
+    (tmp_path / "flags.yaml").write_text("lsa-device-tokens: 9984\ntrust-remote-code: true\n")
+    (tmp_path / "object.yaml").write_text("lsa-config:\n  device_tokens: 9984\ngc-threshold: [7, 5]\n")
+    (tmp_path / "ranks.yaml").write_text("tp-size: 4\ntrust-remote-code: false\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_a_pool_that_is_named_has_the_mirror_of_one_server_alone(named: str, files: pathlib.Path) -> None:
     """A smaller one than the pool is refused, and only the server knows how large the pool is."""
-    model = str(embedded_model_path())
+    model, named = str(embedded_model_path()), named.replace("DIR", str(files))
     assert pool_flags(model, 600, 2, named) == []
     assert names_pool(named) and not names_pool("--lsa-host-memory-gb 1 --tp-size 2")
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_servers_share_the_host_whatever_names_their_pool(
+    named: str, files: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_host_bytes", lambda: 4e9)
+    named = named.replace("DIR", str(files))
+    flags = pool_flags(str(embedded_model_path()), 600, 2, named, servers=4)
+    assert flags == ["--lsa-host-memory-gb", "1.00"]
+    assert pool_flags(str(embedded_model_path()), 600, 2, f"{named} --lsa-host-memory-gb 2", servers=4) == []
+
+
+def test_a_file_that_names_no_pool_changes_no_pool(files: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_host_bytes", lambda: 4e9)
+    model = str(embedded_model_path())
+    plain = pool_flags(model, 600, 2, "", servers=4)
+    for given in ("""--lsa-config '{"groups": true}'""", f"--config {files / 'ranks.yaml'}"):
+        assert not names_pool(given) and pool_flags(model, 600, 2, given, servers=4) == plain
+    for given in ("--lsa-host-memory-gb 0.05", f"--lsa-config {files / 'mirror.json'}"):
+        assert pool_flags(model, 600, 2, given) == pool_flags(model, 600, 2, "--lsa-host-memory-gb=0.05") != plain
+
+
+def test_pools_are_read_as_a_server_reads_them(files: pathlib.Path) -> None:
+    """Flags before what ``--lsa-config`` holds, and both before SGLang's own file."""
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_lsa.config import add_cli_args, config_from_args
+
+    folder = "sglang.srt" if importlib.util.find_spec("sglang.srt.server_args_config_parser") else "sglang.srt.utils"
+    merger = importlib.import_module(f"{folder}.server_args_config_parser").ConfigArgumentMerger
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    add_cli_args(parser)
+    for given in (
+        f"--config {files / 'flags.yaml'}",
+        f"--config {files / 'object.yaml'} --lsa-device-tokens 640",
+        f"--lsa-config {files / 'mirror.json'} --config {files / 'flags.yaml'} --tp 2",
+        f"--tensor-parallel-size 2 --config {files / 'ranks.yaml'} --lsa-host-memory-gb 0.25",
+    ):
+        words = merger(parser).merge_config_with_args(shlex.split(f"--model-path x {given}"))
+        args = parser.parse_args(words)
+        config, named = config_from_args(args), pool._named(given)
+        assert len(gpus_of(given)) == args.tp_size
+        assert (named[pool.TRUSTED] is not None) == args.trust_remote_code
+        assert config is not None
+        for flag, value in (
+            ("--lsa-device-tokens", config.device_tokens),
+            ("--lsa-host-memory-gb", config.host_memory_gb),
+        ):
+            assert named[flag] == (None if value is None else str(value)), flag
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--lsa-config DIR/none.json", "none.json: cannot be read .*: give an existing JSON file"),
+        ("--config DIR/none.yaml", "none.yaml: cannot be read .*: give an existing YAML file"),
+        ("--config", "--config : cannot be read"),
+        ("--config DIR/list.yaml", "list.yaml: holds a list: write one flag a line"),
+    ],
+)
+def test_files_that_cannot_be_read_are_told(given: str, words: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for ask in (names_pool, gpus_of, lambda text: pool_flags("model", 600, 2, text)):
+        with pytest.raises(ValueError, match=words):
+            ask(given.replace("DIR", str(tmp_path)))
+
+
+def test_gpus_of_a_server() -> None:
+    assert list(gpus_of("")) == [0] and list(gpus_of("--tp 4")) == [0, 1, 2, 3]
+    assert list(gpus_of("--tensor-parallel-size=2 --base-gpu-id 1 --gpu-id-step 2")) == [1, 3]
+    for given in ("--tp-size 0", "--tp-size two", "--tp-size", "--gpu-id-step 0", "--base-gpu-id -1"):
+        with pytest.raises(ValueError, match=rf"{given.split()[0]} .*: use a whole number, [01] or more"):
+            gpus_of(given)
 
 
 def test_servers_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
