@@ -12,11 +12,14 @@ from sglang_lsa.patches.releases import DEFAULT, RELEASES
 
 OF_DEEPSEEK_V4 = (
     "bench_dsv4",
+    "bench_dsv4_arms",
+    "bench_dsv4_forge",
     "compact_table",
     "dsv4",
     "dsv4_attention",
     "dsv4_paged",
     "dsv4_reference",
+    "swa_checkpoints",
     "unified_cache",
 )
 """Files that are about that model alone, whose windows need SGLang's unified tree."""

@@ -1,5 +1,5 @@
-"""SGLang's radix tree for models with a sliding window over virtual pages: who keeps which pages, which windows stay,
-and nothing read wrong, lost or left. Runs SGLang's own tree on the CPU."""
+"""SGLang's radix tree for models with a sliding window over virtual pages: who keeps which pages, and nothing
+read wrong, lost or left. Runs SGLang's own tree on the CPU."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import ReqKvInfo
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import free_swa_out_of_window_slots
-from sglang.srt.mem_cache.radix_cache import RadixKey
-from simulated_swa import SwaSimulation, freeing_early, swa_allocator
+from simulated_swa import SwaSimulation, freeing_early
+from swa_server import Server, text
 
-from sglang_lsa.config import LSAConfig
-from sglang_lsa.engine.request import Asked, Request
-from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.shared_pages import SharedPages
-from sglang_lsa.memory.layout.mha import MhaLayout
-from sglang_lsa.memory.pager import Pager
-from sglang_lsa.memory.pages import pages_complete
 from sglang_lsa.radix_ext.allocator import VirtualPageAllocator
-from sglang_lsa.radix_ext.radix_cache import build_tree_cache
-from sglang_lsa.radix_ext.swa_checkpoints import Checkpoints
 from sglang_lsa.radix_ext.unified_cache import LSASwaChunkCache, LSAUnifiedRadixCache
 from sglang_lsa.serve.view.tree import TreePicture
 
@@ -89,118 +78,8 @@ def test_it_finds_a_tree_that_always_wins(monkeypatch: pytest.MonkeyPatch) -> No
     assert failures(range(5), 16)
 
 
-class Server:
-    """One scheduler's memory, with requests that compute nothing; every page has a place on the device."""
-
-    def __init__(
-        self,
-        page: int = 16,
-        window: int = 8,
-        swa_pages: int = 64,
-        virtual: int = 200,
-        rows: int = 6,
-        disable: bool = False,
-    ):
-        self.page, self.window = page, window
-        keys, values = ([torch.zeros((virtual + 1) * page, 1, 1)] for _ in range(2))
-        self.pager = Pager(MhaLayout(keys, values, page), virtual)
-        self.ledger = self.pager.ledger
-        self.allocator: Any = swa_allocator(self.pager, swa_pages)
-        self.table = torch.zeros((rows, virtual * page), dtype=torch.int32)
-        self.runtime = LSARuntime(LSAConfig(debug=True), self.pager, self.table, 1, 1.0)
-        self.runtime.observer = SimpleNamespace(positions=1)  # type: ignore[assignment]
-        pool = SimpleNamespace(req_to_token=self.table, write=self.table.__setitem__)
-        params = CacheInitParams(
-            disable=disable,
-            req_to_token_pool=pool,  # type: ignore[arg-type]
-            token_to_kv_pool_allocator=self.allocator,
-            page_size=page,
-            sliding_window_size=window,
-        )
-        self.tree: Any = build_tree_cache(params, self.runtime)
-        self.rows = list(range(1, rows))
-
-    @property
-    def places(self) -> torch.Tensor:
-        return self.allocator.full_to_swa_index_mapping
-
-    def match(self, tokens: list[int]) -> Any:
-        return self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens), None)))
-
-    def come(self, rid: str, tokens: list[int], chunk: int | None = None) -> Any:
-        """A prompt is matched, locked and prefilled."""
-        req: Any = SimpleNamespace(rid=rid, lsa_key=rid, origin_input_ids=array("q", tokens), output_ids=array("q"))
-        req.extra_key, req.session, req.priority, req.req_pool_idx = None, None, 0, self.rows.pop()
-        req.finished, req.skip_radix_cache_insert, req.swa_prefix_lock_released = (lambda: False), False, False
-        found = self.match(tokens[:-1])
-        req.prefix_indices, req.last_node = found.device_indices, found.last_device_node
-        req.cache_protected_len = begin = len(req.prefix_indices)
-        lock = self.tree.inc_lock_ref(req.last_node)
-        req.swa_uuid_for_lock, req.skip_lock_node_ids = lock.swa_uuid_for_lock, lock.skip_lock_node_ids
-        req.kv = ReqKvInfo(kv_allocated_len=0, swa_evicted_seqlen=0)
-        self.table[req.req_pool_idx, :begin] = req.prefix_indices.int()
-        pages = self.pager.page_index.matched(req.prefix_indices, ())
-        self.runtime.requests[rid] = Request(rid, req.req_pool_idx, Asked("full", 1.0), pages=pages)
-        assert self.pager.hold(rid, pages)
-        chunk = chunk or len(tokens)
-        for end in [*range(begin + chunk, len(tokens), chunk), len(tokens)]:
-            self.extend(req, begin, end)
-            req.get_fill_ids = lambda end=end: req.origin_input_ids[:end]
-            self.tree.cache_unfinished_req(req, chunked=end < len(tokens))
-            self.check_request(req)
-            begin = end
-        return req
-
-    def extend(self, req: Any, begin: int, end: int) -> None:
-        missing = (end - begin + 2 * self.page) - self.allocator.swa_available_size()
-        if missing > 0:
-            self.tree.evict(EvictParams(num_tokens=0, swa_num_tokens=missing))
-        before, after = torch.tensor([begin]), torch.tensor([end])
-        row = self.table[req.req_pool_idx]
-        last = torch.tensor([int(row[begin - 1]) if begin else -1])
-        row[begin:end] = self.allocator.alloc_extend(before, before, after, after, last, end - begin).int()
-        request, opened = self.runtime.requests[req.rid], self.allocator.take_new_pages()
-        request.pages, request.tokens = np.concatenate((request.pages, opened)), end
-        assert self.pager.hold(req.rid, opened)
-        self.pager.store(request.pages[pages_complete(begin, self.page) : pages_complete(end, self.page)])
-        req.kv.kv_allocated_len = end
-
-    def end(self, req: Any, insert: bool = True) -> None:
-        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.kv.kv_allocated_len)
-        self.rows.append(req.req_pool_idx)
-        self.ledger.check()
-
-    def check_request(self, req: Any) -> None:
-        """It holds the pages that its row names, and the ledger is in order."""
-        row = self.table[req.req_pool_idx, : req.kv.kv_allocated_len : self.page] // self.page
-        request = self.runtime.requests[req.rid]
-        assert request.pages.tolist() == row.tolist()
-        assert self.ledger.held_by(req.rid) == set(row.tolist())
-        self.ledger.check()
-
-    def pages(self, req: Any) -> list[int]:
-        return self.runtime.requests[req.rid].pages.tolist()
-
-    def forget_windows(self, but: int = 1) -> None:
-        """The pool of windows is full: all go but those of so many checkpoints, which no leaf loses."""
-        while self.tree.swa_evictable_size() > but * self.page:
-            assert self.tree.evict(EvictParams(num_tokens=0, swa_num_tokens=1)).swa_num_tokens_evicted
-
-    def assert_idle(self) -> None:
-        """Nothing runs: each slot is free or the tree's."""
-        self.tree.sanity_check()
-        assert self.allocator.full_available_size() + self.tree.full_evictable_size() == self.allocator.size_full
-        assert self.allocator.swa_available_size() + self.tree.swa_evictable_size() == self.allocator.size_swa
-        assert self.ledger.held_pages == 0
-        self.ledger.check()
-
-
 SIZES = pytest.mark.parametrize(("page", "window"), [(16, 8), (16, 32), (256, 128)])
 """The last are DeepSeek-V4's."""
-
-
-def text(first: int, tokens: int) -> list[int]:
-    return list(range(first, first + tokens))
 
 
 @SIZES
@@ -370,96 +249,3 @@ def test_the_live_view_draws_it() -> None:
     drawn = TreePicture().take(server.tree, server.ledger, server.page)["nodes"]
     pages = [row[1] for row in drawn]
     assert sum(pages) == 7 and drawn[0][0] == -1 and drawn[0][2] == 2 and drawn[0][3] > 0.9
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [8192, 65_536, None])
-def test_another_question_finds_a_document_to_within_32k_tokens(chunk: int | None) -> None:
-    server = Server(256, 128, swa_pages=420, virtual=1000)
-    document = text(0, 100_000)
-    server.end(server.come("first", [*document, *text(10**6, 77)], chunk))
-    server.forget_windows(but=4)
-    for number, length in enumerate((100_000, 70_000, 40_000)):
-        tokens = [*document[:length], *text((number + 2) * 10**6, 300)]
-        hit = len(server.match(tokens).device_indices)
-        assert 32_768 <= length - length % 256 <= hit + 32_768 + 256, f"{hit} of {length}"
-    server.assert_idle()
-
-
-def test_short_prompts_leave_a_document_its_checkpoints() -> None:
-    """Twice as many of them as there may be checkpoints."""
-    server = Server(256, 128, swa_pages=420, virtual=2000)
-    document = text(0, 100_000)
-    server.end(server.come("first", [*document, *text(10**6, 77)], 8192))
-    for number in range(400):
-        server.end(server.come(f"short {number}", text((number + 5) * 10**6, 300)))
-    assert len(server.tree.checkpoints) == server.tree.checkpoints.most
-    hit = len(server.match([*document[:70_000], *text(2 * 10**6, 300)]).device_indices)
-    assert hit >= 65_536 - 256, hit
-    server.assert_idle()
-
-
-def test_short_prompts_leave_a_conversation_its_checkpoints() -> None:
-    """Whose ends are checkpoints that go first: they stand for none of those that stay."""
-    server = Server(256, 128, swa_pages=420, virtual=2000)
-    document = text(0, 100_000)
-    for end in range(25_000, 100_001, 25_000):
-        server.end(server.come(f"turn {end}", [*document[:end], *text(10**6, 77)], 8192))
-    for number in range(400):
-        server.end(server.come(f"short {number}", text((number + 5) * 10**6, 300)))
-    hit = len(server.match([*document[:70_000], *text(2 * 10**6, 300)]).device_indices)
-    assert hit >= 32_768 - 256, hit
-
-
-def test_without_checkpoints_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checkpoints, "spare", lambda self, tokens: None)
-    server = Server()
-    server.tree.checkpoints.spacing = 64
-    server.end(server.come("first", text(0, 640)))
-    server.forget_windows(but=1)
-    assert len(server.match([*text(0, 600), 5]).device_indices) == 0
-
-
-def test_windows_of_checkpoints_go_last_but_they_go() -> None:
-    server = Server()
-    server.tree.checkpoints.spacing = 64
-    server.end(server.come("first", text(0, 641)))
-    assert len(server.tree.checkpoints) == 10
-    server.forget_windows(but=10)
-    assert len(server.match([*text(0, 600), 5]).device_indices) == 576
-    server.end(server.come("second", text(10**6, 54 * 16)))
-    assert len(server.tree.checkpoints) > 10
-    server.end(server.come("third", text(2 * 10**6, 62 * 16)))
-    server.assert_idle()
-
-
-def test_no_more_than_half_of_the_windows_are_checkpoints() -> None:
-    server = Server(swa_pages=16)
-    for number in range(12):
-        server.end(server.come(f"r{number}", text(number * 10**6, 20)))
-    checkpoints = server.tree.checkpoints
-    assert len(checkpoints) == checkpoints.most == 8
-    assert len(server.match(text(11 * 10**6, 20)).device_indices) == 16
-
-
-def test_a_prompt_whose_last_page_is_computed_again_is_found_up_to_it() -> None:
-    """A match leaves out the last tokens; where they are in the tree, so does it leave out their page."""
-    server = Server()
-    server.end(server.come("first", text(0, 160)))
-    server.forget_windows(but=2)
-    second = server.come("second", text(0, 160))
-    assert second.cache_protected_len == 160
-    server.end(second)
-    server.assert_idle()
-
-
-def test_a_flush_forgets_checkpoints() -> None:
-    server = Server()
-    server.end(server.come("first", text(0, 100)))
-    assert len(server.tree.checkpoints) == 1
-    server.tree.reset()
-    server.allocator.clear()
-    assert len(server.tree.checkpoints) == 0
-    server.assert_idle()
