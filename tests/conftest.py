@@ -6,12 +6,14 @@ started once and can end after the last of them; other tests of one file stay to
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterable
 
 import pytest
 
 SHARED = ("keyed", "stock", "whole", "lsa", "small")
 """Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
+OF_SHARED = pathlib.Path(__file__).parent / "server"
 
 
 LONGEST = ("small", "whole", "lsa", "test_tensor_parallel", "test_adapt", "test_simulation", "test_unified_cache")
@@ -40,8 +42,8 @@ def order(item: pytest.Item) -> tuple[int, int]:
 
 
 def shared_servers(item: pytest.Item) -> list[str]:
-    """The shared servers that a test asks for, in their order."""
-    names = getattr(item, "fixturenames", ()) if item.get_closest_marker("server") else ()
+    """The shared servers that a test asks for, in their order; what other folders call so is theirs."""
+    names = getattr(item, "fixturenames", ()) if item.path.parent == OF_SHARED else ()
     return [name for name in SHARED if name in names]
 
 
