@@ -13,7 +13,7 @@ import pytest
 
 SHARED = ("keyed", "stock", "whole", "lsa", "small")
 """Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
-OF_SHARED = pathlib.Path(__file__).parent / "server"
+HERE = pathlib.Path(__file__).parent
 
 
 LONGEST = ("small", "whole", "lsa", "test_tensor_parallel", "test_adapt", "test_simulation", "test_unified_cache")
@@ -32,8 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def group(item: pytest.Item) -> str:
-    shared = shared_servers(item)
-    return shared[-1] if shared else item.path.stem
+    """A shared server, else the file; files in a folder of their own have servers in common."""
+    if shared := shared_servers(item):
+        return shared[-1]
+    inner = len(item.path.relative_to(HERE).parts) > 2
+    return item.path.parent.name if inner else item.path.stem
 
 
 def order(item: pytest.Item) -> tuple[int, int]:
@@ -43,7 +46,7 @@ def order(item: pytest.Item) -> tuple[int, int]:
 
 def shared_servers(item: pytest.Item) -> list[str]:
     """The shared servers that a test asks for, in their order; what other folders call so is theirs."""
-    names = getattr(item, "fixturenames", ()) if item.path.parent == OF_SHARED else ()
+    names = getattr(item, "fixturenames", ()) if item.path.parent == HERE / "server" else ()
     return [name for name in SHARED if name in names]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from dsv4_model import C4_LAYERS, LAUNCH, TINY, VOCABULARY
+from serving import flush_cache
 
 from sglang_lsa.bench.dsv4_shapes import ENVIRONMENT
 from sglang_lsa.server_process import ServerProcess
@@ -20,6 +21,7 @@ from sglang_lsa.server_process import ServerProcess
 HIDDEN = int(TINY["hidden_size"])
 TOP = 20
 """Candidates for each token whose log-probabilities are compared."""
+READY_SECONDS = 540
 
 
 def install_plugin(folder: pathlib.Path) -> str:
@@ -54,6 +56,23 @@ def start(
     given = {**ENVIRONMENT, "PYTHONPATH": path, **environment}
     arguments = ["--model-path", str(model), *LAUNCH, "--skip-server-warmup", "--mem-fraction-static", "0.5", *flags]
     return ServerProcess(module, arguments, log, given)
+
+
+class Servers(dict[str, ServerProcess]):
+    """By name; one that did not start fails the tests that ask for it, and no others."""
+
+    def __init__(self, started: dict[str, ServerProcess]):
+        super().__init__(started)
+        self.failed: dict[str, Exception] = {}
+        for name, server in started.items():
+            try:
+                server.wait_until_ready(READY_SECONDS)
+            except RuntimeError as error:
+                self.failed[name] = error
+                del self[name]
+
+    def __missing__(self, name: str) -> ServerProcess:
+        raise RuntimeError(f"{name} did not start") from self.failed.get(name)
 
 
 def random_ids(tokens: int, seed: int) -> list[int]:
@@ -190,3 +209,19 @@ class Noise:
     def tolerance(self, of: str) -> float:
         """Mean difference that shows nothing."""
         return 2 * float(getattr(self, of)) + 1e-3
+
+
+def largest(first: list[Said], second: list[Said]) -> float:
+    return max(Difference.between(*pair).mean for pair in zip(first, second, strict=True))
+
+
+def answers(server: ServerProcess, prompts: list[list[int]], tokens: int, **lsa: Any) -> list[Said]:
+    """One prompt at a time, from an empty cache."""
+    flush_cache(server)
+    return [ask(server, prompt, tokens, **lsa) for prompt in prompts]
+
+
+def check_all(noise: Noise, name: str, expected: list[Said], seen: list[Said], of: str = "repeated") -> None:
+    print()
+    for number, pair in enumerate(zip(expected, seen, strict=True)):
+        noise.check(f"{name}, {number}", *pair, of)

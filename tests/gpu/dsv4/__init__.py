@@ -1,0 +1,1 @@
+"""A package, of which pytest knows the first test and the last."""
