@@ -1,12 +1,15 @@
 """Times the live view: what the page costs a browser, and what an open page costs a server's decode throughput.
 
     python docs/results/view.py --output docs/results/view.json --picture docs/view.png
+    python docs/results/view.py --repeats 0 --picture docs/view.png    # the picture alone
 
 Two parts. The page over 100 made-up requests (the real page, routes and events) and over 8 real ones of the embedded
 model: milliseconds of script per update in headless Chromium. The same 8 requests decoding with nobody watching, with
 a client that only reads the stream, and with the page open in Chromium, in turns: tokens per second. Chromium takes
 time of the cores that a CPU server computes on, which it does not where it runs on another machine: so the page is also
 opened in a second Chromium of the lowest priority.
+
+The picture is of another server, which forms groups: six agents over one text of 5,000 words, and two reports.
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ REQUESTS = 8
 NAMES = [*(f"agent-{number}" for number in range(1, 5)), *(f"report-{number}" for number in range(1, 5))]
 PICTURE_TOKENS = 650
 """Enough for a minute of updates on two cores."""
+PICTURE_NAMES = [*(f"agent-{number}" for number in range(1, 7)), "report-1", "report-2"]
+PICTURE_FLAGS = ["--skip-server-warmup", "--max-running-requests", str(REQUESTS), "--lsa-device-tokens", "7040"]
+PICTURE_FLAGS += ["--lsa-host-memory-gb", "2", "--lsa-min-context", "1024", "--lsa-budget", "0.3"]
+PICTURE_FLAGS += ["--lsa-config", '{"groups": true}']
 FLAGS = ["--skip-server-warmup", "--max-running-requests", str(REQUESTS), "--lsa-device-tokens", "6400"]
 FLAGS += ["--lsa-host-memory-gb", "2", "--lsa-min-context", "1024", "--lsa-budget", "0.2"]
 OBSERVE = """
@@ -54,7 +61,9 @@ new PerformanceObserver(list => {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each way to watch; default: 3")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="of each way to watch; 0 measures nothing; default: 3"
+    )
     parser.add_argument("--tokens", type=int, default=80, metavar="N", help="of each answer; default: 80")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--picture", type=pathlib.Path, help="a screenshot of the page with the real requests")
@@ -68,19 +77,21 @@ def main() -> int:
         behind = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         for process in descendants() - others:  # what they start later has their priority
             os.setpriority(os.PRIO_PROCESS, process, 19)
-        result: dict[str, Any] = {
-            "cores": os.cpu_count(),
-            "chromium": browser.version,
-            "commit": commit(),
-            "synthetic": {"requests": 100, **synthetic(browser)},
-        }
-        result["real"] = {"requests": REQUESTS, "answer_tokens": args.tokens, **real(browser, behind, args)}
+        if args.repeats:
+            result: dict[str, Any] = {
+                "cores": os.cpu_count(),
+                "chromium": browser.version,
+                "commit": commit(),
+                "synthetic": {"requests": 100, **synthetic(browser)},
+            }
+            result["real"] = {"requests": REQUESTS, "answer_tokens": args.tokens, **real(browser, behind, args)}
+            print(json.dumps(result, indent=1))
+            if args.output is not None:
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+        taken = args.picture is None or take_picture(browser, args.picture)
         browser.close()
         behind.close()
-    print(json.dumps(result, indent=1))
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return 0 if taken else 1
 
 
 def descendants() -> set[int]:
@@ -135,8 +146,6 @@ def real(browser: Any, behind: Any, args: argparse.Namespace) -> dict[str, Any]:
                 for how in order:
                     with watching(behind if how == "open_behind" else browser, server, how, took) as page:
                         speeds[how].append(decode(server, prompts, args.tokens, page))
-            if args.picture is not None:
-                take_picture(browser, server, prompts, args.picture)
     rates = {how: [round(value, 2) for value in values] for how, values in speeds.items()}
     closed = statistics.median(speeds["closed"])
     ratios = {how: round(statistics.median(values) / closed, 4) for how, values in speeds.items()}
@@ -202,26 +211,41 @@ def watching(browser: Any, server: ServerProcess, how: str, took: list[float]) -
         yield None
 
 
-def take_picture(browser: Any, server: ServerProcess, prompts: list[str], file: pathlib.Path) -> None:
-    page = open_page(browser)
-    page.goto(server.url + "/lsa")
-    taken = False
+def abort_all(server: ServerProcess) -> None:
+    body = json.dumps({"abort_all": True}).encode()
+    kind = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(server.url + "/abort_request", body, kind), timeout=60).close()
 
-    def look() -> None:
-        nonlocal taken
-        updates = page.evaluate("Math.min(...[...shown.values()].map(row => row.rows.length))")
-        if not taken and page.locator(".request").count() == REQUESTS and updates >= 45:
-            page.screenshot(path=file, full_page=True)
-            taken = True
 
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        running = [pool.submit(answer, server, p, PICTURE_TOKENS, name) for p, name in zip(prompts, NAMES, strict=True)]
-        while not all(future.done() for future in running):
-            page.wait_for_timeout(500)
-            look()
-    page.close()
+def take_picture(browser: Any, file: pathlib.Path) -> bool:
+    """Of the page over requests that read together; whether there was time for it."""
+    shared = needle(5000, 0.4, 7).prompt
+    prompts = [f"{shared} Agent {number}: {prose(120, number)}" for number in range(6)]
+    prompts += [prose(900 + 700 * number, 20 + number) for number in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--model-path", str(embedded_model_path()), *PICTURE_FLAGS]
+        with ServerProcess(LSA, flags, pathlib.Path(folder) / "server.log") as server:
+            server.wait_until_ready()
+            for prompt in prompts:
+                answer(server, prompt, 1, "warm")
+            page = open_page(browser)
+            page.goto(server.url + "/lsa")
+            taken = False
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                named = zip(prompts, PICTURE_NAMES, strict=True)
+                running = [pool.submit(answer, server, prompt, PICTURE_TOKENS, name) for prompt, name in named]
+                while not taken and not all(future.done() for future in running):
+                    page.wait_for_timeout(500)
+                    updates = page.evaluate("Math.min(...[...shown.values()].map(row => row.rows.length))")
+                    whole = page.locator(".request").count() == REQUESTS and page.locator(".group").count() > 0
+                    if whole and updates >= 45:
+                        page.screenshot(path=file, full_page=True)
+                        taken = True
+                abort_all(server)
+            page.close()
     if not taken:
-        print("view.py: the answers were too quick for a picture", file=sys.stderr)
+        print("view.py: the answers were too quick for a picture, or there were no groups", file=sys.stderr)
+    return taken
 
 
 if __name__ == "__main__":
