@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_lsa.bench import dsv4
+from sglang_lsa.bench import dsv4_measure
 from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, Plan, plan
 from sglang_lsa.bench.dsv4_shapes import DSV4_SHAPES
 
@@ -17,6 +17,6 @@ def planned(arm: str, system: str, kv_gb: float = 45, share: int = 1, tokens: in
     return plan(DSV4_ARMS[arm], DSV4_SYSTEMS[system], RANK, **asked)
 
 
-def asked_of(**other: Any) -> dsv4.Asked:
+def asked_of(**other: Any) -> dsv4_measure.Asked:
     values: dict[str, Any] = {"shape": RANK, "weights": "bfloat16", "kv_gb": 45, "tokens": 64, "share": 1}
-    return dsv4.Asked(**(values | {"budget": 0.1, "churns": (0.0, 0.1)} | other))
+    return dsv4_measure.Asked(**(values | {"budget": 0.1, "churns": (0.0, 0.1)} | other))

@@ -13,7 +13,7 @@ import pytest
 from bench_dsv4 import RANK, asked_of
 from rich.console import Console
 
-from sglang_lsa.bench import dsv4, dsv4_arms, dsv4_plugin
+from sglang_lsa.bench import dsv4, dsv4_arms, dsv4_measure, dsv4_plugin
 from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, Plan
 from sglang_lsa.bench.dsv4_report import DSV4, comparisons, table
 from sglang_lsa.bench.parser import add_parser
@@ -63,12 +63,12 @@ def streams(cached: int, requests: int) -> list[Stream]:
 
 
 @pytest.fixture
-def measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> dsv4.Measurement:
+def measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> dsv4_measure.Measurement:
     answers = {"forged": 2, "pools": {"c4_kv": 100, "c128_kv": 30}}
     monkeypatch.setattr(dsv4_plugin, "ask", lambda folder, what, alive: answers if "most" in what else what)
     made = Plan(3, 3, 0.01, 20.0)
     server: Any = FakeServer()
-    return dsv4.Measurement(server, tmp_path, asked_of(), DSV4_ARMS["256k"], DSV4_SYSTEMS["lsa"], made)
+    return dsv4_measure.Measurement(server, tmp_path, asked_of(), DSV4_ARMS["256k"], DSV4_SYSTEMS["lsa"], made)
 
 
 def sending(monkeypatch: pytest.MonkeyPatch, cached: int) -> list[int]:
@@ -78,12 +78,12 @@ def sending(monkeypatch: pytest.MonkeyPatch, cached: int) -> list[int]:
         sent.append(len(prompts))
         return streams(cached, len(prompts))
 
-    monkeypatch.setattr(dsv4, "run_together", together)
+    monkeypatch.setattr(dsv4_measure, "run_together", together)
     return sent
 
 
 def test_a_row_says_what_ran_what_it_weighed_and_what_was_recalled(
-    measurement: dsv4.Measurement, monkeypatch: pytest.MonkeyPatch
+    measurement: dsv4_measure.Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = sending(monkeypatch, DSV4_ARMS["256k"].context)
     measurement.warm_up()
@@ -102,7 +102,7 @@ def test_a_row_says_what_ran_what_it_weighed_and_what_was_recalled(
 
 
 def test_requests_that_missed_their_prefix_are_no_measurement(
-    measurement: dsv4.Measurement, monkeypatch: pytest.MonkeyPatch
+    measurement: dsv4_measure.Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sending(monkeypatch, 0)
     measurement.forge()
@@ -124,14 +124,14 @@ class Bench:
         monkeypatch.setattr(dsv4, "measure", self.measure)
         monkeypatch.setattr(dsv4, "DSV4", dataclasses.replace(DSV4, draw=lambda *_: None))
 
-    def measure(self, asked: dsv4.Asked, system: Any, arm: Any, rows: Any, *_: Any) -> Iterator[dict[str, Any]]:
+    def measure(self, asked: dsv4_measure.Asked, system: Any, arm: Any, rows: Any, *_: Any) -> Iterator[dict[str, Any]]:
         self.servers.append(arm.name)
         names = "+".join(dict.fromkeys(arm.name for arm, _ in rows))
         self.seen.append((names, system.name, [churn for _, churn in rows]))
         if self.broken == system.name:
             raise ServerFailed("no V4 here")
         for arm, churn in rows:
-            yield dsv4.labels(asked, arm, system, churn) | figures(30.0 if system.lsa else 10.0)
+            yield dsv4_measure.labels(asked, arm, system, churn) | figures(30.0 if system.lsa else 10.0)
 
     def run(self, **other: Any) -> list[tuple[str, str, list[float | None]]]:
         chosen: dict[str, Any] = {"models": ["rank"], "weights": "bfloat16", "arms": ["1m"], "kv_gb": 45.0, "share": 1}
@@ -181,7 +181,7 @@ def test_logs_of_other_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         logs.append(log)
         raise ServerFailed("no server here")
 
-    monkeypatch.setattr(dsv4, "ServerProcess", begin)
+    monkeypatch.setattr(dsv4_measure, "ServerProcess", begin)
     monkeypatch.setattr(dsv4_arms, "available_host_memory", lambda: 1 << 50)
     arm, lsa = DSV4_ARMS["256k"], DSV4_SYSTEMS["lsa"]
     asked = asked_of()
@@ -191,7 +191,7 @@ def test_logs_of_other_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ]
     for one, churns in [*((one, (0.0,)) for one in others), (asked, (0.0, 0.1)), (asked, (0.0,))]:
         with pytest.raises(ServerFailed):
-            list(dsv4.measure(one, lsa, arm, [(arm, churn) for churn in churns], tmp_path, Console(quiet=True)))
+            list(dsv4_measure.measure(one, lsa, arm, [(arm, churn) for churn in churns], tmp_path, Console(quiet=True)))
     assert len(set(logs)) == 4 and logs[0] == logs[-1]
 
 
@@ -209,7 +209,7 @@ def test_arms_of_one_context_share_a_server_that_is_made_for_the_most_requests(b
 
 
 def test_one_request_is_measured_over_prefixes_that_fill_the_kv(
-    measurement: dsv4.Measurement, monkeypatch: pytest.MonkeyPatch
+    measurement: dsv4_measure.Measurement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = dataclasses.replace(DSV4_ARMS["256k"], name="1x256k", requests=1)
     sent = sending(monkeypatch, alone.context)
@@ -232,7 +232,7 @@ def rows(*systems: str, **other: Any) -> list[dict[str, Any]]:
     found = []
     for number, name in enumerate(systems):
         system = DSV4_SYSTEMS[name]
-        label = dsv4.labels(asked_of(**other), DSV4_ARMS["1m"], system, 0.1 if system.lsa else None)
+        label = dsv4_measure.labels(asked_of(**other), DSV4_ARMS["1m"], system, 0.1 if system.lsa else None)
         found.append(label | figures(10.0 * (number + 1)) | {"gpu": "a card"})
     return found
 

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from bench_dsv4 import RANK, VOCABULARY, asked_of, planned
 
-from sglang_lsa.bench import dsv4, dsv4_arms
+from sglang_lsa.bench import dsv4_arms, dsv4_measure
 from sglang_lsa.bench.dsv4_arms import DSV4_ARMS, DSV4_SYSTEMS, Dsv4Arm
 from sglang_lsa.memory.layout.dsv4 import PAGE_TOKENS
 
@@ -84,7 +84,7 @@ def test_requests_take_turns_with_the_prefixes() -> None:
 def test_a_server_gets_the_window_and_the_mirror_of_its_plan(name: str) -> None:
     system, arm = DSV4_SYSTEMS[name], DSV4_ARMS["512k"]
     found = planned("512k", name)
-    flags = dsv4.arguments(asked_of(), arm, system, found, pathlib.Path("model"))
+    flags = dsv4_measure.arguments(asked_of(), arm, system, found, pathlib.Path("model"))
     assert ("--swa-full-tokens-ratio" in flags) == (name != "stock")
     assert ("--lsa-host-memory-gb" in flags) == system.lsa == any(flag.startswith("--lsa") for flag in flags)
     assert flags[flags.index("--max-running-requests") + 1] == str(found.requests)
