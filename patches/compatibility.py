@@ -196,7 +196,7 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
         raise Unsupported(problems)
     if other:
         config = with_own_index(config)
-    config = with_groups(config, server_args, dense=not other)
+    config = with_groups(config, server_args, dense=not other, measured=installed().groups)
     remember(given, "lsa_config", config)
     return given
 

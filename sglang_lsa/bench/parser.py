@@ -72,7 +72,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
     """What benchmarks against stock SGLang take."""
     text = (
         "stock is SGLang with what it chooses itself, stock-flashinfer with that backend, lsa with what it chooses "
-        "itself, lsa-fa3 and lsa-flashinfer with one backend, lsa-groups with pages that requests share read once"
+        "itself, lsa-fa3 and lsa-flashinfer with one backend, lsa-groups with pages that requests share read once, "
+        "lsa-separate with pages that each request reads for itself"
     )
     add_several(command, "--systems", tuple(SYSTEMS), text, DEFAULT_SYSTEMS)
     text = "type of KV of all systems; a pool of so many GB holds more tokens of a smaller type"

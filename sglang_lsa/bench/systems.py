@@ -54,6 +54,7 @@ SYSTEMS = {
         System("lsa-fa3", LSA, ("--attention-backend", "fa3")),
         System("lsa-flashinfer", LSA, ("--attention-backend", "flashinfer")),
         System("lsa-groups", LSA, ("--lsa-config", '{"groups": true}')),
+        System("lsa-separate", LSA, ("--lsa-config", '{"groups": false}')),
     )
 }
 DEFAULT_SYSTEMS = ("stock", "stock-flashinfer", "lsa")

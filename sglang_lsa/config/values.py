@@ -148,17 +148,19 @@ class LSAConfig:
         False, "Also keep generated tokens in the radix tree. Their KV was computed under pruned attention."
     )
     groups: bool | str = key(
-        False,
-        "Experimental: requests that decode over one prefix read the pages that several of them chose once for all, "
-        "each of them also those that it did not choose itself. Not with FlashAttention-3 in decode. CUDA graphs are "
-        "captured twice, with groups and without, and batches that share nothing replay the latter. Auto: on where "
-        "decode runs on FlashInfer on a GPU, for models that attend to all they are given; else off.",
+        AUTO,
+        "Requests that decode over one prefix read the pages that several of them chose once for all, each of them "
+        "also those that it did not choose itself; an answer may then depend on who decodes beside it. Not with "
+        "FlashAttention-3 in decode. CUDA graphs are captured twice, with groups and without, and batches that share "
+        "nothing replay the latter. Auto: on where it was measured, which is decode by FlashInfer on one GPU, for "
+        "models that attend to all they are given, with SGLang 0.5.17; else off.",
     )
     group_margin: float = key(
         0.0,
         "Experimental, with groups: by what share of its score a page that one request alone would read may be better "
         "than one that its group reads and still give its place in the set to that; below 1. Sets then depend on who "
-        "decodes beside. 0 chooses for each request alone. What it costs in quality was not measured yet.",
+        "decodes beside. 0 chooses for each request alone. 0.2 cost no points on one model, and saved 4 to 7 % of the "
+        "pages.",
     )
     disable_view: bool = option(False, "Do not serve the live view at /lsa.")
     debug: bool = option(False, "Check the page ledger after every batch (slow).")

@@ -37,6 +37,7 @@ BACKENDS = {
     "lsa-fa3": "fa3",
     "lsa-flashinfer": "flashinfer",
     "lsa-groups": None,
+    "lsa-separate": None,
 }
 """That are named by a flag."""
 
@@ -101,6 +102,7 @@ def test_systems_by_default() -> None:
         "lsa-fa3",
         "lsa-flashinfer",
         "lsa-groups",
+        "lsa-separate",
     ]
 
 

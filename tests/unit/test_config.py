@@ -265,7 +265,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"groups": 1}, "groups is 1: use true, false or auto"),
     ({"groups": True, "group_margin": 1.0}, "group_margin 1.0 is too large: use a share below 1"),
     ({"groups": True, "group_margin": -0.1}, "group_margin -0.1 is too small: use 0 or more"),
-    ({"group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
+    ({"groups": False, "group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
     ({"widen": 0.5}, "widen 0.5 is too small: use 1 or more"),
     ({"prompt_lookup": -1}, "prompt_lookup -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),
@@ -340,7 +340,7 @@ def test_bad_files_are_refused(text: str | None, words: str, tmp_path: pathlib.P
 
 
 def test_groups_may_be_decided_by_the_backend() -> None:
-    assert LSAConfig().groups is False
+    assert LSAConfig().groups == AUTO
     config = parse("--lsa-config", '{"groups": "auto", "group_margin": 0.1}')
     assert config == LSAConfig(groups=AUTO, group_margin=0.1)
     assert LSAConfig.from_mapping(json.loads(config.to_json())) == config == pickle.loads(pickle.dumps(config))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from made_arguments import GPU, arguments, graphs, on_a_gpu
+from release import RELEASE
 
 from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.patches import compatibility
@@ -183,6 +184,7 @@ DECODES_ON: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "not known": ({"device": "cuda", "attention_backend": None}, False),
     "cpu": ({"device": "cpu", "attention_backend": "torch_native"}, False),
+    "two ranks": ({"device": "cuda", "attention_backend": "flashinfer", "tp_size": 2}, False),
 }
 
 
@@ -194,7 +196,8 @@ def test_groups_are_on_where_they_pay(seen: dict[str, Any], fits: bool, margin: 
     assert (found.groups, found.group_margin) == (fits, margin if fits else 0.0)
     assert found.calibrates and found == dataclasses.replace(asked, groups=fits, group_margin=found.group_margin)
     assert with_groups(asked, given, dense=False).groups is False, "DeepSeek-V4"
-    for said in (LSAConfig(), LSAConfig(groups=True)):
+    assert with_groups(asked, given, dense=True, measured=False).groups is False, "SGLang 0.5.23"
+    for said in (LSAConfig(groups=False), LSAConfig(groups=True)):
         assert with_groups(said, given, dense=True) is said
 
 
@@ -202,8 +205,9 @@ def test_servers_know_whether_they_have_groups(monkeypatch: pytest.MonkeyPatch) 
     """Auto is decided when arguments are checked, so that every process hears the same; it is never refused."""
     on_a_gpu(monkeypatch, (9, 0))
     for changed, fits in (({}, False), (GPU, True), (GPU | {"decode_attention_backend": "fa3"}, False)):
-        given = attach(arguments(**changed), LSAConfig(groups=AUTO))
-        assert pickle.loads(pickle.dumps(given.lsa_config)).groups is fits
+        for config in (LSAConfig(), LSAConfig(groups=AUTO)):
+            given = attach(arguments(**changed), config)
+            assert pickle.loads(pickle.dumps(given.lsa_config)).groups is (fits and RELEASE.groups)
     with pytest.raises(Unsupported, match="fa3: not supported with groups yet"):
         attach(arguments(**(GPU | {"decode_attention_backend": "fa3"})), LSAConfig(groups=True))
     assert attach(arguments(), LSAConfig(groups=True)).lsa_config.groups is True, "a CPU can, and shows it"
@@ -303,7 +307,7 @@ def test_a_recording_server_runs_without_decode_graphs(monkeypatch: pytest.Monke
     words = "--cuda-graph-backend-decode full: not supported with --lsa-record: use disabled"
     assert device_problems(arguments(**GPU), config) == [words]
     fine = arguments(**GPU | {"cuda_graph_config": graphs(decode="disabled")})
-    assert attach(fine, config).lsa_config is config
+    assert attach(fine, config).lsa_config == dataclasses.replace(config, groups=RELEASE.groups)
     assert (tmp_path / "new").is_dir()
 
 
