@@ -44,16 +44,34 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
 
 def _longest(ids: np.ndarray, ends: np.ndarray, least: int, longest: int = LONGEST) -> int | None:
     """The same, of occurrences of the last token at the positions ``ends``, ascending; told apart by ``longest``."""
-    matched = 1
-    while len(ends) and matched < longest:
-        if matched == FEW:
-            ends = ends[-MOST:]
-        longer = ends[np.searchsorted(ends, matched) :]
-        longer = longer[ids[longer - matched] == ids[len(ids) - 1 - matched]]
+    matched, last = 1, len(ids) - 1
+    while len(ends) and matched < min(FEW, longest):  # one after the other, as nearly all occurrences end here
+        longer = ends[ends.searchsorted(matched) :]
+        longer = longer[ids[longer - matched] == ids[last - matched]]
         if not len(longer):
             break
         ends, matched = longer, matched + 1
+    else:
+        ends, matched = _longer(ids, ends[-MOST:], matched, min(longest, last))
     return int(ends[-1]) + 1 if len(ends) and matched >= least else None
+
+
+def _longer(ids: np.ndarray, ends: np.ndarray, matched: int, longest: int) -> tuple[np.ndarray, int]:
+    """Of occurrences that agree with the end of the text in ``matched`` tokens, those that do in most, at most
+    ``longest`` of them, and in how many."""
+    last = len(ids) - 1
+    if len(ends) and ends[-1] >= longest - 1 and (ids[ends[-1] + 1 - longest :][:longest] == ids[-longest:]).all():
+        return ends[-1:], longest  # mostly so where a text goes round in circles
+    while len(ends) and matched < longest:
+        more = np.arange(matched, min(4 * matched, longest))
+        places = ends[:, None] - more
+        same = (ids[places] == ids[last - more]) & (places >= 0)
+        agree = np.where(same.all(axis=1), len(more), same.argmin(axis=1))
+        most = int(agree.max())
+        ends, matched = ends[agree == most], matched + most
+        if most < len(more):
+            break
+    return ends, matched
 
 
 def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarray:
