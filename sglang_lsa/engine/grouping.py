@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_lsa.engine.groups import RULES, Group, GroupRules, Reader, Sharing, form, own_positions
+from sglang_lsa.engine.groups import (
+    RULES,
+    Group,
+    GroupRules,
+    Reader,
+    Sharing,
+    all_own_positions,
+    form,
+    own_positions,
+)
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Request, State
 from sglang_lsa.memory.pages import pages_complete
@@ -183,8 +192,8 @@ class Groups:
         places = np.full(len(requests), -1, dtype=np.int64)
         places[order] = np.arange(len(order))
         for group in groups:
-            for place in group.members:
-                positions[place] = own_positions(readers[place], group)
+            for place, own in zip(group.members, all_own_positions(readers, group), strict=True):
+                positions[place] = own
         self.own.remap_all(
             np.array([request.row for request in requests], dtype=np.int64),
             [v2p[request.pages[own]] for request, own in zip(requests, positions, strict=True)],
