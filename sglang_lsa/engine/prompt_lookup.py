@@ -23,6 +23,8 @@ COPIES = 1.25
 """Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
+AT_ONCE = 8
+"""The latest occurrences that agree in two tokens, which are looked at before all others."""
 FEW, MOST = 6, 1024
 """Of occurrences that agree in ``FEW`` tokens the latest ``MOST`` are looked at: a text that repeats itself all over
 must not cost time."""
@@ -38,8 +40,26 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
     Returns:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
-    ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
-    return _longest(ids, ends, least)
+    if len(ids) <= least:
+        return None
+    if (at := _circle(ids)) is not None:
+        return at
+    return _longest(ids, np.flatnonzero(ids[:-1] == ids[-1]), least)
+
+
+def _circle(ids: np.ndarray) -> int | None:
+    """The same where the end of a text that goes round in circles is as good an occurrence as any: then the rest of it,
+    which takes most of the time of a look, need not be gone through."""
+    if len(ids) <= 2 * LONGEST:
+        return None
+    first = len(ids) - 1 - LONGEST
+    ends = np.flatnonzero(ids[first:-1] == ids[-1]) + first
+    ends = ends[ids[ends - 1] == ids[-2]][-AT_ONCE:]
+    if not len(ends):
+        return None
+    back = np.arange(LONGEST)
+    ends = ends[(ids[ends[:, None] - back] == ids[-1 - back]).all(axis=1)]
+    return int(ends[-1]) + 1 if len(ends) else None
 
 
 def _longest(ids: np.ndarray, ends: np.ndarray, least: int, longest: int = LONGEST) -> int | None:

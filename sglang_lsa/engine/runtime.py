@@ -248,7 +248,8 @@ class LSARuntime:
                     if not middle:
                         self.lookahead.begin(request)
         elif step.kind == DECODE:
-            requests = [request for request in step.requests if request.key in self.requests]
+            here = self.requests
+            requests = [request for request in step.requests if request.key in here]
             filled = [request for request in requests if request.tokens % page == 0]
             ending = self.lookahead.end_step(requests)
             if filled or ending:

@@ -57,11 +57,12 @@ class Clock:
         ending = []
         self.decoded += 1
         for request in requests:
-            if request.story.windows and not request.story.windows[-1].tokens:
-                request.story.windows[-1].tokens = request.tokens
-            request.computed = request.tokens
-            request.steps_left -= 1
-            if request.steps_left <= request.lead and request.resident.next is None:
+            tokens, windows = request.tokens, request.story.windows
+            if windows and not (newest := windows[-1]).tokens:
+                newest.tokens = tokens
+            request.computed = tokens
+            request.steps_left = left = request.steps_left - 1
+            if left <= request.lead and request.resident.next is None:
                 ending.append(request)
         return ending
 

@@ -185,7 +185,7 @@ def one_token_after_the_other(ids: np.ndarray, ends: np.ndarray, least: int, lon
     return int(ends[-1]) + 1 if len(ends) and matched >= least else None
 
 
-@pytest.mark.parametrize("circle", [0, 1, 2, 7, 40])
+@pytest.mark.parametrize("circle", [0, 1, 2, 7, 40, 64, 65])
 def test_many_tokens_are_compared_at_once_as_one_after_the_other(circle: int) -> None:
     """Texts that are short, that begin with what is looked for, and that go round in circles, or nearly."""
     rng = np.random.default_rng(circle)
@@ -199,6 +199,8 @@ def test_many_tokens_are_compared_at_once_as_one_after_the_other(circle: int) ->
         ends = ends[ends < len(ids) - 1]
         least, longest = int(rng.integers(1, LONGEST + 1)), int(rng.integers(1, LONGEST + 1))
         assert _longest(ids, ends, least, longest) == one_token_after_the_other(ids, ends, least, longest)
+        ends = np.flatnonzero(ids[:-1] == ids[-1])
+        assert continued_at(ids, least) == one_token_after_the_other(ids, ends, least, LONGEST)
 
 
 def test_of_many_occurrences_that_agree_in_few_tokens_the_latest_are_looked_at() -> None:
