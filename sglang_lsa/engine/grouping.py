@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -117,11 +119,17 @@ class Groups:
         """On the device, beside what attention plans with."""
         return self.own.nbytes
 
-    def of(self, requests: Sequence[Request], check: bool = False) -> Grouping | None:
+    def of(
+        self,
+        requests: Sequence[Request],
+        check: bool = False,
+        on_stream: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Grouping | None:
         """Of these, which are about to decode, in this order; None if nothing is worth reading together.
 
         Args:
             check: see whether they can be read so; reads the device.
+            on_stream: inside, kernels are queued behind the forward passes; most steps queue none.
 
         Raises:
             RuntimeError: see :meth:`check`.
@@ -129,7 +137,9 @@ class Groups:
         asked = self.sets.changes, tuple(request.key for request in requests)
         if asked != self._of:
             began = time.perf_counter()
-            self.now, self._of, self.formed = self._form(requests), asked, self.formed + 1
+            with on_stream():
+                self.now = self._form(requests)
+            self._of, self.formed = asked, self.formed + 1
             self._requests = requests
             groups = self.now.groups if self.now is not None else ()
             self._reads = sum(group.saved_reads for group in groups), sum(group.added_reads for group in groups)
@@ -141,7 +151,8 @@ class Groups:
             self.saved_reads += self._reads[0]
             self.added_reads += self._reads[1]
             if check:
-                self.check(requests)
+                with on_stream():
+                    self.check(requests)
         return self.now
 
     def members(self) -> list[tuple[Group, list[Request]]]:

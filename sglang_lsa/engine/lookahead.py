@@ -60,8 +60,8 @@ class Lookahead:
 
     @property
     def busy(self) -> bool:
-        """Whether a refresh is on its way, or to be begun before its request decodes."""
-        return bool(self.refresher.on_their_way or self.sets.incomplete)
+        """Whether the next step takes a refresh further, or one is to be begun before its request decodes."""
+        return bool(self.sets.incomplete) or self.refresher.can_advance(self.clock.step + 1)
 
     def begin(self, request: Request) -> None:
         """The prompt is prefilled: the first decode window is predicted from it, as soon as possible, or from the

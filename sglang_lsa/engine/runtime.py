@@ -206,8 +206,7 @@ class LSARuntime:
         else:
             self.lookahead.begin_step()
         if self.groups is not None and step.kind == DECODE:
-            with self.on_stream():
-                step = step._replace(grouping=self.groups.of(step.requests, self.config.debug))
+            step = step._replace(grouping=self.groups.of(step.requests, self.config.debug, self.on_stream))
         if self.graph_tokens and step.kind == DECODE:
             step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
