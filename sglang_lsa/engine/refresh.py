@@ -287,7 +287,8 @@ class Refresher:
         if request.resident.incomplete and not self.pager.arrived(needed):
             return  # it does not decode yet: nobody waits for it before it does
         self.pager.count_late(needed)
-        self._switch(request, new)
+        self.pager.require(needed)
+        self._read(request, new, needed)
 
     def _switch_all(self, ready: Sequence[tuple[Request, Refresh]]) -> bool:
         """The same for all of these, which hold their sets. Returns whether it was done; nothing was if not."""
