@@ -240,12 +240,14 @@ class LSARuntime:
         self.pager.forward_queued(number)
         if step.kind == EXTEND:
             with self.on_stream():
+                begun: list[Request] = []
                 for index, (request, prefix) in enumerate(zip(step.requests, step.prefixes, strict=True)):
                     self._remember(request.pages[pages_complete(prefix, page) : pages_complete(request.tokens, page)])
                     middle = index == step.middle
                     self.prefill.end_pass(request, middle)
                     if not middle:
-                        self.lookahead.begin(request)
+                        self.lookahead.begin(request, begun)
+                self.lookahead.refresh(begun)
         elif step.kind == DECODE:
             here = self.requests
             requests = [request for request in step.requests if request.key in here]
