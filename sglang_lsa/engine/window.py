@@ -57,10 +57,9 @@ class Clock:
         ending = []
         self.decoded += 1
         for request in requests:
-            tokens, windows = request.tokens, request.story.windows
-            if windows and not (newest := windows[-1]).tokens:
-                newest.tokens = tokens
-            request.computed = tokens
+            request.computed = tokens = request.tokens
+            if request.unread is not None:
+                request.unread.tokens, request.unread = tokens, None
             request.steps_left = left = request.steps_left - 1
             if left <= request.lead and request.resident.next is None:
                 ending.append(request)
