@@ -26,7 +26,7 @@ def batch_of(batch: Any) -> Batch:
     """A ``ScheduleBatch`` that is about to be computed."""
     keys, lengths = tuple(map(key_of, batch.reqs)), tuple(batch.seq_lens_cpu.tolist())
     if batch.forward_mode.is_decode():
-        return Batch(DECODE, keys, lengths, tuple(tokens - 1 for tokens in lengths))
+        return Batch(DECODE, keys, lengths, tuple([tokens - 1 for tokens in lengths]))
     if not batch.forward_mode.is_extend():
         return Batch()
     reqs, chunked = tuple(batch.reqs), batch.chunked_req

@@ -7,7 +7,7 @@ Imports no SGLang.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,9 +69,10 @@ def row_of(req: Any) -> int:
     return _of_release().row(req)
 
 
-def committed_of(req: Any) -> int:
-    """Tokens whose KV is there, or is being computed."""
-    return _of_release().committed(req)
+def committed_of(reqs: Iterable[Any]) -> list[int]:
+    """Of each of these, tokens whose KV is there, or is being computed; asked before every decode step."""
+    committed = _of_release().committed
+    return [committed(req) for req in reqs]
 
 
 def prefilled_of(req: Any) -> int:

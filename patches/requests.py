@@ -118,7 +118,7 @@ def text_of(req: Any) -> Callable[[int], np.ndarray]:
 
 def can_decode(lsa: LSARuntime, reqs: Sequence[Any]) -> bool:
     """Whether every one of ``reqs`` that is about to open a page gets one."""
-    return lsa.can_decode([committed_of(req) for req in reqs])
+    return lsa.can_decode(committed_of(reqs))
 
 
 # -- when it goes ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from sglang.srt.utils import get_num_new_pages
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.memory.transfer import ids_on
 
+NO_PAGES = np.zeros(0, dtype=np.int64)
+
 
 class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
     """Allocates slots of *virtual* pages; ``available_size()`` counts those and nothing else.
@@ -79,6 +81,8 @@ class VirtualPageAllocator(PagedTokenToKVPoolAllocator):
 
     def take_new_pages(self) -> np.ndarray:
         """Virtual pages handed out since the last call, in the order of SGLang's batch, int64 ``[n]``."""
+        if not self._new_pages:  # most steps
+            return NO_PAGES
         pages, self._new_pages = self._new_pages, []
         return np.concatenate((np.zeros(0, dtype=np.int64), *pages))
 

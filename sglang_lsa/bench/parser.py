@@ -269,8 +269,8 @@ def run_dsv4(args: argparse.Namespace) -> int:
 
 def add_overhead(kinds: Commands) -> None:
     text = (
-        "the scheduler's time in LSA per decode step, refresh, finished request, and for windows that all begin in one "
-        "step, on any machine (a minute)"
+        "the scheduler's time in LSA per decode step, refresh, finished request, for windows that all begin in one "
+        "step, and for requests over one prefix, on any machine (some minutes)"
     )
     command = add_command(kinds, "overhead", text)
     command.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32], metavar="N", help="decoding together")
@@ -283,13 +283,15 @@ def run_overhead(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sglang_lsa.bench.overhead import run
-    from sglang_lsa.bench.refresh_together import run_together
+    from sglang_lsa.bench.refresh_together import run_shared, run_together
 
     if min(args.requests) < 1 or min(args.tokens) < 1024:
         print("sglang-lsa bench: use 1 request or more, of 1,024 tokens or more", file=sys.stderr)
         return 1
     console = Console(width=120)
-    found = run(console, args.requests, args.tokens) | {"together": run_together(console, args.requests, args.tokens)}
+    found = run(console, args.requests, args.tokens)
+    found["together"] = run_together(console, args.requests, args.tokens)
+    found["shared"] = run_shared(console, args.requests, args.tokens)
     if args.output is not None:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -142,7 +142,7 @@ def _best(scores: np.ndarray, stay: np.ndarray, room: np.ndarray, threshold: np.
     Returns:
         bool ``[requests, pages]``.
     """
-    may = (scores > threshold[:, None]) & (scores > -np.inf) & ~stay
+    may = (scores > threshold[:, None]) & ~stay  # -inf is above none
     candidates = may.sum(axis=1)
     count = np.clip(room, 0, candidates)
     lowest = np.where(count > 0, -np.inf, np.inf).astype(scores.dtype)

@@ -7,6 +7,7 @@ by: nothing is asked of the tree.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -134,6 +135,19 @@ def own_positions(reader: Reader, group: Group) -> np.ndarray:
     return reader.positions[together != reader.positions]
 
 
+def all_own_positions(readers: Sequence[Reader], group: Group) -> list[np.ndarray]:
+    """:func:`own_positions` of all members of a group, in their order, in little more time than that of a few."""
+    chosen = [readers[place].positions for place in group.members]
+    flat, beyond = np.concatenate(chosen), int(group.positions[-1]) + 1
+    together = np.zeros(beyond + 1, dtype=bool)
+    together[group.positions] = True
+    own = ~together[np.minimum(flat, beyond)]
+    ends = np.cumsum([0, *map(len, chosen)])
+    kept = np.concatenate(([0], np.cumsum(own)))[ends].tolist()
+    left = flat[own]
+    return [left[start:end] for start, end in itertools.pairwise(kept)]
+
+
 def _best(readers: Sequence[Reader], members: Iterable[int], agreed: int, rules: GroupRules) -> list[Group]:
     """Of requests whose first ``agreed`` pages are the same: one group, or groups of those that agree for longer."""
     members = [place for place in members if len(readers[place].prefix) > agreed]
@@ -154,10 +168,12 @@ def _best(readers: Sequence[Reader], members: Iterable[int], agreed: int, rules:
 def _common(readers: Sequence[Reader], members: Sequence[int], agreed: int) -> int:
     """So many first pages are the same for all."""
     first, common = readers[members[0]].prefix, min(len(readers[place].prefix) for place in members)
+    same = first[agreed:common].tobytes()  # mostly all of it is, which bytes tell in a third of the time
     for place in members[1:]:
-        differs = readers[place].prefix[agreed:common] != first[agreed:common]
-        if differs.any():
-            common = agreed + int(differs.argmax())
+        if readers[place].prefix[agreed:common].tobytes() != same:
+            differs = readers[place].prefix[agreed:common] != first[agreed:common]
+            common = agreed + int(differs.argmax()) if differs.any() else common
+            same = first[agreed:common].tobytes()
     return common
 
 

@@ -60,13 +60,22 @@ class Lookahead:
 
     @property
     def busy(self) -> bool:
-        """Whether a refresh is on its way, or to be begun before its request decodes."""
-        return bool(self.refresher.on_their_way or self.sets.incomplete)
+        """Whether the next step takes a refresh further, or one is to be begun before its request decodes."""
+        return bool(self.sets.incomplete) or self.refresher.can_advance(self.clock.step + 1)
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request, later: list[Request] | None = None) -> None:
         """The prompt is prefilled: the first decode window is predicted from it, as soon as possible, or from the
-        first ``dense_steps`` tokens of the answer."""
-        if self.clock.begin(request):
+        first ``dense_steps`` tokens of the answer.
+
+        Args:
+            later: whose windows are predicted in one go after all prompts of the pass have begun, by :meth:`refresh`.
+                This one is added where scores come later anyway (GPU), so that nothing is decided before that.
+        """
+        if not self.clock.begin(request):
+            return
+        if later is not None and self.clock.lag and request.given is None:
+            later.append(request)
+        else:
             self.refresh([request])
 
     def begin_step(self) -> None:

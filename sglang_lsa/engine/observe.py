@@ -49,14 +49,16 @@ class QueryObserver:
         Args:
             pages: of each request the virtual ids of its complete pages, int64 ``[n]``.
         """
-        spans = np.zeros((len(requests), SPAN), dtype=np.int64)
-        for span, request, own in zip(spans, requests, pages, strict=True):
+        spans, start = [], 0
+        for request, own in zip(requests, pages, strict=True):
             first = max(request.first_observed, request.tokens - self.positions)
             whole = request.first_observed <= request.tokens - self.positions
-            span[:] = request.row, 0 if whole else first % self.positions, request.tokens - first, 0, len(own)
-        spans[:, 3] = np.cumsum(spans[:, 4]) - spans[:, 4]
-        moved = ids_on(self.buffer.device, np.concatenate((spans.ravel(), *pages)))
-        return Ragged(torch.from_numpy(spans), moved[: spans.size].view(spans.shape), moved[spans.size :])
+            place = 0 if whole else first % self.positions
+            spans.append((request.row, place, request.tokens - first, start, len(own)))
+            start += len(own)
+        known = np.array(spans, dtype=np.int64).reshape(-1, SPAN)
+        moved = ids_on(self.buffer.device, np.concatenate((known.ravel(), *pages)))
+        return Ragged(torch.from_numpy(known), moved[: known.size].view(known.shape), moved[known.size :])
 
     @property
     def nbytes(self) -> int:

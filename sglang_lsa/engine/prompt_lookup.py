@@ -23,6 +23,8 @@ COPIES = 1.25
 """Tokens of the prompt that a copy goes over with each that it writes, at most."""
 LONGEST = MOST_LOOKED_UP
 """Tokens by which occurrences are told apart; of those that agree in all of them, the latest counts."""
+AT_ONCE = 8
+"""The latest occurrences that agree in two tokens, which are looked at before all others."""
 FEW, MOST = 6, 1024
 """Of occurrences that agree in ``FEW`` tokens the latest ``MOST`` are looked at: a text that repeats itself all over
 must not cost time."""
@@ -38,22 +40,58 @@ def continued_at(ids: np.ndarray, least: int) -> int | None:
     Returns:
         Position after the longest earlier occurrence, in ``[least, n)``; None without one.
     """
-    ends = np.flatnonzero(ids[:-1] == ids[-1]) if len(ids) > least else np.zeros(0, dtype=np.int64)
-    return _longest(ids, ends, least)
+    if len(ids) <= least:
+        return None
+    if (at := _circle(ids)) is not None:
+        return at
+    return _longest(ids, np.flatnonzero(ids[:-1] == ids[-1]), least)
+
+
+def _circle(ids: np.ndarray) -> int | None:
+    """The same where the end of a text that goes round in circles is as good an occurrence as any: then the rest of it,
+    which takes most of the time of a look, need not be gone through."""
+    if len(ids) <= 2 * LONGEST:
+        return None
+    first = len(ids) - 1 - LONGEST
+    ends = np.flatnonzero(ids[first:-1] == ids[-1]) + first
+    ends = ends[ids[ends - 1] == ids[-2]][-AT_ONCE:]
+    if not len(ends):
+        return None
+    back = np.arange(LONGEST)
+    ends = ends[(ids[ends[:, None] - back] == ids[-1 - back]).all(axis=1)]
+    return int(ends[-1]) + 1 if len(ends) else None
 
 
 def _longest(ids: np.ndarray, ends: np.ndarray, least: int, longest: int = LONGEST) -> int | None:
     """The same, of occurrences of the last token at the positions ``ends``, ascending; told apart by ``longest``."""
-    matched = 1
-    while len(ends) and matched < longest:
-        if matched == FEW:
-            ends = ends[-MOST:]
-        longer = ends[np.searchsorted(ends, matched) :]
-        longer = longer[ids[longer - matched] == ids[len(ids) - 1 - matched]]
+    matched, last = 1, len(ids) - 1
+    while len(ends) and matched < min(FEW, longest):  # one after the other, as nearly all occurrences end here
+        longer = ends[ends.searchsorted(matched) :]
+        longer = longer[ids[longer - matched] == ids[last - matched]]
         if not len(longer):
             break
         ends, matched = longer, matched + 1
+    else:
+        ends, matched = _longer(ids, ends[-MOST:], matched, min(longest, last))
     return int(ends[-1]) + 1 if len(ends) and matched >= least else None
+
+
+def _longer(ids: np.ndarray, ends: np.ndarray, matched: int, longest: int) -> tuple[np.ndarray, int]:
+    """Of occurrences that agree with the end of the text in ``matched`` tokens, those that do in most, at most
+    ``longest`` of them, and in how many."""
+    last = len(ids) - 1
+    if len(ends) and ends[-1] >= longest - 1 and (ids[ends[-1] + 1 - longest :][:longest] == ids[-longest:]).all():
+        return ends[-1:], longest  # mostly so where a text goes round in circles
+    while len(ends) and matched < longest:
+        more = np.arange(matched, min(4 * matched, longest))
+        places = ends[:, None] - more
+        same = (ids[places] == ids[last - more]) & (places >= 0)
+        agree = np.where(same.all(axis=1), len(more), same.argmin(axis=1))
+        most = int(agree.max())
+        ends, matched = ends[agree == most], matched + most
+        if most < len(more):
+            break
+    return ends, matched
 
 
 def pages_next(ids: np.ndarray, least: int, tokens: int, page: int) -> np.ndarray:

@@ -65,7 +65,14 @@ class Refresher:
 
     def advance(self) -> None:
         """Take every refresh as far as it can go now."""
-        self._advance([request for request in self.on_their_way.values() if self._can_advance(request)])
+        step = self.clock.step
+        found = [request for request in self.on_their_way.values() if self._can_advance(request, step)]
+        if found:
+            self._advance(found)
+
+    def can_advance(self, step: int) -> bool:
+        """Whether :meth:`advance` would do anything in this step."""
+        return any(self._can_advance(request, step) for request in self.on_their_way.values())
 
     def _begin(self, request: Request, predict: bool) -> Refresh:
         request.window += 1
@@ -83,11 +90,11 @@ class Refresher:
         incomplete = request.resident.incomplete
         return not request.asked.dense and (incomplete or request.tokens >= self.rules.config.min_context)
 
-    def _can_advance(self, request: Request) -> bool:
+    def _can_advance(self, request: Request, step: int) -> bool:
         new = request.resident.next
         if new is None or new.state is State.CHOSEN:
             return True
-        return new.due <= self.clock.step if new.state is State.QUEUED else request.steps_left <= 0
+        return new.due <= step if new.state is State.QUEUED else request.steps_left <= 0
 
     def _advance(self, requests: Sequence[Request]) -> None:
         """Sets are chosen for all, and for those whose window begins the table changes in one go. Then each takes its
@@ -280,7 +287,8 @@ class Refresher:
         if request.resident.incomplete and not self.pager.arrived(needed):
             return  # it does not decode yet: nobody waits for it before it does
         self.pager.count_late(needed)
-        self._switch(request, new)
+        self.pager.require(needed)
+        self._read(request, new, needed)
 
     def _switch_all(self, ready: Sequence[tuple[Request, Refresh]]) -> bool:
         """The same for all of these, which hold their sets. Returns whether it was done; nothing was if not."""

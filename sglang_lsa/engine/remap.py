@@ -53,9 +53,10 @@ class ResidentSets:
         if request.resident.incomplete:
             request.resident.incomplete = False
             del self.incomplete[request.key]
-        if request.story.windows and not request.story.windows[-1].tokens:
-            request.story.windows.pop()  # no step has read it
-        request.story.windows.append(Window(tail_start, positions, watched=watched))
+        if request.unread is not None:
+            request.story.windows.pop()
+        request.unread = Window(tail_start, positions, watched=watched)
+        request.story.windows.append(request.unread)
 
     def write_all(self, sets: Sequence[tuple[Request, np.ndarray, int]]) -> None:
         """The table's part of :meth:`remap` for several requests, in one copy.

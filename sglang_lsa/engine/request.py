@@ -218,6 +218,8 @@ class Request:
     lead: int = 0
     """Steps before the end of its window at which it looks for the next set."""
     resident: Residency = field(default_factory=Residency)
+    unread: Window | None = None
+    """The newest set, if no decode step has read it yet."""
     story: Story = field(default_factory=Story)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -130,6 +130,9 @@ class LSARuntime:
         self.config_changed_at: float | None = None
         """When the configuration last changed, in seconds since 1970; None if it is as it was at start."""
         self._stream: torch.cuda.Stream | None = None
+        self._decoded: tuple[tuple[str, ...], tuple[Request, ...], np.ndarray] | None = None
+        """Of the last decode step, if nobody came or went since: by which names, who, and in which rows. Most steps
+        have the same requests."""
 
     @property
     def config(self) -> LSAConfig:
@@ -192,6 +195,7 @@ class LSARuntime:
         self._checked = False
         step = IDLE
         if batch.kind == EXTEND:
+            self._decoded = None
             with self.on_stream():
                 step = self.prefill.begin_pass(batch, new_pages)
         elif batch.kind == DECODE:
@@ -206,8 +210,7 @@ class LSARuntime:
         else:
             self.lookahead.begin_step()
         if self.groups is not None and step.kind == DECODE:
-            with self.on_stream():
-                step = step._replace(grouping=self.groups.of(step.requests, self.config.debug))
+            step = step._replace(grouping=self.groups.of(step.requests, self.config.debug, self.on_stream))
         if self.graph_tokens and step.kind == DECODE:
             step = step._replace(fits_graph=step.fits(self.table, self.graph_tokens))
             self.graphless_steps += not step.fits_graph
@@ -217,7 +220,12 @@ class LSARuntime:
         return self.pager.ledger.forward_started()
 
     def _before_decode(self, batch: Batch, new_pages: np.ndarray) -> Step:
-        requests, taken, page = [self.requests[key] for key in batch.keys], 0, self.pager.page
+        if self._decoded is None or self._decoded[0] != batch.keys:
+            requests = tuple([self.requests[key] for key in batch.keys])
+            rows = np.array([request.row for request in requests], dtype=np.int64)
+            self._decoded = batch.keys, requests, rows
+        _, requests, rows = self._decoded
+        taken, page = 0, self.pager.page
         for request, tokens in zip(requests, batch.lengths, strict=True):
             request.tokens = tokens
             if tokens % page == 1:
@@ -227,7 +235,7 @@ class LSARuntime:
                 self.prefill.hold(request.key, opened)
         if taken != len(new_pages):
             raise RuntimeError(f"LSA: SGLang allocated {len(new_pages)} pages for a batch that opens {taken}")
-        return Step.of(batch, requests)
+        return Step(batch.kind, requests, batch.lengths, batch.prefixes, batch.middle, rows)
 
     def after_forward(self, number: int) -> None:
         """Mirror the pages that this pass completes, then let the windows that end soon be refreshed.
@@ -241,14 +249,18 @@ class LSARuntime:
         self.pager.forward_queued(number)
         if step.kind == EXTEND:
             with self.on_stream():
+                begun: list[Request] = []
                 for index, (request, prefix) in enumerate(zip(step.requests, step.prefixes, strict=True)):
                     self._remember(request.pages[pages_complete(prefix, page) : pages_complete(request.tokens, page)])
                     middle = index == step.middle
                     self.prefill.end_pass(request, middle)
                     if not middle:
-                        self.lookahead.begin(request)
+                        self.lookahead.begin(request, begun)
+                self.lookahead.refresh(begun)
         elif step.kind == DECODE:
-            requests = [request for request in step.requests if request.key in self.requests]
+            requests: Sequence[Request] = step.requests
+            if self._decoded is None:  # some may be gone since the step began
+                requests = [request for request in requests if request.key in self.requests]
             filled = [request for request in requests if request.tokens % page == 0]
             ending = self.lookahead.end_step(requests)
             if filled or ending:
@@ -299,6 +311,7 @@ class LSARuntime:
         if self.recorder is not None and key in self.requests:
             with self.on_stream():
                 self.recorder.close(self.requests[key], complete, self.pager.ledger.v2p)
+        self._decoded = None
         self.pager.forget(key)
         self.admission.forget(key)
         request = self.requests.pop(key, None)

@@ -120,7 +120,7 @@ def filled(scores: np.ndarray, stay: np.ndarray, size: int, threshold: float = f
     keep, complete = stay.copy(), len(scores)
     usable = np.array(scores, dtype=np.float64)
     usable[np.isnan(usable)] = -np.inf
-    candidates = np.flatnonzero((usable > threshold) & (usable > -np.inf) & ~keep[:complete])
+    candidates = np.flatnonzero((usable > threshold) & ~keep[:complete])  # -inf is above none
     keep[_best(candidates, usable[candidates], max(0, size - int(keep.sum())))] = True
     return np.flatnonzero(keep[:complete])
 

@@ -83,7 +83,7 @@ class Step(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, requests: Sequence[Request], **found: Any) -> Step:
         """The pass that computes ``batch``, whose requests these are."""
-        rows = np.fromiter((request.row for request in requests), np.int64, len(requests))
+        rows = np.array([request.row for request in requests], dtype=np.int64)
         return cls(batch.kind, tuple(requests), batch.lengths, batch.prefixes, batch.middle, rows, **found)
 
     @property

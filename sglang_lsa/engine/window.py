@@ -57,11 +57,11 @@ class Clock:
         ending = []
         self.decoded += 1
         for request in requests:
-            if request.story.windows and not request.story.windows[-1].tokens:
-                request.story.windows[-1].tokens = request.tokens
-            request.computed = request.tokens
-            request.steps_left -= 1
-            if request.steps_left <= request.lead and request.resident.next is None:
+            request.computed = tokens = request.tokens
+            if request.unread is not None:
+                request.unread.tokens, request.unread = tokens, None
+            request.steps_left = left = request.steps_left - 1
+            if left <= request.lead and request.resident.next is None:
                 ending.append(request)
         return ending
 

@@ -20,16 +20,16 @@ class Standby:
 
     Args:
         places: by virtual page the device page that it lies in, 0 for none; the ledger's.
-        physical_pages: of the device pool.
+        lying: by device page the virtual page that lies in it, 0 for none; the ledger's.
         heat, use: by virtual page, what they are ordered by.
     """
 
-    def __init__(self, places: np.ndarray, physical_pages: int, heat: Heat, use: np.ndarray):
-        self._places, self._heat, self._use = places, heat, use
-        self._can_go = np.zeros(physical_pages + 1, dtype=bool)
+    def __init__(self, places: np.ndarray, lying: np.ndarray, heat: Heat, use: np.ndarray):
+        self._places, self._lying, self._heat, self._use = places, lying, heat, use
+        self._can_go = np.zeros(len(lying), dtype=bool)
         """By device page, whether what lies there was found, and not taken since."""
-        self._pages = self._next = np.zeros(0, dtype=np.int64)
-        """Virtual pages that were found; and, in order, the first ones of those that were left when it was made."""
+        self._next = np.zeros(0, dtype=np.int64)
+        """Virtual pages, in order: the first ones of those that were left when it was made."""
         self._known, self._heat_changes, self._size = False, 0, FIRST
         self.count = 0
         """Pages that can be given up now."""
@@ -43,11 +43,14 @@ class Standby:
         """Which pages can be given up may have changed, by something else than :meth:`take`."""
         self._known = False
 
-    def found(self, pages: np.ndarray) -> None:
-        """These virtual pages are all that can be given up now."""
-        self._can_go[:] = False
-        self._can_go[self._places[pages]] = True
-        self._pages, self._next, self.count = pages, pages[:0], len(pages)
+    def found(self, can_go: np.ndarray) -> None:
+        """What lies in these device pages is all that can be given up now.
+
+        Args:
+            can_go: bool, by device page; it is this object's from now on.
+        """
+        self._can_go = can_go
+        self._next, self.count = self._next[:0], int(np.count_nonzero(can_go))
         self._known, self._heat_changes, self._size = True, self._heat.changes, FIRST
 
     def take(self, physical: np.ndarray) -> None:
@@ -71,9 +74,9 @@ class Standby:
         found = self._left(self._next)
         if len(found) < min(count, self.count - len(theirs)):
             self._can_go[theirs] = True
-            self._pages = self._left(self._pages)
+            left = self._lying[np.flatnonzero(self._can_go)]
             size = max(self._size, 2 * (count + len(theirs)))
-            self._next, self._size = lowest(self._pages, self._heat.values, self._use, size), MORE * size
+            self._next, self._size = lowest(left, self._heat.values, self._use, size), MORE * size
             self._can_go[theirs] = False
             found = self._left(self._next)
         self._can_go[theirs] = True

@@ -41,6 +41,8 @@ def state(ledger: Ledger) -> dict[str, Any]:
     values["heat"] = vars(values["heat"])["values"]
     values["_holders"] = {holder: ledger.held_by(holder) for holder in ledger.holders()}
     del values["standby"]  # follows from the others
+    values["_reading"] = [(last, pages.tolist()) for last, pages in values["_reading"]]
+    values["_moved"] = [pages.tolist() for pages in values["_moved"]]
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 

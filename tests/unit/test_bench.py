@@ -139,6 +139,22 @@ def test_windows_that_begin_together_are_measured_stage_by_stage() -> None:
     assert sorted(steps)[-2:] == [0, 4]
 
 
+@pytest.mark.parametrize("groups", [False, True])
+def test_windows_of_requests_over_one_prefix_are_measured(groups: bool) -> None:
+    found = refresh_together.measure_shared(8, 16384, groups, circles=groups)
+    assert found["window_us"] > found["refresh_us"] > 0 and found["step_us"] > 0
+    assert (found["form_us"] > 0) == groups and found["answers"] == ("circles" if groups else "random")
+    shared = refresh_together.Shared(8, 16384, groups, circles=False)
+    counts, refreshes, at_once = shared.runtime.lookahead.counts, list[int](), list[int]()
+    for _ in range(refresh_together.WINDOW):
+        before = counts.refreshes
+        shared.decode()
+        refreshes.append(counts.refreshes - before)
+        at_once.append(0 if shared.runtime.groups is None else len(shared.runtime.groups.members()))
+    assert sum(refreshes) == 8 and max(refreshes) == (2 if groups else 1)
+    assert set(at_once) == {1 if groups else 0}, "all are over one prefix"
+
+
 def test_what_decode_holds_is_sampled_while_no_prompt_waits() -> None:
     """For ``held_bytes``: one look at 16 passes costs a step nothing that can be seen."""
     scheduler = overhead.Scheduler(2, 2048)

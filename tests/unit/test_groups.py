@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.engine import build
 from sglang_lsa.engine.grouping import Grouping, Groups
-from sglang_lsa.engine.groups import MOST_GROUPS, RULES, Group, GroupRules, Reader, form, own_positions
+from sglang_lsa.engine.groups import (
+    MOST_GROUPS,
+    RULES,
+    Group,
+    GroupRules,
+    Reader,
+    all_own_positions,
+    form,
+    own_positions,
+)
 from sglang_lsa.engine.remap import ResidentSets
 from sglang_lsa.engine.request import Asked, Request
 from sglang_lsa.engine.window import Clock
@@ -159,6 +168,10 @@ def test_every_member_reads_all_that_it_chose_once(readers: list[Reader], rules:
             assert set(own) | set(group.positions) >= set(readers[place].positions.tolist())
             assert (np.diff(own) > 0).all()
             assert (np.diff(group.positions) > 0).all()
+        own_of_all = [own_positions(readers[place], group).tolist() for place in group.members]
+        found = all_own_positions(readers, group)
+        assert [own.tolist() for own in found] == own_of_all, "all at once and each alone have other pages"
+        assert all(own.dtype == np.int64 for own in found)
 
 
 @REPEATABLE

@@ -352,3 +352,32 @@ def test_what_was_let_go_can_be_had_when_no_pass_reads_it() -> None:
     assert (server.pager.unpromised_pages, server.pager.unpromised_later) == (obtainable, obtainable + 3)
     server.pager.ledger.forward_finished(number)
     assert server.pager.unpromised_pages == obtainable + 3
+
+
+def test_it_is_busy_before_a_step_that_takes_a_refresh_further_and_before_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels of a step that is not busy may be queued on any stream: there are none."""
+    server = Server(LEAD, LAG, window=LONG)
+    lookahead, seen = server.lookahead, list[tuple[bool, bool]]()
+    begin_step, advance = lookahead.begin_step, lookahead.refresher._advance
+    advanced: list[Request] = []
+
+    def begun() -> None:
+        busy = lookahead.busy
+        advanced.clear()
+        begin_step()
+        seen.append((busy, bool(advanced)))
+
+    def counted(requests: list[Request]) -> None:
+        advanced.extend(requests)
+        advance(requests)
+
+    monkeypatch.setattr(lookahead, "begin_step", begun)
+    monkeypatch.setattr(lookahead.refresher, "_advance", counted)
+    requests = [server.prefill(f"r{seed}", 8 * PAGE_SIZE, seed=seed) for seed in range(2)]
+    for _ in range(5 * LONG):
+        for request in requests:
+            server.decode(request)
+    assert all(busy == did for busy, did in seen)
+    assert {busy for busy, _ in seen} == {True, False}

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine.prompt_lookup import LONGEST, LOOKS, MOST, Repeats, continued_at, pages_next, repeats
+from sglang_lsa.engine.prompt_lookup import (
+    FEW,
+    LONGEST,
+    LOOKS,
+    MOST,
+    Repeats,
+    _longest,
+    continued_at,
+    pages_next,
+    repeats,
+)
 
 A, B = list(range(100, 120)), list(range(200, 220))
 
@@ -160,3 +170,44 @@ def test_whatever_the_answer_the_places_are_those_of_one_look_after_the_other() 
             assert (ids[found.at - 3 : found.at] == ids[hits[0] - 3 : hits[0]]).all() and 3 <= found.at <= prompt
             seen += 1
     assert 50 < seen < 250
+
+
+def one_token_after_the_other(ids: np.ndarray, ends: np.ndarray, least: int, longest: int) -> int | None:
+    """What ``_longest`` says, in the plainest way."""
+    matched = 1
+    while len(ends) and matched < longest:
+        if matched == FEW:
+            ends = ends[-MOST:]
+        longer = np.array([end for end in ends if end >= matched and ids[end - matched] == ids[-1 - matched]], np.int64)
+        if not len(longer):
+            break
+        ends, matched = longer, matched + 1
+    return int(ends[-1]) + 1 if len(ends) and matched >= least else None
+
+
+@pytest.mark.parametrize("circle", [0, 1, 2, 7, 40, 64, 65])
+def test_many_tokens_are_compared_at_once_as_one_after_the_other(circle: int) -> None:
+    """Texts that are short, that begin with what is looked for, and that go round in circles, or nearly."""
+    rng = np.random.default_rng(circle)
+    for _ in range(400):
+        ids = rng.integers(0, int(rng.integers(1, 6)), int(rng.integers(1, 200)))
+        if circle:
+            ids = np.concatenate((ids[: int(rng.integers(0, 9))], np.resize(ids[:circle], int(rng.integers(1, 300)))))
+            ids[rng.integers(0, len(ids), int(rng.integers(0, 4)))] = 9
+        ids = np.concatenate((ids, ids[: int(rng.integers(1, 90))]))
+        ends = np.flatnonzero(ids[: int(rng.integers(0, len(ids)))] == ids[-1])
+        ends = ends[ends < len(ids) - 1]
+        least, longest = int(rng.integers(1, LONGEST + 1)), int(rng.integers(1, LONGEST + 1))
+        assert _longest(ids, ends, least, longest) == one_token_after_the_other(ids, ends, least, longest)
+        ends = np.flatnonzero(ids[:-1] == ids[-1])
+        assert continued_at(ids, least) == one_token_after_the_other(ids, ends, least, LONGEST)
+
+
+def test_of_many_occurrences_that_agree_in_few_tokens_the_latest_are_looked_at() -> None:
+    """The longest occurrence is the first, and is passed over."""
+    end = list(range(1, 31))
+    ids = np.array([*end, *(MOST * [0, *end[-FEW:]]), 0, *end])
+    found = continued_at(ids, FEW)
+    assert found == len(ids) - len(end) - 1
+    assert found == one_token_after_the_other(ids, np.flatnonzero(ids[:-1] == ids[-1]), FEW, LONGEST)
+    assert continued_at(np.delete(ids, slice(len(end), len(end) + FEW + 1)), FEW) == len(end), "one fewer"

@@ -12,13 +12,16 @@ import pytest
 import torch
 from simulation import Simulation
 
+from sglang_lsa.bench.overhead import Scheduler
 from sglang_lsa.bench.refresh_together import WINDOW, together
+from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine import choose_together
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.refresh import Refresher
 from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.standby import Standby
+from sglang_lsa.patches.requests import choose, promise
 
 
 class Company(Policy):
@@ -64,6 +67,9 @@ class Watched(Simulation):
 
         refresher._hold_all = copies_apart  # type: ignore[method-assign]
         if alone:
+            lookahead = self.runtime.lookahead
+            begin = lookahead.begin
+            lookahead.begin = lambda request, later=None: begin(request)  # type: ignore[method-assign]
             start, choose_now, advance = refresher.start, refresher.choose_now, refresher._advance
 
             def start_each(requests: Sequence[Request]) -> None:
@@ -150,3 +156,24 @@ def test_what_is_done_together_is_what_is_done_one_after_the_other(
     for step, (seen, alone) in enumerate(zip(found, expected, strict=True)):
         assert seen == alone, f"step {step}"
     assert set(switched) == {requests} and found[-1][2] > found[0][2], "pages came from the mirror"
+
+
+@pytest.mark.parametrize(("lag", "calls"), [(0, [1, 1, 1]), (2, [3])])
+def test_first_sets_of_prompts_of_one_pass_are_scored_in_one_call(lag: int, calls: list[int]) -> None:
+    """Where scores are there at once (CPU), each set is brought in before the next prompt lets go of its promise."""
+    scheduler, company = Scheduler(3, 4096, policy="quest"), Company()
+    scheduler.runtime.lookahead.scorer.policies = {"quest": company}
+    scheduler.runtime.lookahead.clock.lag = lag
+    for _ in range(3):
+        req = scheduler.request(4096)
+        admitted = choose(scheduler.runtime.admission, req, len(scheduler.requests), [], None)
+        assert admitted is not None
+        promise(scheduler.runtime.admission, req, admitted)
+        scheduler.requests.append(req)
+    pages = scheduler.allocate(3 * 4096 // PAGE_SIZE)
+    scheduler.run(scheduler.requests, [4096] * 3, pages, extend=True, prefix=[0, 0, 0])
+    assert company.together_with == calls
+    for _ in range(3):
+        scheduler.decode()
+    assert [request.window for request in scheduler.runtime.requests.values()] == [0, 0, 0]
+    assert all(request.resident.tail_start for request in scheduler.runtime.requests.values())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_lsa.bench.overhead import Scheduler
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.admission import Admitted
 from sglang_lsa.engine.reading import IN_PLACE, RESIDENT, STREAMED
@@ -23,6 +24,7 @@ from sglang_lsa.kernels.page_table import decode_indices_reference, lanes_for
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
 from sglang_lsa.patches.batch import batch_of
+from sglang_lsa.patches.requests import request_gone
 from sglang_lsa.serve import metrics
 from sglang_lsa.serve.metric import Counter
 from sglang_lsa.serve.metric_table import METRICS
@@ -343,3 +345,34 @@ def test_nothing_of_a_request_that_is_gone_is_left() -> None:
     assert [(done.summary["rid"], done.summary["number"]) for done in runtime.finished] == [("a", 1)]
     runtime.request_gone("a", complete=True)
     assert runtime.finished_requests == 1
+
+
+def test_who_decodes_is_looked_up_again_when_somebody_came_or_went() -> None:
+    """A request that takes the name and the row of one that is gone is another one; else it is not asked again."""
+    scheduler = Scheduler(3, 2048)
+    for _ in range(3):
+        scheduler.prefill(2048)
+    scheduler.decode()
+    decoded = scheduler.runtime._decoded
+    assert decoded is not None and decoded[0] == ("r1", "r2", "r3")
+    scheduler.decode()
+    assert scheduler.runtime._decoded is decoded
+    gone, before = scheduler.requests.pop(), scheduler.runtime.requests["r3"]
+    request_gone(scheduler.runtime, gone)
+    assert scheduler.runtime._decoded is None
+    scheduler.prefill(1024)
+    for _ in range(2):
+        scheduler.decode()
+    here = scheduler.runtime.requests
+    assert [here[name].computed for name in ("r1", "r2", "r3")] == [2052, 2052, 1026]
+    assert here["r3"] is not before and before.computed == 2050
+    assert [len(here[name].story.windows) and here[name].story.windows[-1].tokens for name in here] == [
+        2049,
+        2049,
+        1025,
+    ]
+    scheduler.requests.reverse()
+    scheduler.decode()
+    again = scheduler.runtime._decoded
+    assert again is not None and [one.key for one in again[1]] == ["r3", "r2", "r1"] and again[1][0] is here["r3"]
+    assert again[2].tolist() == [3, 2, 1]

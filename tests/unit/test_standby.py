@@ -23,9 +23,11 @@ def test_first_are_the_lowest_of_all(first: int, seed: int, monkeypatch: pytest.
     lying = chance.permutation(np.arange(1, virtual + 1))[:physical]
     places[lying] = chance.permutation(np.arange(1, physical + 1))
     heat.values[:] = chance.integers(0, 4, virtual + 1)
-    looked = Standby(places, physical, heat, use)
+    there = np.zeros(physical + 1, dtype=np.int64)
+    there[places[lying]] = lying
+    looked = Standby(places, there, heat, use)
     left = np.sort(lying[: chance.integers(1, physical + 1)])
-    looked.found(left)
+    looked.found(np.isin(there, left))
     for _ in range(12):
         spared = chance.permutation(np.arange(1, virtual + 1))[: chance.integers(0, 40)]
         count = int(chance.integers(0, 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,10 @@ class Policy(ABC):
 
 def _newest(policy: Policy, name: str) -> int:
     """How far from the root of its class's ancestors a policy's method is defined; farthest if it is its own."""
-    ancestors = type(policy).__mro__
-    own = name in vars(policy)
-    return len(ancestors) + 1 if own else len(ancestors) - next(at for at, c in enumerate(ancestors) if name in vars(c))
+    return len(type(policy).__mro__) + 1 if name in vars(policy) else _newest_of(type(policy), name)
+
+
+@functools.cache
+def _newest_of(kind: type[Policy], name: str) -> int:
+    ancestors = kind.__mro__
+    return len(ancestors) - next(at for at, c in enumerate(ancestors) if name in vars(c))
