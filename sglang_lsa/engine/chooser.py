@@ -163,5 +163,5 @@ class Chooser:
         pages = pages_next(text, least, self.clock.lead + self.clock.window, self.page)
         repeated = None
         if request.asked.widen > 1:
-            repeated = repeats(text, request.prompt_tokens, least, self.clock.window)
+            repeated = repeats(text, request.prompt_tokens, least, self.clock.window, ended=len(pages) > 0)
         return pages[pages < new.complete], repeated

@@ -5,6 +5,7 @@ The idea of prompt lookup decoding, for pages instead of draft tokens. Pure; kno
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from sglang_lsa.config import MOST_LOOKED_UP
 
 LOOKS = 8
 """Places of what was generated last that are looked up to see whether it repeats the prompt."""
+FIRST_LOOKS = 3
+"""Of these, evenly among them, before all others: most texts repeat nothing, and are done with them."""
 FEW_LOOKS = 4
 """Of so many places one must occur in the prompt, of more two: single ones do by chance, and lists have words of their
 own between."""
@@ -122,7 +125,7 @@ class Repeats:
     jumps: bool
 
 
-def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | None:
+def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int, ended: bool = True) -> Repeats | None:
     """Whether a text copies its prompt, or lists what is in it; None for one that does neither.
 
     The end alone does not tell: a list has words of its own between those that it copies.
@@ -131,16 +134,25 @@ def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int) -> Repeats | 
         ids: ``[n]`` tokens of the text.
         prompt: how many of them are the prompt.
         least: as in :func:`continued_at`; of generated tokens, too.
-        tokens: that were generated last and are looked at, at ``LOOKS`` places.
+        tokens: that were generated last and are looked at, at ``LOOKS`` places; at ``FIRST_LOOKS`` of them, if none
+            of those occurs in the prompt.
+        ended: whether the end has occurred before, if :func:`continued_at` was asked; it need not be looked up again
+            where it has not.
     """
     ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, -(-tokens // LOOKS)))
 
+    @functools.cache
+    def place(end: int) -> int | None:
+        return _longest(ids[:end], np.flatnonzero(ids[:prompt] == ids[end - 1]), least, max(least, LONG_ENOUGH))
+
     def places(some: Iterable[int]) -> Iterator[tuple[int, int]]:
         for end in some:
-            place = _longest(ids[:end], np.flatnonzero(ids[:prompt] == ids[end - 1]), least, max(least, LONG_ENOUGH))
-            if place is not None:
-                yield end, place
+            if (at := place(end)) is not None:
+                yield end, at
 
+    before_all = ends[:: max(1, -(-len(ends) // FIRST_LOOKS))]
+    if next(places(before_all[0 if ended else 1 :]), None) is None:
+        return None
     last = next(places(ends), None)
     if last is None:
         return None

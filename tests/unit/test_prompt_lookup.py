@@ -8,6 +8,7 @@ import pytest
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.prompt_lookup import (
     FEW,
+    FIRST_LOOKS,
     LONGEST,
     LOOKS,
     MOST,
@@ -165,7 +166,11 @@ def test_whatever_the_answer_the_places_are_those_of_one_look_after_the_other() 
         found = repeats(ids, prompt, 3, 16)
         ends = range(len(ids), max(prompt + 3, len(ids) - 15) - 1, -2)
         hits = [end for end in ends if any((ids[n - 3 : n] == ids[end - 3 : end]).all() for n in range(3, prompt + 1))]
-        assert (found is not None) == (len(hits) >= (1 if len(ends) <= 4 else 2))
+        first = ends[:: max(1, -(-len(ends) // FIRST_LOOKS))]
+        noticed = any(end in hits for end in first)
+        assert (found is not None) == (noticed and len(hits) >= (1 if len(ends) <= 4 else 2))
+        if continued_at(ids, 3) is None:
+            assert repeats(ids, prompt, 3, 16, ended=False) == found, "its end is among the first, and occurs nowhere"
         if found is not None:
             assert (ids[found.at - 3 : found.at] == ids[hits[0] - 3 : hits[0]]).all() and 3 <= found.at <= prompt
             seen += 1
