@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import figures
 import numpy as np
 import pytest
 from rich.console import Console
@@ -352,7 +353,7 @@ def test_a_run_is_told_once(tmp_path: pathlib.Path) -> None:
     assert not any(set(row) & set(RUN) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["quality", "quality-60", "quality-fp8", "quality-calibrated"])
+@pytest.mark.parametrize("name", figures.QUALITY)
 def test_published_tables_are_those_of_the_rows(name: str, tmp_path: pathlib.Path) -> None:
     results = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
     published = json.loads((results / f"{name}.json").read_text())
