@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dsv4_tables
+import quality_larger_tables
 import quality_tables
 import result_runs
 from PIL import Image, PngImagePlugin
@@ -43,9 +44,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PROMISES = ROOT / "docs" / "promises.md"
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\d|[.,]\d)")
-ROW = re.compile(r"([\w-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
+ROW = re.compile(r"([\w.-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 """File, ``key=value`` pairs that find one row, field, its value as the page prints it."""
 TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n).*?(\n\n<!-- to here -->)", re.DOTALL)
+QUALITY = tuple(f"quality{name}" for name in ("", "-60", "-fp8", "-calibrated", "-1.5b", "-1.5b-kl", "-widen"))
+"""Files of ``sglang-lsa eval``, without their endings."""
 STAMP = "Data"
 """Key of a picture's text that has the digest of what it shows."""
 
@@ -197,7 +200,7 @@ def ablation(hardware: str, without: Sequence[str] = ()) -> str:
 
 def tables() -> dict[str, str]:
     """Those that stand between marks in a page, by name."""
-    quality = rows_of("quality.json")
+    quality, larger = rows_of("quality.json"), rows_of("quality-1.5b.json")
     return {
         "runs": result_runs.table(result_runs.of(RESULTS)),
         "ruler_60": quality_tables.ruler_60(rows_of("quality-60.json")),
@@ -205,6 +208,11 @@ def tables() -> dict[str, str]:
         "fp8": quality_tables.fp8(rows_of("quality-fp8.json")),
         "calibrated": quality_tables.calibrated(rows_of("quality-calibrated.json")),
         "differences": quality_tables.differences(quality),
+        "larger": quality_larger_tables.averages(larger),
+        "larger_tasks": quality_larger_tables.tasks(larger),
+        "larger_kl": quality_larger_tables.kl(rows_of("quality-1.5b-kl.json")),
+        "qmsum": quality_larger_tables.qmsum(larger),
+        "widen": quality_larger_tables.widen(larger, rows_of("quality-widen.json")),
         "ablation_gpu": ablation("H100"),
         "ablation_cpu": ablation("2 CPU cores", without=("seed", "steps", "loss")),
         "kv": quality_tables.kv(quality),
@@ -236,7 +244,7 @@ def pictures() -> dict[pathlib.Path, Picture]:
     for results in (SERVING, PREFILL):
         rows = results.with_ratios(results.read(RESULTS))
         found[RESULTS / f"{results.name}.png"] = Picture(rows, functools.partial(results.draw, rows=rows))
-    quality = rows_of("quality.json")
+    quality = rows_of("quality.json") + rows_of("quality-1.5b.json")
     for model in dict.fromkeys(row["model"] for row in quality):
         shown = [r for r in quality if r["task"] == AVERAGE and r["suite"] == "all" and r["model"] == model]
         draw = functools.partial(plot_footprint, found=shown, model=model)
@@ -270,7 +278,7 @@ def files() -> dict[pathlib.Path, str]:
         for results in (SERVING, PREFILL):
             (folder / f"{results.name}.json").write_text((RESULTS / f"{results.name}.json").read_text())
             results.keep(folder, [])
-        for quality in ("quality", "quality-60", "quality-fp8", "quality-calibrated"):
+        for quality in QUALITY:
             write_markdown(folder / f"{quality}.md", rows_of(f"{quality}.json"))
         made = [path for path in folder.iterdir() if path.suffix in (".json", ".csv", ".md")]
         return {RESULTS / path.name: path.read_bytes().decode() for path in made}

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import figures
 import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
@@ -60,7 +61,7 @@ def test_every_feature_names_tests_that_exist(row: list[str]) -> None:
 
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-GENERATED = ("quality.md", "quality-60.md", "quality-fp8.md", "quality-calibrated.md")
+GENERATED = tuple(f"{name}.md" for name in figures.QUALITY)
 """Tables of one suite after the other."""
 
 

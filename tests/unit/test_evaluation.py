@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import figures
 import numpy as np
 import pytest
 
@@ -206,7 +207,7 @@ def test_a_run_is_told_once(tmp_path: pathlib.Path) -> None:
     assert not any(set(row) & set(RUN) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["quality", "quality-60", "quality-fp8", "quality-calibrated"])
+@pytest.mark.parametrize("name", figures.QUALITY)
 def test_published_tables_are_those_of_the_rows(name: str, tmp_path: pathlib.Path) -> None:
     results = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results"
     published = json.loads((results / f"{name}.json").read_text())

@@ -115,7 +115,7 @@ def test_wheel_holds_the_fingerprints(wheel: pathlib.Path) -> None:
 
 def test_wheel_holds_the_shipped_indexers(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"):
+    for name in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct"):
         for file in ("README.md", "SHA256SUMS", "config.json", "model.safetensors"):
             assert f"sglang_lsa/indexer/shipped/{name}/{file}" in names
 

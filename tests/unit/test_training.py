@@ -169,7 +169,7 @@ def test_shipped_indexers_are_whole_and_small() -> None:
 
     from sglang_lsa.indexer.checkpoint import SHIPPED
 
-    assert shipped_indexers() == ["qwen2.5-coder-0.5b-instruct", "smollm2-135m-instruct"]
+    assert shipped_indexers() == ["qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "smollm2-135m-instruct"]
     for name in shipped_indexers():
         config = MemoryIndexer.load(name).config
         kv_bytes = config.model.num_hidden_layers * config.model.kv_heads * config.model.head_dim * 2 * 2 * 64
