@@ -22,7 +22,7 @@ from sglang_lsa.patches.architectures import (
     named_architecture,
     with_own_index,
 )
-from sglang_lsa.patches.groups import decode_backend, with_groups
+from sglang_lsa.patches.automatic import decode_backend, with_calibration, with_groups
 from sglang_lsa.patches.models import model_problems
 from sglang_lsa.patches.releases import DEFAULT, installed
 from sglang_lsa.patches.resolved import remember, resolved
@@ -192,11 +192,15 @@ def attach(server_args: Any, config: LSAConfig) -> Any:
     problems += rank_problems(server_args, model, config)
     if config.record is not None:
         problems += folder_problems(config.record)
+    try:
+        config = with_calibration(config, server_args, dense=not other, measured=installed().measured)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise Unsupported(problems)
     if other:
         config = with_own_index(config)
-    config = with_groups(config, server_args, dense=not other, measured=installed().groups)
+    config = with_groups(config, server_args, dense=not other, measured=installed().measured)
     remember(given, "lsa_config", config)
     return given
 

@@ -66,7 +66,7 @@ class Release:
         checkpoints: trees insert what runs and what has finished by one ``checkpoint``, and KV of a request is in
             ``req.kv``.
         deepseek_v4: that model can be paged.
-        groups: they were run on a GPU, so that ``auto`` has them.
+        measured: groups and calibration were run on a GPU with it, so that ``auto`` has them there.
     """
 
     sized_by: str
@@ -75,7 +75,7 @@ class Release:
     resolves_late: bool = False
     checkpoints: bool = False
     deepseek_v4: bool = True
-    groups: bool = True
+    measured: bool = True
 
     def has(self, symbol: str) -> bool:
         """Whether what is relied on somewhere is relied on in this release, under whatever name."""
@@ -115,7 +115,7 @@ RELEASES = {
         resolves_late=True,
         checkpoints=True,
         deepseek_v4=False,
-        groups=False,
+        measured=False,
     ),
 }
 """Oldest first."""

@@ -40,7 +40,8 @@ class System:
             kv_dtype: as SGLang's ``--kv-cache-dtype`` takes it.
         """
         flags = [*common, *self.flags, "--kv-cache-dtype", kv_dtype]
-        if self.lsa:
+        if self.lsa:  # of drawn weights no head finds anything
+            flags += ["--lsa-calibrate", "never"]
             return [*flags, "--lsa-device-tokens", str(pool_tokens), "--lsa-host-memory-gb", str(host_gb)]
         return [*flags, "--max-total-tokens", str(pool_tokens)]
 

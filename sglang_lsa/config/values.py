@@ -14,12 +14,12 @@ from sglang_lsa.config.policies import FULL, POLICIES, looks_at_index, no_auto, 
 
 PREFILLS = ("exact", "resident")
 AUTO = "auto"
-"""The budget of sets that are as large as they need to be."""
+"""The budget of sets that are as large as they need to be; ``groups`` and ``calibrate`` that depend on the device."""
 SHARE = "float | str"
 """Type of the field ``budget``: a number, or :data:`AUTO`."""
 SWITCH = "bool | str"
 """Type of the field ``groups``: on, off, or :data:`AUTO`."""
-CALIBRATE = ("never", "cached", "always")
+CALIBRATE = (AUTO, "never", "cached", "always")
 PAGE_SIZE = 64
 """Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
 RECORDED_POSITIONS = 128
@@ -133,10 +133,11 @@ class LSAConfig:
         metavar="PATH",
     )
     calibrate: str = option(
-        "never",
+        AUTO,
         "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
         "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
-        "on. never: Quest; cached: once for a model, then what is in the cache folder; always: at every start.",
+        "on. never: Quest; cached: once for a model, then what is in the cache folder; always: at every start; auto: "
+        "cached on one GPU with SGLang 0.5.17, else never.",
         choices=CALIBRATE,
     )
     record: str | None = option(
@@ -181,7 +182,7 @@ class LSAConfig:
             raise ValueError(f"budget is {self.budget!r}: use a number in (0, 1], or {AUTO}")
         require_fraction("target_coverage", self.target_coverage)
         require_fraction("max_budget", self.max_budget)
-        if self.auto and self.policy != FULL and not (offer_of(self.policy).expects or self.calibrates):
+        if self.auto and self.policy != FULL and not (offer_of(self.policy).expects or self.may_calibrate):
             raise ValueError(no_auto("--lsa-budget", str(self.policy)))
         if self.threshold is not None and math.isnan(self.threshold):
             raise ValueError("threshold nan is no number: use one")
@@ -252,11 +253,17 @@ class LSAConfig:
         return bool(self.__dict__["_policy_is_default"])
 
     @property
-    def calibrates(self) -> bool:
-        """A server of this configuration makes an indexer of its own, if its model attends to all it is given: nobody
-        said how pages are chosen, which layers are observed, or that attention is recorded."""
+    def may_calibrate(self) -> bool:
+        """A server of this configuration makes an indexer of its own, if its model attends to all it is given and,
+        with ``auto``, if its device is one for that: nobody said how pages are chosen, which layers are observed, or
+        that attention is recorded."""
         asked = self.indexer or self.record or self.observe_layers is not None
         return self.policy_is_default and self.policy == "quest" and self.calibrate != "never" and not asked
+
+    @property
+    def calibrates(self) -> bool:
+        """The same, once it is known whether ``auto`` is for its device."""
+        return self.may_calibrate and self.calibrate != AUTO
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "LSA configuration") -> LSAConfig:

@@ -143,7 +143,7 @@ def lookahead(
 def groups(config: LSAConfig, lookahead: Lookahead, requests: Mapping[str, Request]) -> Groups | None:
     """What forms groups of requests over one prefix, if the server was told to; with a margin, their sets are chosen
     with a view to what groups read. Groups are others when a member's window begins, so windows keep time."""
-    if config.groups is not True:  # auto is decided with the arguments of the server, see patches/groups.py
+    if config.groups is not True:  # auto is decided with the arguments of the server, see patches/automatic.py
         return None
     found = Groups(lookahead.sets)
     lookahead.clock.keep_time()

@@ -55,6 +55,7 @@ def server_of(
     flags = ["--model-path", str(embedded_model_path()), *SERVED, "--max-running-requests", "16", *more]
     flags += ["--disable-cuda-graph"] if kind == "eager" else ["--cuda-graph-max-bs-decode", "16"]
     flags += ["--lsa-device-tokens", "24000", "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024", "--lsa-debug"]
+    flags += ["--lsa-calibrate", "never"]
     with ServerProcess(LSA, [*flags, *extra], folder / f"groups-{kind}.log") as server:
         server.wait_until_ready(READY_SECONDS)
         ask_together(server, [(prompts()[0], {"enabled": False})], 1)  # the memory is there before the agents come

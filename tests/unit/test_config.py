@@ -265,7 +265,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"groups": 1}, "groups is 1: use true, false or auto"),
     ({"groups": True, "group_margin": 1.0}, "group_margin 1.0 is too large: use a share below 1"),
     ({"groups": True, "group_margin": -0.1}, "group_margin -0.1 is too small: use 0 or more"),
-    ({"groups": False, "group_margin": 0.1}, "group_margin 0.1 does nothing without groups: set groups, or leave it out"),
+    (
+        {"groups": False, "group_margin": 0.1},
+        "group_margin 0.1 does nothing without groups: set groups, or leave it out",
+    ),
     ({"widen": 0.5}, "widen 0.5 is too small: use 1 or more"),
     ({"prompt_lookup": -1}, "prompt_lookup -1 is too small: use 0 or more"),
     ({"min_context": -1}, "--lsa-min-context -1 is too small: use 0 or more"),

@@ -14,6 +14,7 @@ from release import RELEASE
 
 from sglang_lsa.config import AUTO, LSAConfig
 from sglang_lsa.patches import compatibility
+from sglang_lsa.patches.automatic import with_calibration, with_groups
 from sglang_lsa.patches.compatibility import (
     Unsupported,
     apply_defaults,
@@ -21,7 +22,6 @@ from sglang_lsa.patches.compatibility import (
     device_problems,
     flash_attention_problem,
 )
-from sglang_lsa.patches.groups import with_groups
 
 pytestmark = pytest.mark.release
 
@@ -201,13 +201,37 @@ def test_groups_are_on_where_they_pay(seen: dict[str, Any], fits: bool, margin: 
         assert with_groups(said, given, dense=True) is said
 
 
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"device": "cuda"}, "cached"),
+        ({"device": "cuda", "tp_size": 2}, "never"),
+        ({"device": "cpu"}, "never"),
+    ],
+)
+def test_heads_are_found_at_the_start_where_that_takes_seconds(changed: dict[str, Any], found: str) -> None:
+    given = arguments(**changed)
+    after = with_calibration(LSAConfig(), given, dense=True)
+    assert (after.calibrate, after.calibrates, after.policy_is_default) == (found, found == "cached", True)
+    assert not LSAConfig().calibrates and LSAConfig().may_calibrate
+    assert with_calibration(LSAConfig(), given, dense=False).calibrate == "never", "DeepSeek-V4"
+    assert with_calibration(LSAConfig(), given, dense=True, measured=False).calibrate == "never", "SGLang 0.5.23"
+    for said in (LSAConfig(calibrate="always"), LSAConfig(calibrate="never"), LSAConfig(calibrate="cached")):
+        assert with_calibration(said, given, dense=True) is said
+    if found == "never":
+        with pytest.raises(ValueError, match="budget"):
+            with_calibration(LSAConfig(budget=AUTO), given, dense=True)
+    else:
+        assert with_calibration(LSAConfig(budget=AUTO), given, dense=True).calibrates
+
+
 def test_servers_know_whether_they_have_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Auto is decided when arguments are checked, so that every process hears the same; it is never refused."""
     on_a_gpu(monkeypatch, (9, 0))
     for changed, fits in (({}, False), (GPU, True), (GPU | {"decode_attention_backend": "fa3"}, False)):
         for config in (LSAConfig(), LSAConfig(groups=AUTO)):
             given = attach(arguments(**changed), config)
-            assert pickle.loads(pickle.dumps(given.lsa_config)).groups is (fits and RELEASE.groups)
+            assert pickle.loads(pickle.dumps(given.lsa_config)).groups is (fits and RELEASE.measured)
     with pytest.raises(Unsupported, match="fa3: not supported with groups yet"):
         attach(arguments(**(GPU | {"decode_attention_backend": "fa3"})), LSAConfig(groups=True))
     assert attach(arguments(), LSAConfig(groups=True)).lsa_config.groups is True, "a CPU can, and shows it"
@@ -307,7 +331,8 @@ def test_a_recording_server_runs_without_decode_graphs(monkeypatch: pytest.Monke
     words = "--cuda-graph-backend-decode full: not supported with --lsa-record: use disabled"
     assert device_problems(arguments(**GPU), config) == [words]
     fine = arguments(**GPU | {"cuda_graph_config": graphs(decode="disabled")})
-    assert attach(fine, config).lsa_config == dataclasses.replace(config, groups=RELEASE.groups)
+    attached = attach(fine, config).lsa_config
+    assert attached.record == config.record and not attached.calibrates
     assert (tmp_path / "new").is_dir()
 
 

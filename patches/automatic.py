@@ -1,4 +1,5 @@
-"""Whether requests read pages together (the key ``groups``), as far as SGLang's arguments decide it.
+"""What is ``auto`` in a configuration and depends on SGLang's arguments: whether requests read pages together
+(``groups``), and whether a server finds heads that choose pages at its start (``calibrate``).
 
 Works on the arguments' attributes; imports no SGLang.
 """
@@ -43,6 +44,24 @@ def with_groups(config: LSAConfig, server_args: Any, dense: bool, measured: bool
         "LSA: groups are %s: decode runs on %s (%s, %d ranks)",
         "on" if fits else "off", backend, server_args.device, ranks,
     )  # fmt: skip
+    return _replaced(config, groups=fits, group_margin=config.group_margin if fits else 0.0)
+
+
+def with_calibration(config: LSAConfig, server_args: Any, dense: bool, measured: bool = True) -> LSAConfig:
+    """The configuration with calibration kept in the cache, or left out, where it was ``auto``. Where it was measured
+    it was better than Quest, on a GPU it takes seconds, and on a CPU it would take many minutes.
+
+    Args: as for :func:`with_groups`.
+
+    Raises:
+        ValueError: the budget is ``auto``, and nothing that was asked for knows how much a set covers.
+    """
+    if config.calibrate != AUTO:
+        return config
+    fits = dense and measured and getattr(server_args, "tp_size", 1) == 1 and server_args.device == "cuda"
+    return _replaced(config, calibrate="cached" if fits else "never")
+
+
+def _replaced(config: LSAConfig, **values: Any) -> LSAConfig:
     policy = None if config.policy_is_default else config.policy  # that nobody asked for it stays known
-    margin = config.group_margin if fits else 0.0
-    return dataclasses.replace(config, policy=policy, groups=fits, group_margin=margin)
+    return dataclasses.replace(config, policy=policy, **values)
