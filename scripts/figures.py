@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dsv4_tables
+import group_load_tables
 import quality_larger_tables
 import quality_tables
 import result_runs
@@ -220,6 +221,8 @@ def tables() -> dict[str, str]:
         "mrcr": quality_tables.mrcr(quality),
         "passage": quality_tables.passage(quality),
         "dsv4": dsv4_tables.speed(rows_of("dsv4.json")),
+        "group_answers": group_load_tables.group_answers(rows_of("group-quality.json")),
+        "load": group_load_tables.load(rows_of("load.json")),
     }
 
 

@@ -161,7 +161,7 @@ class LSAConfig:
         0.0,
         "Experimental, with groups: by what share of its score a page that one request alone would read may be better "
         "than one that its group reads and still give its place in the set to that; below 1. Sets then depend on who "
-        "decodes beside. 0 chooses for each request alone. 0.2 cost no points on one model, and saved 4 to 7 % of the "
+        "decodes beside. 0 chooses for each request alone. 0.2 cost no points on one model, and saved 3 to 6 % of the "
         "pages.",
     )
     disable_view: bool = option(False, "Do not serve the live view at /lsa.")
