@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 def create_runtime(result, self):
     from sglang_lsa.engine import sizing_dsv4
     from sglang_lsa.engine.runtime import LSARuntime
+    from sglang_lsa.indexer.calibrations import is_calibration
     from sglang_lsa.indexer.checkpoint import shipped_for
     from sglang_lsa.patches.architectures import c128_layers, native_index
     from sglang_lsa.patches.arguments import tp_size_of
@@ -27,12 +28,14 @@ def create_runtime(result, self):
     config, view = args.lsa_config, "none" if args.lsa_config.disable_view else "/lsa"
     said = config.policy, config.budget, config.min_context, view
     logger.info("LSA: policy %s, budget %s, for contexts from %d tokens on; live view: %s", *said)
-    if config.policy == "quest" and (fitting := shipped_for(shape_of(self.model_config.hf_text_config))):
+    calibrated = is_calibration(config.indexer)
+    chooser = "Quest chooses" if config.policy == "quest" else "heads found at the start choose" if calibrated else ""
+    if chooser and (fitting := shipped_for(shape_of(self.model_config.hf_text_config))):
         logger.info(
-            "LSA: Quest chooses pages; an indexer for a model of this shape comes with the package, and is used where "
-            "it is named: --lsa-indexer %s",
-            " or ".join(fitting),
-        )
+            "LSA: %s pages; an indexer for a model of this shape comes with the package, and is used where it is "
+            "named: --lsa-indexer %s",
+            chooser, " or ".join(fitting),
+        )  # fmt: skip
     pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
     beside, shown = None, args.enable_metrics and pager.ranks.rank == 0  # all ranks have the same to show
     if index is not None:
