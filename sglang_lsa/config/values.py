@@ -272,14 +272,21 @@ class LSAConfig:
         constants = {
             field.name: field.default for field in dataclasses.fields(cls) if field.metadata["kind"] == CONSTANT
         }
-        values = {name: value for name, value in values.items() if name not in constants or value != constants[name]}
         fields = {field.name: field for field in dataclasses.fields(cls) if field.metadata["kind"] != CONSTANT}
-        unknown = sorted(set(values) - set(fields))
-        if unknown and (advice := REMOVED.get(unknown[0])) is not None:
-            raise ValueError(f"{source}: {unknown[0]} is gone: {advice}")
-        if unknown:
-            raise ValueError(f"{source}: unknown key {unknown[0]!r}: use one of {', '.join(fields)}")
-        return cls(**{name: coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
+
+        def refuse(unknown: set[str]) -> None:
+            if unknown and (advice := REMOVED.get(min(unknown))) is not None:
+                raise ValueError(f"{source}: {min(unknown)} is gone: {advice}")
+            if unknown:
+                raise ValueError(f"{source}: unknown key {min(unknown)!r}: use one of {', '.join(fields)}")
+
+        changed = {name for name in values.keys() & constants if values[name] != constants[name]}
+        refuse(set(values) - set(fields) - set(constants))
+        made = cls(
+            **{name: coerce(name, str(fields[name].type), values[name], source) for name in values if name in fields}
+        )
+        refuse({name for name in changed if values[name] != getattr(made, name)})  # some follow a small pool or window
+        return made
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> LSAConfig:
