@@ -38,7 +38,7 @@ def with_groups(config: LSAConfig, server_args: Any, dense: bool, measured: bool
         return config
     _, backend = decode_backend(server_args)
     ranks = getattr(server_args, "tp_size", 1)
-    fits = dense and measured and ranks == 1 and backend is not None
+    fits = dense and measured and ranks == 1 and backend is not None and not _is_fp8(server_args)
     fits = fits and READS_TOGETHER.get(server_args.device) == backend
     logger.info(
         "LSA: groups are %s: decode runs on %s (%s, %d ranks)",
@@ -59,7 +59,13 @@ def with_calibration(config: LSAConfig, server_args: Any, dense: bool, measured:
     if config.calibrate != AUTO:
         return config
     fits = dense and measured and getattr(server_args, "tp_size", 1) == 1 and server_args.device == "cuda"
+    fits = fits and not _is_fp8(server_args)
     return _replaced(config, calibrate="cached" if fits else "never")
+
+
+def _is_fp8(server_args: Any) -> bool:
+    """As far as flags say; neither was measured with KV in FP8."""
+    return str(getattr(server_args, "kv_cache_dtype", "auto")).startswith("fp8")
 
 
 def _replaced(config: LSAConfig, **values: Any) -> LSAConfig:

@@ -75,7 +75,8 @@ def _calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         else:
             logger.info("LSA: calibrated before: %s", folder)
     except Exception as error:
-        logger.exception("LSA: calibration failed (%s); pages are chosen by Quest's bounds", error)
+        why = f"{type(error).__name__}: {error}"
+        logger.warning("LSA: calibration failed (%s); pages are chosen by Quest's bounds", why, exc_info=config.debug)
         return without
     finally:
         if runner.device == "cuda":

@@ -12,8 +12,7 @@ logger = logging.getLogger(__name__)
 def create_runtime(result, self):
     from sglang_lsa.engine import sizing_dsv4
     from sglang_lsa.engine.runtime import LSARuntime
-    from sglang_lsa.indexer.calibrations import is_calibration
-    from sglang_lsa.indexer.checkpoint import shipped_for
+    from sglang_lsa.indexer.checkpoint import read_checkpoint_config, shipped_for
     from sglang_lsa.patches.architectures import c128_layers, native_index
     from sglang_lsa.patches.arguments import tp_size_of
     from sglang_lsa.patches.compatibility import announce_attention
@@ -28,14 +27,17 @@ def create_runtime(result, self):
     config, view = args.lsa_config, "none" if args.lsa_config.disable_view else "/lsa"
     said = config.policy, config.budget, config.min_context, view
     logger.info("LSA: policy %s, budget %s, for contexts from %d tokens on; live view: %s", *said)
-    calibrated = is_calibration(config.indexer)
-    chooser = "Quest chooses" if config.policy == "quest" else "heads found at the start choose" if calibrated else ""
-    if chooser and (fitting := shipped_for(shape_of(self.model_config.hf_text_config))):
+    untrained = {"quest": "Quest chooses"}
+    if config.policy == "indexer" and not read_checkpoint_config(config.indexer).trained:
+        untrained["indexer"] = "heads found at start choose"
+    fitting = shipped_for(shape_of(self.model_config.hf_text_config)) if config.policy in untrained else []
+    if fitting:
         logger.info(
-            "LSA: %s pages; an indexer for a model of this shape comes with the package, and is used where it is "
-            "named: --lsa-indexer %s",
-            chooser, " or ".join(fitting),
-        )  # fmt: skip
+            "LSA: %s pages; an indexer trained for a model of this shape comes with the package, and is used where "
+            "it is named: --lsa-indexer %s",
+            untrained[config.policy],
+            " or ".join(fitting),
+        )
     pager, index = self.token_to_kv_pool_allocator.pager, native_index(self.model_config)
     beside, shown = None, args.enable_metrics and pager.ranks.rank == 0  # all ranks have the same to show
     if index is not None:

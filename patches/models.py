@@ -97,6 +97,12 @@ def seen_after_load(server_args: Any) -> list[str]:
             f"its configuration names a sliding window of {model.sliding_window_size} tokens: whether SGLang's model "
             "has it is seen when it is loaded, and the server refuses it then"
         )
+    if (config := getattr(server_args, "lsa_config", None)) is not None and config.calibrates:
+        notes.append(
+            "neither --lsa-policy nor --lsa-indexer is named: heads that choose pages are looked for when it is loaded "
+            f"(--lsa-calibrate {config.calibrate}); page keys and queries are planned here as Quest has them, which "
+            "serves if none is found, and a budget of auto as its largest sets"
+        )
     if server_args.kv_cache_dtype == "auto" and model.quantization is not None:
         notes.append(
             f"it is quantized ({model.quantization}): whether it asks for FP8 KV is seen when it is loaded; the pools "

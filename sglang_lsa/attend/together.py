@@ -2,7 +2,7 @@
 
 The plan is the host's, as for decode, and made anew only when groups change; a CUDA graph reads it from static buffers.
 Steps without groups are planned, captured and replayed as if there were none (``engine/step.py``, ``captured``).
-Experimental: tested on a CPU as far as it runs there, see ``tests/gpu/test_groups.py`` for the rest.
+Tested on a CPU as far as it runs there, and on a GPU by ``tests/gpu/test_groups.py``.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def no_auto(asked: str, policy: str) -> str:
     able = [name for name, offer in POLICIES.items() if offer.expects]
     return (
         f"{asked} auto does not go with the policy {policy}, whose scores do not tell how much of the attention a set "
-        f"covers: use the policy {' or '.join(able)} (--lsa-indexer), or a budget that is a number, such as 0.135"
+        f"covers: use the policy {' or '.join(able)} (--lsa-indexer, or --lsa-calibrate cached), or a budget that is "
+        "a number, such as 0.135"
     )
 
 

@@ -137,7 +137,7 @@ class LSAConfig:
         "Whether a server that is given neither --lsa-policy nor --lsa-indexer makes an indexer without training at "
         "its start: the loaded model reads a few made prompts, and heads that look at evidence choose pages from then "
         "on. never: Quest; cached: once for a model, then what is in the cache folder; always: at every start; auto: "
-        "cached on one GPU with SGLang 0.5.17, else never.",
+        "cached on one GPU with KV in bfloat16 and SGLang 0.5.17, else never.",
         choices=CALIBRATE,
     )
     record: str | None = option(
@@ -154,8 +154,8 @@ class LSAConfig:
         "Requests that decode over one prefix read the pages that several of them chose once for all, each of them "
         "also those that it did not choose itself; an answer may then depend on who decodes beside it. Not with "
         "FlashAttention-3 in decode. CUDA graphs are captured twice, with groups and without, and batches that share "
-        "nothing replay the latter. Auto: on where it was measured, which is decode by FlashInfer on one GPU, for "
-        "models that attend to all they are given, with SGLang 0.5.17; else off.",
+        "nothing replay the latter. Auto: on where it was measured, which is decode by FlashInfer on one GPU, KV "
+        "in bfloat16, for models that attend to all they are given, with SGLang 0.5.17; else off.",
     )
     group_margin: float = key(
         0.0,
@@ -272,14 +272,21 @@ class LSAConfig:
         constants = {
             field.name: field.default for field in dataclasses.fields(cls) if field.metadata["kind"] == CONSTANT
         }
-        values = {name: value for name, value in values.items() if name not in constants or value != constants[name]}
         fields = {field.name: field for field in dataclasses.fields(cls) if field.metadata["kind"] != CONSTANT}
-        unknown = sorted(set(values) - set(fields))
-        if unknown and (advice := REMOVED.get(unknown[0])) is not None:
-            raise ValueError(f"{source}: {unknown[0]} is gone: {advice}")
-        if unknown:
-            raise ValueError(f"{source}: unknown key {unknown[0]!r}: use one of {', '.join(fields)}")
-        return cls(**{name: coerce(name, str(fields[name].type), value, source) for name, value in values.items()})
+
+        def refuse(unknown: set[str]) -> None:
+            if unknown and (advice := REMOVED.get(min(unknown))) is not None:
+                raise ValueError(f"{source}: {min(unknown)} is gone: {advice}")
+            if unknown:
+                raise ValueError(f"{source}: unknown key {min(unknown)!r}: use one of {', '.join(fields)}")
+
+        changed = {name for name in values.keys() & constants if values[name] != constants[name]}
+        refuse(set(values) - set(fields) - set(constants))
+        made = cls(
+            **{name: coerce(name, str(fields[name].type), values[name], source) for name in values if name in fields}
+        )
+        refuse({name for name in changed if values[name] != getattr(made, name)})  # some follow a small pool or window
+        return made
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> LSAConfig:

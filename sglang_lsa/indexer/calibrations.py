@@ -63,11 +63,6 @@ def folder_of(key: str) -> pathlib.Path:
     return cache_folder() / "calibrations" / key
 
 
-def is_calibration(indexer: str | None) -> bool:
-    """Whether the indexer that a server has was found at its start, and kept."""
-    return indexer is not None and pathlib.Path(indexer).parent == cache_folder() / "calibrations"
-
-
 def read(folder: pathlib.Path) -> Calibration | None:
     """The calibration in ``folder``; None where there is none that can be used.
 

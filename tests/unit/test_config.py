@@ -352,6 +352,16 @@ def test_groups_may_be_decided_by_the_backend() -> None:
             LSAConfig.from_mapping({"groups": wrong})
 
 
+@pytest.mark.parametrize("values", [{"device_tokens": 6400}, {"window": 16}, {"window": 1, "device_tokens": 256}])
+def test_what_a_server_says_of_itself_can_be_given_back(values: dict[str, int]) -> None:
+    """Buffers follow a small pool, and what is sent ahead a short window; they are said, too."""
+    config = LSAConfig(**values)  # type: ignore[arg-type]
+    assert LSAConfig.from_mapping(json.loads(config.to_json())) == config
+    other = json.loads(config.to_json()) | {"staging_pages": config.staging_pages + 1}
+    with pytest.raises(ValueError, match="staging_pages is gone"):
+        LSAConfig.from_mapping(other)
+
+
 def test_an_object_in_place_of_a_file() -> None:
     config = parse("--lsa-config", ' {"widen": 1.5, "groups": true}', "--lsa-budget", "0.2")
     assert config == LSAConfig(widen=1.5, groups=True, budget=0.2)

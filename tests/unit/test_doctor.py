@@ -94,11 +94,14 @@ def test_an_indexer_has_its_own_line(found: dict[str, Any]) -> None:
 def test_what_only_a_loaded_model_shows_is_a_note(found: dict[str, Any]) -> None:
     report = found["names a window"]
     assert (report["status"], report["ok"]) == (0, True)
-    (note,) = (f for f in report["findings"] if f["name"] == "model")
+    note, *others = (f for f in report["findings"] if f["name"] == "model")
     assert note["status"] == NOTE
     assert note["seen"].startswith("its configuration names a sliding window of 4096 tokens: whether SGLang's model")
     assert note["why"] == "the server looks at a model once more when it is loaded"
-    assert not [f for f in found["80 GB"]["findings"] if f["name"] == "model"]
+    assert [f for f in found["80 GB"]["findings"] if f["name"] == "model"] == others
+    assert ["heads that choose pages are looked for" in other["seen"] for other in others] == [True] * RELEASE.measured
+    for named in ("indexer", "two ranks"):
+        assert not [f for f in found[named]["findings"] if f["name"] == "model"]
 
 
 def test_every_hook_of_the_table_is_told(found: dict[str, Any]) -> None:

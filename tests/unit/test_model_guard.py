@@ -14,6 +14,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
+from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
+from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.patches import base_kv_cache_method_process_weights_after_loading as missing_scales_hook
 from sglang_lsa.patches import kv_cache_configurator_build_allocator as build_allocator_hook
 from sglang_lsa.patches import model_runner_init_post_memory_pool_components as create_runtime_hook
@@ -307,3 +309,16 @@ def test_quest_says_which_indexer_would_fit(
         create_runtime_hook.create_runtime(None, runner_of(model_of(), LSAConfig(policy=policy), **text))
     assert f"LSA: policy {policy}, budget 0.135, for contexts from 4096 tokens on" in caplog.text
     assert ("where it is named: --lsa-indexer smollm2-135m-instruct" in caplog.text) == named
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_heads_found_at_start_say_which_indexer_would_fit(
+    trained: bool, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are what a GPU serves with unless told otherwise, and may keep fewer answers than one that was trained."""
+    shape = ModelShape(Q_HEADS * DIM, LAYERS, Q_HEADS, KV_HEADS, DIM)
+    MemoryIndexer(IndexerConfig(shape, heads=((0, 0),), key_dim=DIM, trained=trained)).save(tmp_path)
+    config = LSAConfig(policy="indexer", indexer=str(tmp_path))
+    with caplog.at_level("INFO", logger="sglang_lsa"):
+        create_runtime_hook.create_runtime(None, runner_of(model_of(), config, **SMOLLM2))
+    assert ("heads found at start choose pages; an indexer trained for a model of this shape" in caplog.text) != trained

@@ -64,6 +64,19 @@ def test_models_that_sglang_serves_densely_are_not_refused(
     assert all("names a sliding window of 128 tokens: whether SGLang's model has it is seen when" in n for n in notes)
 
 
+def test_a_plan_says_that_heads_are_looked_for_when_the_model_is_loaded(tmp_path: pathlib.Path) -> None:
+    model = config_of(tmp_path, "Olmo2ForCausalLM", "olmo2")
+
+    def notes(**values: Any) -> list[str]:
+        config = LSAConfig(**values)
+        given = {"kv_cache_dtype": "auto", "lsa_config": config, "get_model_config": lambda: model}
+        return seen_after_load(SimpleNamespace(**given, _model_config=model))
+
+    (note,) = notes(calibrate="cached")
+    assert "looked for when it is loaded (--lsa-calibrate cached)" in note
+    assert notes(calibrate="never") == notes(calibrate="cached", policy="quest") == []
+
+
 def test_a_policy_for_models_with_an_index_is_refused_without_one(tmp_path: pathlib.Path) -> None:
     model = config_of(tmp_path, "Olmo2ForCausalLM", "olmo2")
     (problem,) = model_problems(model, LSAConfig(policy="native"))

@@ -184,6 +184,7 @@ DECODES_ON: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "not known": ({"device": "cuda", "attention_backend": None}, False),
     "cpu": ({"device": "cpu", "attention_backend": "torch_native"}, False),
+    "kv in fp8": ({"device": "cuda", "attention_backend": "flashinfer", "kv_cache_dtype": "fp8_e4m3"}, False),
     "two ranks": ({"device": "cuda", "attention_backend": "flashinfer", "tp_size": 2}, False),
 }
 
@@ -206,6 +207,7 @@ def test_groups_are_on_where_they_pay(seen: dict[str, Any], fits: bool, margin: 
     [
         ({"device": "cuda"}, "cached"),
         ({"device": "cuda", "tp_size": 2}, "never"),
+        ({"device": "cuda", "kv_cache_dtype": "fp8_e5m2"}, "never"),
         ({"device": "cpu"}, "never"),
     ],
 )
