@@ -136,8 +136,8 @@ def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int, ended: bool =
         least: as in :func:`continued_at`; of generated tokens, too.
         tokens: that were generated last and are looked at, at ``LOOKS`` places; at ``FIRST_LOOKS`` of them, if none
             of those occurs in the prompt.
-        ended: whether the end has occurred before, if :func:`continued_at` was asked; it need not be looked up again
-            where it has not.
+        ended: whether the end has occurred before, if :func:`continued_at` was asked; where it has not, other places
+            are looked at first.
     """
     ends = range(len(ids), max(prompt + least, len(ids) - tokens + 1) - 1, -max(1, -(-tokens // LOOKS)))
 
@@ -150,8 +150,8 @@ def repeats(ids: np.ndarray, prompt: int, least: int, tokens: int, ended: bool =
             if (at := place(end)) is not None:
                 yield end, at
 
-    before_all = ends[:: max(1, -(-len(ends) // FIRST_LOOKS))]
-    if next(places(before_all[0 if ended else 1 :]), None) is None:
+    may = ends if ended else ends[1:]
+    if next(places(may[:: max(1, -(-len(may) // FIRST_LOOKS))]), None) is None:
         return None
     last = next(places(ends), None)
     if last is None:

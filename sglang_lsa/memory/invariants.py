@@ -14,6 +14,9 @@ def broken_invariant(ledger: Any) -> str | None:
     limbo = [p for _, p in ledger._limbo]
     pins = np.zeros_like(ledger._pins)
     held = [ledger._holders.pages(holder) for holder in ledger.holders()]
+    forgotten = ledger._last_reader > ledger._finished
+    for _, pages in ledger._reading:
+        forgotten[pages] = False
     for pages in held:
         pins[pages] += 1
     for holds, what in (
@@ -39,6 +42,7 @@ def broken_invariant(ledger: Any) -> str | None:
             "a physical page was lost or counted twice",
         ),
         (all(map(len, held)), "a holder without pages is remembered"),
+        (not forgotten.any(), "it is forgotten that passes in flight may read a page"),
         (ledger.standby.agrees(ledger._evictable()), "what can be given up is wrong"),
     ):
         if not holds:

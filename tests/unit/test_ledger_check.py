@@ -219,6 +219,11 @@ def empty_holder(ledger: Ledger) -> None:
 def stale_standby(ledger: Ledger) -> None:
     assert ledger.obtainable_pages
     ledger._last_reader[1] = 1
+    ledger._reading.append((1, np.array([1])))
+
+
+def forgotten_reader(ledger: Ledger) -> None:
+    ledger._last_reader[1] = 1
 
 
 @pytest.mark.parametrize(
@@ -237,6 +242,7 @@ def stale_standby(ledger: Ledger) -> None:
         (lost_place, "a physical page was lost or counted twice"),
         (doubled_place, "a physical page was lost or counted twice"),
         (stale_standby, "what can be given up is wrong"),
+        (forgotten_reader, "it is forgotten that passes in flight may read a page"),
         (empty_holder, "a holder without pages is remembered"),
     ],
 )

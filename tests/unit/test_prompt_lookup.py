@@ -159,22 +159,36 @@ def test_a_list_jumps_and_a_copy_does_not() -> None:
 
 def test_whatever_the_answer_the_places_are_those_of_one_look_after_the_other() -> None:
     rng = np.random.default_rng(0)
-    seen = 0
+    seen = unended = 0
     for _ in range(300):
         prompt, answer = int(rng.integers(1, 40)), int(rng.integers(0, 40))
         ids = rng.integers(0, 3, prompt + answer)
+        if rng.random() < 0.3:
+            ids[-1] = 3
         found = repeats(ids, prompt, 3, 16)
         ends = range(len(ids), max(prompt + 3, len(ids) - 15) - 1, -2)
         hits = [end for end in ends if any((ids[n - 3 : n] == ids[end - 3 : end]).all() for n in range(3, prompt + 1))]
-        first = ends[:: max(1, -(-len(ends) // FIRST_LOOKS))]
-        noticed = any(end in hits for end in first)
-        assert (found is not None) == (noticed and len(hits) >= (1 if len(ends) <= 4 else 2))
-        if continued_at(ids, 3) is None:
-            assert repeats(ids, prompt, 3, 16, ended=False) == found, "its end is among the first, and occurs nowhere"
+        for ended in (True, False):
+            if not ended and continued_at(ids, 3) is not None:
+                continue
+            may = ends if ended else ends[1:]  # its end occurs nowhere: it takes the place of none that may
+            noticed = any(end in hits for end in may[:: max(1, -(-len(may) // FIRST_LOOKS))])
+            told = noticed and len(hits) >= (1 if len(ends) <= 4 else 2)
+            assert (repeats(ids, prompt, 3, 16, ended) is not None) == told
+            unended += told and not ended
         if found is not None:
             assert (ids[found.at - 3 : found.at] == ids[hits[0] - 3 : hits[0]]).all() and 3 <= found.at <= prompt
             seen += 1
-    assert 50 < seen < 250
+    assert 50 < seen < 250 and unended > 5
+
+
+def test_an_end_that_occurs_nowhere_takes_the_place_of_no_look() -> None:
+    """Of a list with words of its own between, three places are looked at that may tell."""
+    eighths = range(7, -1, -1)  # of what was written, from the first to the last
+    written = [range(8 * at, 8 * at + 8) if at in (0, 3, 6) else PROMPT[200 + 8 * at : 208 + 8 * at] for at in eighths]
+    ids = np.concatenate((PROMPT, *written))
+    assert continued_at(ids, 6) is None
+    assert repeats(ids, len(PROMPT), 6, 64, ended=False) is not None
 
 
 def one_token_after_the_other(ids: np.ndarray, ends: np.ndarray, least: int, longest: int) -> int | None:
