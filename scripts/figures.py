@@ -38,7 +38,7 @@ from PIL import Image, PngImagePlugin
 from sglang_lsa.bench.prefill_report import PREFILL
 from sglang_lsa.bench.report import SERVING
 from sglang_lsa.demo.picture import draw_results, panels
-from sglang_lsa.evaluation.plots import plot_footprint
+from sglang_lsa.evaluation.plots import kl_panels, plot_footprint, plot_kl
 from sglang_lsa.evaluation.summary import AVERAGE, write_markdown
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -252,6 +252,10 @@ def pictures() -> dict[pathlib.Path, Picture]:
         shown = [r for r in quality if r["task"] == AVERAGE and r["suite"] == "all" and r["model"] == model]
         draw = functools.partial(plot_footprint, found=shown, model=model)
         found[RESULTS / f"quality-{model.replace('/', '-')}.png"] = Picture(shown, draw)
+    larger = rows_of("quality-1.5b.json") + rows_of("quality-1.5b-kl.json")
+    model = quality_larger_tables.MODEL
+    draw = functools.partial(plot_kl, found=larger, model=model)
+    found[RESULTS / f"kl-{model.replace('/', '-')}.png"] = Picture(kl_panels(larger, model), draw)
     demo = content_of("demo.json")
     found[ROOT / "docs" / "residency.png"] = Picture(panels(demo), functools.partial(draw_results, demo))
     return found

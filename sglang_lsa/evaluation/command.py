@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import json
 import pathlib
-import re
 import shlex
 import tempfile
 import urllib.parse
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from sglang_lsa.embedded_model import MODEL_NAME, embedded_model_path
 from sglang_lsa.evaluation.analysis import write_analysis
 from sglang_lsa.evaluation.arms import ARMS, Arm, parse_arms
-from sglang_lsa.evaluation.plots import plot_depth, plot_footprint
+from sglang_lsa.evaluation.plots import draw
 from sglang_lsa.evaluation.quality import write
 from sglang_lsa.evaluation.questions import Question, questions
 from sglang_lsa.evaluation.run import run
@@ -281,9 +280,7 @@ def evaluate(
     found = summarise(everything)
     written = write(output, found)
     write_analysis(output / "errors.json", everything)
-    picture = re.sub(r"[^A-Za-z0-9.-]+", "-", name)
-    plot_footprint(output / f"quality-{picture}.png", found, name)
-    plot_depth(output / f"depth-{picture}.png", everything, name)
+    draw(output, found, everything, name)
     if (same := same_apart(rows)) is not None:
         console.print(f"{same[0]} of {same[1]} answers are the same with and without sharing of prefixes")
     console.print(f"{len(rows)} answers; tables in {output / 'quality.md'}")

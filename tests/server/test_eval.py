@@ -98,6 +98,7 @@ def test_full_attention_and_all_pages_are_0_from_full_attention(whole: ServerPro
         assert rows[label]["kl"] == 0.0
     assert 0.0 < rows["quest 25.0%"]["kl"] < rows["recency 25.0%"]["kl"]
     assert "; KL 0.0000 (0.0000 to 0.0000)" in (tmp_path / "quality.md").read_text()
+    assert len(list(tmp_path.glob("kl-*.png"))) == 1
     before = whole.get("/lsa/status")["radix"]
     assert main(arguments) == 0
     assert whole.get("/lsa/status")["radix"] == before, "what was compared is not compared again"
