@@ -15,7 +15,7 @@ from sglang_lsa.config import MOST_LOOKED_UP
 
 LOOKS = 8
 """Places of what was generated last that are looked up to see whether it repeats the prompt."""
-FIRST_LOOKS = 3
+FIRST_LOOKS = 4
 """Of these, evenly among them, before all others: most texts repeat nothing, and are done with them."""
 FEW_LOOKS = 4
 """Of so many places one must occur in the prompt, of more two: single ones do by chance, and lists have words of their

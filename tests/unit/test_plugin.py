@@ -25,6 +25,8 @@ from sglang_lsa.patches.table import SERVING
 from sglang_lsa.patches.table import install as install_hooks
 
 pytestmark = pytest.mark.release
+ON_A_CPU: dict[str, Any] = {"groups": False, "calibrate": "never"}
+"""What is ``auto`` there."""
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,9 @@ def flags(probes: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_flags_reach_server_args(flags: dict[str, Any]) -> None:
-    expected = LSAConfig(budget=0.25, policy="recency", observe_layers=(3, 9))
+    expected = LSAConfig(budget=0.25, policy="recency", observe_layers=(3, 9), **ON_A_CPU)
     assert LSAConfig(**flags["plain"]["lsa_config"]) == expected
-    assert LSAConfig(**flags["own sizes"]["lsa_config"]) == LSAConfig(window=32)
+    assert LSAConfig(**flags["own sizes"]["lsa_config"]) == LSAConfig(window=32, **ON_A_CPU)
 
 
 def test_flags_install_every_hook(flags: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ def test_hooks_without_flags_change_no_argument(flags: dict[str, Any]) -> None:
 
 
 def test_engine_takes_a_config(flags: dict[str, Any]) -> None:
-    assert LSAConfig(**flags["engine"]["lsa_config"]) == LSAConfig(budget=0.25)
+    assert LSAConfig(**flags["engine"]["lsa_config"]) == LSAConfig(budget=0.25, **ON_A_CPU)
     names = [name for name in DEFAULTS if name != "lsa_config"]
     assert {name: flags["engine"][name] for name in names} == {name: flags["plain"][name] for name in names}
     assert flags["bad engine"]["kind"] == "ValueError"

@@ -51,8 +51,9 @@ def test_deepseek_v4_is_refused_and_told_which_release_has_it() -> None:
 
 
 def test_arguments_that_fit() -> None:
-    config = LSAConfig(budget=0.25)
+    config = LSAConfig(budget=0.25, groups=False, calibrate="never")
     assert attach(arguments(), config).lsa_config is config
+    assert attach(arguments(), LSAConfig(budget=0.25)).lsa_config == config, "what a CPU has of auto"
 
 
 @pytest.mark.skipif(RELEASE.resolves_late, reason="refused with this SGLang")

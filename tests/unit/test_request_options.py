@@ -286,9 +286,9 @@ def test_auto_is_a_budget_of_a_server_with_an_indexer() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {},
-            r"--lsa-budget auto does not go with the policy quest.*use the policy indexer.*or a budget",
+        *(
+            (chosen, r"--lsa-budget auto does not go with the policy quest.*use the policy indexer.*or a budget")
+            for chosen in ({"policy": "quest"}, {"calibrate": "never"}, {"observe_layers": (1,)})
         ),
         ({"policy": "recency", "indexer": "x"}, "auto does not go with the policy recency"),
         ({"policy": "retriever", "indexer": "x"}, "auto does not go with the policy retriever"),
