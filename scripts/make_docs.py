@@ -73,7 +73,7 @@ JSON file or a JSON object, and of `sgl.Engine(lsa_config={...})`; flags win ove
 later has its own table, and so has what one request can ask for. What is wrong is refused: at start before a model is
 loaded, in a request with HTTP 400; the answer says what was wrong, what was seen and what is allowed. Any `--lsa-*`
 flag switches LSA on in `python -m sglang.launch_server`; `python -m sglang_lsa.launch_server` has it on. No environment
-variable matters.
+variable matters; `XDG_CACHE_HOME` moves the cache folder.
 
 ## When a server starts
 """

@@ -87,7 +87,7 @@ prepare_venv() {
     probe "$venv/bin/python" >/dev/null || die "$venv/bin/python $(probe "$venv/bin/python"): choose another VENV"
     return
   elif [[ -e $venv && -n $(ls -A "$venv") ]]; then
-    die "$venv exists and is not a Python environment: choose another folder with make setup VENV=dir"
+    die "$venv exists and is not a Python environment: delete it, or choose another folder with make setup VENV=dir"
   fi
   python=$(find_python)
   say "Creating $venv with $python ($(probe "$python"))"
@@ -112,7 +112,7 @@ install() {
   check_disk
   prepare_venv
   rm -f "$stamp"
-  say "Installing SGLang $sglang, PyTorch and sglang-lsa into $venv (about 9 GB)"
+  say "Installing SGLang $sglang, PyTorch and sglang-lsa into $venv (about 9 GB; some minutes, the last one or two of them silent)"
   if ! install_with_uv; then
     say "uv could not do it; installing with pip, which takes longer"
     "$venv/bin/python" -m pip install --disable-pip-version-check -e '.[dev,train,router]' "sglang==$sglang"
@@ -130,6 +130,14 @@ install_with_uv() {
 }
 
 trap 'exit 130' INT
+# Another set-up of the same environment would take it for one that was interrupted.
+if command -v flock >/dev/null && [[ -w $(dirname "$venv") ]]; then
+  exec 9>"$venv.lock"
+  if ! flock -n 9; then
+    say "Waiting for another set-up of $venv"
+    flock 9
+  fi
+fi
 same_release
 if [[ ! -f $stamp || $(fingerprint) != "$(cat "$stamp")" ]]; then
   install
