@@ -5,7 +5,7 @@
     python examples/agent_branches.py --memory notes.txt --ask "Who paid?" --ask "When?" --chat-template chatml
 
 The memory is computed once and lies on the host once, whatever the number of branches; on the device each branch keeps
-only the pages that it reads; a server that forms groups (on one GPU by itself, else ``--lsa-config '{"groups": true}'``)
+only the pages it reads; a server that forms groups (on one GPU by itself, else ``--lsa-config '{"groups": true}'``)
 reads those that several chose once for all. The last lines count what the whole server did, so nobody else should ask
 it meanwhile.
 """

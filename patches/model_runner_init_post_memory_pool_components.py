@@ -25,8 +25,9 @@ def create_runtime(result, self):
     if args.device == "cuda":
         announce_attention(args)
     config, view = args.lsa_config, "none" if args.lsa_config.disable_view else "/lsa"
-    said = config.policy, config.budget, config.min_context, view
-    logger.info("LSA: policy %s, budget %s, for contexts from %d tokens on; live view: %s", *said)
+    by = f" ({config.indexer})" if config.policy == "indexer" else ""
+    said = config.policy, by, config.budget, config.min_context, view
+    logger.info("LSA: policy %s%s, budget %s, for contexts from %d tokens on; live view: %s", *said)
     untrained = {"quest": "Quest chooses"}
     if config.policy == "indexer" and not read_checkpoint_config(config.indexer).trained:
         untrained["indexer"] = "heads found at start choose"
