@@ -42,7 +42,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 def features(model_path: str, logs: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("features")
     config = folder / "lsa.json"
-    config.write_text(json.dumps({**LSA_CONFIG, "debug": True, "disable_view": True}))
+    config.write_text(json.dumps({**LSA_CONFIG, "debug": True, "disable_view": True, "widen": 1}))
     flags = ["--model-path", model_path, *FLAGS, "--lsa-config", str(config), "--grammar-backend", "llguidance"]
     flags += ["--constrained-json-disable-any-whitespace"]
     flags += ["--enable-return-hidden-states", "--enable-priority-scheduling", "--lora-backend", "torch_native"]

@@ -25,7 +25,7 @@ DOOMED: set[str] = set()
 
 
 def install_faults() -> None:
-    before_forward, switch, score_all = LSARuntime.before_forward, Refresher._switch, Quest.score_all
+    before_forward, switch, score_all = LSARuntime.before_forward, Refresher._read, Quest.score_all
     read, layer, chosen, remap = Staging.read, StagedPages.layer, Prefill._chosen, ResidentTable.remap
 
     def answered(request: Request | None) -> bool:
@@ -38,10 +38,10 @@ def install_faults() -> None:
             raise torch.OutOfMemoryError("injected: no memory for a decode step")
         return before_forward(self, batch, new_pages)
 
-    def doomed_switch(self: Refresher, request: Request, new: Refresh) -> None:
+    def doomed_switch(self: Refresher, request: Request, new: Refresh, needed: Any) -> None:
         if request.rid.startswith("badswitch") and request.window > 0:
             raise RuntimeError("injected: the table cannot be written")
-        switch(self, request, new)
+        switch(self, request, new, needed)
 
     def doomed_scores(self: Quest, requests: Any, pages: Any) -> torch.Tensor:
         if any(request.rid.startswith("badscore") for request in requests):
@@ -68,7 +68,7 @@ def install_faults() -> None:
             raise RuntimeError("injected: the table is gone")
         remap(self, row, physical, tail_start)
 
-    LSARuntime.before_forward, Refresher._switch, Quest.score_all = doomed_batch, doomed_switch, doomed_scores  # type: ignore
+    LSARuntime.before_forward, Refresher._read, Quest.score_all = doomed_batch, doomed_switch, doomed_scores  # type: ignore
     Staging.read, StagedPages.layer, Prefill._chosen = doomed_read, doomed_layer, doomed_choice  # type: ignore
     ResidentTable.remap = doomed_remap  # type: ignore
 
