@@ -48,8 +48,8 @@ class Panel:
 def draw_results(results: dict[str, Any], path: pathlib.Path) -> None:
     """The picture of a ``demo.json``."""
     budget, widen = results["config"]["budget"], results["config"].get("widen", 1)
-    more = f", up to {widen:g} times as many while an answer repeats its prompt" if widen > 1 else ""
-    title = f"Pages that decode reads at a budget of {budget:.1%}{more}: {results['model']}"
+    title = f"Pages that decode reads at a budget of {budget:.1%}: {results['model']}"
+    title += f"\nUp to {widen:g} times as many while an answer repeats its prompt" if widen > 1 else ""
     draw(panels(results), title, path)
 
 
