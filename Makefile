@@ -40,5 +40,6 @@ lint: setup ## ruff (lint and format) and mypy
 
 clean: ## remove the environment and everything generated (the model cache stays)
 	test ! -e "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
+	rm -f "$(VENV).lock"
 	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

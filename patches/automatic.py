@@ -37,19 +37,16 @@ def with_groups(config: LSAConfig, server_args: Any, dense: bool, measured: bool
     if config.groups != AUTO:
         return config
     _, backend = decode_backend(server_args)
-    ranks = getattr(server_args, "tp_size", 1)
-    fits = dense and measured and ranks == 1 and backend is not None and not _is_fp8(server_args)
-    fits = fits and READS_TOGETHER.get(server_args.device) == backend
-    logger.info(
-        "LSA: groups are %s: decode runs on %s (%s, %d ranks)",
-        "on" if fits else "off", backend, server_args.device, ranks,
-    )  # fmt: skip
+    where = f"decode runs on {backend} ({server_args.device})"
+    why = _not_measured(server_args, dense, measured)
+    fits = not why and backend is not None and READS_TOGETHER.get(server_args.device) == backend
+    logger.info("LSA: groups are %s: %s%s", "on" if fits else "off", where, f", {why}" if why else "")
     return _replaced(config, groups=fits, group_margin=config.group_margin if fits else 0.0)
 
 
 def with_calibration(config: LSAConfig, server_args: Any, dense: bool, measured: bool = True) -> LSAConfig:
-    """The configuration with calibration kept in the cache, or left out, where it was ``auto``. Where it was measured
-    it was better than Quest, on a GPU it takes seconds, and on a CPU it would take many minutes.
+    """The configuration with calibration kept in the cache, or left out, where it was ``auto``. Where it was measured,
+    on a GPU, it was better than Quest and took seconds.
 
     Args: as for :func:`with_groups`.
 
@@ -58,14 +55,21 @@ def with_calibration(config: LSAConfig, server_args: Any, dense: bool, measured:
     """
     if config.calibrate != AUTO:
         return config
-    fits = dense and measured and getattr(server_args, "tp_size", 1) == 1 and server_args.device == "cuda"
-    fits = fits and not _is_fp8(server_args)
+    fits = server_args.device == "cuda" and not _not_measured(server_args, dense, measured)
     return _replaced(config, calibrate="cached" if fits else "never")
 
 
-def _is_fp8(server_args: Any) -> bool:
-    """As far as flags say; neither was measured with KV in FP8."""
-    return str(getattr(server_args, "kv_cache_dtype", "auto")).startswith("fp8")
+def _not_measured(server_args: Any, dense: bool, measured: bool) -> str:
+    """Why neither has been run on a GPU like this, as far as flags tell; empty where both have."""
+    if not dense:
+        return "and the model has an index of its own"
+    if not measured:
+        return "and they were not run with this SGLang on a GPU yet"
+    if (ranks := getattr(server_args, "tp_size", 1)) > 1:
+        return f"and they were not run on {ranks} GPUs yet"
+    if str(kind := getattr(server_args, "kv_cache_dtype", "auto")).startswith("fp8"):
+        return f"and they were not run with KV in {kind} yet"
+    return ""
 
 
 def _replaced(config: LSAConfig, **values: Any) -> LSAConfig:
