@@ -88,9 +88,7 @@ def server_needs(
         tp_size: ranks that share the heads.
     """
     server_args = resolved(server_args)
-    graphs = server_args.cuda_graph_config.decode
-    on_gpu = server_args.device == "cuda"
-    largest, requests = graphs.max_bs or max(graphs.bs or [0]), server_args.max_running_requests
+    on_gpu, requests = server_args.device == "cuda", server_args.max_running_requests
     if (index := native_index(model)) is not None:
         context = model.context_len + extra_context
         sizes = {"rows": requests + 1, "context_tokens": context, "c128_layers": len(c128_layers(model))}
@@ -100,7 +98,7 @@ def server_needs(
         kv_page(model, layers=layers, itemsize=itemsize, tp_size=tp_size),
         rows=requests + 1,
         chunk_tokens=chunk if (chunk := server_args.chunked_prefill_size or 0) > 0 else server_args.max_prefill_tokens,
-        graph_batch=min(largest, requests) if on_gpu and graphs.backend != "disabled" else 0,
+        graph_batches=captured_batches(server_args.cuda_graph_config.decode, requests) if on_gpu else (),
         context_tokens=model.context_len + extra_context,
         layers=layers,
         q_heads=model.num_attention_heads // tp_size,
@@ -109,7 +107,20 @@ def server_needs(
         itemsize=shown_itemsize(model, itemsize),
         map_bytes=4 if on_gpu else 8,
         ranks=tp_size,
+        on_gpu=on_gpu,
     )
+
+
+def captured_batches(graphs: Any, requests: int) -> tuple[int, ...]:
+    """For how many requests SGLang captures decode CUDA graphs: as configured, but for no more than can run.
+
+    Args:
+        graphs: of SGLang's ``cuda_graph_config``, for decode.
+        requests: that run at the same time.
+    """
+    if graphs.backend == "disabled":
+        return ()
+    return tuple(sorted({min(size, requests) for size in graphs.bs or [graphs.max_bs] if size}))
 
 
 def kv_page(model: Any, *, layers: int, itemsize: int, tp_size: int) -> PageShape:

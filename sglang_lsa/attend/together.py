@@ -15,17 +15,12 @@ import numpy as np
 import torch
 
 from sglang_lsa.attend.partial import State, offsets
+from sglang_lsa.engine.group_buffers import INT_WORKSPACE, GraphBuffers, planning_bytes, room_for
 from sglang_lsa.engine.grouping import Grouping
-from sglang_lsa.engine.groups import FEWEST_MEMBERS, MOST_GROUPS
 from sglang_lsa.memory.transfer import upload
 
 if TYPE_CHECKING:
     from sglang_lsa.engine.runtime import LSARuntime
-
-PAST_THE_END = 256
-"""FlashInfer reads up to so many indices past the end."""
-INT_WORKSPACE = 8 << 20
-"""Bytes that a wrapper's plan takes on the device; all CUDA graphs share theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +78,6 @@ def rows_of(grouping: Grouping | None, rows: int) -> np.ndarray:
     return found
 
 
-def room_for(batch: int) -> int:
-    """Groups that a CUDA graph for so many requests has room for."""
-    return min(MOST_GROUPS, batch // FEWEST_MEMBERS)
-
-
 class ReadTogether:
     """Held by the FlashInfer backend where groups are formed. ``plan`` comes before every decode step, ``attend`` in
     each of its layers.
@@ -120,11 +110,13 @@ class ReadTogether:
         self._planned: tuple[Any, Grouping | None] = (None, None)
         self._plans: torch.Tensor | None = None
         """Where CUDA graphs have their plans, one at a time."""
+        self._count()
 
     def reserve(self, batch: int) -> None:
         """CUDA graphs for up to so many requests are about to be captured."""
         if batch > len(self.order):
             self.order, self.places = self._buffers(batch)
+            self._count()
 
     def plan(self, batch: int, graph: bool) -> None:
         """Plan a decode step of so many requests, padding included, and remember what reads its groups.
@@ -181,11 +173,9 @@ class ReadTogether:
 
     def _of_graph(self, batch: int) -> Any:
         if batch not in self.graphs:
-            device, groups = self.order.device, room_for(batch)
-            most = groups * self.lsa.pager.ledger.physical_pages + PAST_THE_END
-            queries, pages, indices, last = (
-                torch.zeros(size, dtype=torch.int32, device=device) for size in (groups + 1, groups + 1, most, groups)
-            )
+            device = self.order.device
+            sizes = GraphBuffers.of(batch, self.lsa.pager.ledger.physical_pages)
+            queries, pages, indices, last = (torch.zeros(size, dtype=torch.int32, device=device) for size in sizes)
             wrapper = self.wrapper(
                 self.workspace,
                 use_cuda_graph=True,
@@ -198,12 +188,19 @@ class ReadTogether:
                 self._plans = torch.empty(INT_WORKSPACE, dtype=torch.uint8, device=device)
             wrapper.reset_workspace_buffer(self.workspace, self._plans)
             self.graphs[batch] = wrapper
+            self._count()
         return self.graphs[batch]
 
     def _of_eager(self) -> Any:
         if self.eager is None:
             self.eager = self.wrapper(self.workspace)
         return self.eager
+
+    def _count(self) -> None:
+        """Have the status know how much device memory plans take, of the graphs that were captured so far."""
+        pages = self.lsa.pager.ledger.physical_pages
+        assert self.lsa.groups is not None
+        self.lsa.groups.planning_bytes = planning_bytes(len(self.order), tuple(self.graphs), pages)
 
     def _buffers(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         both = torch.from_numpy(rows_of(None, rows)).to(self.lsa.pager.device)

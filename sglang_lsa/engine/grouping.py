@@ -100,6 +100,8 @@ class Groups:
         table = sets.table
         self.sets, self.rules = sets, rules
         self.own = ResidentTable(table.rows, table.max_pages, table.page, table.table.device)
+        self.planning_bytes = 0
+        """On the device, of what attention plans with, where it plans there: it says so itself."""
         self.now: Grouping | None = None
         """Of the last decode step."""
         self.steps = self.saved_reads = self.added_reads = 0
@@ -116,8 +118,8 @@ class Groups:
 
     @property
     def nbytes(self) -> int:
-        """On the device, beside what attention plans with."""
-        return self.own.nbytes
+        """On the device, what attention plans with included."""
+        return self.own.nbytes + self.planning_bytes
 
     def of(
         self,

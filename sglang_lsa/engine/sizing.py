@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sglang_lsa.config import LSAConfig
+from sglang_lsa.engine.group_buffers import planning_bytes
 from sglang_lsa.engine.observe import observed_layers
 from sglang_lsa.engine.policies import bounds_needed, needed, positions
 from sglang_lsa.indexer.expectation import Expectation
@@ -37,7 +38,7 @@ class Needs:
 
     Attributes:
         rows: requests that run at the same time, and one for padding.
-        graph_batch: largest batch of a decode CUDA graph; 0 without graphs.
+        graph_batches: for how many requests decode CUDA graphs are captured; empty without graphs.
         context_tokens: longest context that SGLang's table has room for.
         page: tokens of a page.
         page_key_bytes: of the bounds of keys of one page.
@@ -48,10 +49,11 @@ class Needs:
         map_bytes: of one entry of the page map, which on a CPU is the ledger's own.
         virtual_share: most of the device's budget for what is kept of every virtual page, where the size of the mirror
             is left open.
+        on_gpu: attention plans on the device what groups read.
     """
 
     rows: int
-    graph_batch: int
+    graph_batches: tuple[int, ...]
     context_tokens: int
     page: int
     page_key_bytes: int
@@ -61,6 +63,7 @@ class Needs:
     map_bytes: int = 4
     virtual_share: float = 1.0
     fixed_bytes: Mapping[str, int] = field(default_factory=dict)
+    on_gpu: bool = False
 
     def most_virtual(self, budgeted_bytes: int) -> float:
         """Virtual pages whose own bytes on the device are within that share."""
@@ -73,7 +76,8 @@ class Needs:
         """Device bytes beside KV, by purpose, with the names that ``/lsa/status`` gives them."""
         pages = virtual_tokens // self.page + 1
         columns = 2 + max_resident_pages(self.context_tokens, physical_tokens // self.page, self.page)
-        graph = graph_tokens(config, self.graph_batch, self.context_tokens, physical_tokens, self.page)
+        largest = max(self.graph_batches, default=0)
+        graph = graph_tokens(config, largest, self.context_tokens, physical_tokens, self.page)
         overhead = {
             "page_keys": pages * self.page_key_bytes,
             "queries": self.rows * self.row_bytes,
@@ -82,7 +86,8 @@ class Needs:
             "staging": self.staging_bytes,
         }
         if config.groups is True:
-            overhead["groups"] = self.rows * columns * 4
+            planning = (self.rows, self.graph_batches, physical_tokens // self.page)
+            overhead["groups"] = self.rows * columns * 4 + (planning_bytes(*planning) if self.on_gpu else 0)
         return overhead | {name: pages * size for name, size in self.policy_bytes.items()} | dict(self.fixed_bytes)
 
 
@@ -92,7 +97,7 @@ def selector_needs(
     *,
     rows: int,
     chunk_tokens: int,
-    graph_batch: int,
+    graph_batches: tuple[int, ...],
     context_tokens: int,
     layers: int,
     q_heads: int,
@@ -101,6 +106,7 @@ def selector_needs(
     itemsize: int,
     map_bytes: int = 4,
     ranks: int = 1,
+    on_gpu: bool = False,
 ) -> Needs:
     """What the observers, page keys and staging take, for pages and a model of this shape.
 
@@ -115,7 +121,7 @@ def selector_needs(
     staging = staging_bytes(config.staging_pages, page) + decoded_bytes(config.staging_pages, page)
     staging += sums_bytes(chunk_tokens, q_heads, head_dim)
     bytes_ = (page_key_bytes, row_bytes, staging, policy_bytes, map_bytes)
-    return Needs(rows, graph_batch, context_tokens, page.page_tokens, *bytes_)
+    return Needs(rows, graph_batches, context_tokens, page.page_tokens, *bytes_, on_gpu=on_gpu)
 
 
 def largest_set(physical_pages: int, columns: int) -> float:

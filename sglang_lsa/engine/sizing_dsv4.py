@@ -55,7 +55,7 @@ def dsv4_needs(config: LSAConfig, index: NativeIndex, *, rows: int, context_toke
     own = {policy.name: size for policy in needed(config, index=True) if (size := policy.page_bytes(config))}
     return Needs(
         rows,
-        graph_batch=0,
+        graph_batches=(),
         context_tokens=context_tokens,
         page=PAGE_TOKENS,
         page_key_bytes=native_index.page_bytes(config, index),

@@ -130,7 +130,8 @@ class Steps:
         self.device, self.dtype, self.tolerance = torch.device(device), dtype, tolerance
         ledger = SimpleNamespace(physical_pages=POOL)
         pager = SimpleNamespace(page=PAGE_SIZE, ledger=ledger, device=self.device)
-        self.lsa: Any = SimpleNamespace(pager=pager, step=IDLE, table=SimpleNamespace(rows=5))
+        groups = SimpleNamespace(planning_bytes=0)
+        self.lsa: Any = SimpleNamespace(pager=pager, step=IDLE, table=SimpleNamespace(rows=5), groups=groups)
         workspace = torch.zeros(WORKSPACE[self.device.type], dtype=torch.uint8, device=self.device)
         self.together = ReadTogether(self.lsa, wrapper, workspace, HEADS, (dtype, dtype))
         draw = torch.Generator().manual_seed(0)

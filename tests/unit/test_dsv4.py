@@ -185,7 +185,7 @@ def test_a_mirror_of_no_asked_size_leaves_most_of_the_device_to_pages(monkeypatc
 
 
 def test_what_a_dense_model_keeps_of_virtual_pages_bounds_nothing() -> None:
-    assert sizing.Needs(9, 8, 1 << 20, 64, 10_000, 10).most_virtual(1) == float("inf")
+    assert sizing.Needs(9, (8,), 1 << 20, 64, 10_000, 10).most_virtual(1) == float("inf")
 
 
 # --- admission and the step ------------------------------------------------------------------------------------------

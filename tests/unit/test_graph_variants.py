@@ -133,12 +133,11 @@ def backend(lsa: Any, calls: Calls) -> LSAFlashInferBackend:
         "indices_updater_decode": updater,
         "token_to_kv_pool": SimpleNamespace(get_kv_buffer=lambda layer: pool),
         "shown": SimpleNamespace(decode=lambda *_: None, attended=lambda *_: None),
-        "together": ReadTogether(
-            lsa, lambda *_, **__: Prefill(calls), torch.zeros(1), HEADS, (torch.float32, torch.float32)
-        ),
+        "together": None,
     }
-    if lsa.groups is None:
-        found.together = None
+    if lsa.groups is not None:
+        types = torch.float32, torch.float32
+        found.together = ReadTogether(lsa, lambda *_, **__: Prefill(calls), torch.zeros(1), HEADS, types)
     return found
 
 
@@ -155,7 +154,7 @@ class Runner(DecodeCudaGraphRunner):
         )
         self.lsa: Any = SimpleNamespace(
             step=IDLE,
-            groups=object() if groups else None,
+            groups=SimpleNamespace(planning_bytes=0) if groups else None,
             table=table,
             pager=pager,
             req_to_token=torch.zeros((ROWS, 1024), dtype=torch.int32),

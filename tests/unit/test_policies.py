@@ -170,7 +170,7 @@ def test_a_registered_policy_is_built_sized_fed_and_asked() -> None:
         runtime.pager.layout.shape,
         rows=9,
         chunk_tokens=0,
-        graph_batch=0,
+        graph_batches=(),
         context_tokens=20 * PAGE_SIZE,
         layers=1,
         q_heads=2,

@@ -129,7 +129,7 @@ def test_what_nobody_holds_is_forgotten() -> None:
 
 
 PAGE = mha_shape(PAGE_SIZE, 2, 2, 8, 8, 2)
-NEEDS = Needs(rows=3, graph_batch=0, context_tokens=4096, page=PAGE_SIZE, page_key_bytes=16, row_bytes=16)
+NEEDS = Needs(rows=3, graph_batches=(), context_tokens=4096, page=PAGE_SIZE, page_key_bytes=16, row_bytes=16)
 
 
 def plan_of(physical: int, virtual: int, page: PageShape = PAGE) -> MemoryPlan:

@@ -146,7 +146,7 @@ def test_staging_takes_what_was_planned_for_it(chunk: int | None, staged: int) -
         runtime.pager.layout.shape,
         rows=ROWS,
         chunk_tokens=chunk or 0,
-        graph_batch=0,
+        graph_batches=(),
         context_tokens=CONTEXT,
         layers=1,
         q_heads=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine import observe, sizing
+from sglang_lsa.engine.group_buffers import INT_WORKSPACE, KV_LENGTHS
 from sglang_lsa.engine.policies import indexer as policy
 from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.engine.sizing import (
@@ -165,16 +167,16 @@ MODEL: dict[str, int] = {
     "head_dim": 128,
     "itemsize": 2,
 }
-NEEDS = Needs(rows=17, graph_batch=16, context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=3000)
+NEEDS = Needs(rows=17, graph_batches=(16,), context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=3000)
 
 
 def test_needs_of_the_observers() -> None:
     config = LSAConfig(query_tokens=10, observe_layers=(1, 2, 3), staging_pages=7)
     page = mha_shape(64, 32, 8, 128, 128, 2)
-    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
+    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batches=(4,), context_tokens=8192, **MODEL)
     staging = 2 * 2 * 7 * 64 * 8 * 128 * 2 + 1000 * 32 * 129 * 4
     page_keys, rows = 3 * 2 * 8 * 128 * 2, 10 * 3 * 32 * 128 * 2
-    assert needs == Needs(5, 4, 8192, PAGE_SIZE, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
+    assert needs == Needs(5, (4,), 8192, PAGE_SIZE, page_key_bytes=page_keys, row_bytes=rows, staging_bytes=staging)
 
 
 @pytest.mark.parametrize(("query_tokens", "ring"), [(10, 24), (100, 100)])
@@ -186,7 +188,7 @@ def test_needs_of_an_indexer(query_tokens: int, ring: int, monkeypatch: pytest.M
         monkeypatch.setattr(module, "read_checkpoint_config", {"folder": shape}.__getitem__)
     config = LSAConfig(indexer="folder", query_tokens=query_tokens)
     page = mha_shape(64, 32, 8, 128, 128, 2)
-    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batch=4, context_tokens=8192, **MODEL)
+    needs = selector_needs(config, page, rows=5, chunk_tokens=1000, graph_batches=(4,), context_tokens=8192, **MODEL)
     assert needs.page_key_bytes == 2 * 2 * 8 * 128 * 2
     assert needs.policy_bytes == {"indexer": 3 * 4 * 64}
     assert needs.overhead(config, 4096, 64 * 100)["indexer"] == 101 * 3 * 4 * 64
@@ -202,7 +204,7 @@ def test_overhead_is_what_the_buffers_will_take() -> None:
         mha_shape(64, 3, 2, 8, 8, 4),
         rows=rows,
         chunk_tokens=128,
-        graph_batch=4,
+        graph_batches=(4,),
         context_tokens=context,
         layers=3,
         q_heads=4,
@@ -243,6 +245,7 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
         get_num_kv_heads=lambda tp_size: 2 // tp_size,
     )
     needs = arguments.server_needs(server_args, model, layers=24, itemsize=2, extra_context=4, tp_size=1)
+    assert needs.on_gpu and max(needs.graph_batches) == batch
     assert needs.overhead(config, 786_432, 19_113 * PAGE_SIZE) == {
         "page_keys": 39_145_472,
         "queries": 44_498_944,
@@ -251,6 +254,36 @@ def test_needs_of_a_server_as_one_told_them(graphs: tuple[int | None, list[int] 
         "staging": 46_596_096,
         "indexer": 117_436_416,
     }
+
+
+SIZES = [1, 2, 4, 8, 12, *range(16, 257, 8)]
+"""Of CUDA graphs, as SGLang has them on an H200."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes", "requests", "batches"),
+    [
+        pytest.param("full", SIZES, 256, tuple(SIZES), id="all"),
+        pytest.param("full", SIZES, 10, (1, 2, 4, 8, 10), id="no more than can run"),
+        pytest.param("disabled", SIZES, 256, (), id="none"),
+    ],
+)
+def test_graphs_that_are_captured(backend: str, sizes: list[int], requests: int, batches: tuple[int, ...]) -> None:
+    graphs = SimpleNamespace(backend=backend, max_bs=max(sizes), bs=sizes)
+    assert arguments.captured_batches(graphs, requests) == batches
+
+
+@pytest.mark.parametrize(("tokens", "megabytes"), [(500_032, 16), (4_800_000, 149)])
+def test_what_graphs_read_groups_from_is_planned(tokens: int, megabytes: int) -> None:
+    """Each of them has room for the whole device pool in every group; beside that there are two workspaces."""
+    needs, config = dataclasses.replace(NEEDS, rows=257, graph_batches=tuple(SIZES)), LSAConfig(groups=True)
+    on_cpu, on_gpu = (dataclasses.replace(needs, on_gpu=where).overhead(config, tokens, tokens) for where in (0, 1))
+    graphs = on_gpu["groups"] - on_cpu["groups"] - 2 * INT_WORKSPACE - KV_LENGTHS * len(SIZES) - 2 * 8 * 257
+    assert round(graphs / 1e6) == megabytes
+    assert {**on_gpu, "groups": 0} == {**on_cpu, "groups": 0}
+    without = dataclasses.replace(needs, graph_batches=(), on_gpu=True).overhead(config, tokens, tokens)
+    assert without["groups"] == on_cpu["groups"] + INT_WORKSPACE + KV_LENGTHS + 2 * 8 * 257
+    assert "groups" not in dataclasses.replace(needs, on_gpu=True).overhead(LSAConfig(groups=False), tokens, tokens)
 
 
 def test_needs_of_a_server_with_kv_in_fp8() -> None:
@@ -363,7 +396,9 @@ def test_overhead_is_that_of_the_pool_that_was_asked_for() -> None:
 
 
 def test_a_budget_that_the_buffers_use_up_is_refused() -> None:
-    huge = Needs(rows=17, graph_batch=0, context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=10_000_000)
+    huge = Needs(
+        rows=17, graph_batches=(), context_tokens=8192, page=PAGE_SIZE, page_key_bytes=1000, row_bytes=10_000_000
+    )
     with pytest.raises(ValueError, match=r"the device pool would hold 0 tokens \(0\.000 GB\): give it at least 256"):
         planned(huge, 10_000)
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from read_together import HEADS, ONE, POOL, TWO, Steps, grouping_of, in_turns
 
-from sglang_lsa.attend.together import PAST_THE_END, Plan, room_for, rows_of
+from sglang_lsa.attend.together import Plan, rows_of
 from sglang_lsa.attend.torch_native import attend_part
 from sglang_lsa.config import PAGE_SIZE as PAGE
+from sglang_lsa.engine.group_buffers import INT_WORKSPACE, KV_LENGTHS, PAST_THE_END, planning_bytes, room_for
 from sglang_lsa.engine.groups import MOST_GROUPS
+from sglang_lsa.engine.step import captured
 
 NAN = float("nan")
 
@@ -149,3 +151,21 @@ def test_buffers_have_room_for_all_that_groups_can_read() -> None:
     buffers = steps.together.graphs[8].buffers
     assert len(buffers["paged_kv_indices_buf"]) == 4 * POOL + PAST_THE_END
     assert len(steps.together.order) == len(steps.together.places) == 8
+
+
+@pytest.mark.parametrize("batches", [(), (1,), (2,), (8, 6, 2, 1), (40, 33, 3)])
+def test_the_memory_plan_counts_what_the_buffers_take(batches: tuple[int, ...]) -> None:
+    """And what a wrapper of FlashInfer takes for itself: lengths in each, and its own workspace without a graph."""
+    steps = on_a_cpu()
+    assert steps.lsa.groups.planning_bytes == planning_bytes(5, (), POOL)
+    if batches:
+        steps.together.reserve(max(batches))
+    for batch in batches:
+        for steps.lsa.step in captured(batch, groups=True):
+            steps.together.plan(batch, graph=True)
+    together, wrappers = steps.together, steps.together.graphs.values()
+    tensors = [together.order, together.places, *(part for each in wrappers for part in each.buffers.values())]
+    tensors += [each.workspace for each in wrappers][:1]
+    found = sum(part.numel() * part.element_size() for part in tensors)
+    found += (len(wrappers) + 1) * KV_LENGTHS + INT_WORKSPACE
+    assert found == planning_bytes(5, batches, POOL) == steps.lsa.groups.planning_bytes
