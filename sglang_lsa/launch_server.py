@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import pathlib
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
-from sglang_lsa.config.command_line import check_command_line
+from sglang_lsa.config.command_line import check_command_line, read_command_line
+from sglang_lsa.config.flags import config_from_args
+from sglang_lsa.indexer.checkpoint import read_checkpoint_config
+from sglang_lsa.indexer.expectation import NO_EXPECTATION
+from sglang_lsa.patches.automatic import with_calibration
+from sglang_lsa.patches.releases import RELEASES
 
 CHOOSING = ("policy", "indexer", "calibrate", "config", "record", "observe-layers")
 """``--lsa`` flags that choose how pages are chosen, or may do so."""
@@ -40,6 +48,37 @@ def _chooses(flag: str) -> bool:
     return flag.startswith("--lsa-") and any(f"--lsa-{name}".startswith(flag) for name in CHOOSING)
 
 
+def check_choice(known: Namespace) -> None:
+    """Refuse, before SGLang is imported, an indexer that is none, and a budget of ``auto`` where nothing will tell how
+    many pages a set needs. What only the model's configuration shows is left to the server: a file, for example, may be
+    a checkpoint for DeepSeek-V4.
+
+    Args:
+        known: flags, from :func:`sglang_lsa.config.command_line.read_command_line`, defaults of a server among them.
+
+    Raises:
+        ValueError: naming the flag, and what to do.
+    """
+    config = config_from_args(known)
+    if config is None:
+        return
+    if config.indexer and config.policy == "indexer" and not pathlib.Path(config.indexer).is_file():
+        indexer = read_checkpoint_config(config.indexer)
+        if config.auto and indexer.expectation is None:
+            raise ValueError(f"--lsa-{NO_EXPECTATION}")
+    if config.auto and config.may_calibrate:
+        release = RELEASES.get(importlib.metadata.version("sglang"))
+        known.device = known.device or ("cuda" if _cuda() else "cpu")
+        known.tp_size = int(known.tp_size) if known.tp_size.isdecimal() else 1
+        with_calibration(config, known, dense=True, measured=release is None or release.measured)
+
+
+def _cuda() -> bool:
+    import torch  # two seconds, where nothing else tells
+
+    return torch.cuda.is_available()
+
+
 def server_arguments(argv: list[str]) -> Any:
     """SGLang's ServerArgs for this command line, resolved and checked, with LSA on; installs the hooks.
 
@@ -65,10 +104,12 @@ def server_arguments(argv: list[str]) -> Any:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        check_command_line(argv)
+        read = check_command_line(argv)
+        sys.argv[1:] = with_defaults(argv)
+        if read:
+            check_choice(read_command_line(sys.argv[1:]))
     except ValueError as error:
         raise SystemExit(f"sglang-lsa: {error}") from error
-    sys.argv[1:] = with_defaults(argv)
     from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree
 

@@ -20,35 +20,53 @@ HOST, PORT = "127.0.0.1", 30_000
 ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-def check_command_line(argv: Sequence[str]) -> None:
+def check_command_line(argv: Sequence[str]) -> bool:
     """Refuse what a start would end with: ``--lsa-*`` flags that do not exist or have no such value, a model folder
     that is not there, a port on which a server listens.
+
+    Returns:
+        Whether all that is asked was read here: SGLang takes abbreviations, and files.
 
     Raises:
         SystemExit: 2, a flag cannot be read; one line has said which, and what to do.
         ValueError: values do not fit together or are out of range, the folder is not there, or the port is taken.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        return
-    parser = argparse.ArgumentParser(prog="sglang-lsa", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
-    add_cli_args(parser)
-    flags = [name for action in parser._actions for name in action.option_strings]
-    parser.add_argument("--model-path", "--model", default=None)
-    parser.add_argument("--host", default=HOST)
-    parser.add_argument("--port", default=str(PORT))
-    parser.add_argument("--node-rank", default="0")
-    parser.add_argument("--config", default=None)
+        return False
+    parser = _parser()
+    flags = [name for action in parser._actions for name in action.option_strings if name.startswith(PREFIX)]
     known, others = parser.parse_known_args(argv)
     unread = [name for argument in others if (name := argument.split("=")[0]).startswith(PREFIX)]
     for name in unread:
         if not any(flag.startswith(name) for flag in flags):
             parser.error(f"there is no {name}: {_instead(name, flags)}")
     require_model(known.model_path)
-    if unread or known.config:  # SGLang takes abbreviations, and files: what was read here is not all that was asked
-        return
+    if unread or known.config:
+        return False
     config_from_args(known)
     if known.port.isdecimal() and known.node_rank == "0":
         require_port(known.host, int(known.port))
+    return True
+
+
+def read_command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of one that :func:`check_command_line` could read, those of SGLang that decide what LSA makes of its
+    own among them, as text."""
+    return _parser().parse_known_args(argv)[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sglang-lsa", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    add_cli_args(parser)
+    parser.add_argument("--model-path", "--model", default=None)
+    parser.add_argument("--host", default=HOST)
+    parser.add_argument("--port", default=str(PORT))
+    parser.add_argument("--node-rank", default="0")
+    parser.add_argument("--config", default=None)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--tp-size", "--tensor-parallel-size", default="1")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    return parser
 
 
 def _instead(name: str, flags: Sequence[str]) -> str:

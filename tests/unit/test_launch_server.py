@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import pytest
 from transformers import AutoConfig
 
+from sglang_lsa import launch_server
+from sglang_lsa.config.command_line import read_command_line
 from sglang_lsa.embedded_model import INDEXER_NAME, MODEL_NAME, embedded_model_path
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
-from sglang_lsa.launch_server import with_defaults
+from sglang_lsa.launch_server import check_choice, with_defaults
 from sglang_lsa.patches.models import shape_of
 
 
@@ -53,3 +59,58 @@ def test_a_model_that_was_given_is_kept(given: list[str]) -> None:
 
 def test_lsa_flags_that_were_given_are_enough() -> None:
     assert with_defaults(["--model", "m", "--lsa-policy", "recency"]) == ["--model", "m", "--lsa-policy", "recency"]
+
+
+CPU, GPU = ["--device", "cpu"], ["--device", "cuda"]
+AUTO = ["--lsa-budget", "auto"]
+KNOWS, KNOWS_NOT = ["--lsa-indexer", "smollm2-135m-instruct"], ["--lsa-indexer", "qwen2.5-coder-0.5b-instruct"]
+NO_POLICY = r"--lsa-budget auto does not go with the policy quest, .*: use the policy indexer \(--lsa-indexer, or"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        pytest.param([*AUTO, *CPU], NO_POLICY, id="a CPU"),
+        pytest.param(["--lsa-config", '{"budget": "auto"}', *CPU], NO_POLICY, id="in an object"),
+        pytest.param(AUTO, NO_POLICY, id="nothing said, no GPU here"),
+        pytest.param([*AUTO, *GPU, "--tp-size", "2"], NO_POLICY, id="two GPUs"),
+        pytest.param([*AUTO, *GPU, "--tensor-parallel-size=2"], NO_POLICY, id="two GPUs, by another name"),
+        pytest.param([*AUTO, *GPU, "--kv-cache-dtype", "fp8_e4m3"], NO_POLICY, id="FP8"),
+        pytest.param(
+            [*AUTO, *KNOWS_NOT], "budget auto needs an indexer that knows", id="an indexer that does not know"
+        ),
+        pytest.param(["--lsa-indexer", "/nowhere"], "--lsa-indexer /nowhere: has no config.json", id="no indexer"),
+        pytest.param([*AUTO, *KNOWS, *CPU], None, id="an indexer that knows"),
+        pytest.param([*AUTO, "--lsa-calibrate", "cached", *CPU], None, id="calibration that was asked for"),
+        pytest.param([*AUTO, *GPU], None, id="a GPU"),
+        pytest.param([*AUTO, "--lsa-policy", "full", *CPU], None, id="all pages"),
+        pytest.param(["--lsa-budget", "0.2", *CPU], None, id="a number"),
+        pytest.param(CPU, None, id="nothing of LSA"),
+    ],
+)
+def test_what_chooses_pages_is_refused_early(
+    given: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_server, "_cuda", lambda: False)
+    monkeypatch.setattr(launch_server.importlib.metadata, "version", lambda name: "0.5.17")
+    known = read_command_line(["--model-path", "m", *given])
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        check_choice(known)
+
+
+def test_auto_is_refused_before_sglang_is_imported() -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--model-path', 'some/name', '--device', 'cpu', '--lsa-budget', 'auto', '--port', '1']\n"
+        "try:\n"
+        "    runpy.run_module('sglang_lsa.launch_server', run_name='__main__')\n"
+        "finally:\n"
+        "    print([name for name in ('sglang', 'torch') if name in sys.modules])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (1, "[]\n")
+    assert ran.stderr.startswith("sglang-lsa: --lsa-budget auto does not go with")
+
+
+def test_the_embedded_model_has_an_indexer_that_knows() -> None:
+    check_choice(read_command_line(with_defaults([*AUTO, *CPU])))
