@@ -39,6 +39,13 @@ WINDOWED = (
 """Models of SGLang whose layers see the window that their configuration names. It has others, which ignore it."""
 
 
+WITHOUT = (
+    ", or leave the flag out and add --lsa-calibrate cached: heads of this model that choose pages are then found "
+    "when the server starts"
+)
+"""What can be served without an indexer that fits the model."""
+
+
 def model_problems(model: Any, config: LSAConfig) -> list[str]:
     """What about the model surely cannot work, one line each, before anything of it is loaded.
 
@@ -77,7 +84,7 @@ def model_problems(model: Any, config: LSAConfig) -> list[str]:
     try:
         if config.indexer:
             of_indexer = MemoryIndexer.load(config.indexer).config
-            of_indexer.require_model(shape_of(text))
+            of_indexer.require_model(shape_of(text), f"--lsa-indexer {config.indexer}", WITHOUT)
             if config.auto and config.policy != FULL and of_indexer.expectation is None:
                 problems.append(f"--lsa-{NO_EXPECTATION}")
         observed_layers(config, text.num_hidden_layers)

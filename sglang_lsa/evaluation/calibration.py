@@ -67,7 +67,7 @@ def run(
     loaded = load(model, device, torch.float32 if device == "cpu" else torch.bfloat16)
     shape = shape_of(loaded.config)
     if trained is not None:
-        trained.config.require_model(shape)
+        trained.config.require_model(shape, f"--indexer {indexer}")
     options: dict[str, Any] = {"positions": untrained.POSITIONS, "sub_keys": untrained.SUB_KEYS}
     prompts = calibration_prompts(tokenizer, calibrate)
     began = time.monotonic()

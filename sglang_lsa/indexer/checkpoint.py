@@ -107,13 +107,21 @@ class IndexerConfig:
         keys = ({self.key_head(head) for head in self.heads if rank_of[head] == rank} for rank in range(ranks))
         return max(map(len, keys)) * self.sub_keys * self.key_dim
 
-    def require_model(self, shape: ModelShape) -> None:
-        """Raise ValueError unless the served model is the one that this indexer was trained for."""
-        if shape != self.model:
-            raise ValueError(
-                f"--lsa-indexer was trained for a model of {self.model}; this one is of {shape}: "
-                "give the indexer that belongs to this model"
-            )
+    def require_model(self, shape: ModelShape, asked: str, otherwise: str = "") -> None:
+        """Raise ValueError unless the model at hand is of the shape that this indexer was trained for.
+
+        Args:
+            asked: by which argument this indexer was named, and what it named.
+            otherwise: what else than making an indexer can be done where none that is shipped fits.
+        """
+        if shape == self.model:
+            return
+        make = f"make one for it with sglang-lsa adapt{otherwise}"
+        names = " or ".join(shipped_for(shape))
+        raise ValueError(
+            f"{asked} was trained for a model of {self.model}; this one is of {shape}: "
+            + (f"use {names}, which comes with the package for a model of this shape" if names else make)
+        )
 
 
 def shipped_indexers() -> list[str]:

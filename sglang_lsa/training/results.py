@@ -49,7 +49,7 @@ def measure_indexer(
     """
     indexer = MemoryIndexer.load(checkpoint).to(device)
     held_out = load_recordings(data, "held-out", indexer.config.heads)
-    indexer.config.require_model(held_out[0].shape)
+    indexer.config.require_model(held_out[0].shape, f"--indexer {checkpoint}")
     rows = measure(held_out, indexer, Rules(golden), device=device)
     console.print(recall_table(rows))
     model = name or Manifest.open(data).model
@@ -71,7 +71,7 @@ def calibrate_indexer(
     """
     indexer = MemoryIndexer.load(checkpoint).to(device)
     recordings = load_recordings(data, split, indexer.config.heads)
-    indexer.config.require_model(recordings[0].shape)
+    indexer.config.require_model(recordings[0].shape, f"--indexer {checkpoint}")
     found = expect(recordings, indexer, Rules(golden), describe(recordings, split), device)
     write_config(checkpoint_folder(checkpoint), dataclasses.replace(indexer.config, expectation=found))
     table = Table("covers", "told", "pages", title=f"what a set takes to cover so much, by {found.source}")
@@ -99,7 +99,7 @@ def measure_set_sizes(
     """
     indexer = MemoryIndexer.load(checkpoint).to(device)
     held_out = load_recordings(data, "held-out", indexer.config.heads)
-    indexer.config.require_model(held_out[0].shape)
+    indexer.config.require_model(held_out[0].shape, f"--indexer {checkpoint}")
     rows = measure_sizes(held_out, indexer, budgets=budgets, targets=targets, golden=golden, device=device)
     console.print(sizes_table(rows))
     sized = [{**row, "length": 1 << (row["tokens"] - 1).bit_length()} for row in rows]

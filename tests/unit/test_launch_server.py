@@ -29,7 +29,7 @@ def test_nothing_given_serves_the_embedded_model() -> None:
 def test_the_embedded_model_has_its_indexer() -> None:
     """It is the one of this model, and is taken however much of the rest is given."""
     folder = embedded_model_path()
-    read_checkpoint_config(INDEXER_NAME).require_model(shape_of(AutoConfig.from_pretrained(folder)))
+    read_checkpoint_config(INDEXER_NAME).require_model(shape_of(AutoConfig.from_pretrained(folder)), "it")
     given = ["--lsa-device-tokens", "6400", "--port", "1"]
     assert with_defaults(given)[4:] == ["--lsa-indexer", INDEXER_NAME, *given]
 

@@ -138,7 +138,10 @@ def write_indexer(folder: pathlib.Path, checkpoint: Any = CHECKPOINT) -> None:
         ({**CHECKPOINT, "heads": []}, "config.json is no indexer configuration"),
         ({**CHECKPOINT, "heads": [[9, 9]]}, "config.json is no indexer configuration"),
         ({**CHECKPOINT, "model": {**SHAPE, "hidden_size": 4096}}, r"hidden_size=4096, .*; this one is of .*size=576"),
-        ({**CHECKPOINT, "model": {**SHAPE, "kv_heads": 9}}, "give the indexer that belongs to this model"),
+        (
+            {**CHECKPOINT, "model": {**SHAPE, "kv_heads": 9}},
+            r"--lsa-indexer /.* was trained for .*: use smollm2-135m-instruct, which comes with the package",
+        ),
         (CHECKPOINT, None),
     ],
 )
@@ -155,6 +158,16 @@ def test_the_indexer_must_belong_to_the_model(checkpoint: Any, words: str | None
         return
     with pytest.raises(Unsupported, match=words):
         attach(arguments(), config)
+
+
+def test_where_no_indexer_fits_it_is_said_how_one_is_made() -> None:
+    """And that heads can be found at the start instead."""
+    text = SimpleNamespace(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    words = (
+        "smollm2-135m-instruct was trained for .*: make one for it with sglang-lsa adapt, or .* --lsa-calibrate cached"
+    )
+    with pytest.raises(Unsupported, match=words):
+        attach(arguments(model={"hf_text_config": text}), LSAConfig(indexer="smollm2-135m-instruct"))
 
 
 def test_auto_needs_an_indexer_that_knows_what_its_sets_cover(tmp_path: pathlib.Path) -> None:
