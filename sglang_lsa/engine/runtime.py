@@ -140,7 +140,8 @@ class LSARuntime:
         return self.lookahead.rules.config
 
     def reconfigure(self, values: Mapping[str, Value]) -> None:
-        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``.
+        """Change fields of the configuration, all of them or none; see ``sglang_lsa.serve.control``. Where all have
+        these values already, that is no change: none is counted.
 
         Raises:
             ValueError: the configuration would be impossible; nothing was changed.
@@ -148,9 +149,11 @@ class LSARuntime:
         before, after = self.config, changed(self.config, values, self.index is not None)
         if after.auto and (problem := self.lookahead.rules.no_auto(str(after.policy))) is not None:
             raise ValueError(problem)
+        if not (other := [name for name in values if getattr(before, name) != getattr(after, name)]):
+            return
         self.lookahead.rules.config = after
         self.config_changes, self.config_changed_at = self.config_changes + 1, time.time()
-        for name in values:
+        for name in other:
             logger.info("LSA: %s changed from %s to %s", name, getattr(before, name), getattr(after, name))
         self._update_metrics()
 

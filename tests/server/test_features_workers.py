@@ -99,7 +99,7 @@ def test_every_worker_changes_the_configuration(workers: ServerProcess) -> None:
     before = workers.get("/lsa/status")["config_changes"]
     answers = many(workers.post, "/lsa/config", {"budget": 0.25}, times=12)
     assert {answer["config"]["budget"] for answer in answers} == {0.25}
-    assert sorted(answer["config_changes"] for answer in answers) == [*range(before + 1, before + 13)]
+    assert {answer["config_changes"] for answer in answers} == {before + 1}, "the others change nothing"
     assert {state["config"]["budget"] for state in many(workers.get, "/lsa/status", times=12)} == {0.25}
     assert refused(workers, "/lsa/config", {"budget": 7})[0] == 400
     workers.post("/lsa/config", {"budget": LSAConfig.budget})

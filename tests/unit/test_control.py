@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -266,6 +267,25 @@ def test_a_change_is_shown_and_counted() -> None:
     assert shown["config_changed_at"] > 1.7e9
     assert (measure(runtime)["lsa_budget"], measure(runtime)["lsa_config_changes"]) == (0.4, 2)
     json.dumps(shown)
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_what_is_in_force_already_is_no_change(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = make_runtime()
+    value = getattr(runtime.config, name)
+    with caplog.at_level(logging.INFO, logger="sglang_lsa"):
+        runtime.reconfigure({name: value})
+        runtime.reconfigure({"policy": None})  # the default, which is in force
+    assert "changed" not in caplog.text
+    assert (runtime.config_changes, runtime.config_changed_at) == (0, None)
+
+
+def test_what_changes_is_logged_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = make_runtime()
+    with caplog.at_level(logging.INFO, logger="sglang_lsa"):
+        runtime.reconfigure({"threshold": None, "budget": 0.4, "policy": "quest"})
+    (line,) = [record.getMessage() for record in caplog.records if "changed" in record.getMessage()]
+    assert line == "LSA: budget changed from 0.135 to 0.4" and runtime.config_changes == 1
 
 
 # --- whom it reaches -------------------------------------------------------------------------------------------------
