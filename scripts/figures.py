@@ -39,7 +39,7 @@ from sglang_lsa.bench.prefill_report import PREFILL
 from sglang_lsa.bench.report import SERVING
 from sglang_lsa.demo.picture import draw_results, panels
 from sglang_lsa.evaluation.plots import kl_panels, plot_footprint, plot_kl
-from sglang_lsa.evaluation.summary import AVERAGE, write_markdown
+from sglang_lsa.evaluation.summary import ALL, AVERAGE, write_markdown
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -50,6 +50,8 @@ ROW = re.compile(r"([\w.-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n).*?(\n\n<!-- to here -->)", re.DOTALL)
 QUALITY = tuple(f"quality{name}" for name in ("", "-60", "-fp8", "-calibrated", "-1.5b", "-1.5b-kl", "-widen"))
 """Files of ``sglang-lsa eval``, without their endings."""
+READ_AHEAD = ("lsa_ahead", "lsa_both")
+"""Arms that pictures leave out: one point each, beside those of others."""
 STAMP = "Data"
 """Key of a picture's text that has the digest of what it shows."""
 
@@ -249,8 +251,10 @@ def pictures() -> dict[pathlib.Path, Picture]:
         found[RESULTS / f"{results.name}.png"] = Picture(rows, functools.partial(results.draw, rows=rows))
     quality = rows_of("quality.json") + rows_of("quality-1.5b.json")
     for model in dict.fromkeys(row["model"] for row in quality):
-        shown = [r for r in quality if r["task"] == AVERAGE and r["suite"] == "all" and r["model"] == model]
-        draw = functools.partial(plot_footprint, found=shown, model=model)
+        averages = [row for row in quality if row["task"] == AVERAGE and row["model"] == model]
+        suite = ALL if any(row["suite"] == ALL for row in averages) else "ruler"  # see docs/results/README.md
+        shown = [row for row in averages if row["suite"] == suite and row["arm"] not in READ_AHEAD]
+        draw = functools.partial(plot_footprint, found=shown, model=model, suite=suite)
         found[RESULTS / f"quality-{model.replace('/', '-')}.png"] = Picture(shown, draw)
     larger = rows_of("quality-1.5b.json") + rows_of("quality-1.5b-kl.json")
     model = quality_larger_tables.MODEL

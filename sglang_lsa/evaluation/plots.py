@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sglang_lsa.evaluation.arms import ARMS, FULL, LSA
-from sglang_lsa.evaluation.summary import AVERAGE
+from sglang_lsa.evaluation.summary import ALL, AVERAGE
 
 DEPTHS = 5
 """Rows of the heat map."""
@@ -43,14 +43,15 @@ def draw(output: pathlib.Path, found: Sequence[dict[str, Any]], rows: Sequence[d
     plot_depth(output / f"depth-{name}.png", rows, model)
 
 
-def plot_footprint(path: pathlib.Path, found: Sequence[dict[str, Any]], model: str) -> bool:
-    """Averages over all suites against the share of the KV's memory, one panel a length. False: there are none."""
+def plot_footprint(path: pathlib.Path, found: Sequence[dict[str, Any]], model: str, suite: str = ALL) -> bool:
+    """Averages over all suites, or over one, against the share of the KV's memory, one panel a length. False: there are
+    none."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in found if r["task"] == AVERAGE and r["suite"] == "all" and r["model"] == model]
+    rows = [r for r in found if r["task"] == AVERAGE and r["suite"] == suite and r["model"] == model]
     lengths = sorted({row["length"] for row in rows})
     if not lengths:
         return False
@@ -72,7 +73,7 @@ def plot_footprint(path: pathlib.Path, found: Sequence[dict[str, Any]], model: s
         axis.set_xlabel("device memory, % of all KV")
     axes[0][0].set_ylabel("accuracy")
     axes[0][-1].legend(fontsize=8, loc="center right")
-    figure.suptitle(model, fontsize=10)
+    figure.suptitle(model if suite == ALL else f"{model}, {suite}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

@@ -16,6 +16,8 @@ from sglang_lsa.evaluation.divergence import summary as mean_and_interval
 LEAST_FULL = 30.0
 """A task of which full attention itself gets fewer points of 100 is reported, and does not count in averages."""
 AVERAGE = "average"
+ALL = "all"
+"""What the average over the tasks of all suites has for a suite."""
 RESAMPLES = 10_000
 MEANS = ("evidence_kept", "footprint", "resident", "device_bytes", "host_bytes", "ttft", "tpot", "kl_outside")
 RUN = ("command", "hardware", "commit", "date")
@@ -47,7 +49,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         counted = FULL in cell.scores and cell.accuracy(FULL) >= LEAST_FULL and members[0]["averaged"]
         found += cell.rows({"suite": suite, "task": task, "length": length, "model": model, "counted": counted})
         if counted:
-            for name in (suite, "all"):
+            for name in (suite, ALL):
                 averaged.setdefault((model, name, length), []).append(cell)
     for (model, suite, length), members_of in sorted(averaged.items()):
         found += _average(

@@ -44,6 +44,7 @@ def test_everything_is_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in figures.pictures()])
 def test_a_picture_shows_the_data_that_is_there(name: str) -> None:
     picture = figures.pictures()[ROOT / name]
+    assert picture.data, "it shows nothing"
     assert figures.stamp_of(ROOT / name) == picture.stamp
     assert dataclasses.replace(picture, data=[picture.data, 1]).stamp != picture.stamp
 
