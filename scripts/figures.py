@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import pathlib
 import re
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +31,13 @@ import dsv4_tables
 import group_load_tables
 import quality_larger_tables
 import quality_tables
+import result_pictures
 import result_runs
-from PIL import Image, PngImagePlugin
+from result_pictures import Picture, draw, stamp_of
 
 from sglang_lsa.bench.prefill_report import PREFILL
 from sglang_lsa.bench.report import SERVING
-from sglang_lsa.demo.picture import draw_results, panels
-from sglang_lsa.evaluation.plots import kl_panels, plot_footprint, plot_kl
-from sglang_lsa.evaluation.summary import ALL, AVERAGE, write_markdown
+from sglang_lsa.evaluation.summary import write_markdown
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -50,10 +48,6 @@ ROW = re.compile(r"([\w.-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n).*?(\n\n<!-- to here -->)", re.DOTALL)
 QUALITY = tuple(f"quality{name}" for name in ("", "-60", "-fp8", "-calibrated", "-1.5b", "-1.5b-kl", "-widen"))
 """Files of ``sglang-lsa eval``, without their endings."""
-READ_AHEAD = ("lsa_ahead", "lsa_both")
-"""Arms that pictures leave out: one point each, beside those of others."""
-STAMP = "Data"
-"""Key of a picture's text that has the digest of what it shows."""
 
 
 class Stale(Exception):
@@ -231,55 +225,8 @@ def tables() -> dict[str, str]:
 # --- pictures and files ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What a picture shows, and how it is drawn."""
-
-    data: Any
-    draw: Callable[[pathlib.Path], object]
-
-    @property
-    def stamp(self) -> str:
-        data = json.dumps(self.data, sort_keys=True, default=lambda value: vars(value))
-        return hashlib.sha256(data.encode()).hexdigest()
-
-
 def pictures() -> dict[pathlib.Path, Picture]:
-    found = {}
-    for results in (SERVING, PREFILL):
-        rows = results.with_ratios(results.read(RESULTS))
-        found[RESULTS / f"{results.name}.png"] = Picture(rows, functools.partial(results.draw, rows=rows))
-    quality = rows_of("quality.json") + rows_of("quality-1.5b.json")
-    for model in dict.fromkeys(row["model"] for row in quality):
-        averages = [row for row in quality if row["task"] == AVERAGE and row["model"] == model]
-        suite = ALL if any(row["suite"] == ALL for row in averages) else "ruler"  # see docs/results/README.md
-        shown = [row for row in averages if row["suite"] == suite and row["arm"] not in READ_AHEAD]
-        draw = functools.partial(plot_footprint, found=shown, model=model, suite=suite)
-        found[RESULTS / f"quality-{model.replace('/', '-')}.png"] = Picture(shown, draw)
-    larger = rows_of("quality-1.5b.json") + rows_of("quality-1.5b-kl.json")
-    model = quality_larger_tables.MODEL
-    draw = functools.partial(plot_kl, found=larger, model=model)
-    found[RESULTS / f"kl-{model.replace('/', '-')}.png"] = Picture(kl_panels(larger, model), draw)
-    demo = content_of("demo.json")
-    found[ROOT / "docs" / "residency.png"] = Picture(panels(demo), functools.partial(draw_results, demo))
-    return found
-
-
-def stamp_of(path: pathlib.Path) -> str | None:
-    """The digest of what a picture shows."""
-    if not path.exists():
-        return None
-    with Image.open(path) as image:
-        return image.info.get(STAMP)
-
-
-def draw(path: pathlib.Path, picture: Picture) -> None:
-    picture.draw(path)
-    text = PngImagePlugin.PngInfo()
-    text.add_text(STAMP, picture.stamp)
-    with Image.open(path) as image:
-        image.load()
-        image.save(path, pnginfo=text, optimize=True)
+    return result_pictures.of(ROOT / "docs", rows_of, content_of("demo.json"))
 
 
 def files() -> dict[pathlib.Path, str]:
