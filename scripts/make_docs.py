@@ -13,8 +13,8 @@ import pathlib
 import sys
 
 from sglang_lsa.config import LSAConfig, RequestOptions
+from sglang_lsa.config.allowed import AUTO, LEAST, SWITCH
 from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
-from sglang_lsa.config.values import AUTO, LEAST, SWITCH
 from sglang_lsa.serve.metrics import markdown_table
 from sglang_lsa.serve.screen.table import FIELDS, SAMPLING, Row
 

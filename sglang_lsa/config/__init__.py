@@ -1,19 +1,18 @@
 """Configuration: flags, the JSON file, ``docs/configuration.md`` and a request's options, of one frozen dataclass."""
 
-from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument
-from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions, read_sets
-from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, no_auto, offered
-from sglang_lsa.config.values import (
+from sglang_lsa.config.allowed import (
     AUTO,
     MOST_LOOKED_UP,
     PAGE_SIZE,
     PREFILLS,
     RECORDED_POSITIONS,
     RUNS,
-    LSAConfig,
-    arrived_by_pickle,
     coerce,
 )
+from sglang_lsa.config.flags import add_cli_args, config_from_args, config_from_argument
+from sglang_lsa.config.options import MOST_WATCHED, GivenSet, RequestOptions, read_sets
+from sglang_lsa.config.policies import FULL, POLICIES, Offer, looks_at_index, no_auto, offered
+from sglang_lsa.config.values import LSAConfig, arrived_by_pickle
 
 __all__ = [
     "AUTO",

@@ -8,8 +8,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from sglang_lsa.config.allowed import AUTO, SHARE
 from sglang_lsa.config.kinds import FLAG, REMOVED, flag_of
-from sglang_lsa.config.values import AUTO, SHARE, LSAConfig, read_json_object
+from sglang_lsa.config.values import LSAConfig, read_json_object
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:

@@ -7,17 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.policies import FULL, looks_at_index, no_auto, offer_of, offered
-from sglang_lsa.config.values import (
+from sglang_lsa.config.allowed import (
     AUTO,
     MOST_LOOKED_UP,
     MOST_WIDENED,
     PAGE_SIZE,
     PREFILLS,
-    LSAConfig,
     require_choice,
     require_fraction,
 )
+from sglang_lsa.config.policies import FULL, looks_at_index, no_auto, offer_of, offered
+from sglang_lsa.config.values import LSAConfig
 
 MOST_WATCHED = 256
 """Pages whose scores a request may ask for."""

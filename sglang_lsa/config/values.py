@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.kinds import CONSTANT, FLAG, REMOVED, constant, flag_of, key, option
-from sglang_lsa.config.policies import FULL, POLICIES, looks_at_index, no_auto, offer_of, offered
-
-PREFILLS = ("exact", "resident")
-AUTO = "auto"
-"""The budget of sets that are as large as they need to be; ``groups`` and ``calibrate`` that depend on the device."""
-SHARE = "float | str"
-"""Type of the field ``budget``: a number, or :data:`AUTO`."""
-SWITCH = "bool | str"
-"""Type of the field ``groups``: on, off, or :data:`AUTO`."""
-CALIBRATE = (AUTO, "never", "cached", "always")
-PAGE_SIZE = 64
-"""Tokens in one KV page; the unit of residency, of the host mirror and of radix sharing."""
-RECORDED_POSITIONS = 128
-"""Tokens before the first position to predict whose queries are recorded: an indexer may let that many vote."""
-MOST_LOOKED_UP = 64
-"""Tokens at the end of a text that a request may ask to have occurred before."""
-MOST_WIDENED = 4
-"""Times the pages of its budget that a set may have at most while its request repeats its prompt."""
-RUNS = 32
-"""Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
+from sglang_lsa.config.allowed import AUTO, CALIBRATE, PAGE_SIZE, PREFILLS, check, coerce
+from sglang_lsa.config.kinds import CONSTANT, REMOVED, constant, key, option
+from sglang_lsa.config.policies import POLICIES, offered
 
 
 @dataclass(frozen=True)
@@ -173,69 +154,12 @@ class LSAConfig:
         object.__setattr__(self, "_policy_is_default", self.policy is None)
         if self.policy is None:
             object.__setattr__(self, "policy", offered(self.indexer)[0])
-        require_choice("policy", self.policy, tuple(POLICIES))
-        require_choice("calibrate", self.calibrate, CALIBRATE)
-        require_choice("prefill", self.prefill, PREFILLS)
-        if not isinstance(self.budget, str):
-            require_fraction("budget", self.budget)
-        elif self.budget != AUTO:
-            raise ValueError(f"budget is {self.budget!r}: use a number in (0, 1], or {AUTO}")
-        require_fraction("target_coverage", self.target_coverage)
-        require_fraction("max_budget", self.max_budget)
-        if self.auto and self.policy != FULL and not (offer_of(self.policy).expects or self.may_calibrate):
-            raise ValueError(no_auto("--lsa-budget", str(self.policy)))
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise ValueError("threshold nan is no number: use one")
-        if not 0 <= self.min_coverage <= 1:
-            raise ValueError(f"min_coverage {self.min_coverage} is out of range: use a share in [0, 1]")
-        if self.fallback_budget is not None:
-            require_fraction("fallback_budget", self.fallback_budget)
-            if isinstance(self.budget, str):
-                raise ValueError(
-                    f"fallback_budget {self.fallback_budget} does not go with --lsa-budget {AUTO}, whose sets are as "
-                    "large as they need to be: leave it out, and use target_coverage and max_budget"
-                )
-            if self.fallback_budget < self.budget:
-                raise ValueError(
-                    f"fallback_budget {self.fallback_budget} is below --lsa-budget {self.budget}: raise it"
-                )
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{called(name)} {value} is no size: use a finite number")
-            if value is not None and value < least:
-                raise ValueError(f"{called(name)} {value} is too small: use {least} or more")
-        if self.prompt_lookup > MOST_LOOKED_UP:
-            raise ValueError(f"prompt_lookup {self.prompt_lookup} is too large: use {MOST_LOOKED_UP} or less")
-        if self.widen > MOST_WIDENED:
-            raise ValueError(f"widen {self.widen} is too large: use {MOST_WIDENED} or less")
-        if not isinstance(self.groups, bool) and self.groups != AUTO:
-            raise ValueError(f"groups is {self.groups!r}: use true, false or {AUTO}")
-        if self.group_margin >= 1:
-            raise ValueError(f"group_margin {self.group_margin} is too large: use a share below 1")
-        if self.group_margin and not self.groups:
-            raise ValueError(
-                f"group_margin {self.group_margin} does nothing without groups: set groups, or leave it out"
-            )
+        check(self)
         if self.prefetch_steps >= self.window:
-            if self.prefetch_steps != type(self).prefetch_steps:
-                raise ValueError(
-                    f"prefetch_steps {self.prefetch_steps} is not less than --lsa-window {self.window}: lower it"
-                )
             object.__setattr__(self, "prefetch_steps", self.window // 4)  # the default follows short windows
         if self.device_tokens is not None:
             pool = self.device_tokens // PAGE_SIZE
             object.__setattr__(self, "staging_pages", min(self.staging_pages, pool // 2))
-        if self.device_tokens is not None and self.device_memory_gb is not None:
-            raise ValueError(
-                f"--lsa-device-tokens {self.device_tokens} and --lsa-device-memory-gb {self.device_memory_gb} "
-                "both size the device pool: give one of them"
-            )
-        if self.policy not in offered(self.indexer, None):
-            raise ValueError(
-                f"--lsa-policy {self.policy} needs a trained checkpoint: add --lsa-indexer PATH, or use "
-                f"{offered(None, looks_at_index(self.policy))[0]}"
-            )
 
     @property
     def auto(self) -> bool:
@@ -331,70 +255,3 @@ def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--lsa-config {path}: holds a {type(values).__name__}: write a JSON object")
     return values
-
-
-LEAST: dict[str, float] = {
-    "min_pages": 1,
-    "window": 1,
-    "dense_steps": 0,
-    "prompt_lookup": 0,
-    "widen": 1,
-    "group_margin": 0,
-    "prefetch_steps": 0,
-    "sink_pages": 0,
-    "recent_pages": 0,
-    "prompt_pages": 0,
-    "min_context": 0,
-    "query_tokens": 1,
-    "staging_pages": 1,
-    "device_tokens": PAGE_SIZE * 4,
-    "device_memory_gb": 0,
-    "host_memory_gb": 0,
-}
-"""The smallest value of a field that is a number."""
-
-
-def called(name: str) -> str:
-    """What messages call the field ``name``: its flag, if it has one."""
-    field = next(field for field in dataclasses.fields(LSAConfig) if field.name == name)
-    return flag_of(name) if field.metadata["kind"] == FLAG else name
-
-
-def coerce(name: str, declared: str, value: Any, source: str) -> Any:
-    """``value`` as the type that the field ``name`` declares.
-
-    Raises:
-        ValueError: it has another type; the message begins with ``source``.
-    """
-    base = declared.removesuffix(" | None")
-    if value is None and declared.endswith("| None"):
-        return None
-    if base == SWITCH:
-        if isinstance(value, bool) or value == AUTO:
-            return value
-        raise ValueError(f"{source}: {name} is {value!r}: use true, false or {AUTO}")
-    accepted: dict[str, Any] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    if base == SHARE:
-        if value == AUTO:
-            return AUTO
-        if isinstance(value, str):
-            raise ValueError(f"{source}: {name} is {value!r}: use a number in (0, 1], or {AUTO}")
-        base = "float"
-    if base.startswith("tuple"):
-        if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
-            return tuple(value)
-    elif isinstance(value, accepted[base]) and (base == "bool" or not isinstance(value, bool)):
-        return float(value) if base == "float" else value
-    raise ValueError(f"{source}: {name} is {value!r}: use a value of type {base}")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Raises ValueError unless it is in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} {value} is out of range: use a number in (0, 1]")
-
-
-def require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless it is one of them."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
