@@ -29,6 +29,7 @@ RUNS = 32
 """Equal parts of a page whose mean keys are recorded, and of which an indexer makes its keys."""
 LEAST: dict[str, float] = {
     "min_pages": 1,
+    "floor_tokens": 0,
     "window": 1,
     "dense_steps": 0,
     "prompt_lookup": 0,

@@ -38,7 +38,7 @@ _BY_KEY = (
 _BY_REQUEST = _BY_KEY + ", or in a request's custom_params.lsa"
 
 REMOVED: dict[str, str] = {
-    "min_pages": "a set is never bounded below 8 pages; raise --lsa-budget to keep more",
+    "min_pages": "give the key floor_tokens in --lsa-config (a JSON file or object): so many tokens a set may always have",
     "first_window": "all windows are whole; ask for dense_steps in a request whose answer copies or collects",
     "dense_steps": _BY_REQUEST.format("dense_steps"),
     "prompt_lookup": _BY_REQUEST.format("prompt_lookup"),

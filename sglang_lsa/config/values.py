@@ -37,6 +37,11 @@ class LSAConfig:
         "knows what its sets cover, as that of SmolLM2 does.",
     )
     min_pages: int = constant(8, "A resident set is never bounded below this many pages.")
+    floor_tokens: int = key(
+        1536,
+        "Tokens that a resident set may have whatever its budget, 24 pages of 64: of a short context a larger share "
+        "stays, since the same share of few pages loses answers. Pages of DeepSeek-V4 are larger, and 8 of them more.",
+    )
     window: int = option(64, "Decode steps during which a resident set stays fixed.")
     dense_steps: int = key(
         0,
@@ -170,6 +175,10 @@ class LSAConfig:
     def largest_budget(self) -> float:
         """The largest share of its pages that a set has of a request that asks for no budget."""
         return self.max_budget if isinstance(self.budget, str) else self.budget
+
+    def least_pages(self, page_tokens: int = PAGE_SIZE) -> int:
+        """Pages of that size that a resident set may have whatever its budget."""
+        return max(self.min_pages, self.floor_tokens // page_tokens)
 
     @property
     def policy_is_default(self) -> bool:

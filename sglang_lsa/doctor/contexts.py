@@ -68,7 +68,7 @@ def fit(
         resident = demand = pages
     else:
         largest = largest_set(physical, max_resident_pages(context_tokens, physical, page))
-        resident = Rules(config, largest, {}, expectations or {}).expected_pages(
+        resident = Rules(config, largest, {}, expectations or {}, page).expected_pages(
             pages, str(config.policy), config.largest_budget, config.target_coverage if config.auto else None
         )
         chunk = min(pages_spanned(min(tokens, chunk_tokens or tokens), page), physical // 2)

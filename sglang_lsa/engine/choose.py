@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_lsa.config import FULL, LSAConfig, no_auto
+from sglang_lsa.config import FULL, PAGE_SIZE, LSAConfig, no_auto
 from sglang_lsa.engine.group_choice import exchanged
 from sglang_lsa.engine.selection import (
     always_kept,
@@ -34,12 +34,19 @@ class Rules:
         largest_set: pages of the largest resident set that is predicted.
         thresholds: of the policies whose scores are shares of attention.
         expectations: of those that know how much of it their sets cover.
+        page_tokens: of a page.
     """
 
     config: LSAConfig
     largest_set: float
     thresholds: Mapping[str, float] = field(default_factory=dict)
     expectations: Mapping[str, Expectation] = field(default_factory=dict)
+    page_tokens: int = PAGE_SIZE
+
+    @property
+    def least_pages(self) -> int:
+        """Pages that a set may have whatever its budget."""
+        return self.config.least_pages(self.page_tokens)
 
     def set_pages(self, context: int, budget: float) -> int:
         """Pages of the largest set that is predicted for a request of ``context`` pages, its last one included."""
@@ -47,7 +54,7 @@ class Rules:
 
     def bounds(self, context: int, budget: float) -> tuple[float, int]:
         """Budget and least pages of a set, within what the device pool is meant for."""
-        return set_bounds(context, budget, self.config.min_pages, self.largest_set)
+        return set_bounds(context, budget, self.least_pages, self.largest_set)
 
     def expected_pages(self, context: int, policy: str, budget: float, target: float | None) -> int:
         """Pages that a set of a request of ``context`` pages is expected to take: all that ``budget`` allows, or with a

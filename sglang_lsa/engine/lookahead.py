@@ -51,7 +51,7 @@ class Lookahead:
     ):
         self.counts = Counts()
         largest = largest_set(pager.ledger.physical_pages, table.max_pages)
-        self.rules = Rules(config, largest, thresholds or {}, expectations or {})
+        self.rules = Rules(config, largest, thresholds or {}, expectations or {}, pager.page)
         self.clock = Clock(config.window, lead, lag)
         self.scorer = Scorer(policies, pager.device, self.counts, scores)
         self.sets = ResidentSets(table, pager.ledger)

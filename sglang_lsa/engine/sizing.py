@@ -167,7 +167,7 @@ def graph_tokens(config: LSAConfig, batch: int, context_tokens: int, physical_to
         return 0
     window = pages_spanned(config.window + config.prefetch_steps, page) + 1  # what a request may grow by meanwhile
     budget = max(config.largest_budget * config.widen, config.fallback_budget or 0.0)
-    least = int(config.min_pages * config.widen) * page
+    least = int(config.least_pages(page) * config.widen) * page
     resident = max(int(context_tokens * budget), least, config.min_context)
     return max(batch * min(context_tokens, resident + window * page), physical_tokens + batch)
 

@@ -23,12 +23,12 @@ class Finished:
     windows: tuple[Window, ...]
 
 
-def finished(request: Request, number: int, min_pages: int) -> Finished:
+def finished(request: Request, number: int, least_pages: int) -> Finished:
     """Remember a request that is gone: a few numbers, and references to what it read."""
-    return Finished(describe(request, min_pages) | {"number": number}, tuple(request.story.windows))
+    return Finished(describe(request, least_pages) | {"number": number}, tuple(request.story.windows))
 
 
-def describe(request: Request, min_pages: int) -> dict[str, Any]:
+def describe(request: Request, least_pages: int) -> dict[str, Any]:
     """One request, running or just finished, in a few numbers."""
     context, resident = request.sizes()
     dense = request.resident.tail_start == 0
@@ -39,7 +39,7 @@ def describe(request: Request, min_pages: int) -> dict[str, Any]:
         "cached_tokens": request.story.cached_tokens,
         "context_pages": context,
         "resident_pages": resident,
-        "budget_pages": context if dense else budget_pages(context, request.asked.budget, min_pages),
+        "budget_pages": context if dense else budget_pages(context, request.asked.budget, least_pages),
         "window": request.window,
         "policy": FULL if dense else request.asked.policy,
         "budget": request.asked.budget if request.asked.target is None else AUTO,

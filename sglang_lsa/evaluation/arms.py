@@ -74,7 +74,7 @@ def named_sets(question: Question, budget: float, config: Mapping[str, Any], wan
     window, stop = config["window"], len(question.ids) + question.asked.new_tokens + config["window"]
     for tokens in range(len(question.ids), stop, window):
         pages = pages_spanned(tokens, PAGE_SIZE)
-        room = budget_pages(pages, budget, config["min_pages"])
+        room = budget_pages(pages, budget, max(config["min_pages"], config["floor_tokens"] // PAGE_SIZE))
         recent = max(1, min(config["recent_pages"], room // 4))
         before_tail = dict.fromkeys(page for page in wanted if page < pages - recent)
         chosen = sorted(list(before_tail)[: room - recent])

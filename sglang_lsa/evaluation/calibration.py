@@ -148,12 +148,12 @@ def recalls(part: Seen, arms: Mapping[str, np.ndarray], context: int, budgets: S
     for budget in budgets:
         sizes = {"sink_pages": config.sink_pages, "recent_pages": config.recent_pages}
         sizes |= {"prompt": spanned, "prompt_pages": config.prompt_pages}
-        stay = always_kept(spanned, budget_pages(spanned, budget, config.min_pages), **sizes)
+        stay = always_kept(spanned, budget_pages(spanned, budget, config.least_pages()), **sizes)
         wanted = [number for number in part.evidence if not stay[number]]
         if not wanted:
             continue
         for arm, given in arms.items():
-            kept = select(given, spanned, budget=budget, min_pages=config.min_pages, **sizes)
+            kept = select(given, spanned, budget=budget, min_pages=config.least_pages(), **sizes)
             rows.append({"arm": arm, "budget": budget, "recall": float(np.isin(wanted, kept).mean())})
     return rows
 

@@ -66,7 +66,8 @@ def formatted(collected: dict[str, Any]) -> dict[str, Any]:
 
 def _running(runtime: LSARuntime, requests: list[Request]) -> list[dict[str, Any]]:
     groups = memberships(runtime, requests)
-    return [describe(request, runtime.config.min_pages) | {"group": groups.get(request.key)} for request in requests]
+    least = runtime.lookahead.rules.least_pages
+    return [describe(request, least) | {"group": groups.get(request.key)} for request in requests]
 
 
 def _formatted(entry: dict[str, Any]) -> dict[str, Any]:

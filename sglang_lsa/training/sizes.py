@@ -65,7 +65,7 @@ def measure_sizes(
                 kept = np.zeros(len(label), dtype=bool)
                 kept[found.positions] = True
                 # Of all ways, pages count that none keeps in any case.
-                free = recording.free_pages(anchor, 1.0, config.min_pages, config.sink_pages, config.recent_pages)
+                free = recording.free_pages(anchor, 1.0, config.least_pages(), config.sink_pages, config.recent_pages)
                 needed, evidence = (label >= golden) & free, np.zeros(len(label), dtype=bool)
                 evidence[[page for page in recording.entry.evidence if page < len(label)]] = True
                 evidence &= free

@@ -19,7 +19,7 @@ from sglang_lsa.server_process import LSA, ServerProcess
 POOL_TOKENS = 24_000
 WITH_LSA = ["--lsa-device-tokens", str(POOL_TOKENS), "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024"]
 WITH_LSA += ["--lsa-debug", "--enable-metrics", "--lsa-indexer", "smollm2-135m-instruct", "--lsa-policy", "quest"]
-WITH_LSA += ["--lsa-config", '{"groups": false}']
+WITH_LSA += ["--lsa-config", '{"groups": false, "floor_tokens": 512}']
 """Without groups, in which a request reads more than it chose: what it answers, and reads, is its own here. With them:
 test_groups.py."""
 REFUSED = {"test_tensor_parallel": RELEASE.resolves_late, "dsv4": not RELEASE.deepseek_v4}

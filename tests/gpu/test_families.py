@@ -37,7 +37,7 @@ FLAGS = [
     "8",
 ]
 WITH_LSA = ["--lsa-device-tokens", "8192", "--lsa-host-memory-gb", "0.5", "--lsa-min-context", "512", "--lsa-debug"]
-WITH_LSA += ["--lsa-config", '{"groups": false}', "--lsa-calibrate", "never"]
+WITH_LSA += ["--lsa-config", '{"groups": false, "floor_tokens": 512}', "--lsa-calibrate", "never"]
 WHOLE, STREAMED, TOGETHER = (600, 3000, 5000), 20_000, (5000, 5500, 6000, 6500)
 """Tokens of prompts that fit the device pool, of one that does not, and of some that fit one at a time."""
 TOLERANCE = 0.06

@@ -23,7 +23,7 @@ POOL_GB = 0.04
 CHUNK = 512
 COMMON = ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "16", "--cuda-graph-max-bs-decode", "8"]
 WITH_LSA = ["--lsa-device-memory-gb", str(POOL_GB), "--lsa-host-memory-gb", "1", "--lsa-min-context", "512"]
-WITH_LSA += ["--lsa-debug", "--lsa-config", '{"groups": false}', "--lsa-calibrate", "never"]
+WITH_LSA += ["--lsa-debug", "--lsa-config", '{"groups": false, "floor_tokens": 512}', "--lsa-calibrate", "never"]
 FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
 
 

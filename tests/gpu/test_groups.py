@@ -45,7 +45,9 @@ def test_steps() -> None:
 
 @pytest.fixture(scope="module", params=["graphs", "eager"])
 def groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, extra: list[str]):
-    yield from server_of(request.param, ["--lsa-config", '{"groups": true}'], tmp_path_factory, extra)
+    yield from server_of(
+        request.param, ["--lsa-config", '{"groups": true, "floor_tokens": 512}'], tmp_path_factory, extra
+    )
 
 
 def server_of(

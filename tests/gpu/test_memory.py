@@ -30,7 +30,7 @@ SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"
 POOL = 2048
 CONTEXT = 12_288
 SMALL = ["--lsa-device-tokens", str(POOL), "--lsa-host-memory-gb", "1", "--lsa-min-context", "512", "--lsa-debug"]
-SMALL += ["--lsa-config", '{"groups": false}', "--lsa-calibrate", "never"]
+SMALL += ["--lsa-config", '{"groups": false, "floor_tokens": 512}', "--lsa-calibrate", "never"]
 SMALL += ["--chunked-prefill-size", "512", "--max-running-requests", "16"]
 SMALL += ["--cuda-graph-max-bs-decode", "16", "--context-length", str(CONTEXT)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from serving import assert_idle
-from soak import FLAGS, LSA_CONFIG
+from soak import FLAGS, LSA_CONFIG, NARROW
 
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
@@ -32,7 +32,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def flags_of(model_path: str, host_memory_gb: float) -> list[str]:
     """A device pool of 150 pages, and a host mirror."""
     flags = ["--model-path", model_path, *SERVED, "--lsa-device-tokens", str(DEVICE_TOKENS)]
-    flags += ["--lsa-host-memory-gb", str(host_memory_gb), "--lsa-min-context", "1024"]
+    flags += ["--lsa-host-memory-gb", str(host_memory_gb), "--lsa-min-context", "1024", *NARROW]
     return [*flags, "--lsa-debug", "--enable-custom-logit-processor"]
 
 
@@ -70,7 +70,7 @@ def small(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
 def keyed(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
     """LSA behind an API key (``secret``) and an administrator's (``topsecret``)."""
     flags = ["--model-path", model_path, *SERVED, *SIX_LAYERS, "--api-key", "secret", "--admin-api-key", "topsecret"]
-    flags += ["--lsa-device-tokens", "4096", "--lsa-host-memory-gb", "0.5", "--lsa-min-context", "1024"]
+    flags += ["--lsa-device-tokens", "4096", "--lsa-host-memory-gb", "0.5", "--lsa-min-context", "1024", *NARROW]
     with ServerProcess(LSA, flags, logs / "keyed.log") as server:
         yield server.wait_until_ready()
 

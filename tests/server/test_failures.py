@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prompts import needle, prose
 from serving import assert_idle, finished_request, flush, generate, is_busy, wait_until_idle
-from soak import FLAGS, Question, body, tokens_of
+from soak import FLAGS, NARROW, Question, body, tokens_of
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.release]
 SMALL = [*FLAGS, "--lsa-device-tokens", "2560", "--lsa-debug", "--lsa-host-memory-gb", "0.2"]
-SMALL += ["--lsa-min-context", "512", "--lsa-window", "16"]
+SMALL += ["--lsa-min-context", "512", "--lsa-window", "16", *NARROW]
 SUPPORT = pathlib.Path(__file__).resolve().parents[1] / "support"
 
 

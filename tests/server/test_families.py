@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, TINY, Answered, Reference, ask, random_prompt, write_model
 from serving import assert_idle, finished_request
+from soak import NARROW
 
 from sglang_lsa.server_process import LSA, ServerProcess
 
@@ -21,7 +22,7 @@ QUICK = ("qwen3",)
 """That with norms of queries and keys stands for all where time is short."""
 FLAGS = ["--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--chunked-prefill-size", "512"]
 FLAGS += ["--lsa-device-tokens", "2048", "--lsa-host-memory-gb", "0.1", "--lsa-min-context", "256", "--lsa-debug"]
-FLAGS += ["--lsa-window", "16"]
+FLAGS += ["--lsa-window", "16", *NARROW]
 WHOLE, STREAMED = 1300, 3000
 """Tokens of prompts that fit the device pool, and do not."""
 TOLERANCE = 1e-4

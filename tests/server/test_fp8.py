@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prompts import prose
 from serving import assert_idle
-from soak import FLAGS
+from soak import FLAGS, NARROW
 
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.server
 POOL = 1024
 FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
 LSA_FLAGS = ["--lsa-device-tokens", str(POOL), "--lsa-host-memory-gb", "0.03", "--lsa-min-context", "256"]
-LSA_FLAGS += ["--lsa-window", "16", "--lsa-debug"]
+LSA_FLAGS += ["--lsa-window", "16", "--lsa-debug", *NARROW]
 HEADS, HEAD_DIM, LAYERS = 3, 64, 6
 """KV heads of the embedded model, and the layers that ``FLAGS`` leave of it."""
 

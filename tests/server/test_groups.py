@@ -45,7 +45,7 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         model_path,
         *FLAGS,
         "--lsa-config",
-        '{"groups": true}',
+        '{"groups": true, "floor_tokens": 512}',
         "--lsa-debug",
         "--lsa-min-context",
         "1024",

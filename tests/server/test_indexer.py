@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from serving import finished_request
+from soak import NARROW
 
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.server_process import LSA, ServerProcess
@@ -23,7 +24,7 @@ MORE = "--lsa-host-memory-gb 2 --chunked-prefill-size 4096 --skip-server-warmup 
 
 @pytest.fixture(scope="module")
 def server(model_path: str, logs: pathlib.Path) -> Iterator[ServerProcess]:
-    flags = ["--model-path", model_path, *FLAGS.split(), *MORE.split()]
+    flags = ["--model-path", model_path, *FLAGS.split(), *MORE.split(), *NARROW]
     with ServerProcess(LSA, flags, logs / "indexer.log") as server:
         yield server.wait_until_ready()
 

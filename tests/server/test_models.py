@@ -6,13 +6,14 @@ import pathlib
 
 import pytest
 import torch
+from soak import NARROW
 
 from sglang_lsa.server_process import LSA, ServerFailed, ServerProcess
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 WINDOW = 64
 FLAGS = ["--dtype", "float32", "--skip-tokenizer-init", "--skip-server-warmup", "--lsa-device-tokens", "2048"]
-FLAGS += ["--lsa-host-memory-gb", "0.1", "--lsa-min-context", "256", "--lsa-debug"]
+FLAGS += ["--lsa-host-memory-gb", "0.1", "--lsa-min-context", "256", "--lsa-debug", *NARROW]
 
 
 @pytest.fixture(scope="module")

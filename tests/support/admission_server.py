@@ -26,7 +26,7 @@ class Server(harness.Server):
         self, chunk: int | None = CHUNK, physical: int = PHYSICAL, page: int = PAGE_SIZE, **options: object
     ) -> None:
         super().__init__(physical, VIRTUAL, page)
-        defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "policy": "recency"}
+        defaults = {"budget": 0.5, "min_pages": 1, "floor_tokens": 0, "min_context": CHUNK, "policy": "recency"}
         self.config = LSAConfig(**{**defaults, **options})
         table = ResidentTable(4, physical // 2 + 1, page)
         self.lookahead = Lookahead(self.config, self.pager, table, {"recency": Recency()})

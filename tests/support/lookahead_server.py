@@ -42,8 +42,8 @@ class Server(harness.Server):
 
     def __init__(self, lead: int = 0, lag: int = 0, page: int = PAGE_SIZE, **options: object) -> None:
         super().__init__(PHYSICAL, VIRTUAL, page)
-        defaults = {"budget": 0.5, "min_pages": 1, "window": WINDOW, "sink_pages": 1, "recent_pages": 1}
-        defaults["prompt_pages"] = 0
+        defaults = {"budget": 0.5, "min_pages": 1, "floor_tokens": 0, "window": WINDOW}
+        defaults |= {"sink_pages": 1, "recent_pages": 1, "prompt_pages": 0}
         self.config = LSAConfig(**{**defaults, "min_context": 4 * self.pager.page, **options})
         self.table = ResidentTable(16, 32, self.pager.page)
         self.wanted = Wanted()

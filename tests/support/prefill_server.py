@@ -46,8 +46,9 @@ class Server(harness.Server):
         self, chunk: int | None = CHUNK, physical: int = PHYSICAL, page: int = PAGE_SIZE, **options: object
     ) -> None:
         super().__init__(physical, VIRTUAL, page)
-        defaults = {"budget": 0.5, "min_pages": 1, "min_context": CHUNK, "window": 8, "staging_pages": 3}
-        config = LSAConfig(**{**defaults, "recent_pages": 1, "prompt_pages": 0, "debug": True, **options})
+        defaults = {"budget": 0.5, "min_pages": 1, "floor_tokens": 0, "min_context": CHUNK, "window": 8}
+        defaults |= {"staging_pages": 3, "recent_pages": 1, "prompt_pages": 0}
+        config = LSAConfig(**{**defaults, "debug": True, **options})
         table = torch.zeros((9, VIRTUAL * self.pager.page), dtype=torch.int32)
         self.runtime = LSARuntime(config, self.pager, table, 1, 1.0, chunk)
         self.lookahead, self.prefill, self.admission = (

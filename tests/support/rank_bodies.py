@@ -18,7 +18,7 @@ from tensor_parallel import Place
 from sglang_lsa.server_process import STOCK, ServerProcess
 
 SMALL_POOL = ["--lsa-device-tokens", "2048", "--lsa-host-memory-gb", "0.04", "--lsa-min-context", "256"]
-SMALL_POOL += ["--lsa-window", "16", "--lsa-debug", "--enable-priority-scheduling"]
+SMALL_POOL += ["--lsa-window", "16", "--lsa-debug", "--enable-priority-scheduling", *soak.NARROW]
 """32 pages on the device of each rank. Records are compared after every pass."""
 FAULTS = "tensor_parallel"
 """LSA's server, with what goes wrong on rank 1."""

@@ -147,6 +147,7 @@ class Simulation:
         self.config = {
             "budget": chance.choice([0.1, 0.2, 0.5]),
             "min_pages": chance.choice([1, 4]),
+            "floor_tokens": 0,
             "min_context": chance.choice([4, 8]) * self.page,
             "window": 8,
             "prefetch_steps": 3,

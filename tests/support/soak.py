@@ -44,7 +44,9 @@ KINDS = {"ask": 66, "abort": 7, "disconnect": 7, "flush": 3, "bad": 3, "many": 6
 RETRACT_EVERY = 40
 """Requests, at one of which all that run lose their places."""
 PRIORITIES = (0, 0, 100)
-LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16}
+LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "floor_tokens": 512}
+NARROW = ["--lsa-config", '{"floor_tokens": 512}']
+"""Sets of 8 pages where the budget is no more: contexts of tests are short, and are to be pruned all the same."""
 """32 pages on the device, 221 on the host; a chunk takes 8."""
 
 Tokens = list[tuple[int, float]]

@@ -42,6 +42,7 @@ def test_each_context_holds_its_resident_set_and_a_page_to_grow_into() -> None:
         pytest.param({"policy": "full", "physical": 100}, 0, "device pool", id="all pages, larger than the pool"),
         pytest.param({"min_context": 8192}, 9, "device pool", id="too short to be pruned"),
         pytest.param({"min_pages": 50}, 19, "device pool", id="least pages"),
+        pytest.param({"floor_tokens": 50 * 64 + 63}, 19, "device pool", id="least tokens"),
     ],
 )
 def test_what_limits_contexts_of_100_pages(options: dict[str, Any], lsa: int, limit: str) -> None:

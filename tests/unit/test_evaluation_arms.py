@@ -58,7 +58,7 @@ def test_named_sets_keep_to_the_budget(name: str, budget: float, length: int) ->
     last = (length - 1) // 64
     evidence = tuple(sorted({last // 3, last // 2}))
     question = Question(Sample("s", "s", "t", length, "", (turn,)), 0, tuple(range(length)), evidence)
-    config = {"window": 64, "min_pages": 4, "recent_pages": 4, "prompt_pages": 0}
+    config = {"window": 64, "min_pages": 4, "floor_tokens": 128, "recent_pages": 4, "prompt_pages": 0}
     options = Arm(name, budget).options(question, config)
     parsed = RequestOptions.parse({"lsa": options}, LSAConfig())
     assert [given.tokens for given in parsed.sets] == list(range(length, length + 200 + 64, 64))

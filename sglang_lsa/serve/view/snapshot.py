@@ -69,7 +69,7 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
     """
     context, resident = request.sizes()
     dense = request.resident.tail_start == 0
-    least = runtime.config.min_pages
+    least = runtime.lookahead.rules.least_pages
     return {
         "rid": request.rid if len(request.rid) <= LONGEST_NAME else request.rid[: LONGEST_NAME - 1] + "…",
         "row": request.row,
