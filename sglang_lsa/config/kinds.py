@@ -38,7 +38,7 @@ _BY_KEY = (
 _BY_REQUEST = _BY_KEY + ", or in a request's custom_params.lsa"
 
 REMOVED: dict[str, str] = {
-    "min_pages": "give the key floor_tokens in --lsa-config (a JSON file or object): so many tokens a set may always have",
+    "min_pages": "the least is 8 pages, and the key floor_tokens in --lsa-config if that is more; give that key",
     "first_window": "all windows are whole; ask for dense_steps in a request whose answer copies or collects",
     "dense_steps": _BY_REQUEST.format("dense_steps"),
     "prompt_lookup": _BY_REQUEST.format("prompt_lookup"),

@@ -90,7 +90,7 @@ def contexts(
 ) -> Fit:
     """With KV of one byte a token, and a mirror that is never the limit unless ``virtual`` says so."""
     plan = MemoryPlan(physical * 64, virtual * 64, PageShape(64, ((64,),)), {"staging": overhead})
-    config = LSAConfig(**{"budget": 0.1, "min_context": 1024, **options})
+    config = LSAConfig(**{"budget": 0.1, "floor_tokens": 0, "min_context": 1024, **options})
     return fit(
         config,
         plan,

@@ -117,6 +117,7 @@ def test_what_is_gone_is_what_is_no_flag() -> None:
     assert (set(NAMES[KEY]) | set(NAMES[CONSTANT])) - {
         "groups",
         "group_margin",
+        "floor_tokens",
         "widen",
         "target_coverage",
         "max_budget",
@@ -285,7 +286,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"observe_layers": [1.5]}, r"observe_layers is \[1\.5\]: use a value of type tuple"),
     ({"debug": 1}, "debug is 1: use a value of type bool"),
     ({"indexer": ["a"]}, r"indexer is \['a'\]: use a value of type str"),
-    ({"budgets": 0.5}, "unknown key 'budgets': use one of policy, budget, window"),
+    ({"budgets": 0.5}, "unknown key 'budgets': use one of policy, budget, floor_tokens"),
 ]
 
 

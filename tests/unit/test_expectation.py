@@ -16,7 +16,7 @@ from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape, read_checkp
 from sglang_lsa.indexer.expectation import TOLD, Expectation
 
 LINE = Expectation(((0.0, 0.2, 0.0), (0.5, 0.6, 0.1), (1.0, 1.0, 1.0)), "a line")
-CONFIG = LSAConfig(indexer="x", budget="auto", max_budget=0.5)
+CONFIG = LSAConfig(indexer="x", budget="auto", max_budget=0.5, floor_tokens=0)
 
 
 def rules(expectation: Expectation | None = LINE, config: LSAConfig = CONFIG, largest: int = 1 << 20) -> Rules:
@@ -153,7 +153,7 @@ def test_short_contexts_and_small_pools_bound_a_set() -> None:
     assert len(choose(rules(), np.ones(5), 5, 0.5, "indexer", 5, target=0.9).positions) == 5
     small = choose(rules(largest=6), np.ones(100), 100, 0.5, "indexer", 100, target=0.9)
     assert len(small.positions) == 6
-    own = LSAConfig(indexer="x", budget="auto", max_budget=0.5, threshold=2.0)
+    own = LSAConfig(indexer="x", budget="auto", max_budget=0.5, threshold=2.0, floor_tokens=0)
     assert choose(rules(config=own), np.ones(100), 100, 0.5, "indexer", 100, target=0.9).collapsed
 
 

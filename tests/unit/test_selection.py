@@ -51,6 +51,30 @@ def test_budget_pages(context_pages: int, budget: float, min_pages: int, bound: 
     assert budget_pages(context_pages, budget, min_pages) == bound
 
 
+@pytest.mark.parametrize(
+    ("context_pages", "options", "page_tokens", "largest", "bound"),
+    [
+        (20, {}, 64, 1000, 20),
+        (64, {}, 64, 1000, 24),
+        (64, {"budget": 0.5}, 64, 1000, 32),
+        (177, {}, 64, 1000, 24),
+        (256, {}, 64, 1000, 34),
+        (64, {}, 64, 16, 16),
+        (64, {"floor_tokens": 0}, 64, 1000, 8),
+        (64, {"floor_tokens": 639}, 64, 1000, 9),
+        (64, {}, 256, 1000, 8),
+        (64, {"floor_tokens": 2560}, 256, 1000, 10),
+    ],
+)
+def test_of_short_contexts_a_larger_share_stays(
+    context_pages: int, options: dict[str, Any], page_tokens: int, largest: float, bound: int
+) -> None:
+    """24 pages of 64 tokens; DeepSeek-V4's are larger, so that 8 are more than that; no more than a small pool has."""
+    config = LSAConfig(policy="quest", **options)
+    rules = Rules(config, largest, page_tokens=page_tokens)
+    assert rules.set_pages(context_pages, config.largest_budget) == bound
+
+
 def test_sink_recent_and_the_best() -> None:
     assert chosen([0, 1, 9, 2, 8, 3, 7, 0], budget=0.5) == [0, 2, 4, 7]
 
@@ -391,7 +415,7 @@ def test_sets_of_a_request_that_repeats_its_prompt(
     widen: float, follows: int | None, largest: float, positions: list[int]
 ) -> None:
     """Of 21 pages six, the last partly filled: one first, one recent, one of the question, and scored ones."""
-    rules = Rules(LSAConfig(min_pages=6, sink_pages=1, recent_pages=4, prompt_pages=2), largest)
+    rules = Rules(LSAConfig(min_pages=6, floor_tokens=0, sink_pages=1, recent_pages=4, prompt_pages=2), largest)
     scores = np.zeros(20)
     scores[[1, 19, 16, 15, 14, 7, 3, 13]] = [9, 8.5, 8, 7, 6, 5, 4, 3]
     found = choose(rules, scores, 21, 0.1, prompt=19, widen=widen, follows=follows)
