@@ -32,7 +32,7 @@ def measure_sizes(
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """One row for each recording and way to size a set: a fixed budget, or ``auto`` with a target; chosen as a server
-    with this indexer chooses.
+    with this indexer chooses, but for the floor of short contexts, beside which budgets would not differ.
 
     ``pages`` is the share of the context's pages that are in the set, those that always stay and the growing one
     included: so much of the KV's bytes. ``covered`` is the share of the heads' attention to all complete pages in the
@@ -46,8 +46,8 @@ def measure_sizes(
     known = indexer.config.expectation
     if targets and known is None:
         raise ValueError("--targets: the indexer does not know what its sets cover: run sglang-lsa calibrate first")
-    ways = [LSAConfig(indexer="it", budget=budget) for budget in budgets]
-    ways += [LSAConfig(indexer="it", budget=AUTO, target_coverage=target) for target in targets]
+    ways = [LSAConfig(indexer="it", budget=budget, floor_tokens=0) for budget in budgets]
+    ways += [LSAConfig(indexer="it", budget=AUTO, target_coverage=target, floor_tokens=0) for target in targets]
     rows = []
     for recording in tqdm(recordings, desc="sizes", unit="recording", leave=False):
         keys = indexer.keys_of_runs(recording.runs.to(device))
@@ -65,7 +65,7 @@ def measure_sizes(
                 kept = np.zeros(len(label), dtype=bool)
                 kept[found.positions] = True
                 # Of all ways, pages count that none keeps in any case.
-                free = recording.free_pages(anchor, 1.0, config.least_pages(), config.sink_pages, config.recent_pages)
+                free = recording.free_pages(anchor, 1.0, config.min_pages, config.sink_pages, config.recent_pages)
                 needed, evidence = (label >= golden) & free, np.zeros(len(label), dtype=bool)
                 evidence[[page for page in recording.entry.evidence if page < len(label)]] = True
                 evidence &= free

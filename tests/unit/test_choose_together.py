@@ -28,6 +28,7 @@ def rules_of(chance: np.random.Generator) -> Rules:
     config = LSAConfig(
         budget=0.02,
         min_pages=int(chance.choice([1, 4, 8])),
+        floor_tokens=0,
         sink_pages=int(chance.choice([0, 1, 3])),
         recent_pages=int(chance.choice([1, 4])),
         prompt_pages=int(chance.choice([0, 2])),

@@ -196,7 +196,7 @@ def admission(physical: int = 24) -> Admission:
         {1: torch.zeros(physical + 1, KV_ROW, dtype=torch.uint8)},
         {1: torch.zeros(physical + 1, INDEX_ROW, dtype=torch.uint8)},
     )
-    config = LSAConfig(budget=0.5, min_pages=1, min_context=4 * PAGE, policy="recency")
+    config = LSAConfig(budget=0.5, min_pages=1, floor_tokens=0, min_context=4 * PAGE, policy="recency")
     return Admission(Pager(layout, 100), Rules(config, physical / 2, {}), 4 * PAGE)
 
 

@@ -34,6 +34,7 @@ class World:
             group_margin=margin,
             budget=0.5,
             min_pages=1,
+            floor_tokens=0,
             sink_pages=1,
             recent_pages=1,
             prompt_pages=0,

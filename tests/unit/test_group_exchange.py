@@ -259,7 +259,9 @@ def test_without_a_group_nothing_is_looked_at() -> None:
 @pytest.mark.parametrize("margin", [0.1, 0.6])
 def test_looked_up_pages_do_not_go_for_later_ones(margin: float) -> None:
     """More of them than there is room for: the set has those that are read first, whatever its group reads."""
-    rules = Rules(LSAConfig(groups=True, group_margin=margin, sink_pages=1, recent_pages=1, min_pages=1), 100)
+    rules = Rules(
+        LSAConfig(groups=True, group_margin=margin, sink_pages=1, recent_pages=1, min_pages=1, floor_tokens=0), 100
+    )
     scores, upcoming, later = np.full(20, 0.1), np.arange(5, 15), np.arange(9, 15)
     alone = choose(rules, scores, 21, 0.3, upcoming=upcoming)
     assert {5, 6, 7, 8} <= set(alone.positions.tolist()) and not set(later) & set(alone.positions)
@@ -268,7 +270,7 @@ def test_looked_up_pages_do_not_go_for_later_ones(margin: float) -> None:
 
 
 TOLD = Expectation(((0.0, 0.0, 0.0), (0.5, 0.7, 0.1), (1.0, 1.0, 1.0)))
-SIZED = Rules(LSAConfig(groups=True, group_margin=0.4, min_pages=1, sink_pages=1, prompt_pages=0), 100)
+SIZED = Rules(LSAConfig(groups=True, group_margin=0.4, min_pages=1, floor_tokens=0, sink_pages=1, prompt_pages=0), 100)
 SIZED.expectations, SIZED.thresholds = {"indexer": TOLD}, {"indexer": 0.0}
 
 
@@ -300,7 +302,7 @@ def test_a_set_that_is_widened_for_what_it_covers_still_covers_it(
 ) -> None:
     """Or what it covered without a group, where the budget was too small for it."""
     config = {"group_margin": margin, "min_coverage": least, "fallback_budget": fallback}
-    rules = Rules(LSAConfig(groups=True, min_pages=1, sink_pages=1, prompt_pages=0, **config), 100)
+    rules = Rules(LSAConfig(groups=True, min_pages=1, floor_tokens=0, sink_pages=1, prompt_pages=0, **config), 100)
     rules.thresholds = {"indexer": 0.0}
     draw = np.random.default_rng(seed)
     scores, common = draw.random(40) ** 4, np.flatnonzero(draw.random(40) < 0.4)
@@ -318,7 +320,9 @@ def test_without_a_fallback_budget_nothing_is_widened_and_the_margin_alone_count
     scores, common = np.array([1.0, 1, 1, 0.7, 0.7, 0.7, *[0.5] * 14]), np.arange(3, 6)
     found = []
     for fallback in (None, 0.15):
-        config = LSAConfig(groups=True, group_margin=0.4, min_coverage=0.3, fallback_budget=fallback, min_pages=1)
+        config = LSAConfig(
+            groups=True, group_margin=0.4, min_coverage=0.3, fallback_budget=fallback, min_pages=1, floor_tokens=0
+        )
         rules = Rules(dataclasses.replace(config, sink_pages=0, recent_pages=1, prompt_pages=0), 100)
         rules.thresholds = {"indexer": 0.0}
         found.append(choose(rules, scores, 21, 0.2, "indexer", common=common).positions.tolist())

@@ -39,7 +39,7 @@ class Adder(SimpleNamespace):
     def __init__(self, chunk: int | None, running: int = 0) -> None:
         keys, values = ([torch.zeros((DEVICE_PAGES + 1) * PAGE_SIZE, 1, 1)] for _ in range(2))
         pager = Pager(MhaLayout(keys, values, PAGE_SIZE), 200)
-        config = LSAConfig(policy="recency", budget=0.5, min_pages=1, min_context=4 * PAGE_SIZE)
+        config = LSAConfig(policy="recency", budget=0.5, min_pages=1, floor_tokens=0, min_context=4 * PAGE_SIZE)
         lookahead = Lookahead(config, pager, ResidentTable(4, 13, PAGE_SIZE), {"recency": Recency()})
         admission = Admission(pager, lookahead.rules, chunk)
         super().__init__(

@@ -275,7 +275,7 @@ def test_a_pass_that_was_given_up_before_it_started() -> None:
 
 
 def test_running_requests_shrink_before_one_is_retracted() -> None:
-    runtime = make_runtime(policy="recency", min_pages=1, budget=0.5, min_context=64)
+    runtime = make_runtime(policy="recency", min_pages=1, floor_tokens=0, budget=0.5, min_context=64)
     request = Request("a", 1, Asked("recency", 0.5), tokens=20 * PAGE_SIZE)
     request.pages = np.arange(1, 21)
     held(runtime, "a", *range(1, 21))

@@ -62,7 +62,14 @@ def rank_of(rank: int, ranks: int, scores: Scores | None = None, **options: obje
     queries = [torch.randn(TOKENS, Q_HEADS, DIM, generator=chance) for _ in range(LAYERS)]
     own = [pool.chunk(ranks, dim=1)[rank].contiguous() for pool in keys]
     pager = Pager(MhaLayout(own, [torch.zeros_like(pool) for pool in own], PAGE_SIZE), 2 * PAGES)
-    defaults = {"observe_layers": (0, 1), "query_tokens": 8, "min_context": 256, "min_pages": 2, "recent_pages": 1}
+    defaults = {
+        "observe_layers": (0, 1),
+        "query_tokens": 8,
+        "min_context": 256,
+        "min_pages": 2,
+        "floor_tokens": 0,
+        "recent_pages": 1,
+    }
     config = LSAConfig(**{**defaults, **options})
     rows = torch.zeros((3, TOKENS + PAGE_SIZE), dtype=torch.int32)
     runtime = LSARuntime(config, pager, rows, Q_HEADS // ranks, DIM**-0.5, scores=scores)

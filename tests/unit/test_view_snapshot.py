@@ -42,7 +42,7 @@ from sglang_lsa.serve.view.tree import TreePicture
 def make_runtime(physical: int = 12, virtual: int = 40, rows: int = 4, **options: object) -> LSARuntime:
     keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
     table = torch.zeros((rows, (virtual + 1) * PAGE_SIZE), dtype=torch.int32)
-    config = LSAConfig(**{"min_pages": 1, **options})
+    config = LSAConfig(**{"min_pages": 1, "floor_tokens": 0, **options})
     return LSARuntime(config, Pager(MhaLayout(keys, values, PAGE_SIZE), virtual), table, 2, 1.0)
 
 
