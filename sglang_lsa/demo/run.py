@@ -21,11 +21,13 @@ from sglang_lsa.embedded_model import INDEXER_NAME, embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 from sglang_lsa.texts.document import FACTS, Question, build_document, fact_pages, load_tokenizer, prompt_tokens
 
-CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer=INDEXER_NAME)
-"""The device pool holds one document and a half; everything else is a default."""
+CONFIG = LSAConfig(device_tokens=6400, host_memory_gb=1, indexer=INDEXER_NAME, floor_tokens=0)
+"""The device pool holds one document and a half, and documents of 4K stand for long ones: the budget alone bounds their
+sets. Everything else is a default."""
 LSA_FLAGS = [
     f"--lsa-{name}={getattr(CONFIG, name.replace('-', '_'))}" for name in ("device-tokens", "host-memory-gb", "indexer")
 ]
+LSA_FLAGS += ["--lsa-config", json.dumps({"floor_tokens": CONFIG.floor_tokens})]
 STOCK_FLAGS = ["--max-total-tokens=16384", "--chunked-prefill-size=8192"]
 """A prompt is one chunk: for each, SGLang's attention for CPUs does the work of the whole prompt; ours does not."""
 WORDINGS = (
