@@ -81,7 +81,7 @@ variable matters; `XDG_CACHE_HOME` moves the cache folder.
 KEYS_HEAD = """## While it runs
 
 Keys of the file and of `lsa_config`, but no flags. `POST /lsa/config` changes them on a running server, but for
-`groups` and `group_margin`, and `budget`, `policy` and `prefill` of the table above as well
+`floor_tokens`, `groups` and `group_margin`, and `budget`, `policy` and `prefill` of the table above as well
 ([operating](operating.md#changing-it-while-it-runs)).
 """
 

@@ -9,7 +9,8 @@ from typing import Any
 FLAG = "flag"
 """What a user decides when a server starts: a flag, and a key of ``--lsa-config`` and ``sgl.Engine(lsa_config=)``."""
 KEY = "key"
-"""A default that ``POST /lsa/config``, or a request, may change: a key of the same files, but no flag."""
+"""A default that ``POST /lsa/config``, or a request, may change, or a default that few have a reason to: a key of the
+same files, but no flag."""
 CONSTANT = "constant"
 """Part of the method: no flag and no key. A program that makes an LSAConfig itself can say otherwise, as tests with
 pools of a dozen pages do."""

@@ -14,6 +14,7 @@ import pytest
 
 from sglang_lsa.config import LSAConfig, RequestOptions
 from sglang_lsa.config.kinds import CONSTANT, FLAG, KEY, REMOVED, flag_of
+from sglang_lsa.serve.control import CHANGEABLE
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
@@ -45,6 +46,14 @@ def test_every_option_is_there() -> None:
     for field in dataclasses.fields(RequestOptions):
         assert f"| `{field.name}` |" in request
     assert all(f"| `{flag_of(name)}` | {advice} |" in gone for name, advice in REMOVED.items())
+
+
+def test_keys_that_a_running_server_keeps_are_named() -> None:
+    head = PAGE.split("## While it runs")[1].split("| key |")[0]
+    kept, changed = (re.findall("`(.*?)`", part) for part in head.split("but for")[1].split(", and ", 1))
+    kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(LSAConfig)}
+    assert kept == [name for name, kind in kinds.items() if kind == KEY and name not in CHANGEABLE]
+    assert sorted(changed) == sorted(name for name in CHANGEABLE if kinds[name] == FLAG)
 
 
 def test_features_are_listed() -> None:
