@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_lsa.config import FULL, PAGE_SIZE, LSAConfig, no_auto
+from sglang_lsa.config import FULL, LSAConfig, no_auto
 from sglang_lsa.engine.group_choice import exchanged
 from sglang_lsa.engine.selection import (
     always_kept,
@@ -34,19 +34,20 @@ class Rules:
         largest_set: pages of the largest resident set that is predicted.
         thresholds: of the policies whose scores are shares of attention.
         expectations: of those that know how much of it their sets cover.
-        page_tokens: of a page.
+        page_tokens: of a page; None for the page that most models have.
     """
 
     config: LSAConfig
     largest_set: float
     thresholds: Mapping[str, float] = field(default_factory=dict)
     expectations: Mapping[str, Expectation] = field(default_factory=dict)
-    page_tokens: int = PAGE_SIZE
+    page_tokens: int | None = None
 
     @property
     def least_pages(self) -> int:
         """Pages that a set may have whatever its budget."""
-        return self.config.least_pages(self.page_tokens)
+        tokens = self.page_tokens
+        return self.config.least_pages() if tokens is None else self.config.least_pages(tokens)
 
     def set_pages(self, context: int, budget: float) -> int:
         """Pages of the largest set that is predicted for a request of ``context`` pages, its last one included."""
