@@ -322,7 +322,7 @@ class LSARuntime:
             self.lookahead.forget(request)
         if request is not None and not request.rid.startswith(HEALTH_CHECK):
             self.finished_requests += 1
-            self.finished.append(finished(request, self.finished_requests, self.lookahead.rules.least_pages))
+            self.finished.append(finished(request, self.finished_requests, self.lookahead.rules))
         self._update_metrics()
 
     def on_idle(self) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.config import AUTO, FULL
+from sglang_lsa.engine.choose import Rules
 from sglang_lsa.engine.request import Request, Window
-from sglang_lsa.engine.selection import budget_pages
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Finished:
     windows: tuple[Window, ...]
 
 
-def finished(request: Request, number: int, least_pages: int) -> Finished:
+def finished(request: Request, number: int, rules: Rules) -> Finished:
     """Remember a request that is gone: a few numbers, and references to what it read."""
-    return Finished(describe(request, least_pages) | {"number": number}, tuple(request.story.windows))
+    return Finished(describe(request, rules) | {"number": number}, tuple(request.story.windows))
 
 
-def describe(request: Request, least_pages: int) -> dict[str, Any]:
+def describe(request: Request, rules: Rules) -> dict[str, Any]:
     """One request, running or just finished, in a few numbers."""
     context, resident = request.sizes()
     dense = request.resident.tail_start == 0
@@ -39,7 +39,7 @@ def describe(request: Request, least_pages: int) -> dict[str, Any]:
         "cached_tokens": request.story.cached_tokens,
         "context_pages": context,
         "resident_pages": resident,
-        "budget_pages": context if dense else budget_pages(context, request.asked.budget, least_pages),
+        "budget_pages": context if dense else rules.set_pages(context, request.asked.budget),
         "window": request.window,
         "policy": FULL if dense else request.asked.policy,
         "budget": request.asked.budget if request.asked.target is None else AUTO,

@@ -66,8 +66,8 @@ def formatted(collected: dict[str, Any]) -> dict[str, Any]:
 
 def _running(runtime: LSARuntime, requests: list[Request]) -> list[dict[str, Any]]:
     groups = memberships(runtime, requests)
-    least = runtime.lookahead.rules.least_pages
-    return [describe(request, least) | {"group": groups.get(request.key)} for request in requests]
+    rules = runtime.lookahead.rules
+    return [describe(request, rules) | {"group": groups.get(request.key)} for request in requests]
 
 
 def _formatted(entry: dict[str, Any]) -> dict[str, Any]:

@@ -45,9 +45,9 @@ RETRACT_EVERY = 40
 """Requests, at one of which all that run lose their places."""
 PRIORITIES = (0, 0, 100)
 LSA_CONFIG = {"device_tokens": 2048, "host_memory_gb": 0.12, "min_context": 512, "window": 16, "floor_tokens": 512}
+"""32 pages on the device, 221 on the host; a chunk takes 8."""
 NARROW = ["--lsa-config", '{"floor_tokens": 512}']
 """Sets of 8 pages where the budget is no more: contexts of tests are short, and are to be pruned all the same."""
-"""32 pages on the device, 221 on the host; a chunk takes 8."""
 
 Tokens = list[tuple[int, float]]
 """An answer: tokens and their logarithmic probabilities."""

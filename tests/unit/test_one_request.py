@@ -130,6 +130,16 @@ def test_everything_of_a_request(runtime: LSARuntime) -> None:
     assert entry["watched"] == [{"tokens": 901, "pages": [[3, 0.5, 7], [4, None, 9]], "lowest": 0.25}]
 
 
+def test_the_bound_of_a_set_is_within_what_the_device_pool_is_meant_for(runtime: LSARuntime) -> None:
+    """24 pages stay of a short context, but no set takes more than half of the pool's 40."""
+    request = running(runtime, "a", 1)
+    request.pages, request.resident.tail_start = np.arange(1, 31), 28
+    (here,), (seen,) = told(runtime, "a")["running"], snapshot(runtime)["requests"]
+    gone(runtime, "a")
+    (after,) = told(runtime, "a")["finished"]
+    assert here["budget_pages"] == seen["budget"] == after["budget_pages"] == 20
+
+
 def test_a_window_that_no_step_has_read_is_no_set(runtime: LSARuntime) -> None:
     running(runtime, "a", 1).story.windows.append(Window(15, np.array([5]), 0, Watched((), None)))
     (entry,) = told(runtime, "a")["running"]

@@ -12,7 +12,6 @@ import numpy as np
 from sglang_lsa.config import FULL
 from sglang_lsa.engine.groups import Group
 from sglang_lsa.engine.request import Request
-from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.serve.metrics import measure
 from sglang_lsa.serve.read_together import memberships, running_groups
@@ -69,7 +68,6 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
     """
     context, resident = request.sizes()
     dense = request.resident.tail_start == 0
-    least = runtime.lookahead.rules.least_pages
     return {
         "rid": request.rid if len(request.rid) <= LONGEST_NAME else request.rid[: LONGEST_NAME - 1] + "…",
         "row": request.row,
@@ -77,7 +75,7 @@ def describe(runtime: LSARuntime, request: Request, states: np.ndarray) -> dict[
         "prompt_tokens": request.prompt_tokens,
         "pages": context,
         "resident": resident,
-        "budget": context if dense else budget_pages(context, request.asked.budget, least),
+        "budget": context if dense else runtime.lookahead.rules.set_pages(context, request.asked.budget),
         "window": request.window,
         "steps_left": max(0, min(request.steps_left, runtime.config.window)),
         "policy": FULL if dense else request.asked.policy,
