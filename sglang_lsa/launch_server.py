@@ -67,10 +67,18 @@ def check_choice(known: Namespace) -> None:
         if config.auto and indexer.expectation is None:
             raise ValueError(f"--lsa-{NO_EXPECTATION}")
     if config.auto and config.may_calibrate:
-        release = RELEASES.get(importlib.metadata.version("sglang"))
+        release = RELEASES.get(_sglang_version())
         known.device = known.device or ("cuda" if _cuda() else "cpu")
         known.tp_size = int(known.tp_size) if known.tp_size.isdecimal() else 1
         with_calibration(config, known, dense=True, measured=release is None or release.measured)
+
+
+def _sglang_version() -> str:
+    """Of the SGLang that is installed; empty for one that is not, or not as a package: its import tells."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _cuda() -> bool:
@@ -108,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv[1:] = with_defaults(argv)
         if read:
             check_choice(read_command_line(sys.argv[1:]))
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # OSError: the indexer's files are no names, or cannot be read
         raise SystemExit(f"sglang-lsa: {error}") from error
     from sglang.launch_server import run_server
     from sglang.srt.utils import kill_process_tree

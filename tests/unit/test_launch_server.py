@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -96,6 +97,22 @@ def test_what_chooses_pages_is_refused_early(
     known = read_command_line(["--model-path", "m", *given])
     with nullcontext() if words is None else pytest.raises(ValueError, match=words):
         check_choice(known)
+
+
+def test_sglang_that_is_no_package_is_left_to_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(launch_server.importlib.metadata, "version", missing)
+    check_choice(read_command_line(["--model-path", "m", *AUTO, *GPU]))
+    with pytest.raises(ValueError, match=NO_POLICY):
+        check_choice(read_command_line(["--model-path", "m", *AUTO, *CPU]))
+
+
+def test_an_indexer_that_cannot_be_looked_for_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_server.sys, "argv", ["launch_server"])
+    with pytest.raises(SystemExit, match=r"^sglang-lsa: .*File name too long"):
+        launch_server.main(["--model-path", "m", "--lsa-indexer", "i" * 5000, "--port", "1"])
 
 
 def test_auto_is_refused_before_sglang_is_imported() -> None:
