@@ -53,6 +53,7 @@ def main() -> None:
     run("recall", recordings, "--indexer", indexer, "--output", args.output / "recall.json")
 
     flags = ["--model-path", model, "--lsa-indexer", str(indexer), "--lsa-min-context", "1024"]
+    flags += ["--lsa-config", '{"floor_tokens": 0}']  # or all budgets have the same set of so short a context
     flags += shlex.split(args.server_args)
     print(f"\n$ python -m sglang_lsa.launch_server {shlex.join(flags)} &", flush=True)
     with ServerProcess(LSA, flags, args.output / "server.log") as server:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sglang_lsa.adapt.settings import Settings
+from sglang_lsa.config import LSAConfig
 from sglang_lsa.evaluation.arms import FULL
 from sglang_lsa.evaluation.quality import NAME as QUALITY
 from sglang_lsa.evaluation.summary import AVERAGE
@@ -53,8 +54,8 @@ def compared(rows: Sequence[Mapping[str, Any]], settings: Settings, seconds: Map
         f"![Recall, and answers against full attention]({PICTURE})",
         "",
         f"{settings.samples} questions of every task and length, the same ones for every arm, greedy; sets of at most "
-        f"{settings.budget:.1%} of a context's pages. `lsa` is this indexer, `recency` keeps the last pages, `random` "
-        "random ones. Accuracy in points of 100 with the 95 % interval of the difference to full attention, device "
+        f"{settings.budget:.1%} of a context's pages, of short ones {LSAConfig.floor_tokens:,} tokens. "
+        "`lsa` is this indexer, `recency` keeps the last pages, `random` random ones. Accuracy in points of 100 with the 95 % interval of the difference to full attention, device "
         "memory of the KV and keys as a share of all KV, and how far the next-token distribution is from full "
         "attention's (in nats, along its answer; tokens but the likeliest are one class, so a lower bound). So few "
         "questions tell what is badly wrong, not what is best: `sglang-lsa eval` asks more. Texts are speeches that "

@@ -28,7 +28,8 @@ WORDS = ("harbor", "violin", "lantern", "meadow", "quarry", "ribbon", "saddle", 
 WORDING = "What is the special magic number for {word} mentioned in the text above?"
 FLAGS = ["--skip-server-warmup", "--chunked-prefill-size", "1024", "--lsa-device-tokens", "4096"]
 FLAGS += ["--lsa-host-memory-gb", "1", "--lsa-min-context", "1024"]
-"""A pool of 64 pages; a document has 104."""
+FLAGS += ["--lsa-config", '{"floor_tokens": 0}']
+"""A pool of 64 pages; a document has 104. The budget alone bounds sets, or two arms would have the same."""
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,10 @@ def run(
     tokenizer.model_max_length = 1 << 40
     prompts = list(make_prompts(tokenizer, "held-out", lengths, samples, families, texts))
     arms = [(FULL, 1.0), *((policy, budget) for policy in policies for budget in budgets)]
-    flags = ["--model-path", model, "--skip-server-warmup", "--lsa-min-context", "1024", *shlex.split(server_args)]
-    if indexer is not None:
-        flags += ["--lsa-indexer", indexer]
     rows = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        ServerProcess(LSA, flags, pathlib.Path(folder) / "server.log") as server,
+        ServerProcess(LSA, flags(model, indexer, server_args), pathlib.Path(folder) / "server.log") as server,
     ):
         server.wait_until_ready()
         for prompt, tokens in tqdm(prompts, desc="questions", unit="prompt"):
@@ -93,6 +90,13 @@ def run(
     write(output / "selectors.json", result)
     console.print(table(result["summary"]))
     return result
+
+
+def flags(model: str, indexer: str | None, server_args: str) -> list[str]:
+    """Of the server, whose sets the budgets alone bound: with the floor of short contexts they would not differ."""
+    found = ["--model-path", model, "--skip-server-warmup", "--lsa-min-context", "1024"]
+    found += ["--lsa-config", '{"floor_tokens": 0}', *shlex.split(server_args)]
+    return found if indexer is None else [*found, "--lsa-indexer", indexer]
 
 
 def write(path: pathlib.Path, result: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ a part of them on the device can know that. ``oracle`` keeps what they will atte
 
 @dataclass(frozen=True)
 class Rules:
-    """How a set is chosen from scores, as on the server, and which pages count as needed.
+    """How a set is chosen from scores, as on a server without ``floor_tokens``, and which pages count as needed.
 
     Attributes:
         golden: a page is needed when its label is at least this; see ``Recording.label``.

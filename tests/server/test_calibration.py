@@ -7,6 +7,7 @@ import pathlib
 import pytest
 from prompts import needle
 from serving import finished_request, generate
+from soak import NARROW
 
 from sglang_lsa.server_process import LSA, ServerProcess
 
@@ -22,6 +23,7 @@ FLAGS = [
     "0.5",
     "--lsa-min-context",
     "512",
+    *NARROW,
 ]
 
 

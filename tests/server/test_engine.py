@@ -27,6 +27,7 @@ def test_engine_takes_a_config(model_path: str, tmp_path: pathlib.Path) -> None:
     lines = [{"prompt": sample.prompt, "lsa": lsa, "ignore_eos": True} for lsa in ASKED.values()]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = {"indexer": "smollm2-135m-instruct", "device_tokens": 6400, "host_memory_gb": 0.5, "min_context": 512}
+    config["floor_tokens"] = 512
     engine = {"skip_server_warmup": True, "disable_radix_cache": True, "chunked_prefill_size": 1024}
     done = subprocess.run(
         [

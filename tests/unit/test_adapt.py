@@ -270,6 +270,7 @@ def test_the_card_has_answers_with_intervals_and_a_picture(tmp_path: pathlib.Pat
     assert "| vt | 4096 | lsa | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% | 0.0100 (0.0050 to 0.0200) |" in text
     assert "| vt * | 4096 | random | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% |  |" in text
     assert "| vt | 4096 | recency | 50.0 | -5.0 | -9.0 to +1.0 | 12.0% | 0.0100 (0.0050 to 0.0200, n 7) |" in text
+    assert "sets of at most 10.0% of a context's pages, of short ones 1,536 tokens. `lsa`" in text
     assert "average" not in text and "record 100 s, train 50 s" in text and "](adapt.png)" in text
     recall = [
         {"document": "d", "family": "facts", "tokens": 4000, "selector": selector, "budget": budget, "recall": 0.5,

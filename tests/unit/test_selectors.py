@@ -9,7 +9,11 @@ import re
 
 import pytest
 
-from sglang_lsa.evaluation.selectors import VALUES, summary, table, write
+from sglang_lsa.config.command_line import read_command_line
+from sglang_lsa.config.flags import config_from_args
+from sglang_lsa.engine.selection import budget_pages
+from sglang_lsa.evaluation import resident
+from sglang_lsa.evaluation.selectors import VALUES, flags, summary, table, write
 from sglang_lsa.texts.families import EVALUATION, FAMILIES
 from sglang_lsa.texts.haystack import Texts
 
@@ -22,6 +26,26 @@ def test_the_values_of_every_family_are_in_its_text(family: str, split: str) -> 
     assert values
     assert all(value in made.text for value in values)
     assert not any(value in made.question for value in values)
+
+
+@pytest.mark.parametrize(
+    ("given", "pages", "budgets"),
+    [
+        pytest.param(flags("m", None, ""), 64, (0.25, 0.135), id="selectors"),
+        pytest.param(resident.FLAGS, 104, (0.135, 0.07), id="resident"),
+    ],
+)
+def test_sets_of_two_budgets_are_two(given: list[str], pages: int, budgets: tuple[float, float]) -> None:
+    config = config_from_args(read_command_line(given))
+    assert config is not None and config.min_context == 1024
+    assert len({budget_pages(pages, budget, config.least_pages()) for budget in budgets}) == 2
+
+
+def test_arguments_of_the_server_win() -> None:
+    given = flags("m", "smollm2-135m-instruct", "--lsa-config '{\"floor_tokens\": 640}' --lsa-min-context 512")
+    config = config_from_args(read_command_line(given))
+    assert config is not None
+    assert (config.floor_tokens, config.min_context, config.indexer) == (640, 512, "smollm2-135m-instruct")
 
 
 def row(prompt: str, family: str, policy: str, budget: float, found: float) -> dict[str, object]:
