@@ -6,10 +6,13 @@ started once and can end after the last of them; other tests of one file stay to
 
 from __future__ import annotations
 
+import gc
 import pathlib
 from collections.abc import Iterable
 
 import pytest
+
+gc.disable()  # what is imported and collected stays: it would be searched for garbage again and again
 
 SHARED = ("keyed", "stock", "whole", "lsa", "small")
 """Servers that many files use (``tests/server/conftest.py``), in the order in which they come and go."""
@@ -18,6 +21,12 @@ HERE = pathlib.Path(__file__).parent
 
 LONGEST = ("small", "whole", "lsa", "test_tensor_parallel", "test_adapt", "test_simulation", "test_unified_cache")
 """Groups that begin first, so that no process ends with a long one after the other had its last."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--new-processes", action="store_true", help="start every server as users do, each of which imports SGLang"
+    )
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -70,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[LAST_USE].note(session.items)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
