@@ -13,6 +13,7 @@ from typing import Any
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.config.command_line import check_command_line, read_command_line
 from sglang_lsa.config.flags import config_from_args
+from sglang_lsa.imports import without_collections
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.expectation import NO_EXPECTATION
 from sglang_lsa.patches.automatic import with_calibration
@@ -118,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             check_choice(read_command_line(sys.argv[1:]))
     except (OSError, ValueError) as error:  # OSError: the indexer's files are no names, or cannot be read
         raise SystemExit(f"sglang-lsa: {error}") from error
-    from sglang.launch_server import run_server
-    from sglang.srt.utils import kill_process_tree
+    with without_collections():
+        from sglang.launch_server import run_server
+        from sglang.srt.utils import kill_process_tree
 
     from sglang_lsa.patches.releases import IncompatibleSGLang
 
@@ -133,5 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+# SGLang spawns its children, which import this module as __mp_main__, and then SGLang to read their arguments.
+if __name__ == "__mp_main__":
+    with without_collections():
+        import sglang.srt.server_args  # noqa: F401
 if __name__ == "__main__":
     main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from sglang_lsa.imports import without_collections
+
 
 def let_sglang_run_on_this_cpu() -> None:
     """SGLang's rotary embedding looks for vLLM's CUDA kernel unless it knows that it runs on a CPU.
@@ -30,6 +32,7 @@ def main(argv: list[str]) -> None:
 
 # SGLang spawns its children, which import this module as __mp_main__ before they build the model.
 if __name__ in ("__main__", "__mp_main__"):
-    let_sglang_run_on_this_cpu()
+    with without_collections():
+        let_sglang_run_on_this_cpu()
 if __name__ == "__main__":
     main(sys.argv[1:])
