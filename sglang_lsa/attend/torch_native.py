@@ -27,6 +27,8 @@ class LSATorchBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self.lsa = model_runner.lsa
         self.slots: list[torch.Tensor] = []
+        self.pruned: list[bool] = []
+        """Which requests of a decode step do not read everything."""
         self.together: list[torch.Tensor] = []
         """Slots that each group of a decode step reads for all of its members."""
 
@@ -42,6 +44,7 @@ class LSATorchBackend(TorchNativeAttnBackend):
             self.slots = resident_slots(
                 table.pages, table.count, table.tail_start, req_to_token, v2p, rows, lengths, self.lsa.pager.page
             )
+            self.pruned = [len(slots) < length for slots, length in zip(self.slots, lengths.tolist(), strict=True)]
             if grouping is not None:
                 page = torch.arange(self.lsa.pager.page)
                 self.together = [
@@ -61,12 +64,12 @@ class LSATorchBackend(TorchNativeAttnBackend):
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True):
         lengths = forward_batch.extend_seq_lens.tolist()
-        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, lengths)
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, lengths, [False] * len(lengths))
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True):
-        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, [1] * len(self.slots))
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, [1] * len(self.slots), self.pruned)
 
-    def _forward(self, q, k, v, layer, forward_batch, save_kv_cache, lengths: list[int]):
+    def _forward(self, q, k, v, layer, forward_batch, save_kv_cache, lengths: list[int], pruned: list[bool]):
         """Attention of ``lengths[i]`` new tokens of each request ``i``; they are the last tokens of its slots."""
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
@@ -79,13 +82,14 @@ class LSATorchBackend(TorchNativeAttnBackend):
         if self.lsa.step.staged is not None and forward_batch.forward_mode.is_extend():
             return self._attend_streamed(q, keys, values, layer).to(q.dtype).flatten(1)
         if self.together:
-            return attend_in_groups(
-                q, keys, values, self.slots, self.together, self.lsa.step.grouping, layer.scaling
-            ).flatten(1)
+            grouping = self.lsa.step.grouping
+            out = attend_in_groups(q, keys, values, self.slots, self.together, grouping, pruned, layer.scaling)
+            return out.flatten(1)
         out = q.new_empty((q.shape[0], layer.tp_q_head_num, layer.v_head_dim))
         start = 0
-        for slots, count in zip(self.slots, lengths, strict=True):
-            out[start : start + count] = attend(
+        for slots, count, some in zip(self.slots, lengths, pruned, strict=True):
+            attention = attend_in_float32 if some else attend
+            out[start : start + count] = attention(
                 q[start : start + count],
                 keys[slots],
                 values[slots],
@@ -161,6 +165,12 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: flo
     return torch.cat(blocks, dim=2).squeeze(0).transpose(0, 1)
 
 
+def attend_in_float32(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """As :func:`attend`, for what need not be rounded like stock's: for a single query in bfloat16 torch's CPU kernel
+    takes several times as long."""
+    return attend(q.float(), keys.float(), values.float(), scale).to(q.dtype)
+
+
 def attend_in_groups(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -168,6 +178,7 @@ def attend_in_groups(
     own: Sequence[torch.Tensor],
     together: Sequence[torch.Tensor],
     grouping: Grouping,
+    pruned: Sequence[bool],
     scale: float,
 ) -> torch.Tensor:
     """Attention of a decode step in groups: each group's pages are read once, for the queries of all members.
@@ -177,15 +188,17 @@ def attend_in_groups(
         keys, values: ``[slots, kv_heads, head_dim]``, the pool.
         own: of each request the slots that it reads by itself, int64.
         together: of each group the slots that its members read together, int64.
+        pruned: of each request whether there is more than it reads.
 
     Returns:
-        ``[batch, q_heads, head_dim]``; of a request that is in no group, what :func:`attend` gives.
+        ``[batch, q_heads, head_dim]``; of a request that is in no group, what it gets where there are no groups.
     """
     out, lse = torch.empty_like(q), torch.zeros(q.shape[:2])
     for place, slots in enumerate(own):
         query = q[place : place + 1]
         if grouping.places[place] < 0:
-            out[place] = attend(query, keys[slots], values[slots], scale)[0]
+            attention = attend_in_float32 if pruned[place] else attend
+            out[place] = attention(query, keys[slots], values[slots], scale)[0]
         else:
             state = attend_part(query, keys[slots], values[slots], scale)
             out[place], lse[place] = (part[0] for part in state)

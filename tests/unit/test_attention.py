@@ -13,6 +13,7 @@ from sglang_lsa.attend.torch_native import (
     QUERY_BLOCK,
     LSATorchBackend,
     attend,
+    attend_in_float32,
     attend_in_groups,
     attend_part,
 )
@@ -126,6 +127,62 @@ def grouping_of(groups: list[tuple[tuple[int, ...], list[int]]], batch: int) -> 
     return Grouping(formed, tuple(np.array(pages, dtype=np.int64) for _, pages in groups), order, places, table)
 
 
+def backend_of(
+    sets: ResidentSets, ledger: Ledger, req_to_token: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor], step: Step
+) -> LSATorchBackend:
+    """The backend in a decode step; SGLang's part of it needs a model runner."""
+    backend = object.__new__(LSATorchBackend)
+    backend.use_sliding_window_kv_pool = False
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
+    keys, values = pools
+    backend.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda _: keys, get_value_buffer=lambda _: values)
+    backend.lsa = SimpleNamespace(
+        step=step,
+        table=sets.table,
+        pager=SimpleNamespace(page=PAGE_SIZE, v2p=torch.from_numpy(ledger.v2p)),
+        observer=SimpleNamespace(slot_of_layer={}),
+        recorder=None,
+    )
+    return backend
+
+
+def decoding(requests: list[Request], lengths: list[int]) -> SimpleNamespace:
+    """What SGLang says of a decode step."""
+    rows = torch.tensor([request.row for request in requests])
+    mode = SimpleNamespace(is_decode=lambda: True, is_extend=lambda: False)
+    return SimpleNamespace(forward_mode=mode, req_pool_indices=rows, seq_lens=torch.tensor(lengths))
+
+
+def test_what_reads_all_is_rounded_as_stock_rounds_it() -> None:
+    """In bfloat16: the same attention as for a prompt's last token; one that is pruned is rounded once."""
+    pages, dim = 6, 64
+    keys, values = (random((pages + 1) * PAGE_SIZE, 1, dim, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    ledger = Ledger(virtual_pages=pages, physical_pages=pages)
+    ledger.v2p[1:] = np.arange(pages) + 1
+    sets = ResidentSets(ResidentTable(6, pages, PAGE_SIZE), ledger)
+    length = 2 * PAGE_SIZE + 9
+    req_to_token, requests = torch.zeros(6, 4 * PAGE_SIZE, dtype=torch.int32), []
+    for number, (positions, tail_start) in enumerate([([], 0), ([1], 2)]):
+        request = Request(f"r{number}", number + 1, Asked("quest", 0.5), prompt_tokens=length - 1)
+        request.pages = np.arange(3) + 3 * number + 1
+        req_to_token[request.row, : 3 * PAGE_SIZE] = torch.arange(3 * PAGE_SIZE) + int(request.pages[0]) * PAGE_SIZE
+        sets.enter(request.row)
+        sets.remap(request, np.array(positions, dtype=np.int64), tail_start)
+        requests.append(request)
+    batch = Batch(DECODE, tuple(request.key for request in requests), (length,) * 2, (length - 1,) * 2)
+    backend = backend_of(sets, ledger, req_to_token, (keys, values), Step.of(batch, requests))
+    forward = decoding(requests, [length] * 2)
+    backend.init_forward_metadata(forward)
+    q = random(2, 3, dim, dtype=torch.bfloat16, seed=1)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=3, qk_head_dim=dim, v_head_dim=dim, scaling=dim**-0.5)
+    whole, pruned = backend.forward_decode(q.flatten(1), None, None, layer, forward, save_kv_cache=False)
+    everything = slice(PAGE_SIZE, PAGE_SIZE + length)
+    assert torch.equal(whole.view(1, 3, dim), attend(q[:1], keys[everything], values[everything], dim**-0.5))
+    read = slice(5 * PAGE_SIZE, 4 * PAGE_SIZE + length)
+    expected = naive(q[1:], keys[read], values[read], dim**-0.5).to(torch.bfloat16)
+    torch.testing.assert_close(pruned.view(1, 3, dim), expected, rtol=2**-7, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "group", "dim"), HEADS)
 def test_attention_in_groups(kv_heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
@@ -142,14 +199,15 @@ def test_attention_in_groups(kv_heads: int, group: int, dim: int, dtype: torch.d
 
     own = [torch.cat((slots(some), slots([11])[:tail])) for some, tail in zip(own_pages, tails, strict=True)]
     together = [slots(some.tolist()) for some in grouping.pages]
-    out = attend_in_groups(q, keys, values, own, together, grouping, dim**-0.5)
+    pruned = [place == 1 for place in range(batch)]
+    out = attend_in_groups(q, keys, values, own, together, grouping, pruned, dim**-0.5)
     assert out.dtype == dtype
     for place in range(batch):
         group_of = next((g for g, some in enumerate(grouping.groups) if place in some.members), None)
         read = own[place] if group_of is None else torch.cat((together[group_of], own[place]))
         expected = naive(q[place : place + 1], keys[read], values[read], dim**-0.5)
         torch.testing.assert_close(out[place : place + 1].double(), expected, rtol=0, atol=TOLERANCE[dtype])
-    alone = attend(q[1:2], keys[own[1]], values[own[1]], dim**-0.5)
+    alone = attend_in_float32(q[1:2], keys[own[1]], values[own[1]], dim**-0.5)
     assert torch.equal(out[1:2], alone), "a request in no group says what it said, to the bit"
 
 
@@ -177,21 +235,10 @@ def test_the_backend_decodes_in_groups() -> None:
     assert grouping is not None and grouping.groups[0].members == (0, 1, 3)
     assert grouping.groups[0].positions.tolist() == [0, 2, 3] and grouping.groups[0].added_reads == 3
 
-    backend = object.__new__(LSATorchBackend)  # SGLang's part of it needs a model runner
     batch = Batch(DECODE, tuple(request.key for request in requests), tuple(lengths), tuple(n - 1 for n in lengths))
-    backend.use_sliding_window_kv_pool = False
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token)
-    backend.token_to_kv_pool = SimpleNamespace(get_key_buffer=lambda _: keys, get_value_buffer=lambda _: values)
-    backend.lsa = SimpleNamespace(
-        step=Step.of(batch, requests, grouping=grouping),
-        table=sets.table,
-        pager=SimpleNamespace(page=PAGE_SIZE, v2p=torch.from_numpy(ledger.v2p)),
-        observer=SimpleNamespace(slot_of_layer={}),
-        recorder=None,
-    )
-    mode = SimpleNamespace(is_decode=lambda: True, is_extend=lambda: False)
-    rows = torch.tensor([request.row for request in requests])
-    forward = SimpleNamespace(forward_mode=mode, req_pool_indices=rows, seq_lens=torch.tensor(lengths))
+    step = Step.of(batch, requests, grouping=grouping)
+    backend = backend_of(sets, ledger, req_to_token, (keys, values), step)
+    forward = decoding(requests, lengths)
     backend.init_forward_metadata(forward)
     q = random(4, 2 * kv_heads, dim, dtype=torch.float32, seed=1)
     layer = SimpleNamespace(layer_id=0, tp_q_head_num=4, qk_head_dim=dim, v_head_dim=dim, scaling=dim**-0.5)
