@@ -7,9 +7,12 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
+import torch
+from ready_servers import ReadyServers
 from serving import assert_idle
 from soak import FLAGS, LSA_CONFIG, NARROW
 
+from sglang_lsa import child_process
 from sglang_lsa.embedded_model import embedded_model_path
 from sglang_lsa.server_process import LSA, STOCK, ServerProcess
 
@@ -17,6 +20,19 @@ DEVICE_TOKENS = 9600
 SERVED = ["--served-model-name", "smollm2", "--skip-server-warmup", "--enable-metrics", "--enable-cache-report"]
 SIX_LAYERS = ["--dtype", "float32", "--json-model-override-args", '{"num_hidden_layers": 6}']
 """What shows where pages are and what is read needs no more of the model, and is rounded the same in any company."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ready_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most servers need not import SGLang again; see ``ready_servers``."""
+    if request.config.getoption("new_processes") or torch.cuda.is_available():
+        yield
+        return
+    ready = ReadyServers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child_process, "begin", ready.begin)
+        yield
+    ready.stop()
 
 
 @pytest.fixture(scope="session")
