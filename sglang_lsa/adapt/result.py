@@ -55,11 +55,11 @@ def compared(rows: Sequence[Mapping[str, Any]], settings: Settings, seconds: Map
         "",
         f"{settings.samples} questions of every task and length, the same ones for every arm, greedy; sets of at most "
         f"{settings.budget:.1%} of a context's pages, of short ones {LSAConfig.floor_tokens:,} tokens. "
-        "`lsa` is this indexer, `recency` keeps the last pages, `random` random ones. Accuracy in points of 100 with the 95 % interval of the difference to full attention, device "
-        "memory of the KV and keys as a share of all KV, and how far the next-token distribution is from full "
-        "attention's (in nats, along its answer; tokens but the likeliest are one class, so a lower bound). So few "
-        "questions tell what is badly wrong, not what is best: `sglang-lsa eval` asks more. Texts are speeches that "
-        "nothing was trained on.",
+        "`lsa` is this indexer, `recency` keeps the last pages, `random` random ones. Accuracy in points of 100 with "
+        "the 95 % interval of the difference to full attention, device memory of the KV and keys as a share of all "
+        "KV, and how far the next-token distribution is from full attention's (in nats, along its answer; tokens but "
+        "the likeliest are one class, so a lower bound). So few questions tell what is badly wrong, not what is best: "
+        "`sglang-lsa eval` asks more. Texts are speeches that nothing was trained on.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "| --- " * len(COLUMNS) + "|",

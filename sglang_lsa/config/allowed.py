@@ -47,6 +47,8 @@ LEAST: dict[str, float] = {
     "host_memory_gb": 0,
 }
 """The smallest value of a field that is a number."""
+BEYOND = 2**63
+"""No number is as large; JSON and Python have larger ones, which nothing can be multiplied with."""
 
 
 def check(config: Any) -> None:
@@ -86,7 +88,7 @@ def check(config: Any) -> None:
             )
     for name, least in LEAST.items():
         value = getattr(config, name)
-        if value is not None and not math.isfinite(value):
+        if value is not None and not -BEYOND < value < BEYOND:
             raise ValueError(f"{called(config, name)} {value} is no size: use a finite number")
         if value is not None and value < least:
             raise ValueError(f"{called(config, name)} {value} is too small: use {least} or more")

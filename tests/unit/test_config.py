@@ -304,6 +304,7 @@ def test_impossible_values_are_refused(values: dict[str, Any], words: str) -> No
         ({"prefetch_steps": 8, "window": 8}, "prefetch_steps 8 is not less than --lsa-window 8: lower it"),
         ({"min_pages": 0}, "min_pages 0 is too small: use 1 or more"),
         ({"floor_tokens": -1}, "floor_tokens -1 is too small: use 0 or more"),
+        pytest.param({"floor_tokens": 10**400}, "floor_tokens 10+ is no size: use a finite number", id="beyond"),
         ({"sink_pages": -1}, "sink_pages -1 is too small: use 0 or more"),
         ({"recent_pages": -1}, "recent_pages -1 is too small: use 0 or more"),
         ({"query_tokens": 0}, "query_tokens 0 is too small: use 1 or more"),
