@@ -195,6 +195,6 @@ def _print_numbers(console: Console, plan: Plan, phases: list[Phase], speeds: li
     )
     if not torch.cuda.is_available():
         console.print(
-            "[dim]  A part of the gain is torch's: on a CPU, attention to a set is computed in float32, which it does faster "
-            "than stock's bfloat16.[/]"
+            "[dim]  A part of the gain is torch's: on a CPU, attention to a set is computed in float32, "
+            "which it does faster than stock's bfloat16.[/]"
         )

@@ -139,11 +139,12 @@ def scores(part: Seen, own: MemoryIndexer, trained: MemoryIndexer | None) -> dic
 
 def recalls(part: Seen, arms: Mapping[str, np.ndarray], context: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
     """The share of the evidence that each arm keeps, of pages that do not stay in any case; none without such pages.
+    Sets are chosen as on a server, but for the floor of short contexts, beside which budgets would not differ.
 
     Args:
         context: tokens before the answer.
     """
-    config, spanned = LSAConfig(policy="quest"), pages_spanned(context, PAGE_SIZE)
+    config, spanned = LSAConfig(policy="quest", floor_tokens=0), pages_spanned(context, PAGE_SIZE)
     rows = []
     for budget in budgets:
         sizes = {"sink_pages": config.sink_pages, "recent_pages": config.recent_pages}

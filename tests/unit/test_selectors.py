@@ -7,13 +7,17 @@ import pathlib
 import random
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from sglang_lsa.config.command_line import read_command_line
 from sglang_lsa.config.flags import config_from_args
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.evaluation import resident
+from sglang_lsa.evaluation.calibration import recalls
 from sglang_lsa.evaluation.selectors import VALUES, flags, summary, table, write
+from sglang_lsa.indexer.watch import Seen
 from sglang_lsa.texts.families import EVALUATION, FAMILIES
 from sglang_lsa.texts.haystack import Texts
 
@@ -39,6 +43,13 @@ def test_sets_of_two_budgets_are_two(given: list[str], pages: int, budgets: tupl
     config = config_from_args(read_command_line(given))
     assert config is not None and config.min_context == 1024
     assert len({budget_pages(pages, budget, config.least_pages()) for budget in budgets}) == 2
+
+
+def test_recall_is_of_the_budgets_that_are_asked_for() -> None:
+    scores = np.linspace(1.0, 0.0, 63, dtype=np.float32)
+    seen = Seen(torch.zeros(1, 1, 63), torch.zeros(1, 1, 63), evidence=(10, 20))
+    rows = recalls(seen, {"arm": scores}, 64 * 64, (0.5, 0.25, 0.1))
+    assert [row["recall"] for row in rows] == [1.0, 0.5, 0.0]
 
 
 def test_arguments_of_the_server_win() -> None:
