@@ -52,7 +52,9 @@ class Scheduler:
         keys, values = ([torch.zeros((physical + 1) * PAGE_SIZE, 1, 2)] for _ in range(2))
         self.pager = Pager(MhaLayout(keys, values, PAGE_SIZE), virtual)
         self.table = torch.zeros((requests + 2, tokens + 64 * PAGE_SIZE), dtype=torch.int32)
-        config = LSAConfig.from_mapping({"policy": "random", "min_context": 1024, **options})
+        # The budget alone bounds sets: short contexts stand for long ones, and rows of before stay comparable.
+        asked = {"policy": "random", "min_context": 1024, "floor_tokens": 0, **options}
+        config = LSAConfig.from_mapping(asked)
         self.runtime = LSARuntime(config, self.pager, self.table, 1, 1.0)
         self.requests: list[Any] = []
         self.next_page = 1
