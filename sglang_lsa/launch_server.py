@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sglang_lsa.config import LSAConfig
 from sglang_lsa.config.command_line import check_command_line, read_command_line
 from sglang_lsa.config.flags import config_from_args
+from sglang_lsa.config.values import read_json_object
 from sglang_lsa.imports import without_collections
 from sglang_lsa.indexer.checkpoint import read_checkpoint_config
 from sglang_lsa.indexer.expectation import NO_EXPECTATION
 from sglang_lsa.patches.automatic import with_calibration
 from sglang_lsa.patches.releases import RELEASES
 
-CHOOSING = ("policy", "indexer", "calibrate", "config", "record", "observe-layers")
-"""``--lsa`` flags that choose how pages are chosen, or may do so."""
+CHOOSING = ("policy", "indexer", "calibrate", "record", "observe-layers")
+"""``--lsa`` flags that choose how pages are chosen, and so do keys of these names in what ``--lsa-config`` is given."""
+CONFIG = "--lsa-config"
 
 
 def with_defaults(argv: list[str]) -> list[str]:
@@ -33,7 +36,7 @@ def with_defaults(argv: list[str]) -> list[str]:
 
         defaults += ["--model-path", str(embedded_model_path()), "--served-model-name", MODEL_NAME]
         # An override may make another model of it; SGLang takes abbreviated flags, too.
-        if not _begins(given, "--json-model") and not any(map(_chooses, given)):
+        if not _begins(given, "--json-model") and not any(map(_chooses, given)) and not _config_chooses(argv):
             defaults += ["--lsa-indexer", INDEXER_NAME]
     if not any(argument.startswith("--lsa-") for argument in argv):
         defaults += ["--lsa-budget", str(LSAConfig.budget)]
@@ -46,7 +49,21 @@ def _begins(given: Iterable[str], begin: str) -> bool:
 
 
 def _chooses(flag: str) -> bool:
-    return flag.startswith("--lsa-") and any(f"--lsa-{name}".startswith(flag) for name in CHOOSING)
+    """Whether it is, or abbreviates, such a flag, or abbreviates ``--lsa-config``, which may hold anything."""
+    names = [f"--lsa-{name}" for name in CHOOSING]
+    return flag.startswith("--lsa-") and flag != CONFIG and any(name.startswith(flag) for name in (CONFIG, *names))
+
+
+def _config_chooses(argv: Sequence[str]) -> bool:
+    """What cannot be read is refused where it is read in earnest."""
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag == CONFIG:
+            with contextlib.suppress(ValueError):
+                values = read_json_object(value if equals else "".join(argv[place + 1 : place + 2]))
+                if not values.keys().isdisjoint(name.replace("-", "_") for name in CHOOSING):
+                    return True
+    return False
 
 
 def check_choice(known: Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -39,12 +40,24 @@ def test_the_embedded_model_has_its_indexer() -> None:
     "given",
     [
         *("--lsa-policy quest", "--lsa-pol=quest", "--lsa-indexer mine", "--lsa-calibrate cached"),
-        *("--lsa-config c.json", "--lsa-record r", "--lsa-observe-layers 3,9"),
+        *('--lsa-config {"policy":"quest"}', '--lsa-config={"calibrate":"always"}', "--lsa-conf c.json"),
+        *("--lsa-record r", "--lsa-observe-layers 3,9"),
         *("--json-model-override-args {}", "--json-model-override {}", "--model-path m", "--model-pa m"),
     ],
 )
 def test_an_indexer_is_not_added_to_another_choice(given: str) -> None:
     assert INDEXER_NAME not in with_defaults(given.split())
+
+
+@pytest.mark.parametrize("given", ['--lsa-config={"floor_tokens": 0}', "--lsa-config=c.json", "--lsa-config"])
+def test_a_configuration_that_says_nothing_of_it_leaves_the_indexer(given: str, tmp_path: pathlib.Path) -> None:
+    """Nor does one that cannot be read, or is not there; it is refused later."""
+    (tmp_path / "c.json").write_text('{"widen": 1, "budget": 0.2}')
+    named = given.replace("c.json", str(tmp_path / "c.json"))
+    assert INDEXER_NAME in with_defaults([named])
+    assert INDEXER_NAME in with_defaults(["--lsa-config", named.partition("=")[2] or "/no/such/file"])
+    (tmp_path / "c.json").write_text('{"policy": "recency"}')
+    assert (INDEXER_NAME in with_defaults([named])) == ("c.json" not in given)
 
 
 def test_a_name_that_was_given_comes_last_and_wins() -> None:
