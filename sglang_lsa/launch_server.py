@@ -152,9 +152,5 @@ def main(argv: list[str] | None = None) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-# SGLang spawns its children, which import this module as __mp_main__, and then SGLang to read their arguments.
-if __name__ == "__mp_main__":
-    with without_collections():
-        import sglang.srt.server_args  # noqa: F401
 if __name__ == "__main__":
     main()
