@@ -24,10 +24,10 @@ setup: ## create the environment (about 9 GB) and the embedded model; fast when 
 demo: setup ## run the demonstration
 	@$(RUN) "$(BIN)/sglang-lsa" demo $(ARGS)
 
-test: setup lint ## linters, type checker, and the tests that prove the promises (11 to 12 minutes on 2 cores)
+test: setup lint ## linters, type checker, and the tests that prove the promises (11 minutes on 2 cores)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: setup lint ## all tests, the long ones included (about 40 minutes on 2 cores)
+test-all: setup lint ## all tests, the long ones included (35 to 45 minutes on 2 cores)
 	@$(PYTEST) $(ARGS)
 
 test-release: setup ## the tests that tell releases of SGLang apart, e.g. make test-release SGLANG=0.5.23 VENV=.venv-0.5.23

@@ -15,7 +15,7 @@ from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.server_process import ServerProcess
 from sglang_lsa.texts.document import Question
 
-SPEED_TOKENS = 32
+SPEED_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)

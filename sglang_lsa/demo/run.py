@@ -40,7 +40,7 @@ FULL: dict[str, Any] = {"enabled": False}
 INDEXER: dict[str, Any] = {"policy": "indexer"}
 QUEST: dict[str, Any] = {"policy": "quest"}
 RECENCY: dict[str, Any] = {"policy": "recency"}
-PICTURE_TOKENS = 140
+PICTURE_TOKENS = 132
 """Enough for three windows or more."""
 
 
