@@ -1,4 +1,4 @@
-"""Real servers, shared by the tests that need them: starting one takes most of a minute on two cores."""
+"""Real servers, shared by the tests that need them: one that begins anew takes most of a minute on two cores."""
 
 from __future__ import annotations
 

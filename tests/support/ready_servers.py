@@ -12,6 +12,7 @@ there is a GPU, whose driver does not outlive a fork.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -57,7 +58,8 @@ class Copy:
 
     def kill(self) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may end, and be seen to, just now
+                os.kill(self.pid, signal.SIGKILL)
 
     def _ended(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
@@ -68,27 +70,51 @@ class Copy:
 
 
 class Ready:
-    """A process that has imported SGLang, in one environment."""
+    """A process that has imported SGLang, in one environment and this folder."""
 
     def __init__(self, environment: dict[str, str]):
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = (sys.executable, str(pathlib.Path(__file__)), str(theirs.fileno()))
-        self.process = begin_anew(command, signal.SIGKILL, env=environment, pass_fds=[theirs.fileno()])
+        # With -c, what lies in this folder is imported before what is installed, as with the -m of a server.
+        code = f"import runpy; runpy.run_path({str(pathlib.Path(__file__).resolve())!r}, run_name='__main__')"
+        self.process = begin_anew(
+            (sys.executable, "-c", code, str(theirs.fileno())),
+            signal.SIGKILL,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from the keyboard is for the tests, which then stop their servers
+        )
         theirs.close()
         self.servers: list[Copy] = []
 
     def begin(self, arguments: Sequence[str], out: int) -> Copy:
+        """
+        Raises:
+            RuntimeError: the process ended, as it does where SGLang cannot be imported.
+        """
         status, told = os.pipe()
-        socket.send_fds(self.connection, [json.dumps(arguments).encode()], [out, told])
+        try:
+            socket.send_fds(self.connection, [json.dumps(arguments).encode()], [out, told])
+            said = self.connection.recv(4)
+        except ConnectionError:
+            said = b""
         os.close(told)
-        self.servers.append(Copy(struct.unpack("i", self.connection.recv(4))[0], status))
+        if not said:
+            os.close(status)
+            raise RuntimeError(
+                f"the process that imports SGLang for servers ended with status {self.process.wait()}: "
+                "see what it printed, or start servers without it, by --new-processes"
+            )
+        self.servers.append(Copy(struct.unpack("i", said)[0], status))
         return self.servers[-1]
 
     def is_idle(self) -> bool:
         return all(server.poll() is not None for server in self.servers)
 
     def stop(self) -> None:
+        """Its servers end with it."""
         self.connection.close()
+        self.process.kill()
         self.process.wait()
 
 
@@ -97,13 +123,15 @@ class ReadyServers:
 
     def __init__(self) -> None:
         self.ready: dict[str, Ready] = {}
-        """By their environments; only the first is kept when it has no server, since many have that."""
+        """By their folders and environments; only the first is kept when it has no server, since many have those."""
 
     def begin(self, command: Sequence[str], ends_by: signal.Signals, **options: Any) -> Any:
         if command[1] != "-m" or command[2] not in MODULES or WORKERS in command:
             return begin_anew(command, ends_by, **options)
         environment = {name: value for name, value in options["env"].items() if not name.startswith("PYTEST_")}
-        key = json.dumps(environment, sort_keys=True)
+        key = json.dumps([os.getcwd(), environment], sort_keys=True)
+        if key in self.ready and self.ready[key].process.poll() is not None:
+            self.ready.pop(key).stop()  # it was killed, and its servers with it
         if key not in self.ready:
             for other in list(self.ready)[1:]:
                 if self.ready[other].is_idle():
@@ -128,10 +156,12 @@ def serve(connection: socket.socket) -> None:
             if not request:
                 return
             out, told = fds
+            parent = os.getpid()
             if not (pid := os.fork()):
-                for held in (connection.fileno(), told, *running.values()):
+                connection.close()
+                for held in (told, *running.values()):
                     os.close(held)
-                become_server(out, *json.loads(request))
+                become_server(parent, out, *json.loads(request))
                 return
             os.close(out)
             running[pid] = told
@@ -142,14 +172,18 @@ def serve(connection: socket.socket) -> None:
                 os.close(told)
 
 
-def become_server(out: int, module: str, *arguments: str) -> None:
-    """As ``python -m module arguments`` in a session of its own, which prints to ``out``."""
+def become_server(parent: int, out: int, module: str, *arguments: str) -> None:
+    """As ``python -m module arguments`` in a session of its own, which prints to ``out``; ends with ``parent``."""
     os.setsid()
     ctypes.CDLL(None).prctl(child_process.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that was asked for
+        return
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (out, 1), (out, 2)):
         os.dup2(source, target)
-    spares = [make_spare() for _ in range(SPARES)]
+    spares: list[tuple[int, socket.socket]] = []
+    for _ in range(SPARES):
+        spares.append(make_spare([waits for _, waits in spares]))
     from multiprocessing import util
 
     spawn = util.spawnv_passfds
@@ -170,13 +204,15 @@ def become_server(out: int, module: str, *arguments: str) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def make_spare() -> tuple[int, socket.socket]:
-    """A process that waits for what to run, and where it is told; the process itself ends with what it runs."""
+def make_spare(others: Sequence[socket.socket]) -> tuple[int, socket.socket]:
+    """A process that waits for what to run, and where it is told; the process itself ends with what it runs. Where
+    ``others`` are told is closed there: their numbers may be those of what it is given."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if pid := os.fork():
         theirs.close()
         return pid, ours
-    ours.close()
+    for held in (ours, *others):
+        held.close()
     told, fds, *_ = socket.recv_fds(theirs, MESSAGE, 32)
     if not told:
         os._exit(0)
