@@ -55,15 +55,16 @@ def _chooses(flag: str) -> bool:
 
 
 def _config_chooses(argv: Sequence[str]) -> bool:
-    """What cannot be read is refused where it is read in earnest."""
+    """Whether the last configuration, which is the one that counts, has such a key. What cannot be read is refused
+    where it is read in earnest."""
+    chooses = False
     for place, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
         if flag == CONFIG:
             with contextlib.suppress(ValueError):
                 values = read_json_object(value if equals else "".join(argv[place + 1 : place + 2]))
-                if not values.keys().isdisjoint(name.replace("-", "_") for name in CHOOSING):
-                    return True
-    return False
+                chooses = not values.keys().isdisjoint(name.replace("-", "_") for name in CHOOSING)
+    return chooses
 
 
 def check_choice(known: Namespace) -> None:

@@ -60,6 +60,23 @@ def test_a_configuration_that_says_nothing_of_it_leaves_the_indexer(given: str, 
     assert (INDEXER_NAME in with_defaults([named])) == ("c.json" not in given)
 
 
+def test_the_last_configuration_counts() -> None:
+    chooses, leaves = '--lsa-config={"policy": "quest"}', '--lsa-config={"widen": 1}'
+    assert INDEXER_NAME in with_defaults([chooses, leaves])
+    assert INDEXER_NAME not in with_defaults([leaves, chooses])
+
+
+def test_children_import_neither_sglang_nor_torch_with_it() -> None:
+    """They import it as ``__mp_main__`` before they answer, for which uvicorn gives HTTP workers five seconds."""
+    code = (
+        "import runpy, sys\n"
+        "runpy.run_module('sglang_lsa.launch_server', run_name='__mp_main__', alter_sys=True)\n"
+        "print(*{'sglang', 'torch', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_a_name_that_was_given_comes_last_and_wins() -> None:
     assert with_defaults(["--served-model-name", "mine"])[-2:] == ["--served-model-name", "mine"]
 
