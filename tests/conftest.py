@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -77,10 +77,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LAST_USE] = LastUse()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Afterwards there is a garbage collector: also in the process that has others collect, and after errors."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[LAST_USE].note(session.items)
-    gc.freeze()
-    gc.enable()
 
 
 @pytest.fixture
