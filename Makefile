@@ -27,7 +27,7 @@ demo: setup ## run the demonstration
 test: setup lint ## linters, type checker, and the tests that prove the promises (11 minutes on 2 cores)
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: setup lint ## all tests, the long ones included (35 to 45 minutes on 2 cores)
+test-all: setup lint ## all tests, the long ones included (35 to 46 minutes on 2 cores)
 	@$(PYTEST) $(ARGS)
 
 test-release: setup ## the tests that tell releases of SGLang apart, e.g. make test-release SGLANG=0.5.23 VENV=.venv-0.5.23

@@ -1,7 +1,6 @@
 """Ask a running server the same question under several budgets, and see what each request kept on the device.
 
-    python -m sglang_lsa.launch_server --port 30000 --lsa-indexer smollm2-135m-instruct \\
-        --lsa-config '{"floor_tokens": 0}'        # in another terminal
+    python -m sglang_lsa.launch_server --port 30000 --lsa-config '{"floor_tokens": 0}'    # in another terminal
     python examples/compare_budgets.py --url http://127.0.0.1:30000 --document notes.txt --question "Who paid?"
 
 Without a document, a number is hidden in filler. By default no set is bounded below 1,536 tokens, so that of contexts

@@ -118,6 +118,11 @@ def check(config: Any) -> None:
         )
 
 
+def least_pages(min_pages: int, floor_tokens: int, page_tokens: int = PAGE_SIZE) -> int:
+    """Pages of so many tokens that a resident set may have whatever its budget."""
+    return max(min_pages, floor_tokens // page_tokens)
+
+
 def called(config: Any, name: str) -> str:
     """What messages call the field ``name``: its flag, if it has one."""
     field = next(field for field in dataclasses.fields(config) if field.name == name)

@@ -8,7 +8,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_lsa.config.allowed import AUTO, CALIBRATE, PAGE_SIZE, PREFILLS, check, coerce
+from sglang_lsa.config.allowed import AUTO, CALIBRATE, PAGE_SIZE, PREFILLS, check, coerce, least_pages
 from sglang_lsa.config.kinds import CONSTANT, REMOVED, constant, key, option
 from sglang_lsa.config.policies import POLICIES, offered
 
@@ -178,7 +178,7 @@ class LSAConfig:
 
     def least_pages(self, page_tokens: int = PAGE_SIZE) -> int:
         """Pages of that size that a resident set may have whatever its budget."""
-        return max(self.min_pages, self.floor_tokens // page_tokens)
+        return least_pages(self.min_pages, self.floor_tokens, page_tokens)
 
     @property
     def policy_is_default(self) -> bool:

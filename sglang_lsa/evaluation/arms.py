@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_lsa.config import AUTO, PAGE_SIZE, LSAConfig, RequestOptions
+from sglang_lsa.config.allowed import least_pages
 from sglang_lsa.engine.selection import budget_pages
 from sglang_lsa.evaluation.questions import Question
 from sglang_lsa.memory.pages import pages_spanned
@@ -74,7 +75,7 @@ def named_sets(question: Question, budget: float, config: Mapping[str, Any], wan
     window, stop = config["window"], len(question.ids) + question.asked.new_tokens + config["window"]
     for tokens in range(len(question.ids), stop, window):
         pages = pages_spanned(tokens, PAGE_SIZE)
-        room = budget_pages(pages, budget, max(config["min_pages"], config["floor_tokens"] // PAGE_SIZE))
+        room = budget_pages(pages, budget, least_pages(config["min_pages"], config["floor_tokens"]))
         recent = max(1, min(config["recent_pages"], room // 4))
         before_tail = dict.fromkeys(page for page in wanted if page < pages - recent)
         chosen = sorted(list(before_tail)[: room - recent])

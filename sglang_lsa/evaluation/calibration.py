@@ -144,17 +144,17 @@ def recalls(part: Seen, arms: Mapping[str, np.ndarray], context: int, budgets: S
     Args:
         context: tokens before the answer.
     """
-    config, spanned = LSAConfig(policy="quest", floor_tokens=0), pages_spanned(context, PAGE_SIZE)
+    config, spanned = LSAConfig(policy="quest"), pages_spanned(context, PAGE_SIZE)
     rows = []
     for budget in budgets:
         sizes = {"sink_pages": config.sink_pages, "recent_pages": config.recent_pages}
         sizes |= {"prompt": spanned, "prompt_pages": config.prompt_pages}
-        stay = always_kept(spanned, budget_pages(spanned, budget, config.least_pages()), **sizes)
+        stay = always_kept(spanned, budget_pages(spanned, budget, config.min_pages), **sizes)
         wanted = [number for number in part.evidence if not stay[number]]
         if not wanted:
             continue
         for arm, given in arms.items():
-            kept = select(given, spanned, budget=budget, min_pages=config.least_pages(), **sizes)
+            kept = select(given, spanned, budget=budget, min_pages=config.min_pages, **sizes)
             rows.append({"arm": arm, "budget": budget, "recall": float(np.isin(wanted, kept).mean())})
     return rows
 
