@@ -14,6 +14,7 @@ from sglang.srt.layers.attention import flashinfer_backend as stock
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_lsa.attend.partial import PartialPrefill, State, offsets
+from sglang_lsa.attend.plan_copies import PlanCopies
 from sglang_lsa.attend.shown import Shown
 from sglang_lsa.attend.together import ReadTogether
 from sglang_lsa.kernels.merge_shared import merge_shared
@@ -31,6 +32,7 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
     def __init__(self, model_runner, **options):
         super().__init__(model_runner, **options)
         self.lsa = model_runner.lsa
+        self.copies = PlanCopies()
         self.indices_updater_decode = _DecodeUpdater(model_runner, self)
         self.indices_updater_prefill = _PrefillUpdater(model_runner, self)
         self.shown = Shown(self.lsa)
@@ -43,7 +45,8 @@ class LSAFlashInferBackend(stock.FlashInferAttnBackend):
         updater = self.indices_updater_decode
         wrapper = partial(BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD", backend=self.decode_backend)
         shape = updater.num_qo_heads, updater.num_kv_heads, updater.head_dim
-        return ReadTogether(self.lsa, wrapper, self.workspace_buffer, shape, (updater.q_data_type, updater.data_type))
+        types = updater.q_data_type, updater.data_type
+        return ReadTogether(self.lsa, wrapper, self.workspace_buffer, shape, types, self.copies)
 
     def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
         """Buffers of the size of resident sets instead of whole contexts."""
@@ -123,24 +126,28 @@ class FlashInferParts(PartialPrefill):
 
     def plan_own(self, lengths: Sequence[int]) -> None:
         self.new, self.q_type = _offsets(lengths), self.backend.indices_updater_prefill.q_data_type
-        self.backend.prefill_wrapper_ragged.plan(self.new, self.new, *self.heads, q_data_type=self.q_type)
+        wrapper = self.backend.prefill_wrapper_ragged
+        with self.backend.copies.planning(wrapper):
+            wrapper.plan(self.new, self.new, *self.heads, q_data_type=self.q_type)
 
     def plan_here(self, pages: Sequence[np.ndarray], tokens: Sequence[int]) -> None:
         page = self.lsa.pager.page
-        self.pages.plan(
-            self.new,
-            _offsets([len(ids) for ids in pages]),
-            upload(np.concatenate(pages).astype(np.int32), self.lsa.pager.device),
-            torch.tensor([count - (len(ids) - 1) * page for ids, count in zip(pages, tokens, strict=True)]).int(),
-            *self.heads,
-            page,
-            q_data_type=self.q_type,
-            kv_data_type=self.backend.indices_updater_prefill.data_type,
-        )
+        with self.backend.copies.planning(self.pages):
+            self.pages.plan(
+                self.new,
+                _offsets([len(ids) for ids in pages]),
+                upload(np.concatenate(pages).astype(np.int32), self.lsa.pager.device),
+                torch.tensor([count - (len(ids) - 1) * page for ids, count in zip(pages, tokens, strict=True)]).int(),
+                *self.heads,
+                page,
+                q_data_type=self.q_type,
+                kv_data_type=self.backend.indices_updater_prefill.data_type,
+            )
 
     def plan_blocks(self, sizes: tuple[int, int]) -> None:
         for wrapper, size in zip(self.blocks, sizes, strict=True):
-            wrapper.plan(self.new, _offsets([size]), *self.heads, q_data_type=self.q_type)
+            with self.backend.copies.planning(wrapper):
+                wrapper.plan(self.new, _offsets([size]), *self.heads, q_data_type=self.q_type)
 
     def own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer) -> State:
         return self.backend.prefill_wrapper_ragged.forward_return_lse(q, k, v, causal=True, **_of(layer))
@@ -202,21 +209,22 @@ class _DecodeUpdater(stock.FlashInferIndicesUpdaterDecode):
         # In CUDA graphs SGLang replaced begin_forward by a plan that takes the host's lengths instead of fetching them.
         fast = getattr(wrapper.begin_forward, "func", None) == stock.fast_decode_plan
         options = {"global_override_indptr_cpu": indptr_on_host} if fast else {}
-        wrapper.begin_forward(
-            indptr,
-            indices,
-            self.kv_last_page_len[:batch],
-            self.num_qo_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            1,
-            data_type=self.data_type,
-            q_data_type=self.q_data_type,
-            non_blocking=True,
-            fixed_split_size=asked.get("fixed_split_size"),
-            disable_split_kv=bool(asked.get("disable_split_kv")),
-            **options,
-        )
+        with self.attn_backend.copies.planning(wrapper):
+            wrapper.begin_forward(
+                indptr,
+                indices,
+                self.kv_last_page_len[:batch],
+                self.num_qo_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                1,
+                data_type=self.data_type,
+                q_data_type=self.q_data_type,
+                non_blocking=True,
+                fixed_split_size=asked.get("fixed_split_size"),
+                disable_split_kv=bool(asked.get("disable_split_kv")),
+                **options,
+            )
 
 
 class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
@@ -248,13 +256,14 @@ class _PrefillUpdater(stock.FlashInferIndicesUpdaterPrefill):
             indptr,
             indices,
         )
-        super().call_begin_forward(
-            wrapper_ragged,
-            wrapper_paged,
-            req_pool_indices,
-            paged_kernel_lens,
-            paged_kernel_lens_sum,
-            *arguments,
-            custom_kv_indices=indices,
-            **options,
-        )
+        with self.attn_backend.copies.planning(wrapper_ragged, wrapper_paged):
+            super().call_begin_forward(
+                wrapper_ragged,
+                wrapper_paged,
+                req_pool_indices,
+                paged_kernel_lens,
+                paged_kernel_lens_sum,
+                *arguments,
+                custom_kv_indices=indices,
+                **options,
+            )

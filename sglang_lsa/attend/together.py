@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sglang_lsa.attend.partial import State, offsets
+from sglang_lsa.attend.plan_copies import PlanCopies
 from sglang_lsa.engine.group_buffers import INT_WORKSPACE, GraphBuffers, planning_bytes, room_for
 from sglang_lsa.engine.grouping import Grouping
 from sglang_lsa.memory.transfer import upload
@@ -88,6 +89,7 @@ class ReadTogether:
         workspace: for what attention adds up; nothing stays in it from one call to the next, so others have it, too.
         shape: query heads, key heads, head_dim.
         types: of queries and of KV.
+        copies: of the backend's plans.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class ReadTogether:
         workspace: torch.Tensor,
         shape: tuple[int, int, int],
         types: tuple[torch.dtype, torch.dtype],
+        copies: PlanCopies,
     ):
         self.lsa, self.wrapper, self.workspace, self.shape, self.types = lsa, wrapper, workspace, shape, types
+        self.copies = copies
         self.graphs: dict[int, Any] = {}
         """By batch size, of CUDA graphs that read in groups."""
         self.eager: Any = None
@@ -160,16 +164,17 @@ class ReadTogether:
         return self.reads.forward_return_lse(members, paged, causal=False, **options)
 
     def _tell(self, wrapper: Any, plan: Plan) -> None:
-        wrapper.plan(
-            torch.from_numpy(plan.queries),
-            torch.from_numpy(plan.pages),
-            upload(plan.indices, self.order.device),
-            torch.from_numpy(plan.last),
-            *self.shape,
-            self.lsa.pager.page,
-            q_data_type=self.types[0],
-            kv_data_type=self.types[1],
-        )
+        with self.copies.planning(wrapper):
+            wrapper.plan(
+                torch.from_numpy(plan.queries),
+                torch.from_numpy(plan.pages),
+                upload(plan.indices, self.order.device),
+                torch.from_numpy(plan.last),
+                *self.shape,
+                self.lsa.pager.page,
+                q_data_type=self.types[0],
+                kv_data_type=self.types[1],
+            )
 
     def _of_graph(self, batch: int) -> Any:
         if batch not in self.graphs:

@@ -19,9 +19,10 @@ from sglang_lsa.server_process import LSA, ServerProcess
 POOL_TOKENS = 24_000
 WITH_LSA = ["--lsa-device-tokens", str(POOL_TOKENS), "--lsa-host-memory-gb", "4", "--lsa-min-context", "1024"]
 WITH_LSA += ["--lsa-debug", "--enable-metrics", "--lsa-indexer", "smollm2-135m-instruct", "--lsa-policy", "quest"]
-WITH_LSA += ["--lsa-config", '{"groups": false, "floor_tokens": 512}']
+WITH_LSA += ["--lsa-config", '{"groups": false, "floor_tokens": 512, "widen": 1}']
 """Without groups, in which a request reads more than it chose: what it answers, and reads, is its own here. With them:
-test_groups.py."""
+test_groups.py. Sets that are never widened, so that a batch of dense requests can be too large for CUDA graphs: these
+have room for what 256 requests may read, which is three times as much by default."""
 REFUSED = {"test_tensor_parallel": RELEASE.resolves_late, "dsv4": not RELEASE.deepseek_v4}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from serving import Answer, answer_tokens, generate
 
+from sglang_lsa.attend.plan_copies import PlanCopies
 from sglang_lsa.attend.together import ReadTogether
 from sglang_lsa.attend.torch_native import attend_part
 from sglang_lsa.config import PAGE_SIZE
@@ -118,6 +119,21 @@ def grouping_of(groups: list[tuple[tuple[int, ...], list[int]]], batch: int) -> 
     return Grouping(formed, pages, order, places, ResidentTable(batch + 1, 4, PAGE_SIZE))
 
 
+class AtOnce:
+    """An event where copies are made when they are asked for."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def copies_on(device: torch.device) -> PlanCopies:
+    """Of plans for this device."""
+    return PlanCopies() if device.type == "cuda" else PlanCopies(AtOnce)
+
+
 class Steps:
     """An attention backend's part of decode steps in groups: planned, then one layer; CUDA graphs, where there are any.
 
@@ -133,7 +149,7 @@ class Steps:
         groups = SimpleNamespace(planning_bytes=0)
         self.lsa: Any = SimpleNamespace(pager=pager, step=IDLE, table=SimpleNamespace(rows=5), groups=groups)
         workspace = torch.zeros(WORKSPACE[self.device.type], dtype=torch.uint8, device=self.device)
-        self.together = ReadTogether(self.lsa, wrapper, workspace, HEADS, (dtype, dtype))
+        self.together = ReadTogether(self.lsa, wrapper, workspace, HEADS, (dtype, dtype), copies_on(self.device))
         draw = torch.Generator().manual_seed(0)
         self.own = [torch.randn((64, OWN, *HEADS[1:]), generator=draw).to(dtype) for _ in range(2)]
         """Keys and values that requests read by themselves."""

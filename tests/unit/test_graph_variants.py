@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from read_together import HEADS, ONE, POOL, TWO, grouping_of
+from read_together import HEADS, ONE, POOL, TWO, copies_on, grouping_of
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.model_executor.runner import decode_cuda_graph_runner as stock
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
@@ -133,11 +133,12 @@ def backend(lsa: Any, calls: Calls) -> LSAFlashInferBackend:
         "indices_updater_decode": updater,
         "token_to_kv_pool": SimpleNamespace(get_kv_buffer=lambda layer: pool),
         "shown": SimpleNamespace(decode=lambda *_: None, attended=lambda *_: None),
+        "copies": copies_on(torch.device("cpu")),
         "together": None,
     }
     if lsa.groups is not None:
         types = torch.float32, torch.float32
-        found.together = ReadTogether(lsa, lambda *_, **__: Prefill(calls), torch.zeros(1), HEADS, types)
+        found.together = ReadTogether(lsa, lambda *_, **__: Prefill(calls), torch.zeros(1), HEADS, types, found.copies)
     return found
 
 
