@@ -23,10 +23,11 @@ class PlanCopies:
 
     FlashInfer writes a plan into page-locked memory that the wrapper keeps, and queues a copy of it to the device
     (``PrefillPlan`` and ``DecodePlan`` in ``flashinfer/attention/scheduler.cuh``). With SGLang's overlap scheduler the
-    host plans a step as soon as the last one's predecessor is done. The last one's copy is next on the device then, but
-    nothing says that it was made: where several processes have the GPU by turns, theirs may be in between. A plan that
-    is written meanwhile is what the last step reads with its own lengths, and tiles beyond these are read to the end
-    of memory. Sets make plans differ more from step to step than growing contexts do.
+    host plans a step as soon as the last one's predecessor is done, and nothing says that the last one's copy was made
+    by then: the kernels that choose pages are before it, recalls that it waits for, and where several processes have
+    the GPU by turns, all of theirs. A plan that is written meanwhile is what the last step reads by, with lengths of
+    its own. It then reads less than it should, or, by kernels without tensor cores, whatever is behind its indices
+    until an address is nobody's. Sets make plans differ more from step to step than growing contexts do.
 
     Each wrapper has its own memory: plans of others, made in the same step, need not wait for one another.
 

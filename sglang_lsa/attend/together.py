@@ -141,6 +141,7 @@ class ReadTogether:
             found = Plan.largest(batch, page, room)
         else:
             found = Plan.of(grouping, page, room if graph else None)
+        self._planned = None, None  # if this fails
         self._tell(self.reads, found)
         both = upload(rows_of(grouping, len(self.order)), self.order.device)
         self.order.copy_(both[0])
