@@ -218,7 +218,8 @@ def tables() -> dict[str, str]:
         "passage": quality_tables.passage(quality),
         "dsv4": dsv4_tables.speed(rows_of("dsv4.json")),
         "group_answers": group_load_tables.group_answers(rows_of("group-quality.json")),
-        "load": group_load_tables.load(rows_of("load.json")),
+        "load": group_load_tables.load(rows_of("load.json"), "agents"),
+        "load_documents": group_load_tables.load(rows_of("load.json"), "documents"),
     }
 
 

@@ -41,19 +41,27 @@ def group_answers(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def load(rows: Sequence[Row]) -> str:
-    """Of one rate and system a line."""
+def load(rows: Sequence[Row], mix: str) -> str:
+    """Of one rate and system a line; of one mix.
+
+    Raises:
+        ValueError: none is of this mix.
+    """
+    mine = [row for row in rows if row["mix"] == mix]
+    if not mine:
+        raise ValueError(f"no row of load.json is of the mix {mix}, only of {sorted({row['mix'] for row in rows})}")
     lines = table(
-        "requests a second", "system", "met the objective", "goodput a second", "tokens a second", "TTFT s: p50, p99",
-        "ms between tokens: p50, p99", "running at most",
+        f"{mix}: requests a second", "system", "met the objective", "completed", "goodput a second", "tokens a second",
+        "TTFT s: p50, p99", "ms between tokens: p50, p99", "running at most",
     )  # fmt: skip
-    for row in sorted(rows, key=lambda row: (row["rate_per_s"], row["system"] != "stock")):
+    for row in sorted(mine, key=lambda row: (row["rate_per_s"], row["system"] != "stock")):
         waits = "+" if row["no_first_token"] else ""
         lines.append(
             line(
                 f"{row['rate_per_s']:g}",
                 {"stock": "stock (FA3)", "lsa": "LSA"}[row["system"]],
                 f"{row['met_objective']} of {row['requests']}",
+                str(row["completed"]),
                 f"{row['goodput_per_s']:.2f}",
                 f"{row['output_tokens_per_s']:.0f}",
                 f"{row['ttft_s_p50']:.2f}, {row['ttft_s_p99']:.2f}{waits}",

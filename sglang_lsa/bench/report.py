@@ -159,7 +159,7 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), width_ratios=(2, 3))
     shown = [row for row in rows if row["policy"] in (None, "quest")]
     _draw_pace(axes[0], [row for row in shown if row["workload"] == "tpot" and row["batch"] == 1])
     _draw_throughput(axes[1], [row for row in shown if row["workload"] != "tpot"])
@@ -180,29 +180,55 @@ def _draw_pace(axis: Any, rows: Sequence[Row]) -> None:
     label_of = told_apart(rows, lambda row: f"{row['model']} {_label(row)}")
     for row in sorted(rows, key=lambda row: (row["model"], list(SYSTEMS).index(row["system"]), row["context"])):
         lines.setdefault(label_of(row), []).append(row)
-    for label, mine in lines.items():
+    for color, (label, mine) in zip(_colors(len(lines)), lines.items(), strict=True):
         style = "s-" if is_lsa(mine[0]) else "o--"
-        axis.plot([row["context"] for row in mine], [row["tpot_ms_p50"] for row in mine], style, label=label)
+        pace = [row["tpot_ms_p50"] for row in mine]
+        axis.plot([row["context"] for row in mine], pace, style, label=label, color=color)
     axis.set(xscale="log", xlabel="context (tokens)", ylabel="ms per token, batch 1", title="time per output token")
     if lines:
-        axis.legend(fontsize=7)
+        _legend(axis)
 
 
 def _draw_throughput(axis: Any, rows: Sequence[Row]) -> None:
     label_of, sent = told_apart(rows, _label), [column for column in ARM if column != "server_args"]
     arms = sorted({tuple(row[column] for column in sent) for row in rows})
     labels = sorted({label_of(row) for row in rows}, key=lambda label: (list(SYSTEMS).index(label.split()[0]), label))
-    width = 0.8 / max(1, len(labels))
-    for number, label in enumerate(labels):
-        mine = [row for row in rows if label_of(row) == label]
-        places = [arms.index(tuple(row[column] for column in sent)) + (number + 0.5) * width - 0.4 for row in mine]
-        drawn = axis.bar(places, [row["decode_tokens_per_s"] for row in mine], width, label=label)
-        axis.bar_label(drawn, [f"{row['running_requests']} running" for row in mine], fontsize=6)
-    axis.set(ylabel="tokens per second", title="same KV pool, as many requests as fit")
-    names = [f"{workload} {model}\n{context:,}" for model, workload, context, *_ in arms]
-    axis.set_xticks(range(len(arms)), names)
+    of_arm = [[row for row in rows if tuple(row[column] for column in sent) == arm] for arm in arms]
+    width = 0.85 / max((len(members) for members in of_arm), default=1)
+    for color, label in zip(_colors(len(labels)), labels, strict=True):
+        places, mine = [], []
+        for number, members in enumerate(of_arm):
+            members = sorted(members, key=lambda row: labels.index(label_of(row)))
+            for place, row in enumerate(members):
+                if label_of(row) == label:
+                    places.append(number + (place - (len(members) - 1) / 2) * width)
+                    mine.append(row)
+        drawn = axis.bar(places, [row["decode_tokens_per_s"] for row in mine], width, label=label, color=color)
+        axis.bar_label(drawn, [str(row["running_requests"]) for row in mine], fontsize=7)
+    axis.set(ylabel="tokens per second", title="same KV pool, as many requests as fit (above each bar: how many run)")
+    axis.set_xticks(range(len(arms)), [_sent(dict(zip(sent, arm, strict=True))) for arm in arms], fontsize=7)
     if labels:
-        axis.legend(fontsize=7)
+        _legend(axis)
+
+
+def _sent(arm: Row) -> str:
+    """What was sent, for a place of the picture: model, requests and their tokens, and what is not the usual."""
+    kind = [] if arm["kv_dtype"] == "bfloat16" else [arm["kv_dtype"]]
+    ranks = [] if arm["tp"] == 1 else [f"TP {arm['tp']}"]
+    lines = [f"{arm['model']} {arm['workload']}", f"{arm['batch']} x {round(arm['context'] / 1000)}K"]
+    return "\n".join((*lines, ", ".join((*kind, *ranks))))
+
+
+def _colors(number: int) -> Iterator[Any]:
+    """So many that are told apart."""
+    from matplotlib import colormaps
+
+    return iter(colormaps["tab20" if number > 10 else "tab10"].colors[:number])  # type: ignore[attr-defined]
+
+
+def _legend(axis: Any) -> None:
+    """Below: nothing that is drawn is hidden."""
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pathlib
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -110,3 +111,18 @@ def test_the_table_holds_all_systems_and_the_gain_over_each() -> None:
     ):
         for part in parts:
             assert part in line
+
+
+def test_bars_hide_no_other_and_have_colors_of_their_own() -> None:
+    from matplotlib.figure import Figure
+
+    systems, kinds = ("stock", "stock-flashinfer", "lsa"), ("bfloat16", "fp8_e4m3")
+    rows = [row(name, tp=tp, kv_dtype=kind) for name in systems for tp in (1, 2) for kind in kinds]
+    axis = Figure().subplots()
+    report._draw_throughput(axis, [*rows, row("lsa", batch=99)])
+    bars = sorted(axis.patches, key=lambda bar: bar.get_x())
+    assert len(bars) == len(rows) + 1
+    assert all(left.get_x() + left.get_width() <= right.get_x() + 1e-9 for left, right in pairwise(bars))
+    assert len({bar.get_facecolor() for bar in bars}) == len(rows)
+    names = [label.get_text().split("\n") for label in axis.get_xticklabels()]
+    assert ["8b iso", "13 x 60K", "fp8_e4m3, TP 2"] in names

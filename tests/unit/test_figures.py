@@ -71,9 +71,9 @@ def test_a_new_result_changes_the_page_and_its_promise(monkeypatch: pytest.Monke
     with_result(monkeypatch, "serving.json", {"tpot_ms_p50": 4.321}, **where)
     after = figures.pages()
     row = next(line for line in before.splitlines() if line.startswith("| one request, ms per token at 1K / 128K"))
-    assert row.replace("5.40", "4.32") in after[ROOT / "README.md"]
+    assert row.replace("5.45", "4.32") in after[ROOT / "README.md"]
     assert row not in after[ROOT / "README.md"]
-    assert "context=131072 batch=1 commit=411dc66 kv_dtype=bfloat16: tpot_ms_p50 = 4.32`" in after[figures.PROMISES]
+    assert "context=131072 batch=1 commit=6099ff7 kv_dtype=bfloat16: tpot_ms_p50 = 4.32`" in after[figures.PROMISES]
     assert check(monkeypatch) == 1
 
 
@@ -84,9 +84,21 @@ def test_a_new_result_changes_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with_result(monkeypatch, "serving.json", {"commit": "0"}, commit="228fe18")
+    with_result(monkeypatch, "serving.json", {"commit": "0"}, commit="6099ff7", workload="iso")
     assert check(monkeypatch) == 1
     assert "0 rows of serving.json have workload=iso model=1b" in capsys.readouterr().err
+
+
+def test_a_table_of_load_has_one_mix() -> None:
+    rows = figures.rows_of("load.json")
+    for mix in ("agents", "documents"):
+        lines = figures.group_load_tables.load(rows, mix).splitlines()
+        mine = [row for row in rows if row["mix"] == mix]
+        assert mix in lines[0]
+        assert len(lines) == len(mine) + 2
+        assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {f"{row['rate_per_s']:g}" for row in mine}
+    with pytest.raises(ValueError, match="is of the mix code, only of"):
+        figures.group_load_tables.load(rows, "code")
 
 
 def test_two_rows_of_a_table_of_quality_are_refused() -> None:
