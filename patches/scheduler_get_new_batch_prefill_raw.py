@@ -1,4 +1,5 @@
-"""Admission knows whether it may preempt, and a request that was preempted in vain goes back to the queue."""
+"""Prompts wait for the decode steps that are due; admission knows whether it may preempt, and a request that was
+preempted in vain goes back to the queue."""
 
 from __future__ import annotations
 
@@ -23,6 +24,10 @@ class Pass:
 
 
 def get_new_batch_prefill(original, self, *args, **kwargs):
+    pace, running = self.tree_cache.lsa.pace, kwargs["running_batch"]
+    decoding = 0 if running.is_prefill_only else sum(not req.finished() for req in running.reqs)
+    if pace.prompts_wait(decoding, prompts=bool(self.waiting_queue or self.chunked_req)):
+        return None, running  # SGLang finds a prompt's next chunk where it left it
     arguments = resolved(self.server_args) if self.enable_priority_preemption else None
     current = self.tree_cache.scheduling_pass = Pass(arguments)
     batch, running_batch = original(self, *args, **kwargs)
@@ -32,6 +37,8 @@ def get_new_batch_prefill(original, self, *args, **kwargs):
         for req in current.adder.preempt_list:
             if id(req) not in waiting:
                 self._add_request_to_queue(req)
+    if batch is not None:
+        pace.computed(batch.extend_num_tokens)
     return batch, running_batch
 
 
@@ -39,8 +46,10 @@ HOOK = Hook(
     target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
     kind="around",
     function=get_new_batch_prefill,
-    parameters=("self",),
-    why="A prompt that waits for device pages never fills the batch, which is when SGLang preempts.",
-    until="SGLang lets the tree cache ask for preemption.",
+    parameters=("self", "running_batch"),
+    why="SGLang computes all prompts before it decodes again, and they are many where the device pool takes many "
+    "contexts. And a prompt that waits for device pages never fills the batch, which is when SGLang preempts.",
+    until="SGLang bounds prompts beside decode steps, and lets the tree cache ask for preemption.",
     test="tests/server/test_features.py::test_a_high_priority_does_not_wait_for_device_pages",
+    relies_on=("sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",),
 )

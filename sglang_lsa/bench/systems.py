@@ -56,6 +56,7 @@ SYSTEMS = {
         System("lsa-flashinfer", LSA, ("--attention-backend", "flashinfer")),
         System("lsa-groups", LSA, ("--lsa-config", '{"groups": true}')),
         System("lsa-separate", LSA, ("--lsa-config", '{"groups": false}')),
+        System("lsa-paced", LSA, ("--lsa-config", '{"prefill_tokens_per_step": 256}')),
     )
 }
 DEFAULT_SYSTEMS = ("stock", "stock-flashinfer", "lsa")

@@ -41,6 +41,7 @@ LEAST: dict[str, float] = {
     "prompt_pages": 0,
     "min_context": 0,
     "query_tokens": 1,
+    "prefill_tokens_per_step": 0,
     "staging_pages": 1,
     "device_tokens": PAGE_SIZE * 4,
     "device_memory_gb": 0,

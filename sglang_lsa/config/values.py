@@ -107,6 +107,12 @@ class LSAConfig:
         "--lsa-cache-outputs lets it.",
         choices=PREFILLS,
     )
+    prefill_tokens_per_step: int = key(
+        0,
+        "Tokens of prompts that are computed for each decode step while requests decode, 256 for example: a pass over "
+        "8,192 is then followed by 32 steps. For loads of new prompts, which else are computed one after the other "
+        "while those that decode stand still; first tokens come later. 0: prompts first, as in SGLang.",
+    )
     staging_pages: int = constant(
         256,
         "Pages in each of the two buffers, one layer large, through which a prompt reads what is not on the device: "

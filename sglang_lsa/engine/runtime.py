@@ -22,6 +22,7 @@ from sglang_lsa.engine.counts import Decoding, Metrics
 from sglang_lsa.engine.failures import require_together
 from sglang_lsa.engine.integrity import check, compare
 from sglang_lsa.engine.native_index import NativeIndex
+from sglang_lsa.engine.pace import Pace
 from sglang_lsa.engine.prefill import Prefill
 from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.shared_pages import SharedPages
@@ -103,6 +104,7 @@ class LSARuntime:
         self.groups = build.groups(config, self.lookahead, self.requests)
         """Of requests that decode over one prefix, where they are formed."""
         self.admission = Admission(pager, self.lookahead.rules, chunk_tokens, vocabulary)
+        self.pace = Pace(self.lookahead.rules)
         self.staging = build.staging(config, pager)
         self.staging_bytes = build.staging_bytes(self.staging, pager.layout, chunk_tokens, q_heads)
         """Device bytes that prompts need to read the host mirror; no context enters."""

@@ -232,6 +232,12 @@ METRICS: tuple[Gauge | Counter, ...] = (
         lambda now: now.runtime.admission.waits,
     ),
     Counter(
+        "lsa_paced_passes",
+        "passes",
+        "Scheduling passes in which prompts waited for decode steps (`prefill_tokens_per_step`)",
+        lambda now: now.runtime.pace.waits,
+    ),
+    Counter(
         "lsa_shrunk_sets",
         "sets",
         "Resident sets made smaller than their budget because the device pool was full",

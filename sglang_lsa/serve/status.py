@@ -60,6 +60,7 @@ def status(runtime: LSARuntime) -> dict[str, Any]:
         },
         "pressure": {
             "admission_waits": values["lsa_admission_waits"],
+            "paced_passes": values["lsa_paced_passes"],
             "shrunk_sets": values["lsa_shrunk_sets"],
             "retractions": values["lsa_retractions"],
             "host_evicted_pages": values["lsa_host_evicted_pages"],

@@ -65,14 +65,18 @@ class Scheduler:
             self.chunked.between_chunks = False
         self.running += [req for req in self.prefilled if not req.gone]
         self.prefilled = []
-        if entries := self._prompts():
+        decoding = sum(not req.gone for req in self.running)
+        if not self.runtime.pace.prompts_wait(decoding) and (entries := self._prompts()):
+            self.runtime.pace.computed(sum(entry.end - entry.start for entry in entries))
             self._prefill(entries)
             self.prefilled = [entry.req for entry in entries if entry.req is not self.chunked]
         else:
+            entries = []
             self.running = [req for req in self.running if not req.gone]
             if self.running:
                 self._make_room()
             if self.running:
+                self.counts["decoded between chunks"] += self.chunked is not None
                 self._decode(list(self.running))
         ran = bool(entries or self.running)
         self.gpu.progress(self.chance.choice([0, 0, 1, 3, 8]))

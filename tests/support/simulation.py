@@ -2,7 +2,7 @@
 runs.
 
     python tests/support/simulation.py --seeds 2000 [--first 0] [--jobs 2] [--steps 150] [--page 64] [--own-index]
-                                        [--groups] [--auto]
+                                        [--groups] [--auto] [--paced]
 
 What is real: the runtime with ledger, pager, lookahead, admission and prefill. What is a model: SGLang's loop with one
 result of delay (``simulated_scheduler``), its radix tree and allocator (``simulated_cache``), the passes of a model
@@ -124,6 +124,7 @@ class Simulation:
         groups: requests over one prefix read pages together, wherever that saves anything; in every other seed their
             sets are chosen with a view to that.
         auto: sets are as large as they need to be, which is far more than was promised, of all requests at once.
+        paced: prompts wait for decode steps, also between their chunks.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Simulation:
         ranks: Ranks | None = None,
         groups: bool = False,
         auto: bool = False,
+        paced: bool = False,
     ):
         self.seed, self.chance, self.page = seed, random.Random(seed), page
         chance = self.chance
@@ -157,6 +159,7 @@ class Simulation:
             "dense_steps": chance.choice([0, 0, 5]),
             "cache_outputs": chance.random() < 0.2,
             "prompt_lookup": 0,
+            "prefill_tokens_per_step": (self.page // 4, 2 * self.page)[seed % 2] if paced else 0,
             "groups": groups,
             "group_margin": 0.95 if groups and seed % 2 else 0.0,
         }
@@ -324,10 +327,16 @@ class Simulation:
 
 
 def failure_of(
-    seed: int, steps: int = 150, page: int = 64, own_index: bool = False, groups: bool = False, auto: bool = False
+    seed: int,
+    steps: int = 150,
+    page: int = 64,
+    own_index: bool = False,
+    groups: bool = False,
+    auto: bool = False,
+    paced: bool = False,
 ) -> tuple[str | None, collections.Counter[str]]:
     """Run one seed: what went wrong (None: nothing), and what happened how often."""
-    simulation = Simulation(seed, page=page, own_index=own_index, groups=groups, auto=auto)
+    simulation = Simulation(seed, page=page, own_index=own_index, groups=groups, auto=auto, paced=paced)
     try:
         simulation.run(steps)
         simulation.counts["exchanged"] = simulation.runtime.lookahead.counts.exchanged
@@ -351,12 +360,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--own-index", action="store_true", help="a model with an index of its own; pages of 256")
     parser.add_argument("--groups", action="store_true", help="requests over one prefix read pages together")
     parser.add_argument("--auto", action="store_true", help="sets are as large as they need to be")
+    parser.add_argument("--paced", action="store_true", help="prompts wait for decode steps")
     parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     args = parser.parse_args(argv)
     began, total, failed = time.monotonic(), collections.Counter[str](), 0
     page = 256 if args.own_index else args.page
     work = [
-        (seed, args.steps, page, args.own_index, args.groups, args.auto)
+        (seed, args.steps, page, args.own_index, args.groups, args.auto, args.paced)
         for seed in range(args.first, args.first + args.seeds)
     ]
     with multiprocessing.Pool(args.jobs, initializer=_quiet) as pool:
@@ -372,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _run(work: tuple[int, int, int, bool, bool, bool]) -> tuple[str | None, collections.Counter[str]]:
+def _run(work: tuple[int, int, int, bool, bool, bool, bool]) -> tuple[str | None, collections.Counter[str]]:
     return failure_of(*work)
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from release import MadeUp
 
-from sglang_lsa.config import PAGE_SIZE
+from sglang_lsa.config import PAGE_SIZE, LSAConfig
 from sglang_lsa.engine.arrival import Prompt
+from sglang_lsa.engine.choose import Rules
+from sglang_lsa.engine.pace import Pace
 from sglang_lsa.engine.preemption import pages_let_go
 from sglang_lsa.memory.layout.mha import MhaLayout
 from sglang_lsa.memory.pager import Pager
@@ -152,24 +154,28 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
     """SGLang preempts for a place and forgets whom, when there is then no memory for the prompt."""
     queue: list[str] = []
     scheduler = SimpleNamespace(
-        tree_cache=SimpleNamespace(),
+        tree_cache=SimpleNamespace(lsa=SimpleNamespace(pace=Pace(Rules(LSAConfig(), 100)))),
         server_args=SimpleNamespace(mark="arguments"),
         waiting_queue=[],
+        chunked_req=None,
         enable_priority_preemption=True,
         _add_request_to_queue=lambda req: queue.append(req.rid),
     )
 
-    def without_memory(self: Any) -> tuple[None, str]:
+    def without_memory(self: Any, running_batch: Any) -> tuple[None, str]:
         assert self.tree_cache.scheduling_pass.server_args.mark == "arguments"
         self.tree_cache.scheduling_pass.adder = SimpleNamespace(preempt_list=[running("a", 0), running("b", 0)])
         return None, "running"
 
-    assert get_new_batch_prefill(without_memory, scheduler) == (None, "running")
+    nobody = SimpleNamespace(reqs=[], is_prefill_only=False)
+    assert get_new_batch_prefill(without_memory, scheduler, running_batch=nobody) == (None, "running")
     assert queue == ["a", "b"]
 
-    def with_memory(self: Any) -> tuple[str, str]:
-        without_memory(self)
-        return "batch", "running"
+    batch = SimpleNamespace(extend_num_tokens=64)
 
-    assert get_new_batch_prefill(with_memory, scheduler) == ("batch", "running")
+    def with_memory(self: Any, running_batch: Any) -> tuple[Any, str]:
+        without_memory(self, running_batch)
+        return batch, "running"
+
+    assert get_new_batch_prefill(with_memory, scheduler, running_batch=nobody) == (batch, "running")
     assert queue == ["a", "b"], "SGLang did that itself"

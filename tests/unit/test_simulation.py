@@ -111,6 +111,19 @@ def test_it_finds_sets_that_grow_into_what_others_were_promised(monkeypatch: pyt
     assert "more is promised than can be had" in next(failed, "nothing was found")
 
 
+def test_prompts_that_wait_for_steps_between_their_chunks() -> None:
+    """What is staged, promised or half computed for a prompt stays as it is while others decode, grow, come or go."""
+    total = collections.Counter[str]()
+    for seed in range(3000, 3060):
+        failure, counts = failure_of(seed, paced=True, groups=seed % 4 == 0)
+        assert failure is None, failure
+        total += counts
+    assert total["decoded between chunks"] > 500
+    seen = ("shrunk", "streamed", "resident", "recalled", "evicted", "retracted", "preempted", "aborted in a prompt")
+    for what in seen:
+        assert total[what] > 0, (what, total)
+
+
 def test_groups() -> None:
     """Requests over one document read its pages together, whoever comes, ends, is aborted, retracted, or gets another
     set in between; each reads all that it chose, nothing twice, and its own tokens."""

@@ -1,0 +1,42 @@
+"""Pace: how many tokens of prompts are computed for each decode step, where prompts are many and nobody shall wait."""
+
+from __future__ import annotations
+
+from sglang_lsa.engine.choose import Rules
+
+
+class Pace:
+    """SGLang computes prompts as long as there are any, and decodes then. Where the KV pool lets few contexts in, that
+    is soon; with LSA many get in, so that under a load of new documents those that decode would stand still.
+
+    With a bound (``prefill_tokens_per_step``) a pass over so many tokens is followed by as many decode steps as it has
+    bounds' worth of them, for those that decode. Passes are counted and not timed: all ranks agree.
+
+    Args:
+        rules: with the configuration in force.
+    """
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self.waits = 0
+        """Scheduling passes in which prompts waited for decode steps."""
+        self._owed = 0.0
+
+    def prompts_wait(self, decoding: int, prompts: bool = True) -> bool:
+        """Whether prompts are not computed in this scheduling pass, which is a decode step then.
+
+        Args:
+            decoding: requests that decode in it unless prompts are computed.
+            prompts: whether there are any.
+        """
+        bound = self.rules.config.prefill_tokens_per_step
+        if not bound or not decoding or self._owed < bound:
+            self._owed = 0.0
+            return False
+        self._owed -= bound
+        self.waits += prompts
+        return prompts
+
+    def computed(self, tokens: int) -> None:
+        """A pass computes so many tokens of prompts."""
+        self._owed = float(tokens)
