@@ -73,7 +73,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     text = (
         "stock is SGLang with what it chooses itself, stock-flashinfer with that backend, lsa with what it chooses "
         "itself, lsa-fa3 and lsa-flashinfer with one backend, lsa-groups with pages that requests share read once, "
-        "lsa-separate with pages that each request reads for itself"
+        "lsa-separate with pages that each request reads for itself, lsa-paced with prompts that wait for decode steps"
     )
     add_several(command, "--systems", tuple(SYSTEMS), text, DEFAULT_SYSTEMS)
     text = "type of KV of all systems; a pool of so many GB holds more tokens of a smaller type"
