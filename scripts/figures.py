@@ -45,8 +45,10 @@ PROMISES = ROOT / "docs" / "promises.md"
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\d|[.,]\d)")
 ROW = re.compile(r"([\w.-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 """File, ``key=value`` pairs that find one row, field, its value as the page prints it."""
-TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n).*?(\n\n<!-- to here -->)", re.DOTALL)
-QUALITY = tuple(f"quality{name}" for name in ("", "-60", "-fp8", "-calibrated", "-1.5b", "-1.5b-kl", "-widen"))
+TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n)(?:(?!<!-- ).)*(<!-- to here -->)", re.DOTALL)
+FILES = ("", "-60", "-fp8", "-calibrated", "-widen", "-smollm2", "-smollm2-calibrated")
+LARGER = ("", "-kl", "-arms", "-curve")
+QUALITY = (*(f"quality{name}" for name in FILES), *(f"quality-1.5b{name}" for name in LARGER))
 """Files of ``sglang-lsa eval``, without their endings."""
 
 
@@ -170,7 +172,7 @@ def pages() -> dict[pathlib.Path, str]:
     made = tables()
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = texts.get(path, path.read_text())
-        texts[path] = TABLE.sub(lambda found: found[1] + made[found[2]] + found[3], text)
+        texts[path] = TABLE.sub(lambda found: f"{found[1]}{made[found[2]]}\n\n{found[3]}", text)
     texts[RESULTS / "runs.json"] = "[\n" + ",\n".join(json.dumps(run) for run in result_runs.of(RESULTS)) + "\n]\n"
     return texts
 
@@ -208,6 +210,10 @@ def tables() -> dict[str, str]:
         "larger": quality_larger_tables.averages(larger),
         "larger_tasks": quality_larger_tables.tasks(larger),
         "larger_kl": quality_larger_tables.kl(rows_of("quality-1.5b-kl.json")),
+        "larger_arms": quality_larger_tables.arms(rows_of("quality-1.5b-arms.json")),
+        "larger_curve": quality_larger_tables.curve(rows_of("quality-1.5b-curve.json")),
+        "larger_memory": quality_larger_tables.memory(larger),
+        "smallest_calibrated": quality_larger_tables.smallest(rows_of("quality-smollm2-calibrated.json")),
         "qmsum": quality_larger_tables.qmsum(larger),
         "widen": quality_larger_tables.widen(larger, rows_of("quality-widen.json")),
         "ablation_gpu": ablation("H100"),

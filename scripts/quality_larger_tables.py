@@ -1,4 +1,4 @@
-"""Tables of docs/evaluation.md of the larger model, and of widened sets of both. See figures.py."""
+"""Tables of docs/evaluation.md of the larger model, of widened sets of both, and of SmolLM2's. See figures.py."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from quality_tables import MODEL as SMALLER
-from quality_tables import NAMES, about, apart, line, measured, selected, table, with_memory
+from quality_tables import NAMES, about, apart, at, line, measured, percent, selected, table, with_memory
 
 Row = dict[str, Any]
 MODEL = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 ARMS = {"full": "full", "indexer": "lsa", "indexer, `auto`": "lsa_auto", "Quest": "quest"}
 """But for full attention with a budget of 10 %, which rows of ``auto`` say, too, as it is what the arm was named by."""
 SHORT = {4096: "4K", 8192: "8K", 16384: "16K"}
+SMALLEST = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SELECTORS = {"trained indexer": "lsa", "calibrated at start": "lsa_calibrated", "Quest": "quest"}
 
 
 def averages(rows: Sequence[Row]) -> str:
-    """Over RULER's tasks that count, by length, with differences to full attention."""
+    """Over RULER's tasks that count, by length, with differences to full attention; blank: not asked."""
     lines = table("", *NAMES.values())
-    found = {label: [_of(rows, arm, "average", length) for length in NAMES] for label, arm in ARMS.items()}
-    lines.append(line("tasks that count, questions", *(f"{row['tasks']}, {row['n']}" for row in found["full"])))
+    found = {label: [_average(rows, arm, length) for length in NAMES] for label, arm in ARMS.items()}
+    counts = (_of(rows, "full", "average", length) for length in NAMES)
+    lines.append(line("tasks that count, questions", *(f"{row['tasks']}, {row['n']}" for row in counts)))
     for label, own in found.items():
         lines.append(line(label, *map(with_memory, own)))
         if label != "full":
@@ -43,12 +46,57 @@ def tasks(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def arms(rows: Sequence[Row]) -> str:
+    """Trained at two shares and as large as needed, calibrated and Quest, at 16K and 32,000; blank where not asked."""
+    lines = table("20 questions of each task", *(cell for name in ("16K", "32,000") for cell in (name, "difference")))
+    shown = [("full", "full", 1.0), ("trained indexer, 10 %", "lsa", 0.1), ("the same, 13.5 %", "lsa", 0.135)]
+    shown += [("the same, `auto`", "lsa_auto", 0.1), ("calibrated at start, 10 %", "lsa_calibrated", 0.1)]
+    for label, arm, budget in [*shown, ("Quest, 10 %", "quest", 0.1)]:
+        found = [_average(rows, arm, length, budget=budget) for length in (16384, 32000)]
+        lines.append(line(label, *(cell for row in found for cell in (with_memory(row), apart(row)))))
+    return "\n".join(lines)
+
+
+def curve(rows: Sequence[Row]) -> str:
+    """KL and bytes by budget, at 16K. Without accuracies: the arms of a question were answered in groups."""
+    budgets = (0.05, 0.1, 0.2)
+    full = _of(rows, "full", "average", 16384)
+    lines = table(f"KL; bytes (full: {full['kl']:.4f})", *map(percent, budgets), "`auto`")
+    for label, arm in {**SELECTORS, "window": "window"}.items():
+        found = [_average(rows, arm, 16384, budget=budget) for budget in budgets]
+        found.append(_average(rows, f"{arm}_auto", 16384))
+        lines.append(line(label, *(f"{_kl(row, 2)}; {_bytes(row)}" if row else "" for row in found)))
+    return "\n".join(lines)
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Questions about what an agent has kept, by length."""
+    shown = {"full": "full", "indexer": "lsa", "Quest": "quest", "window": "window"}
+    lines = table("", *shown)
+    for length, name in SHORT.items():
+        place = {"model": MODEL, "suite": "agentic", "task": "memory", "length": length}
+        found = [measured(rows, **at(arm), **place) for arm in shown.values()]
+        told = ("lsa", "quest") if length > 4096 else ()  # one user's answers have no interval
+        cells = [f"{row['accuracy']:.1f}" + (about(row) if row["arm"] in told else "") for row in found]
+        lines.append(line(f"{name}, {found[0]['n']} questions", *cells))
+    return "\n".join(lines)
+
+
+def smallest(rows: Sequence[Row]) -> str:
+    """SmolLM2 at 8,000: trained, calibrated and Quest, on the same questions."""
+    lines = table("8,000, budget 12 %", "points", "difference to full attention")
+    for label, arm in {"full": "full", **SELECTORS}.items():
+        row = measured(rows, model=SMALLEST, suite="ruler", task="average", length=8000, arm=arm)
+        lines.append(line(label, with_memory(row), apart(row)))
+    return "\n".join(lines)
+
+
 def kl(rows: Sequence[Row]) -> str:
     """Trained, as large as needed, calibrated and Quest, at 16K: points, bytes, and how far from full attention."""
     lines = table("16K, 20 questions of each task", "points", "difference to full attention of the same server", "KL")
-    arms = {"full": "full", "trained indexer": "lsa", "the same, `auto`": "lsa_auto"}
-    arms |= {"calibrated at start": "lsa_calibrated", "Quest": "quest"}
-    for label, arm in arms.items():
+    shown = {"full": "full", "trained indexer": "lsa", "the same, `auto`": "lsa_auto"}
+    shown |= {"calibrated at start": "lsa_calibrated", "Quest": "quest"}
+    for label, arm in shown.items():
         row = _of(rows, arm, "average", 16384)
         lines.append(line(label, with_memory(row), apart(row), _kl(row, 4 if arm == "full" else 2)))
     return "\n".join(lines)
@@ -56,18 +104,18 @@ def kl(rows: Sequence[Row]) -> str:
 
 def qmsum(rows: Sequence[Row]) -> str:
     """Questions about meetings: KL, evidence that people marked, bytes."""
-    arms = {"full": "full", "indexer": "lsa", "Quest": "quest", "window": "window"}
-    lines = table("KL; evidence kept; bytes", *arms)
+    shown = {"full": "full", "indexer": "lsa", "Quest": "quest", "window": "window"}
+    lines = table("KL; evidence kept; bytes", *shown)
     for length in (16384, 32000):
         place = {"model": MODEL, "suite": "qmsum", "task": "meeting", "length": length}
-        found = [measured(rows, arm=arm, **place) for arm in arms.values()]
+        found = [measured(rows, arm=arm, **place) for arm in shown.values()]
         cells = [_kl(row, 4) if row["arm"] == "full" else f"{_kl(row, 2)}; {_kept(row)}" for row in found]
         lines.append(line(f"up to {NAMES[length]}, {found[0]['n']} questions", *cells))
     return "\n".join(lines)
 
 
 def widen(larger: Sequence[Row], smaller: Sequence[Row]) -> str:
-    """Copies and lists, by how many times their budget sets may have."""
+    """Copies and lists, by how many times their budget sets may have; blank where that was not asked."""
     lines = table("budget 10 %", "full", "`widen` 1", "2", "3")
     for model, rows in ((MODEL, larger), (SMALLER, smaller)):
         for task in ("passage", "listing"):
@@ -84,6 +132,10 @@ def widen(larger: Sequence[Row], smaller: Sequence[Row]) -> str:
 
 def _of(rows: Sequence[Row], arm: str, task: str, length: int) -> Row:
     return measured(rows, model=MODEL, suite="ruler", arm=arm, task=task, length=length)
+
+
+def _average(rows: Sequence[Row], arm: str, length: int, **where: Any) -> Row | None:
+    return selected(rows, model=MODEL, suite="ruler", task="average", arm=arm, length=length, **where)
 
 
 def _kl(row: Row, decimals: int) -> str:

@@ -58,7 +58,7 @@ def of(docs: pathlib.Path, rows_of: Callable[[str], list[Row]], demo: Any) -> di
         shown = [row for row in averages if row["suite"] == suite and row["arm"] not in READ_AHEAD]
         draw = functools.partial(plot_footprint, found=shown, model=model, suite=suite)
         found[results / f"quality-{model.replace('/', '-')}.png"] = Picture(shown, draw)
-    larger = rows_of("quality-1.5b.json") + rows_of("quality-1.5b-kl.json")
+    larger = rows_of("quality-1.5b.json") + rows_of("quality-1.5b-curve.json")
     model = quality_larger_tables.MODEL
     draw = functools.partial(plot_kl, found=larger, model=model)
     found[results / f"kl-{model.replace('/', '-')}.png"] = Picture(kl_panels(larger, model), draw)

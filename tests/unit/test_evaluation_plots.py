@@ -124,16 +124,18 @@ def test_an_arm_has_one_color_in_every_picture() -> None:
     assert colors(found, "some/m") == {"lsa": "C0", "quest": "C1"}
     larger = figures.rows_of("quality-1.5b.json")
     model = figures.quality_larger_tables.MODEL
-    both = colors(larger + figures.rows_of("quality-1.5b-kl.json"), model)
-    assert list(colors(larger, model).items())[:3] == [("lsa", "C0"), ("lsa_auto", "C1"), ("quest", "C2")]
-    assert both.items() >= {"lsa": "C0", "lsa_auto": "C1", "quest": "C2"}.items() and both["lsa_calibrated"] == "C3"
+    both = colors(larger + figures.rows_of("quality-1.5b-curve.json"), model)
+    assert list(colors(larger, model).items())[:3] == [("lsa", "C0"), ("quest", "C1"), ("lsa_auto", "C2")]
+    assert both.items() >= {"lsa": "C0", "quest": "C1", "lsa_auto": "C2"}.items() and both["lsa_calibrated"] == "C3"
 
 
 def test_published_points_are_those_of_the_table() -> None:
-    larger = figures.rows_of("quality-1.5b.json") + figures.rows_of("quality-1.5b-kl.json")
+    larger = figures.rows_of("quality-1.5b.json") + figures.rows_of("quality-1.5b-curve.json")
     first, *meetings = kl_panels(larger, figures.quality_larger_tables.MODEL)
-    averages = [r for r in figures.rows_of("quality-1.5b-kl.json") if r["task"] == AVERAGE and r["suite"] == "all"]
-    assert first.arms == {arm: points_of(averages, arm) for arm in ("lsa", "lsa_auto", "lsa_calibrated", "quest")}
+    averages = [r for r in figures.rows_of("quality-1.5b-curve.json") if r["task"] == AVERAGE and r["suite"] == "all"]
+    arms = ("lsa", "lsa_auto", "lsa_calibrated", "quest", "window")
+    assert first.arms == {arm: points_of(averages, arm) for arm in arms}
+    assert {arm: len(own) for arm, own in first.arms.items()} == dict.fromkeys(arms, 3) | {"lsa_auto": 1}
     assert [panel.title for panel in meetings] == ["qmsum meeting, 16,384 tokens", "qmsum meeting, 32,000 tokens"]
     assert all(set(panel.arms) == {"lsa", "quest", "window"} for panel in meetings)
 

@@ -83,6 +83,29 @@ def test_a_new_result_changes_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"\| Quest \| 10 % \| 71\.2 .*\| -17\.5 ", figures.pages()[ROOT / "docs" / "evaluation.md"])
 
 
+def test_a_table_that_was_not_there_yet_takes_no_other_text() -> None:
+    marks = "<!-- scripts/figures.py writes {} -->\n\n{}<!-- to here -->\n"
+    page = marks.format("one", "") + "\nwords\n\n" + marks.format("two", "| old |\n\n")
+    assert [(found[2], found[3]) for found in figures.TABLE.finditer(page)] == [
+        ("one", "<!-- to here -->"),
+        ("two", "<!-- to here -->"),
+    ]
+    assert "words" in figures.TABLE.sub("", page) and "old" not in figures.TABLE.sub("", page)
+
+
+@pytest.mark.parametrize("length", [4096, 16384])
+def test_an_arm_that_was_not_asked_is_a_blank_cell(length: int) -> None:
+    rows = figures.rows_of("quality-1.5b.json")
+    some = [row for row in rows if (row["arm"], row["length"]) != ("lsa", length)]
+    whole, blank = (figures.quality_larger_tables.averages(each).splitlines()[4].split("|") for each in (rows, some))
+    column = 2 + list(figures.quality_tables.NAMES).index(length)
+    assert [new if new != old else None for old, new in zip(whole, blank, strict=True)] == [
+        " " if place == column else None for place in range(len(whole))
+    ]
+    with pytest.raises(ValueError, match="no row is of"):
+        figures.quality_larger_tables.averages([row for row in rows if row["arm"] != "full"])
+
+
 def test_a_row_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with_result(monkeypatch, "serving.json", {"commit": "0"}, commit="6099ff7", workload="iso")
     assert check(monkeypatch) == 1
