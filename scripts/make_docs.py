@@ -58,6 +58,12 @@ REQUEST = {
         "With a budget of `auto`: share of attention that its sets are to cover.",
     ),
     "max_budget": ("the server's", "a share in (0, 1]", "With a budget of `auto`: upper bound of its sets."),
+    "groups": (
+        "`true`",
+        "`true`, `false`",
+        "`false`: it reads no page that others chose, where the server forms groups, and its answer does not depend on "
+        "who decodes beside it.",
+    ),
     "watch": (
         "`[]`",
         "page numbers, at most 256; a list, or text as `0,3,5`",

@@ -55,6 +55,8 @@ class RequestOptions:
         watch: pages whose scores ``/lsa/requests`` tells of the request, for evaluation.
         target_coverage: share of attention that its sets are to cover where the budget is ``auto``.
         max_budget: the largest share of its pages that its sets have then.
+        groups: whether it may read pages together with others, where the server forms groups; if not, its answer
+            depends on nobody who decodes beside it.
     """
 
     policy: str
@@ -69,6 +71,7 @@ class RequestOptions:
     watch: tuple[int, ...] = ()
     target_coverage: float = LSAConfig.target_coverage
     max_budget: float = LSAConfig.max_budget
+    groups: bool = True
 
     @property
     def target(self) -> float | None:
@@ -116,9 +119,7 @@ class RequestOptions:
         unknown = sorted(set(asked) - set(known))
         if unknown:
             raise ValueError(f"custom_params.lsa has unknown key {unknown[0]!r}: use {', '.join(known)}")
-        enabled = asked.get("enabled", True)
-        if not isinstance(enabled, bool):
-            raise ValueError(f"custom_params.lsa.enabled is {enabled!r}: use true or false")
+        enabled, groups = _switch(asked, "enabled"), _switch(asked, "groups")
         budget = asked.get("budget", config.budget)
         if budget != AUTO:
             budget = _fraction("budget", budget, f", or {AUTO}")
@@ -163,7 +164,14 @@ class RequestOptions:
             )
         counts = (record, dense_steps, prompt_lookup)
         found = cls(str(policy), budget, enabled, prefill, sets, *counts, float(widen), tuple(watch))
-        return dataclasses.replace(found, target_coverage=target, max_budget=most)
+        return dataclasses.replace(found, target_coverage=target, max_budget=most, groups=groups)
+
+
+def _switch(asked: dict[str, Any], name: str) -> bool:
+    value = asked.get(name, True)
+    if not isinstance(value, bool):
+        raise ValueError(f"custom_params.lsa.{name} is {value!r}: use true or false")
+    return value
 
 
 def _fraction(name: str, value: Any, otherwise: str = "") -> float:

@@ -220,8 +220,8 @@ class Groups:
 
 
 def _reader(request: Request, page: int) -> Reader:
-    """What of a request may be shared: complete pages of its prompt below its tail. Of one that reads everything,
-    nothing is below its tail."""
+    """What of a request may be shared: complete pages of its prompt below its tail, unless it asked to be left alone.
+    Of one that reads everything, nothing is below its tail."""
     resident = request.resident
     return _reader_of(request, resident.positions, resident.tail_start, page)
 
@@ -235,5 +235,5 @@ def _next_reader(request: Request, page: int) -> Reader:
 
 
 def _reader_of(request: Request, positions: np.ndarray, tail_start: int, page: int) -> Reader:
-    shared = min(tail_start, pages_complete(request.prompt_tokens, page))
+    shared = min(tail_start, pages_complete(request.prompt_tokens, page)) if request.asked.groups else 0
     return Reader(request.pages[:shared], positions)

@@ -101,6 +101,7 @@ class Asked:
         watch: pages whose scores it asked for.
         target: share of attention that its sets are to cover, in as few pages as that takes; ``budget`` is then the
             most that they may have. None takes all that the budget allows.
+        groups: whether it may be in one.
     """
 
     policy: str
@@ -113,6 +114,7 @@ class Asked:
     widen: float = 1.0
     watch: tuple[int, ...] = ()
     target: float | None = None
+    groups: bool = True
 
     @classmethod
     def of(cls, options: RequestOptions, seed: int) -> Asked:
@@ -128,6 +130,7 @@ class Asked:
             options.widen,
             options.watch,
             options.target,
+            options.groups,
         )
 
 

@@ -34,8 +34,9 @@ class Arm:
     extra: str = "{}"
 
     def options(self, question: Question, config: Mapping[str, Any]) -> dict[str, Any]:
-        """``custom_params.lsa`` of the request, to a server of this configuration."""
-        return ARMS[self.name](question, self.budget, config) | json.loads(self.extra)
+        """``custom_params.lsa`` of the request, to a server of this configuration. The arms of a question decode at
+        the same time over one prefix: in a group each would read what the others chose."""
+        return ARMS[self.name](question, self.budget, config) | {"groups": False} | json.loads(self.extra)
 
     @property
     def title(self) -> str:

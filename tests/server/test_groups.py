@@ -81,6 +81,19 @@ def test_all_pages_read_together_are_full_attention(server: ServerProcess) -> No
     assert grouped(server)["steps"] == after["steps"], "one request is no group"
 
 
+def test_a_request_may_ask_to_be_left_alone(server: ServerProcess) -> None:
+    """Then it reads what it named and no more, while the others read together."""
+    prompt, *others = prompts()
+    few = prompt, named(prompt, range(0, MEMORY_PAGES, 4)) | {"groups": False}
+    before = grouped(server)
+    seen = ask_together(server, [few, *((other, named(other)) for other in others)], TOKENS)[0]
+    after = grouped(server)
+    steps = after["steps"] - before["steps"]
+    assert after["summed_requests"] - before["summed_requests"] == len(others) * steps > 0
+    alone, everything = (ask_together(server, [(prompt, sets)], TOKENS)[0] for sets in (few[1], named(prompt)))
+    assert distance(seen, alone) < CLOSE < distance(seen, everything)
+
+
 def test_who_reads_together_is_told_meanwhile(server: ServerProcess) -> None:
     """In the live view, of each request, and as metrics; of a server on which nobody runs, nothing."""
     asked = [(prompt, named(prompt)) for prompt in prompts()]

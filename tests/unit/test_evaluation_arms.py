@@ -80,6 +80,7 @@ def test_every_arm_is_one_that_the_server_takes() -> None:
     for name in ARMS:
         parsed = RequestOptions.parse({"lsa": Arm(name, 0.1).options(question, dataclasses.asdict(config))}, config)
         assert parsed.dense == (name == "full")
+        assert not parsed.groups, "arms of a question would read each other's pages"
     unknown = dataclasses.replace(question, evidence=())
     assert [arm.name for arm in asked_of(parse_arms(["evidence", "quest"], [0.1]), unknown)] == ["full", "quest"]
     assert [str(arm) for arm in parse_arms(["quest", "full"], [0.1, 0.05])] == ["full", "quest 10.0%", "quest 5.0%"]
@@ -91,7 +92,7 @@ def test_a_variant_is_the_trained_indexer_with_options_of_a_request() -> None:
     *_, one, other = parse_arms(["quest"], [0.1, 0.2], variants=['near={"dense_steps": 2}'])
     assert (str(one), str(other), one.name) == ("lsa_near 10.0%", "lsa_near 20.0%", "lsa")
     config = dataclasses.asdict(LSAConfig(indexer="somewhere"))
-    assert other.options(question, config) == {"policy": "indexer", "budget": 0.2, "dense_steps": 2}
+    assert other.options(question, config) == {"policy": "indexer", "budget": 0.2, "groups": False, "dense_steps": 2}
 
 
 @pytest.mark.parametrize("given", ["near", "near=", "near=2", "near={}", "=[]", "a b={}", "apart={}", "x={"])

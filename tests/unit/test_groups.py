@@ -292,6 +292,18 @@ def test_full_attention_is_left_alone() -> None:
     assert groups.of(requests) is None
 
 
+def test_who_asked_for_it_is_left_alone() -> None:
+    """Whose pages others then read without it."""
+    shared = [1, 2, 3, 4]
+    groups, requests = world([[*shared, 5], [*shared, 6], [*shared, 7]], [4, 4, 4], [[0, 1, 2]] * 3)
+    requests[1].asked = Asked("quest", 0.5, groups=False)
+    found = groups.of(requests)
+    assert found is not None and [group.members for group in found.groups] == [(0, 2)]
+    requests[2].asked = Asked("quest", 0.5, groups=False)
+    groups.forget()
+    assert groups.of(requests) is None
+
+
 def test_pages_of_a_tail_are_not_read_twice() -> None:
     """The tail of the second begins within the common prefix: what lies behind that is its own."""
     groups, requests = world([MEMORY] * 3, [5, 2, 5], [[0, 1, 3], [0, 1], [0, 1, 3]])

@@ -364,7 +364,7 @@ def test_typed_messages_carry_every_option(monkeypatch: pytest.MonkeyPatch) -> N
 
     every = {"policy": "quest", "budget": 0.3, "enabled": True, "prefill": "exact", "sets": "999:9:1,2", "record": 0}
     every |= {"dense_steps": 1, "prompt_lookup": 2, "widen": 2.0, "watch": [0, 3, 5], "target_coverage": 0.6}
-    every |= {"max_budget": 0.2}
+    every |= {"max_budget": 0.2, "groups": False}
     assert set(every) == {field.name for field in dataclasses.fields(RequestOptions)}
     deep = made({"mine": {"a": [1]}})
     carried(deep)  # SGLang pickles: anything passes
