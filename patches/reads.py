@@ -52,8 +52,10 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "to_finish",
     ),
     "sglang.srt.managers.schedule_batch.ScheduleBatch": (
+        "extend_num_tokens",
         "forward_iter",
         "input_ids",
+        "is_prefill_only",
         "launch_ts",
         "reqs",
         "return_hidden_states",
@@ -80,6 +82,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
         "forward_stream",
         "grammar_manager",
         "ipc_channels",
+        "is_hybrid_swa",
         "last_batch",
         "result_queue",
         "running_batch",

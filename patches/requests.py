@@ -15,6 +15,7 @@ import numpy as np
 from sglang_lsa.config import RequestOptions
 from sglang_lsa.engine.arrival import Arrival, Entry, Prompt
 from sglang_lsa.engine.known_text import KnownText
+from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.patches.request_kv import committed_of, prefix_of, row_of
 
 if TYPE_CHECKING:
@@ -119,6 +120,20 @@ def text_of(req: Any) -> Callable[[int], np.ndarray]:
 def can_decode(lsa: LSARuntime, reqs: Sequence[Any]) -> bool:
     """Whether every one of ``reqs`` that is about to open a page gets one."""
     return lsa.can_decode(committed_of(reqs))
+
+
+def leaves_room(lsa: LSARuntime, reqs: Sequence[Any], chunked: Any, free: int) -> bool:
+    """Whether a decode step of ``reqs`` can be before the next chunk of a prompt: the host keeps what the rest of that
+    takes, as SGLang reckoned with when it admitted it, and nobody has to be retracted for what is promised to it.
+
+    Args:
+        chunked: of which a chunk was computed.
+        free: tokens of the host mirror that can be had.
+    """
+    (done,), computed, page = committed_of([chunked]), committed_of(reqs), lsa.pager.page
+    rest = pages_spanned(len(chunked.full_untruncated_fill_ids), page) - pages_spanned(done, page)
+    opening = sum(tokens % page == 0 for tokens in computed)
+    return opening + rest <= free // page and lsa.make_room(computed)
 
 
 # -- when it goes ------------------------------------------------------------------------------------------------------

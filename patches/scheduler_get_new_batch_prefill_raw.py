@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lsa.patches.hook import Hook
+from sglang_lsa.patches.requests import leaves_room
 from sglang_lsa.patches.resolved import resolved
 
 
@@ -25,8 +26,9 @@ class Pass:
 
 def get_new_batch_prefill(original, self, *args, **kwargs):
     pace, running = self.tree_cache.lsa.pace, kwargs["running_batch"]
-    decoding = 0 if running.is_prefill_only else sum(not req.finished() for req in running.reqs)
-    if pace.prompts_wait(decoding, prompts=bool(self.waiting_queue or self.chunked_req)):
+    decoding = [] if running.is_prefill_only else [req for req in running.reqs if not req.finished()]
+    prompts = bool(self.waiting_queue or self.chunked_req)
+    if pace.prompts_wait(len(decoding), prompts, lambda: step_fits(self, decoding)):
         return None, running  # SGLang finds a prompt's next chunk where it left it
     arguments = resolved(self.server_args) if self.enable_priority_preemption else None
     current = self.tree_cache.scheduling_pass = Pass(arguments)
@@ -40,6 +42,18 @@ def get_new_batch_prefill(original, self, *args, **kwargs):
     if batch is not None:
         pace.computed(batch.extend_num_tokens)
     return batch, running_batch
+
+
+def step_fits(scheduler, decoding):
+    """Whether these may decode before the next chunk of the prompt that is computed in chunks, if there is one."""
+    if scheduler.chunked_req is None:
+        return True
+    allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    if scheduler.is_hybrid_swa:
+        free = allocator.full_available_size() + tree.full_evictable_size()
+    else:
+        free = allocator.available_size() + tree.evictable_size()
+    return leaves_room(tree.lsa, decoding, scheduler.chunked_req, free)
 
 
 HOOK = Hook(

@@ -245,10 +245,16 @@ class Admission:
     # -- decode --------------------------------------------------------------------------------------------------
 
     def can_decode(self, computed: Iterable[int], shrink: Callable[[int], None]) -> bool:
+        """Whether every request that is about to open a page gets one; if not, SGLang is asked to retract a request.
+        See :meth:`make_room`."""
+        found = self.make_room(computed, shrink)
+        self.pressed += not found
+        return found
+
+    def make_room(self, computed: Iterable[int], shrink: Callable[[int], None]) -> bool:
         """Whether every request that is about to open a page gets one.
 
-        Unheld pages are given up first, coldest first; then resident sets are made smaller, and only then is SGLang
-        asked to retract a request.
+        Unheld pages are given up first, coldest first; then resident sets are made smaller.
 
         Args:
             computed: tokens that each of them has KV of.
@@ -263,5 +269,4 @@ class Admission:
             return True
         shrink(opening - self.pager.unpromised_pages)
         self.pager.settle()
-        self.pressed += opening > self.pager.unpromised_pages
         return opening <= self.pager.unpromised_pages

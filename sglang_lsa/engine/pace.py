@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang_lsa.engine.choose import Rules
 
 
@@ -22,15 +24,17 @@ class Pace:
         """Scheduling passes in which prompts waited for decode steps."""
         self._owed = 0.0
 
-    def prompts_wait(self, decoding: int, prompts: bool = True) -> bool:
+    def prompts_wait(self, decoding: int, prompts: bool = True, step_fits: Callable[[], bool] = lambda: True) -> bool:
         """Whether prompts are not computed in this scheduling pass, which is a decode step then.
 
         Args:
             decoding: requests that decode in it unless prompts are computed.
             prompts: whether there are any.
+            step_fits: whether there is memory for that decode step beside what a prompt that is half computed was
+                promised; asked only if the step is due.
         """
         bound = self.rules.config.prefill_tokens_per_step
-        if not bound or not decoding or self._owed < bound:
+        if not bound or not decoding or self._owed < bound or (prompts and not step_fits()):
             self._owed = 0.0
             return False
         self._owed -= bound

@@ -172,12 +172,15 @@ class LSARuntime:
 
     def can_decode(self, computed: Iterable[int]) -> bool:
         """Whether every request that is about to open a page gets one; see ``Admission.can_decode``."""
+        return self.admission.can_decode(computed, self._shrink)
 
-        def shrink(pages: int) -> None:
-            with self.on_stream():
-                self.lookahead.shrink(list(self.requests.values()), pages)
+    def make_room(self, computed: Iterable[int]) -> bool:
+        """The same before it is decided that there is a decode step; see ``Admission.make_room``."""
+        return self.admission.make_room(computed, self._shrink)
 
-        return self.admission.can_decode(computed, shrink)
+    def _shrink(self, pages: int) -> None:
+        with self.on_stream():
+            self.lookahead.shrink(list(self.requests.values()), pages)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 

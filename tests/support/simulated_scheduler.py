@@ -18,7 +18,7 @@ from sglang_lsa.engine.runtime import LSARuntime
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.memory.resident_table import COUNT, PAGES, TAIL_START
 from sglang_lsa.patches.batch import batch_of
-from sglang_lsa.patches.requests import can_decode, choose, key_of, promise, request_gone
+from sglang_lsa.patches.requests import can_decode, choose, key_of, leaves_room, promise, request_gone
 
 
 class Scheduler:
@@ -65,8 +65,9 @@ class Scheduler:
             self.chunked.between_chunks = False
         self.running += [req for req in self.prefilled if not req.gone]
         self.prefilled = []
-        decoding = sum(not req.gone for req in self.running)
-        if not self.runtime.pace.prompts_wait(decoding) and (entries := self._prompts()):
+        decoding = [req for req in self.running if not req.gone]
+        waits = self.runtime.pace.prompts_wait(len(decoding), step_fits=lambda: self._step_fits(decoding))
+        if not waits and (entries := self._prompts()):
             self.runtime.pace.computed(sum(entry.end - entry.start for entry in entries))
             self._prefill(entries)
             self.prefilled = [entry.req for entry in entries if entry.req is not self.chunked]
@@ -106,13 +107,11 @@ class Scheduler:
             left = min(left, chunked.chunk_tokens or left)
             start = req.kv_committed_len
             end = min(len(req.full_untruncated_fill_ids), start + left)
-            if not self._make_virtual_room(self._pages_between(start, end)):
-                self.abort_chunked()
-            else:
-                entries.append(Entry(req, start, end))
-                hows.append(chunked.how)
-                left -= pages_spanned(end - start, self.page) * self.page
-                self._continue(req, end)
+            assert self._make_virtual_room(self._pages_between(start, end)), f"{req.rid} has no memory for its chunk"
+            entries.append(Entry(req, start, end))
+            hows.append(chunked.how)
+            left -= pages_spanned(end - start, self.page) * self.page
+            self._continue(req, end)
         middle = self.chunked
         for req in list(self.waiting):
             if left <= 0 or len(entries) >= len(self.free_rows):
@@ -166,6 +165,14 @@ class Scheduler:
         if pages > len(self.allocator.free):
             self.tree.evict(pages - len(self.allocator.free))
         return pages <= len(self.allocator.free)
+
+    def _step_fits(self, decoding: Sequence[Req]) -> bool:
+        if self.chunked is None:
+            return True
+        pages = len(self.allocator.free) + sum(not node.locks for node in self.tree.nodes)
+        fits = leaves_room(self.runtime, decoding, self.chunked, pages * self.page)
+        self.counts["computed without delay, for want of memory"] += not fits
+        return fits
 
     def _make_room(self) -> None:
         """SGLang's ``check_decode_mem``, and retraction."""

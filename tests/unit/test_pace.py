@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,13 +68,35 @@ def test_a_change_counts_at_once() -> None:
     assert not counted.prompts_wait(1)
 
 
-class Scheduler:
-    """SGLang's, which has prompts of 100 tokens without end."""
+def test_no_step_without_memory() -> None:
+    """It is asked for where a step is due, and prompts would wait."""
+    counted, asked = pace(256), list[bool]()
 
-    def __init__(self, bound: int):
-        self.tree_cache = SimpleNamespace(lsa=SimpleNamespace(pace=pace(bound)))
-        self.enable_priority_preemption, self.asked = False, 0
-        self.waiting_queue, self.chunked_req = ["a prompt"], None
+    def fits(answer: bool) -> Callable[[], bool]:
+        return lambda: asked.append(answer) or answer  # type: ignore[func-returns-value]
+
+    assert not counted.prompts_wait(1, step_fits=fits(True))
+    counted.computed(1024)
+    assert not counted.prompts_wait(1, prompts=False, step_fits=fits(False))
+    assert asked == []
+    assert counted.prompts_wait(1, step_fits=fits(True))
+    assert not counted.prompts_wait(1, step_fits=fits(False))
+    assert (asked, counted.waits) == ([True, False], 1)
+
+
+class Scheduler:
+    """SGLang's, which has prompts of 100 tokens without end, and so many tokens of memory on the host."""
+
+    def __init__(self, bound: int, free: int = 10**6, evictable: int = 0, device: bool = True):
+        self.make_room = list[list[int]]()
+        lsa = SimpleNamespace(pace=pace(bound), pager=SimpleNamespace(page=64))
+        lsa.make_room = lambda computed: self.make_room.append(computed) or device  # type: ignore[func-returns-value]
+        self.tree_cache = SimpleNamespace(lsa=lsa, evictable_size=lambda: evictable)
+        self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: free)
+        self.is_hybrid_swa = self.enable_priority_preemption = False
+        self.asked = 0
+        self.waiting_queue: list[str] = ["a prompt"]
+        self.chunked_req: Any = None
 
     def next(self, *reqs: Any, prefill_only: bool = False) -> str:
         def original(self: Any, **_: Any) -> tuple[Any, Any]:
@@ -86,8 +109,11 @@ class Scheduler:
         return "decode" if batch is None else "prefill"
 
 
-def req(finished: bool = False) -> Any:
-    return SimpleNamespace(finished=lambda: finished)
+def req(finished: bool = False, computed: int = 64, prompt: int = 64) -> Any:
+    """As of either release."""
+    kv = SimpleNamespace(kv_committed_len=computed)
+    ids = range(prompt)
+    return SimpleNamespace(finished=lambda: finished, kv_committed_len=computed, kv=kv, full_untruncated_fill_ids=ids)
 
 
 def test_steps_and_passes_take_turns() -> None:
@@ -97,13 +123,37 @@ def test_steps_and_passes_take_turns() -> None:
     assert [Scheduler(0).next(req()) for _ in range(3)] == ["prefill"] * 3
 
 
-@pytest.mark.parametrize("chunked", [None, "a chunk"])
+@pytest.mark.parametrize("chunked", [None, req()], ids=["nothing", "a chunk"])
 def test_no_prompts(chunked: Any) -> None:
     """SGLang looks after its queues then, as ever; a chunk that is next waits like a prompt."""
     scheduler = Scheduler(50)
     scheduler.waiting_queue, scheduler.chunked_req = [], chunked
     assert [scheduler.next(req()) for _ in range(2)] == ["prefill", "decode" if chunked else "prefill"]
     assert scheduler.asked == (1 if chunked else 2)
+
+
+@pytest.mark.parametrize(
+    ("free", "evictable", "step"),
+    [(5 * 64, 0, "decode"), (3 * 64, 2 * 64, "decode"), (5 * 64 - 1, 0, "prefill"), (0, 4 * 64, "prefill")],
+)
+def test_the_rest_of_a_prompt_keeps_its_memory(free: int, evictable: int, step: str) -> None:
+    """SGLang has counted it when it admitted the prompt, and stops where it is gone: four pages here, beside the one
+    that a decode step opens."""
+    scheduler = Scheduler(50, free, evictable)
+    scheduler.chunked_req = req(computed=512, prompt=512 + 200)
+    decoding = req(computed=128), req(computed=129), req(True, computed=128)
+    assert [scheduler.next(*decoding) for _ in range(2)] == ["prefill", step]
+    assert scheduler.make_room == ([[128, 129]] if step == "decode" else [])
+    scheduler.chunked_req = None
+    assert scheduler.next(*decoding) == "decode", "a prompt that waits in the queue has no memory"
+
+
+def test_nobody_is_retracted_for_a_prompt_that_waits() -> None:
+    """Who decodes alone would be ended, for device pages that are promised to the prompt."""
+    scheduler = Scheduler(50, device=False)
+    scheduler.chunked_req = req(prompt=1000)
+    assert [scheduler.next(req()) for _ in range(3)] == ["prefill"] * 3
+    assert scheduler.make_room == [[64]] * 2
 
 
 @pytest.mark.parametrize(
