@@ -191,12 +191,13 @@ def test_counters_are_those_of_their_owners() -> None:
     runtime.prefill.radix_hit_tokens, runtime.prefill.prompt_tokens = 13, 14
     runtime.graphless_steps, runtime.config_changes, runtime.pager.transfer.recall_seconds = 15, 16, 17.0
     runtime.lookahead.counts.host_seconds, runtime.lookahead.counts.device_seconds = 18.0, 19.0
+    runtime.pace.waits = 20
     values = measure(runtime)
     names = ("warmed_pages", "promised_pages", "streamed_passes", "streamed_pages", "resident_prompts")
     names += ("admission_waits", "retractions", "shrunk_sets", "host_evicted_pages", "refresh_failures")
     names += ("failed_batches", "prefix_hit_tokens", "prompt_tokens", "graphless_steps", "config_changes")
-    names += ("recall_seconds", "refresh_host_seconds", "refresh_device_seconds")
-    assert [values[f"lsa_{name}"] for name in names] == list(range(2, 20))
+    names += ("recall_seconds", "refresh_host_seconds", "refresh_device_seconds", "paced_passes")
+    assert [values[f"lsa_{name}"] for name in names] == list(range(2, 21))
     shown = status(runtime)
     page = runtime.pager.page_bytes
     assert shown["prefill"] == {
@@ -205,7 +206,13 @@ def test_counters_are_those_of_their_owners() -> None:
         "streamed_bytes": 5 * page,
         "resident_prompts": 6,
     }
-    assert shown["pressure"] == {"admission_waits": 7, "shrunk_sets": 9, "retractions": 8, "host_evicted_pages": 10}
+    assert shown["pressure"] == {
+        "admission_waits": 7,
+        "paced_passes": 20,
+        "shrunk_sets": 9,
+        "retractions": 8,
+        "host_evicted_pages": 10,
+    }
     assert shown["failures"] == {"refreshes": 11, "batches": 12, "integrity": 0}
     assert (shown["recalls"]["warmed_pages"], shown["physical"]["promised"]) == (2, 3)
 
