@@ -97,6 +97,8 @@ class Scheduler:
         self.asked = 0
         self.waiting_queue: list[str] = ["a prompt"]
         self.chunked_req: Any = None
+        self.grammar_queue = list[str]()
+        self.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(self.grammar_queue))
 
     def next(self, *reqs: Any, prefill_only: bool = False) -> str:
         def original(self: Any, **_: Any) -> tuple[Any, Any]:
@@ -130,6 +132,13 @@ def test_no_prompts(chunked: Any) -> None:
     scheduler.waiting_queue, scheduler.chunked_req = [], chunked
     assert [scheduler.next(req()) for _ in range(2)] == ["prefill", "decode" if chunked else "prefill"]
     assert scheduler.asked == (1 if chunked else 2)
+
+
+def test_a_prompt_that_waits_for_its_grammar_waits_for_steps_too() -> None:
+    """SGLang takes it out of the queue of grammars in the pass that computes it."""
+    scheduler = Scheduler(50)
+    scheduler.waiting_queue, scheduler.grammar_queue = [], ["a prompt"]
+    assert [scheduler.next(req()) for _ in range(4)] == ["prefill", "decode", "decode", "prefill"]
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
         server_args=SimpleNamespace(mark="arguments"),
         waiting_queue=[],
         chunked_req=None,
+        grammar_manager=SimpleNamespace(has_waiting_grammars=lambda: False),
         enable_priority_preemption=True,
         _add_request_to_queue=lambda req: queue.append(req.rid),
     )
