@@ -25,7 +25,7 @@ def test_every_place_has_every_system() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"system": "lsa-separate"}, "2 rows in serving.json"),
+        ({"system": "lsa-separate"}, r"2 rows in serving\.json"),
         ({"commit": "0000000"}, "of the commits 0000000, "),
     ],
     ids=str,
@@ -41,7 +41,7 @@ def test_what_does_not_fit_together_is_refused(change: dict[str, Any], problem: 
 def test_a_second_row_of_a_place_is_refused() -> None:
     every = rows()
     every += [row for row in every if row["workload"] == "iso" and row["model"] == "1b"]
-    with pytest.raises(ValueError, match="6 rows in serving.json"):
+    with pytest.raises(ValueError, match=r"6 rows in serving\.json"):
         headline_picture.shown(every)
 
 
