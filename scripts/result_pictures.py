@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import headline_picture
 import quality_larger_tables
 from PIL import Image, PngImagePlugin
 
@@ -51,6 +52,8 @@ def of(docs: pathlib.Path, rows_of: Callable[[str], list[Row]], demo: Any) -> di
     for measured in (SERVING, PREFILL):
         rows = measured.with_ratios(measured.read(results))
         found[results / f"{measured.name}.png"] = Picture(rows, functools.partial(measured.draw, rows=rows))
+    rows = headline_picture.shown(SERVING.read(results))
+    found[results / "headline.png"] = Picture(rows, functools.partial(headline_picture.draw, rows=rows))
     quality = rows_of("quality.json") + rows_of("quality-1.5b.json")
     for model in dict.fromkeys(row["model"] for row in quality):
         averages = [row for row in quality if row["task"] == AVERAGE and row["model"] == model]

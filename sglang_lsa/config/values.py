@@ -58,8 +58,8 @@ class LSAConfig:
         3.0,
         "How many times the pages of its budget a set may have while the answer copies its prompt or lists what is in "
         "it: those that follow what it has listed last, or the best scored ones for a copy. prompt_lookup tells "
-        "which; at most 4; 1 does not widen. On two models 2, and on one of them 3, brought back part of what copies "
-        "and lists lose; of that one other tasks were asked, too, and did not change.",
+        "which; at most 4; 1 does not widen. On two models 2 and 3 brought back part of what copies and lists lose; on "
+        "one of them other tasks were asked, too, and did not change.",
     )
     prefetch_steps: int = constant(
         16,

@@ -43,6 +43,9 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"policy": "quest", "dense_steps": 6},
     {"dense_steps": 0, "prompt_lookup": 4},
     {"widen": 4},
+    {"prefill_tokens_per_step": 64},
+    {"prefill_tokens_per_step": 16, "policy": "quest"},
+    {"prefill_tokens_per_step": 0},
 )
 """Changes under load. None of them makes a prompt of the soak impossible, nor what it reads approximate."""
 
