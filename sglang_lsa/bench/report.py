@@ -223,6 +223,8 @@ def _colors(number: int) -> Iterator[Any]:
     """So many that are told apart."""
     from matplotlib import colormaps
 
+    if number > 20:
+        return (colormaps["turbo"](place / (number - 1)) for place in range(number))
     return iter(colormaps["tab20" if number > 10 else "tab10"].colors[:number])  # type: ignore[attr-defined]
 
 

@@ -126,3 +126,13 @@ def test_bars_hide_no_other_and_have_colors_of_their_own() -> None:
     assert len({bar.get_facecolor() for bar in bars}) == len(rows)
     names = [label.get_text().split("\n") for label in axis.get_xticklabels()]
     assert ["8b iso", "13 x 60K", "fp8_e4m3, TP 2"] in names
+
+
+@pytest.mark.parametrize("number", [1, 20, 21, 40])
+def test_as_many_colors_as_there_are_lines(number: int) -> None:
+    """Rows of all runs into one folder are drawn: four kinds of KV and ranks of eight systems are more than twenty."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    report._draw_pace(axis, [row("lsa", workload="tpot", model=f"model-{index}") for index in range(number)])
+    assert len({tuple(line.get_color()) for line in axis.lines}) == number
