@@ -22,7 +22,7 @@ class Pace:
         self.rules = rules
         self.waits = 0
         """Scheduling passes in which prompts waited for decode steps."""
-        self._owed = 0.0
+        self._owed = 0
 
     def prompts_wait(self, decoding: int, prompts: bool = True, step_fits: Callable[[], bool] = lambda: True) -> bool:
         """Whether prompts are not computed in this scheduling pass, which is a decode step then.
@@ -34,8 +34,12 @@ class Pace:
                 promised; asked only if the step is due.
         """
         bound = self.rules.config.prefill_tokens_per_step
-        if not bound or not decoding or self._owed < bound or (prompts and not step_fits()):
-            self._owed = 0.0
+        if not bound or not decoding:
+            self._owed = 0
+            return False
+        if self._owed < bound or (prompts and not step_fits()):
+            # Passes over a few tokens are worth a step together; without prompts this is one.
+            self._owed = self._owed % bound if prompts else 0
             return False
         self._owed -= bound
         self.waits += prompts
@@ -43,4 +47,4 @@ class Pace:
 
     def computed(self, tokens: int) -> None:
         """A pass computes so many tokens of prompts."""
-        self._owed = float(tokens)
+        self._owed += tokens

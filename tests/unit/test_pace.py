@@ -31,12 +31,21 @@ def steps_after(pace: Pace, tokens: int, decoding: int = 3) -> int:
 
 @pytest.mark.parametrize(
     ("bound", "tokens", "steps"),
-    [(256, 8192, 32), (256, 8100, 31), (256, 256, 1), (256, 255, 0), (1, 5, 5), (0, 8192, 0), (10**6, 8192, 0)],
+    [
+        (256, 8192, [32, 32, 32]),
+        (256, 8100, [31, 32, 31]),
+        (256, 256, [1, 1, 1]),
+        (256, 100, [0, 0, 1]),
+        (1, 5, [5, 5, 5]),
+        (0, 8192, [0, 0, 0]),
+        (10**6, 8192, [0, 0, 0]),
+    ],
 )
-def test_steps_are_by_the_tokens_that_were_computed(bound: int, tokens: int, steps: int) -> None:
+def test_steps_are_by_the_tokens_that_were_computed(bound: int, tokens: int, steps: list[int]) -> None:
+    """Of all passes: short ones, one after the other, are worth steps as well."""
     counted = pace(bound)
-    assert [steps_after(counted, tokens) for _ in range(2)] == [steps, steps]
-    assert counted.waits == 2 * steps
+    assert [steps_after(counted, tokens) for _ in range(3)] == steps
+    assert counted.waits == sum(steps)
 
 
 def test_steps_without_prompts_are_steps() -> None:
@@ -47,6 +56,16 @@ def test_steps_without_prompts_are_steps() -> None:
         False, False, True, True, False
     ]  # fmt: skip
     assert counted.waits == 2
+
+
+def test_a_step_without_prompts_is_worth_what_is_less_than_one() -> None:
+    counted = pace(256)
+    counted.computed(200)
+    assert not counted.prompts_wait(1, prompts=False)
+    counted.computed(200)
+    assert not counted.prompts_wait(1)
+    counted.computed(200)
+    assert counted.prompts_wait(1)
 
 
 def test_prompts_wait_for_nobody() -> None:
