@@ -65,5 +65,10 @@ HOOK = Hook(
     "contexts. And a prompt that waits for device pages never fills the batch, which is when SGLang preempts.",
     until="SGLang bounds prompts beside decode steps, and lets the tree cache ask for preemption.",
     test="tests/server/test_features.py::test_a_high_priority_does_not_wait_for_device_pages",
-    relies_on=("sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",),
+    relies_on=(
+        "sglang.srt.constrained.grammar_manager.GrammarManager.has_waiting_grammars",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.rem_total_tokens",
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
+    ),
 )
