@@ -24,15 +24,15 @@ class Pass:
     adder: Any | None = None
 
 
-def get_new_batch_prefill(original, self, *args, **kwargs):
-    pace, running = self.tree_cache.lsa.pace, kwargs["running_batch"]
+def get_new_batch_prefill(original, self, *args, running_batch, **kwargs):
+    pace, running = self.tree_cache.lsa.pace, running_batch
     decoding = [] if running.is_prefill_only else [req for req in running.reqs if not req.finished()]
     prompts = bool(self.waiting_queue or self.chunked_req or self.grammar_manager.has_waiting_grammars())
     if pace.prompts_wait(len(decoding), prompts, lambda: step_fits(self, decoding)):
         return None, running  # SGLang finds a prompt's next chunk where it left it
     arguments = resolved(self.server_args) if self.enable_priority_preemption else None
     current = self.tree_cache.scheduling_pass = Pass(arguments)
-    batch, running_batch = original(self, *args, **kwargs)
+    batch, running_batch = original(self, *args, running_batch=running, **kwargs)
     if batch is None and current.adder is not None:
         # SGLang preempts for a place, then looks for memory, and forgets whom it preempted if there is none.
         waiting = set(map(id, self.waiting_queue))  # 0.5.23 remembers them itself

@@ -38,6 +38,7 @@ BACKENDS = {
     "lsa-flashinfer": "flashinfer",
     "lsa-groups": None,
     "lsa-separate": None,
+    "lsa-paced": None,
 }
 """That are named by a flag."""
 
@@ -103,6 +104,7 @@ def test_systems_by_default() -> None:
         "lsa-flashinfer",
         "lsa-groups",
         "lsa-separate",
+        "lsa-paced",
     ]
 
 
