@@ -24,7 +24,7 @@ class Pass:
     adder: Any | None = None
 
 
-def get_new_batch_prefill(original, self, *args, running_batch, **kwargs):
+def get_new_batch_prefill(original, self, prefill_delayer_single_pass, running_batch, *args, **kwargs):
     pace, running = self.tree_cache.lsa.pace, running_batch
     decoding = [] if running.is_prefill_only else [req for req in running.reqs if not req.finished()]
     prompts = bool(self.waiting_queue or self.chunked_req or self.grammar_manager.has_waiting_grammars())
@@ -32,7 +32,7 @@ def get_new_batch_prefill(original, self, *args, running_batch, **kwargs):
         return None, running  # SGLang finds a prompt's next chunk where it left it
     arguments = resolved(self.server_args) if self.enable_priority_preemption else None
     current = self.tree_cache.scheduling_pass = Pass(arguments)
-    batch, running_batch = original(self, *args, running_batch=running, **kwargs)
+    batch, running_batch = original(self, prefill_delayer_single_pass, running, *args, **kwargs)
     if batch is None and current.adder is not None:
         # SGLang preempts for a place, then looks for memory, and forgets whom it preempted if there is none.
         waiting = set(map(id, self.waiting_queue))  # 0.5.23 remembers them itself
@@ -60,7 +60,7 @@ HOOK = Hook(
     target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
     kind="around",
     function=get_new_batch_prefill,
-    parameters=("self", "running_batch"),
+    parameters=("self", "prefill_delayer_single_pass", "running_batch"),
     why="SGLang computes all prompts before it decodes again, and they are many where the device pool takes many "
     "contexts. And a prompt that waits for device pages never fills the batch, which is when SGLang preempts.",
     until="SGLang bounds prompts beside decode steps, and lets the tree cache ask for preemption.",

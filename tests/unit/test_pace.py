@@ -120,7 +120,7 @@ class Scheduler:
         self.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(self.grammar_queue))
 
     def next(self, *reqs: Any, prefill_only: bool = False) -> str:
-        def original(self: Any, **_: Any) -> tuple[Any, Any]:
+        def original(self: Any, *_: Any) -> tuple[Any, Any]:
             self.asked += 1
             return SimpleNamespace(extend_num_tokens=100), running
 

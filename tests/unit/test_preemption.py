@@ -163,20 +163,20 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
         _add_request_to_queue=lambda req: queue.append(req.rid),
     )
 
-    def without_memory(self: Any, running_batch: Any) -> tuple[None, str]:
+    def without_memory(self: Any, delayer: Any, running_batch: Any) -> tuple[None, str]:
         assert self.tree_cache.scheduling_pass.server_args.mark == "arguments"
         self.tree_cache.scheduling_pass.adder = SimpleNamespace(preempt_list=[running("a", 0), running("b", 0)])
         return None, "running"
 
     nobody = SimpleNamespace(reqs=[], is_prefill_only=False)
-    assert get_new_batch_prefill(without_memory, scheduler, running_batch=nobody) == (None, "running")
+    assert get_new_batch_prefill(without_memory, scheduler, None, nobody) == (None, "running")
     assert queue == ["a", "b"]
 
     batch = SimpleNamespace(extend_num_tokens=64)
 
-    def with_memory(self: Any, running_batch: Any) -> tuple[Any, str]:
-        without_memory(self, running_batch)
+    def with_memory(self: Any, delayer: Any, running_batch: Any) -> tuple[Any, str]:
+        without_memory(self, delayer, running_batch)
         return batch, "running"
 
-    assert get_new_batch_prefill(with_memory, scheduler, running_batch=nobody) == (batch, "running")
+    assert get_new_batch_prefill(with_memory, scheduler, None, nobody) == (batch, "running")
     assert queue == ["a", "b"], "SGLang did that itself"
