@@ -185,7 +185,9 @@ def test_nobody_is_retracted_for_a_prompt_that_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    "running", [{"reqs": []}, {"reqs": [req(True)]}, {"reqs": [req()], "prefill_only": True}], ids=str
+    "running",
+    [{"reqs": []}, {"reqs": [req(True)]}, {"reqs": [req()], "prefill_only": True}],
+    ids=["none", "finished", "embeddings"],
 )
 def test_nobody_who_decodes(running: dict[str, Any]) -> None:
     """Else nothing would run in that pass."""
