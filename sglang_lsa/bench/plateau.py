@@ -21,6 +21,9 @@ class Plateau:
     """Milliseconds per token of every chunk."""
     ttft_s: float
     """Median over these requests."""
+    ttft_last_s: float
+    """Of the one that waited longest. Prompts that come together are computed some at a time, and which of these the
+    middle one is among is chance."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -57,5 +60,6 @@ def plateau(streams: Sequence[Stream], skip_tokens: int = 0) -> Plateau:
             pace.append(np.diff(t) / np.maximum(1, np.diff(n)) * 1000)
     if not total:
         raise ValueError("the requests did not overlap: ask for more tokens")
-    ttft = float(np.median([stream.times[0] - stream.sent for stream in running]))
-    return Plateau(len(running), end - begin, total, np.concatenate(pace), ttft)
+    ttft = np.array([stream.times[0] - stream.sent for stream in running])
+    paces = np.concatenate(pace)
+    return Plateau(len(running), end - begin, total, paces, float(np.median(ttft)), float(ttft.max()))

@@ -144,7 +144,7 @@ def measure(
         console.print(
             f"  {arm.workload} {arm.batch} x {arm.context} {policy}: {row['running_requests']} running, "
             f"{row['decode_tokens_per_s']:.0f} tokens/s, TPOT {row['tpot_ms_p50']:.2f} ms, "
-            f"TTFT {row['ttft_s']:.1f} s"
+            f"TTFT {row['ttft_s']:.1f} s, the last {row['ttft_last_s']:.1f}"
         )
         yield row
 
@@ -184,6 +184,7 @@ def run_arm(server: ServerProcess, group: Group, arm: Arm, system: System, polic
         "tpot_ms_p50": figures.percentile(50),
         "tpot_ms_p99": figures.percentile(99),
         "ttft_s": figures.ttft_s,
+        "ttft_last_s": figures.ttft_last_s,
         "cached_tokens": int(np.median([stream.cached or 0 for stream in streams if stream.tokens])),
         "kv_pool_bytes": group.pool_tokens * group.token_bytes,
         "kv_gpu_bytes": stock_kv_bytes(group, arm, figures.running, decode, facts["page_size"]),

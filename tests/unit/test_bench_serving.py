@@ -173,7 +173,7 @@ def status(
     }
 
 
-FIGURES = Plateau(running=2, seconds=2.0, tokens=6400, itl_ms=np.array([1.0]), ttft_s=0.5)
+FIGURES = Plateau(running=2, seconds=2.0, tokens=6400, itl_ms=np.array([1.0]), ttft_s=0.5, ttft_last_s=0.75)
 
 
 def test_lsa_figures_are_what_the_arm_added() -> None:
