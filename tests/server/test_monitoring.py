@@ -97,6 +97,7 @@ def values_in(status: dict[str, Any]) -> dict[str, float]:
         "lsa_widened_sets": status["widened_sets"],
         "lsa_collapsed_sets": status["collapsed_sets"],
         "lsa_shrunk_sets": pressure["shrunk_sets"],
+        "lsa_paced_passes": pressure["paced_passes"],
         "lsa_streamed_passes": prefill["streamed_passes"],
         "lsa_streamed_pages": prefill["streamed_pages"],
         "lsa_resident_prompts": prefill["resident_prompts"],
