@@ -9,6 +9,7 @@ from quality_tables import line, table
 
 Row = dict[str, Any]
 LENGTHS = {16384: "16K", 32000: "32,000"}
+SYSTEMS = {"stock": "stock (FA3)", "stock-flashinfer": "stock (FlashInfer)", "lsa": "LSA", "lsa-paced": "LSA, paced"}
 KINDS = {"one": "one number", "several": "six numbers"}
 
 
@@ -59,7 +60,7 @@ def load(rows: Sequence[Row], mix: str) -> str:
         lines.append(
             line(
                 f"{row['rate_per_s']:g}",
-                {"stock": "stock (FA3)", "lsa": "LSA"}[row["system"]],
+                SYSTEMS[row["system"]],
                 f"{row['met_objective']} of {row['requests']}",
                 str(row["completed"]),
                 f"{row['goodput_per_s']:.2f}",

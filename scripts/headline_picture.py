@@ -22,7 +22,7 @@ def shown(rows: Sequence[Row]) -> list[Row]:
     """Rows of ``serving.json`` that the picture is of: one GPU, KV in bfloat16, the same commit for all systems.
 
     Raises:
-        ValueError: of some system a place has no row, or several.
+        ValueError: of some system a place has no row, or several; or what the picture says of all rows is not so.
     """
     here = [row for row in rows if row["tp"] == 1 and row["kv_dtype"] == "bfloat16" and row["system"] in SYSTEMS]
     found = [row for row in here if row["workload"] == "tpot" and row["batch"] == 1 and row["model"] in ALONE]
@@ -35,6 +35,9 @@ def shown(rows: Sequence[Row]) -> list[Row]:
         found += own
     if len(commits := {row["commit"] for row in found}) > 1:
         raise ValueError(f"the README's picture is of the commits {', '.join(sorted(commits))}: of one, it must be")
+    stock = [row for row in found if row["system"] == "stock"]
+    if other := {row["decode_backend"] for row in stock} - {"fa3"}:
+        raise ValueError(f"the README's picture calls stock FlashAttention-3, and rows are of {', '.join(other)}")
     return found
 
 

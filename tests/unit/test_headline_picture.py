@@ -38,6 +38,15 @@ def test_what_does_not_fit_together_is_refused(change: dict[str, Any], problem: 
         headline_picture.shown(every)
 
 
+def test_stock_is_what_the_legend_says() -> None:
+    every = rows()
+    for row in every:
+        if row["system"] == "stock":
+            row["decode_backend"] = "triton"
+    with pytest.raises(ValueError, match="calls stock FlashAttention-3, and rows are of triton"):
+        headline_picture.shown(every)
+
+
 def test_a_second_row_of_a_place_is_refused() -> None:
     every = rows()
     every += [row for row in every if row["workload"] == "iso" and row["model"] == "1b"]
