@@ -40,7 +40,7 @@ def get_new_batch_prefill(original, self, prefill_delayer_single_pass, running_b
             if id(req) not in waiting:
                 self._add_request_to_queue(req)
     if batch is not None:
-        pace.computed(batch.extend_num_tokens)
+        pace.computed(batch.extend_num_tokens, part=all(req is self.chunked_req for req in batch.reqs))
     return batch, running_batch
 
 

@@ -42,6 +42,7 @@ LEAST: dict[str, float] = {
     "min_context": 0,
     "query_tokens": 1,
     "prefill_tokens_per_step": 0,
+    "prefill_burst_tokens": 0,
     "staging_pages": 1,
     "device_tokens": PAGE_SIZE * 4,
     "device_memory_gb": 0,

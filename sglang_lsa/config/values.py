@@ -109,9 +109,15 @@ class LSAConfig:
     )
     prefill_tokens_per_step: int = key(
         0,
-        "Tokens of prompts that are computed for each decode step while requests decode, 256 for example: a pass over "
-        "8,192 is then followed by 32 steps. For loads of new prompts, which else are computed one after the other "
+        "Tokens of prompts that are computed for each decode step while requests decode, 256 for example: prompts of "
+        "8,192 are then followed by 32 steps. For loads of new prompts, which else are computed one after the other "
         "while those that decode stand still; first tokens come later. 0: prompts first, as in SGLang.",
+    )
+    prefill_burst_tokens: int = key(
+        65_536,
+        "Tokens of one prompt that are computed before the decode steps that prefill_tokens_per_step asks for: of a "
+        "shorter one all, so that requests that decode are interrupted once for each, by a longer one for no longer "
+        "than those take. 0: steps follow every chunk.",
     )
     staging_pages: int = constant(
         256,

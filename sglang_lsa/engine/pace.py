@@ -11,8 +11,10 @@ class Pace:
     """SGLang computes prompts as long as there are any, and decodes then. Where the KV pool lets few contexts in, that
     is soon; with LSA many get in, so that under a load of new documents those that decode would stand still.
 
-    With a bound (``prefill_tokens_per_step``) a pass over so many tokens is followed by as many decode steps as it has
-    bounds' worth of them, for those that decode. Passes are counted and not timed: all ranks agree.
+    With a bound (``prefill_tokens_per_step``) passes over so many tokens are followed by as many decode steps as they
+    have bounds' worth of them, for those that decode: after whole prompts, so that who decodes is seldom interrupted,
+    and after a part of one where it has more than ``prefill_burst_tokens``, so that no interruption is longer than
+    those take. Passes are counted and not timed: all ranks agree.
 
     Args:
         rules: with the configuration in force.
@@ -23,6 +25,10 @@ class Pace:
         self.waits = 0
         """Scheduling passes in which prompts waited for decode steps."""
         self._owed = 0
+        self._part = False
+        """The last pass computed a part of one prompt, and nothing else."""
+        self._paying = False
+        """Steps that were due are being done."""
 
     def prompts_wait(self, decoding: int, prompts: bool = True, step_fits: Callable[[], bool] = lambda: True) -> bool:
         """Whether prompts are not computed in this scheduling pass, which is a decode step then.
@@ -37,7 +43,10 @@ class Pace:
         if not bound or not decoding:
             self._owed = 0
             return False
-        if self._owed < bound or (prompts and not step_fits()):
+        if prompts and self._part and not self._paying and self._owed < self.rules.config.prefill_burst_tokens:
+            return False
+        self._paying = self._owed >= bound
+        if not self._paying or (prompts and not step_fits()):
             # Passes over a few tokens are worth a step together; without prompts this is one.
             self._owed = self._owed % bound if prompts else 0
             return False
@@ -45,6 +54,11 @@ class Pace:
         self.waits += prompts
         return prompts
 
-    def computed(self, tokens: int) -> None:
-        """A pass computes so many tokens of prompts."""
+    def computed(self, tokens: int, part: bool = False) -> None:
+        """A pass computes so many tokens of prompts.
+
+        Args:
+            part: they are of one prompt, which has more.
+        """
         self._owed += tokens
+        self._part, self._paying = part, False

@@ -22,7 +22,7 @@ admitted, so changing them later would break what admission promised."""
 OF_A_SET = ("threshold", "fallback_budget", "min_coverage")
 """Read whenever a set is chosen, so running requests follow with their next window. None of them makes a set larger
 than the device pool can take at that moment: a set that was widened is cut down again under pressure."""
-OF_A_PASS = ("prefill_tokens_per_step",)
+OF_A_PASS = ("prefill_tokens_per_step", "prefill_burst_tokens")
 """Read when the next batch is chosen."""
 CHANGEABLE = (*OF_A_REQUEST, *OF_A_SET, *OF_A_PASS)
 """What may change. Everything else sized a buffer, or is part of a promise or a window that running requests are in."""

@@ -44,7 +44,7 @@ def test_memory_for_the_next_chunk(
     tight: ServerProcess, bound: int, first: tuple[int, int], then: tuple[int, int], options: dict[str, object]
 ) -> None:
     """Those that decode would take what the rest of the prompt needs, or be ended for want of what it holds."""
-    tight.post("/lsa/config", {"prefill_tokens_per_step": bound})
+    tight.post("/lsa/config", {"prefill_tokens_per_step": bound, "prefill_burst_tokens": 0})
     with ThreadPoolExecutor(2) as pool:
         decoding = pool.submit(answer, tight, random_ids(first[0], bound), first[1], **options)
         while not is_busy(tight):

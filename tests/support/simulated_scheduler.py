@@ -68,7 +68,8 @@ class Scheduler:
         decoding = [req for req in self.running if not req.gone]
         waits = self.runtime.pace.prompts_wait(len(decoding), step_fits=lambda: self._step_fits(decoding))
         if not waits and (entries := self._prompts()):
-            self.runtime.pace.computed(sum(entry.end - entry.start for entry in entries))
+            part = all(entry.req is self.chunked for entry in entries)
+            self.runtime.pace.computed(sum(entry.end - entry.start for entry in entries), part)
             self._prefill(entries)
             self.prefilled = [entry.req for entry in entries if entry.req is not self.chunked]
         else:

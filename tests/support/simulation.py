@@ -160,6 +160,7 @@ class Simulation:
             "cache_outputs": chance.random() < 0.2,
             "prompt_lookup": 0,
             "prefill_tokens_per_step": (self.page // 4, 2 * self.page)[seed % 2] if paced else 0,
+            "prefill_burst_tokens": (0, 10 * self.page)[seed // 2 % 2],
             "groups": groups,
             "group_margin": 0.95 if groups and seed % 2 else 0.0,
         }

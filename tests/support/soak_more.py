@@ -45,6 +45,7 @@ CONFIGURATIONS: tuple[dict[str, Any], ...] = (
     {"widen": 4},
     {"prefill_tokens_per_step": 64},
     {"prefill_tokens_per_step": 16, "policy": "quest"},
+    {"prefill_burst_tokens": 0},
     {"prefill_tokens_per_step": 0},
 )
 """Changes under load. None of them makes a prompt of the soak impossible, nor what it reads approximate."""

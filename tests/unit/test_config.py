@@ -60,6 +60,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "min_context": (["0"], 0),
     "query_tokens": (["7"], 7),
     "prefill_tokens_per_step": (["256"], 256),
+    "prefill_burst_tokens": (["8192"], 8192),
     "observe_layers": (["3,5,8"], (3, 5, 8)),
     "prefill": (["resident"], "resident"),
     "staging_pages": (["16"], 16),
@@ -123,6 +124,7 @@ def test_what_is_gone_is_what_is_no_flag() -> None:
         "target_coverage",
         "max_budget",
         "prefill_tokens_per_step",
+        "prefill_burst_tokens",
     } <= set(REMOVED)
     assert not set(NAMES[FLAG]) & set(REMOVED)
     for name in ("min_pages", "prefetch_steps", "recent_pages", "prompt_pages", "query_tokens", "staging_pages"):

@@ -16,13 +16,13 @@ from sglang_lsa.patches.scheduler_get_new_batch_prefill_raw import get_new_batch
 pytestmark = pytest.mark.release
 
 
-def pace(bound: int) -> Pace:
-    return Pace(Rules(LSAConfig(prefill_tokens_per_step=bound), 100))
+def pace(bound: int, burst: int = 0) -> Pace:
+    return Pace(Rules(LSAConfig(prefill_tokens_per_step=bound, prefill_burst_tokens=burst), 100))
 
 
-def steps_after(pace: Pace, tokens: int, decoding: int = 3) -> int:
+def steps_after(pace: Pace, tokens: int, decoding: int = 3, part: bool = False) -> int:
     """Decode steps until prompts are computed again."""
-    pace.computed(tokens)
+    pace.computed(tokens, part)
     steps = 0
     while pace.prompts_wait(decoding):
         steps += 1
@@ -46,6 +46,34 @@ def test_steps_are_by_the_tokens_that_were_computed(bound: int, tokens: int, ste
     counted = pace(bound)
     assert [steps_after(counted, tokens) for _ in range(3)] == steps
     assert counted.waits == sum(steps)
+
+
+@pytest.mark.parametrize(
+    ("burst", "steps"),
+    [
+        (0, [4, 4, 4, 4, 1]),
+        (1024, [4, 4, 4, 4, 1]),
+        (1025, [0, 8, 0, 8, 1]),
+        (3000, [0, 0, 12, 0, 5]),
+        (10**6, [0, 0, 0, 0, 17]),
+    ],
+)
+def test_steps_come_after_whole_prompts(burst: int, steps: list[int]) -> None:
+    """And after as many tokens of one as may be computed in one go."""
+    counted = pace(256, burst)
+    assert [steps_after(counted, 1024, part=True) for _ in range(4)] + [steps_after(counted, 256)] == steps
+    assert steps_after(counted, 512) == 2
+
+
+def test_steps_that_are_due_are_not_a_prompts_to_put_off() -> None:
+    """A chunk that comes while they are done, and one of a prompt that is gone."""
+    counted = pace(256, 4096)
+    counted.computed(1024)
+    assert counted.prompts_wait(1)
+    counted.computed(1024, part=True)
+    assert not counted.prompts_wait(1), "what is left of them comes with the prompt's"
+    assert not counted.prompts_wait(1, prompts=False)
+    assert counted.prompts_wait(1, prompts=True), "nothing is left of it but a step that no prompt waited for"
 
 
 def test_steps_without_prompts_are_steps() -> None:
@@ -106,9 +134,9 @@ def test_no_step_without_memory() -> None:
 class Scheduler:
     """SGLang's, which has prompts of 100 tokens without end, and so many tokens of memory on the host."""
 
-    def __init__(self, bound: int, free: int = 10**6, evictable: int = 0, device: bool = True):
+    def __init__(self, bound: int, free: int = 10**6, evictable: int = 0, device: bool = True, burst: int = 0):
         self.make_room = list[list[int]]()
-        lsa = SimpleNamespace(pace=pace(bound), pager=SimpleNamespace(page=64))
+        lsa = SimpleNamespace(pace=pace(bound, burst), pager=SimpleNamespace(page=64))
         lsa.make_room = lambda computed: self.make_room.append(computed) or device  # type: ignore[func-returns-value]
         self.tree_cache = SimpleNamespace(lsa=lsa, evictable_size=lambda: evictable)
         self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: free)
@@ -116,13 +144,15 @@ class Scheduler:
         self.asked = 0
         self.waiting_queue: list[str] = ["a prompt"]
         self.chunked_req: Any = None
+        self.company = 0
         self.grammar_queue = list[str]()
         self.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(self.grammar_queue))
 
     def next(self, *reqs: Any, prefill_only: bool = False) -> str:
         def original(self: Any, *_: Any) -> tuple[Any, Any]:
             self.asked += 1
-            return SimpleNamespace(extend_num_tokens=100), running
+            reqs = [self.chunked_req or "a prompt"] + ["another"] * self.company
+            return SimpleNamespace(extend_num_tokens=100, reqs=reqs), running
 
         running = SimpleNamespace(reqs=list(reqs), is_prefill_only=prefill_only)
         batch, same = get_new_batch_prefill(original, self, prefill_delayer_single_pass=None, running_batch=running)
@@ -151,6 +181,18 @@ def test_no_prompts(chunked: Any) -> None:
     scheduler.waiting_queue, scheduler.chunked_req = [], chunked
     assert [scheduler.next(req()) for _ in range(2)] == ["prefill", "decode" if chunked else "prefill"]
     assert scheduler.asked == (1 if chunked else 2)
+
+
+def test_a_prompt_in_chunks_is_one_prompt() -> None:
+    scheduler = Scheduler(50, burst=10**6)
+    scheduler.chunked_req = req()
+    assert [scheduler.next(req()) for _ in range(3)] == ["prefill"] * 3
+    scheduler.company = 1
+    assert [scheduler.next(req()) for _ in range(2)] == ["prefill", "decode"], "another prompt ends in that pass"
+    scheduler.company, scheduler.chunked_req = 0, None
+    while scheduler.next(req()) == "decode":
+        pass
+    assert [scheduler.next(req()) for _ in range(3)] == ["decode", "decode", "prefill"]
 
 
 def test_a_prompt_that_waits_for_its_grammar_waits_for_steps_too() -> None:
