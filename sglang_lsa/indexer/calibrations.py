@@ -19,7 +19,7 @@ from sglang_lsa.embedded_model import cache_folder
 from sglang_lsa.indexer.checkpoint import ModelShape, read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 
-FORMAT = 2
+FORMAT = 3
 """Grows when prompts, heads or weights are found in another way."""
 FACTS = "calibration.json"
 SAMPLED = 4096

@@ -16,8 +16,9 @@ from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
 
-HEADS, SUB_KEYS, POSITIONS = 8, 32, 64
-"""Of a calibrated indexer. Without training more heads dilute the best ones."""
+HEADS, SUB_KEYS, POSITIONS = 16, 32, 64
+"""Of a calibrated indexer. Fewer heads miss values of which a key has several, each of which gets but a part of what a
+head pays; many more dilute the best ones."""
 SINK, RECENT = 1, 4
 """First and last pages that stay whatever their score, and teach nothing."""
 LEAST_LIFT = 1.5

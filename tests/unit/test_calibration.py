@@ -95,6 +95,23 @@ def test_heads_that_look_at_evidence_are_found_and_weighed() -> None:
     assert found.lift > 10
 
 
+def test_values_that_only_lesser_heads_look_at_are_found_too() -> None:
+    """A key has four values; the best eight heads look at the first two of them, four more at the others."""
+    evidence, parts = (6, 9, 14, 20), []
+    for number in range(4):
+        part = seen(number, {}, evidence=evidence)
+        for place in range(12):
+            page = evidence[place % 2 if place < 8 else 2 + place % 2]
+            for shares in (part.told, part.paid):
+                shares[place // 4, place % 4, page] = 0.8 if place < 8 else 0.6
+        parts.append(part)
+    indexer = untrained.make_indexer(SHAPE, untrained.find_heads(parts), parts)
+    layers, heads = zip(*indexer.config.heads, strict=True)
+    for part in parts:
+        best = indexer.combine(part.told[layers, heads]).topk(len(evidence)).indices
+        assert sorted(best.tolist()) == list(evidence)
+
+
 def test_a_head_that_tells_of_evidence_and_does_not_pay_it_is_worth_nothing_beside_one_that_does() -> None:
     parts = [seen(number, {(0, 2): 0.8, (2, 1): 0.8}) for number in range(3)]
     for part in parts:
