@@ -26,7 +26,7 @@ from sglang_lsa.bench.overhead import US, Scheduler
 from sglang_lsa.config import PAGE_SIZE
 from sglang_lsa.engine.observe import QueryObserver
 from sglang_lsa.engine.policies import Policy
-from sglang_lsa.engine.request import Request, State
+from sglang_lsa.engine.request import Request
 from sglang_lsa.engine.window import BEATS
 from sglang_lsa.memory.pages import pages_spanned
 from sglang_lsa.patches.requests import choose, promise
@@ -42,8 +42,6 @@ COLUMNS = {
     "tokens": "tokens",
     "queue_us": "queue scores",
     "choose_us": "choose and send for",
-    "choose_steps": "in steps",
-    "choose_step_us": "most in one",
     "switch_us": "switch",
     "total_us": "all stages",
     "request_us": "a request",
@@ -135,48 +133,28 @@ def measure_together(requests: int, tokens: int) -> dict[str, Any]:
     counts, ledger = scheduler.runtime.lookahead.counts, scheduler.pager.ledger
     recalls, failed = ledger.recalls, counts.failures + counts.stalls + counts.fallbacks + counts.shrunk
     windows = np.zeros((WINDOWS, WINDOW))
-    stages = [""] * WINDOW
     gc.collect()
     gc.disable()
     for window in windows:
         for step in range(WINDOW):
-            before, states = counts.host_seconds, _states(scheduler)
+            before = counts.host_seconds
             scheduler.decode()
             window[step] = counts.host_seconds - before
-            stages[step] = _stage(states, _states(scheduler))
     gc.enable()
     if counts.failures + counts.stalls + counts.fallbacks + counts.shrunk != failed:
         raise RuntimeError(f"not every set was brought in as it was chosen: {counts}")
     least = windows.min(axis=0) * US
-    queue, choose, switch = (least[[one == stage for one in stages]] for stage in ("queue", "choose", "switch"))
-    total = float(queue.sum() + choose.sum() + switch.sum())
+    queue, choose, switch = least[np.sort(np.argsort(-least)[:3])].tolist()
     return {
         "requests": requests,
         "tokens": tokens,
         "recalled_pages": (ledger.recalls - recalls) / WINDOWS / requests,
-        "queue_us": float(queue.sum()),
-        "choose_us": float(choose.sum()),
-        "choose_steps": len(choose),
-        "choose_step_us": float(choose.max()),
-        "switch_us": float(switch.sum()),
-        "total_us": total,
-        "request_us": total / requests,
+        "queue_us": queue,
+        "choose_us": choose,
+        "switch_us": switch,
+        "total_us": queue + choose + switch,
+        "request_us": (queue + choose + switch) / requests,
     }
-
-
-def _states(scheduler: Scheduler) -> list[State | None]:
-    """How far the refresh of each request is."""
-    found = [request.resident.next for request in scheduler.runtime.requests.values()]
-    return [None if new is None else new.state for new in found]
-
-
-def _stage(before: Sequence[State | None], after: Sequence[State | None]) -> str:
-    """What a step did for some requests; nothing in most of them."""
-    if None in before and None not in after:
-        return "queue"
-    if None in after and None not in before:
-        return "switch"
-    return "choose" if before != after else ""
 
 
 class Shared:

@@ -23,9 +23,6 @@ from sglang_lsa.memory.pages import pages_complete, pages_spanned
 
 logger = logging.getLogger(__name__)
 
-CHOSEN_AT_ONCE = 2
-"""Sets that are chosen in one step where more could wait: what each takes the host is a tenth of a decode step."""
-
 
 class Refresher:
     """Takes every refresh from state to state.
@@ -67,31 +64,11 @@ class Refresher:
         return begun
 
     def advance(self) -> None:
-        """Take every refresh as far as it is to go now."""
+        """Take every refresh as far as it can go now."""
         step = self.clock.step
         found = [request for request in self.on_their_way.values() if self._can_advance(request, step)]
         if found:
-            self._advance(self._due_now(found))
-
-    def _due_now(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """These without those whose sets are chosen in a later step, as there is time until their windows begin.
-
-        What is chosen does not depend on when. Many at once would keep the next step from being queued in time; of so
-        many in each step all are chosen with a quarter of the prefetch steps left.
-        """
-        patient = [request for request in requests if self._steps_to_spare(request) > 0]
-        if len(patient) <= CHOSEN_AT_ONCE:
-            return requests
-        steps = min(map(self._steps_to_spare, patient))
-        later = {request.key for request in patient[max(CHOSEN_AT_ONCE, -(-len(patient) // (steps + 1))) :]}
-        return [request for request in requests if request.key not in later]
-
-    def _steps_to_spare(self, request: Request) -> int:
-        """In which its set need not be chosen yet; none where that is done, or not for a window that begins later."""
-        new = request.resident.next
-        if new is None or new.state is not State.QUEUED or request.resident.incomplete:
-            return 0
-        return max(0, request.steps_left - request.lead // 4)
+            self._advance(found)
 
     def can_advance(self, step: int) -> bool:
         """Whether :meth:`advance` would do anything in this step."""

@@ -11,7 +11,6 @@ from lookahead_server import LAG, LEAD, LONG, PHYSICAL, STAGES, Server, fail, gi
 from promises import owed
 
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine import refresh
 from sglang_lsa.engine.chooser import Chooser
 from sglang_lsa.engine.grouping import Company
 from sglang_lsa.engine.request import Refresh, Request, State
@@ -319,8 +318,7 @@ def raises(when: Callable[..., bool], otherwise: Callable[..., Any]) -> Callable
     return instead
 
 
-def test_pages_of_sets_that_are_chosen_together_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh, "CHOSEN_AT_ONCE", 3)
+def test_pages_of_requests_that_refresh_together_come_in_one_copy() -> None:
     server = Several()
     while not server.gpu.recalling:
         server.step()

@@ -15,10 +15,10 @@ from simulation import Simulation
 from sglang_lsa.bench.overhead import Scheduler
 from sglang_lsa.bench.refresh_together import WINDOW, together
 from sglang_lsa.config import PAGE_SIZE
-from sglang_lsa.engine import choose_together, refresh
+from sglang_lsa.engine import choose_together
 from sglang_lsa.engine.policies import Policy
 from sglang_lsa.engine.refresh import Refresher
-from sglang_lsa.engine.request import Refresh, Request, State
+from sglang_lsa.engine.request import Refresh, Request
 from sglang_lsa.memory.scores import Reduction
 from sglang_lsa.memory.standby import Standby
 from sglang_lsa.patches.requests import choose, promise
@@ -81,9 +81,7 @@ class Watched(Simulation):
                     choose_now([request], predict)
 
             def advance_each() -> None:
-                step = self.runtime.lookahead.clock.step
-                ready = [one for one in refresher.on_their_way.values() if refresher._can_advance(one, step)]
-                for request in refresher._due_now(ready):
+                for request in list(refresher.on_their_way.values()):
                     advance([request])
 
             refresher.start, refresher.advance = start_each, advance_each  # type: ignore[method-assign]
@@ -158,36 +156,6 @@ def test_what_is_done_together_is_what_is_done_one_after_the_other(
     for step, (seen, alone) in enumerate(zip(found, expected, strict=True)):
         assert seen == alone, f"step {step}"
     assert set(switched) == {requests} and found[-1][2] > found[0][2], "pages came from the mirror"
-
-
-@pytest.mark.parametrize(("requests", "each"), [(2, [2]), (3, [2, 1]), (8, [2, 2, 2, 2]), (36, [3] * 12)])
-def test_many_sets_are_chosen_in_some_steps(requests: int, each: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no step is late for all of them; the sets are those that are chosen in one."""
-    chosen = list[int]()
-    advance = Refresher._advance
-
-    def counted(self: Refresher, ready: Sequence[Request]) -> None:
-        if queued := sum(one.resident.next is not None and one.resident.next.state is State.QUEUED for one in ready):
-            chosen.append(queued)
-        advance(self, ready)
-
-    monkeypatch.setattr(Refresher, "_advance", counted)
-    scheduler = together(requests, 4096)
-    chosen.clear()
-    some = [read_after(scheduler, WINDOW) for _ in range(3)]
-    assert chosen == each * 3
-    monkeypatch.setattr(refresh, "CHOSEN_AT_ONCE", 1 << 30)
-    scheduler = together(requests, 4096)
-    chosen.clear()
-    assert [read_after(scheduler, WINDOW) for _ in range(3)] == some
-    assert chosen == [requests] * 3
-
-
-def read_after(scheduler: Scheduler, steps: int) -> list[list[int]]:
-    """The set that each request reads after so many steps."""
-    for _ in range(steps):
-        scheduler.decode()
-    return [request.resident.positions.tolist() for request in scheduler.runtime.requests.values()]
 
 
 @pytest.mark.parametrize(("lag", "calls"), [(0, [1, 1, 1]), (2, [3])])
