@@ -46,7 +46,7 @@ NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?!\d|[.,]\d)")
 ROW = re.compile(r"([\w.-]+\.json) ([^:]*): ([\w-]+) = (\S+)")
 """File, ``key=value`` pairs that find one row, field, its value as the page prints it."""
 TABLE = re.compile(r"(<!-- scripts/figures.py writes (\w+) -->\n\n)(?:(?!<!-- ).)*(<!-- to here -->)", re.DOTALL)
-FILES = ("", "-60", "-fp8", "-calibrated", "-widen", "-smollm2", "-smollm2-calibrated")
+FILES = ("", "-60", "-fp8", "-calibrated", "-heads", "-widen", "-copies", "-smollm2", "-smollm2-calibrated")
 LARGER = ("", "-kl", "-arms", "-curve")
 QUALITY = (*(f"quality{name}" for name in FILES), *(f"quality-1.5b{name}" for name in LARGER))
 """Files of ``sglang-lsa eval``, without their endings."""
@@ -215,6 +215,7 @@ def tables() -> dict[str, str]:
         "larger_memory": quality_larger_tables.memory(larger),
         "smallest_calibrated": quality_larger_tables.smallest(rows_of("quality-smollm2-calibrated.json")),
         "qmsum": quality_larger_tables.qmsum(larger),
+        "copies": quality_larger_tables.copies(rows_of("quality-copies.json")),
         "widen": quality_larger_tables.widen(larger, rows_of("quality-widen.json")),
         "ablation_gpu": ablation("H100"),
         "ablation_cpu": ablation("2 CPU cores", without=("seed", "steps", "loss")),
@@ -225,6 +226,7 @@ def tables() -> dict[str, str]:
         "dsv4": dsv4_tables.speed(rows_of("dsv4.json")),
         "group_answers": group_load_tables.group_answers(rows_of("group-quality.json")),
         "load": group_load_tables.load(rows_of("load.json"), "agents"),
+        "load_paced": group_load_tables.load(rows_of("load-paced.json"), "documents", "documents by turns"),
         "load_documents": group_load_tables.load(rows_of("load.json"), "documents"),
     }
 

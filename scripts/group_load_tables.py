@@ -42,8 +42,8 @@ def group_answers(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def load(rows: Sequence[Row], mix: str) -> str:
-    """Of one rate and system a line; of one mix.
+def load(rows: Sequence[Row], mix: str, title: str = "") -> str:
+    """Of one rate and system a line; of one mix, which is what the table is about unless ``title`` says more.
 
     Raises:
         ValueError: none is of this mix.
@@ -52,7 +52,7 @@ def load(rows: Sequence[Row], mix: str) -> str:
     if not mine:
         raise ValueError(f"no row of load.json is of the mix {mix}, only of {sorted({row['mix'] for row in rows})}")
     lines = table(
-        f"{mix}: requests a second", "system", "met the objective", "completed", "goodput a second", "tokens a second",
+        f"{title or mix}: requests a second", "system", "met the objective", "completed", "goodput a second", "tokens a second",
         "TTFT s: p50, p99", "ms between tokens: p50, p99", "running at most",
     )  # fmt: skip
     for row in sorted(mine, key=lambda row: (row["rate_per_s"], row["system"] != "stock")):

@@ -83,9 +83,9 @@ def memory(rows: Sequence[Row]) -> str:
 
 
 def smallest(rows: Sequence[Row]) -> str:
-    """SmolLM2 at 8,000: trained, calibrated and Quest, on the same questions."""
+    """SmolLM2 at 8,000: trained and calibrated, on the same questions."""
     lines = table("8,000, budget 12 %", "points", "difference to full attention")
-    for label, arm in {"full": "full", **SELECTORS}.items():
+    for label, arm in {"full": "full", "trained indexer": "lsa", "calibrated at start": "lsa_calibrated"}.items():
         row = measured(rows, model=SMALLEST, suite="ruler", task="average", length=8000, arm=arm)
         lines.append(line(label, with_memory(row), apart(row)))
     return "\n".join(lines)
@@ -127,6 +127,24 @@ def widen(larger: Sequence[Row], smaller: Sequence[Row]) -> str:
                 cells = [f"{row['accuracy']:.1f}{about(row)}, {_bytes(row)}" if row else "" for row in found]
                 label = f"{model.split('-')[2]}, `{task}`, {name}"
                 lines.append(line(label, f"{full['accuracy']:.1f}{mark}", *cells))
+    return "\n".join(lines)
+
+
+def copies(rows: Sequence[Row]) -> str:
+    """Copies of 16K and lists of 4K, by budget, ``widen`` and ``dense_steps``."""
+    lines = table("", "copies, 16K", "lists, 4K")
+    shown = [("full", "full", 1.0)]
+    for budget in (0.135, 0.2):
+        shown += [(f"{budget * 100:g} %", "lsa", budget), ("the same, `widen` 4", "lsa_w4", budget)]
+        shown += [("the same, `dense_steps` 32", "lsa_d32", budget)]
+    for label, arm, budget in shown:
+        places = (("passage", 16384), ("listing", 4096))
+        found = [
+            measured(rows, model=MODEL, suite="longgen", task=task, length=length, arm=arm, budget=budget)
+            for task, length in places
+        ]
+        cells = [f"{row['accuracy']:.1f}" + ("" if arm == "full" else f"{about(row)}, {_bytes(row)}") for row in found]
+        lines.append(line(label, *cells))
     return "\n".join(lines)
 
 
