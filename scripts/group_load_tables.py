@@ -52,8 +52,8 @@ def load(rows: Sequence[Row], mix: str, title: str = "") -> str:
     if not mine:
         raise ValueError(f"no row of load.json is of the mix {mix}, only of {sorted({row['mix'] for row in rows})}")
     lines = table(
-        f"{title or mix}: requests a second", "system", "met the objective", "completed", "goodput a second", "tokens a second",
-        "TTFT s: p50, p99", "ms between tokens: p50, p99", "running at most",
+        f"{title or mix}: requests a second", "system", "met the objective", "completed", "goodput a second",
+        "tokens a second", "TTFT s: p50, p99", "ms between tokens: p50, p99", "running at most",
     )  # fmt: skip
     for row in sorted(mine, key=lambda row: (row["rate_per_s"], row["system"] != "stock")):
         waits = "+" if row["no_first_token"] else ""
