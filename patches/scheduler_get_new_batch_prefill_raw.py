@@ -28,7 +28,8 @@ def get_new_batch_prefill(original, self, prefill_delayer_single_pass, running_b
     pace, running = self.tree_cache.lsa.pace, running_batch
     decoding = [] if running.is_prefill_only else [req for req in running.reqs if not req.finished()]
     prompts = bool(self.waiting_queue or self.chunked_req or self.grammar_manager.has_waiting_grammars())
-    if pace.prompts_wait(len(decoding), prompts, lambda: step_fits(self, decoding)):
+    chunked = self.chunked_req is not None
+    if pace.prompts_wait(len(decoding), prompts, lambda: step_fits(self, decoding), chunked):
         return None, running  # SGLang finds a prompt's next chunk where it left it
     arguments = resolved(self.server_args) if self.enable_priority_preemption else None
     current = self.tree_cache.scheduling_pass = Pass(arguments)

@@ -116,8 +116,8 @@ class LSAConfig:
     prefill_burst_tokens: int = key(
         65_536,
         "Tokens of one prompt that are computed before the decode steps that prefill_tokens_per_step asks for: of a "
-        "shorter one all, so that requests that decode are interrupted once for each, by a longer one for no longer "
-        "than those take. 0: steps follow every chunk.",
+        "shorter one all, so that requests that decode are interrupted once for each, by a longer one for about as "
+        "long as those take, and a chunk. 0: steps follow every chunk.",
     )
     staging_pages: int = constant(
         256,

@@ -13,8 +13,9 @@ class Pace:
 
     With a bound (``prefill_tokens_per_step``) passes over so many tokens are followed by as many decode steps as they
     have bounds' worth of them, for those that decode: after whole prompts, so that who decodes is seldom interrupted,
-    and after a part of one where it has more than ``prefill_burst_tokens``, so that no interruption is longer than
-    those take. Passes are counted and not timed: all ranks agree.
+    and after a part of one as soon as that has ``prefill_burst_tokens``, so that no interruption is much longer than
+    those take. A pass that ends one prompt and begins the next ends one. Passes are counted and not timed: all ranks
+    agree.
 
     Args:
         rules: with the configuration in force.
@@ -30,7 +31,13 @@ class Pace:
         self._paying = False
         """Steps that were due are being done."""
 
-    def prompts_wait(self, decoding: int, prompts: bool = True, step_fits: Callable[[], bool] = lambda: True) -> bool:
+    def prompts_wait(
+        self,
+        decoding: int,
+        prompts: bool = True,
+        step_fits: Callable[[], bool] = lambda: True,
+        chunked: bool = True,
+    ) -> bool:
         """Whether prompts are not computed in this scheduling pass, which is a decode step then.
 
         Args:
@@ -38,17 +45,26 @@ class Pace:
             prompts: whether there are any.
             step_fits: whether there is memory for that decode step beside what a prompt that is half computed was
                 promised; asked only if the step is due.
+            chunked: whether a prompt is half computed.
         """
         bound = self.rules.config.prefill_tokens_per_step
         if not bound or not decoding:
             self._owed = 0
             return False
-        if prompts and self._part and not self._paying and self._owed < self.rules.config.prefill_burst_tokens:
+        if (
+            prompts
+            and chunked
+            and self._part
+            and not self._paying
+            and self._owed < self.rules.config.prefill_burst_tokens
+        ):
             return False
         self._paying = self._owed >= bound
-        if not self._paying or (prompts and not step_fits()):
+        if not self._paying:
             # Passes over a few tokens are worth a step together; without prompts this is one.
             self._owed = self._owed % bound if prompts else 0
+            return False
+        if prompts and not step_fits():
             return False
         self._owed -= bound
         self.waits += prompts

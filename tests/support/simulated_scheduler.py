@@ -66,7 +66,9 @@ class Scheduler:
         self.running += [req for req in self.prefilled if not req.gone]
         self.prefilled = []
         decoding = [req for req in self.running if not req.gone]
-        waits = self.runtime.pace.prompts_wait(len(decoding), step_fits=lambda: self._step_fits(decoding))
+        waits = self.runtime.pace.prompts_wait(
+            len(decoding), step_fits=lambda: self._step_fits(decoding), chunked=self.chunked is not None
+        )
         if not waits and (entries := self._prompts()):
             part = all(entry.req is self.chunked for entry in entries)
             self.runtime.pace.computed(sum(entry.end - entry.start for entry in entries), part)

@@ -76,6 +76,26 @@ def test_steps_that_are_due_are_not_a_prompts_to_put_off() -> None:
     assert counted.prompts_wait(1, prompts=True), "nothing is left of it but a step that no prompt waited for"
 
 
+def test_steps_for_which_there_was_no_memory_are_still_due() -> None:
+    """After the next pass, also where they are those of many chunks."""
+    counted = pace(256, 65_536)
+    for _ in range(3):
+        counted.computed(8192, part=True)
+        assert not counted.prompts_wait(1)
+    counted.computed(8192)
+    assert not counted.prompts_wait(1, step_fits=lambda: False)
+    assert steps_after(counted, 256) == 4 * 32 + 1
+
+
+def test_steps_count_where_a_prompt_ended_half_computed() -> None:
+    """It was aborted, and others are waiting that cannot be admitted: SGLang decodes."""
+    counted = pace(256, 65_536)
+    counted.computed(8192, part=True)
+    waited = [counted.prompts_wait(1, chunked=False) for _ in range(33)]
+    assert waited == [True] * 32 + [False]
+    assert steps_after(counted, 256) == 1
+
+
 def test_steps_without_prompts_are_steps() -> None:
     """A prompt that comes later waits for what is left."""
     counted = pace(256)
