@@ -47,17 +47,11 @@ class Pace:
                 promised; asked only if the step is due.
             chunked: whether a prompt is half computed.
         """
-        bound = self.rules.config.prefill_tokens_per_step
+        bound, burst = self.rules.config.prefill_tokens_per_step, self.rules.config.prefill_burst_tokens
         if not bound or not decoding:
             self._owed = 0
             return False
-        if (
-            prompts
-            and chunked
-            and self._part
-            and not self._paying
-            and self._owed < self.rules.config.prefill_burst_tokens
-        ):
+        if prompts and chunked and self._part and not self._paying and self._owed < burst:
             return False
         self._paying = self._owed >= bound
         if not self._paying:
@@ -65,6 +59,7 @@ class Pace:
             self._owed = self._owed % bound if prompts else 0
             return False
         if prompts and not step_fits():
+            self._owed = min(self._owed, max(bound, burst))  # nobody is to wait for all that was refused for long
             return False
         self._owed -= bound
         self.waits += prompts

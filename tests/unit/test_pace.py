@@ -85,6 +85,10 @@ def test_steps_for_which_there_was_no_memory_are_still_due() -> None:
     counted.computed(8192)
     assert not counted.prompts_wait(1, step_fits=lambda: False)
     assert steps_after(counted, 256) == 4 * 32 + 1
+    for _ in range(100):
+        counted.computed(8192, part=True)
+        assert not counted.prompts_wait(1, step_fits=lambda: False)
+    assert steps_after(counted, 256) == 65_536 // 256 + 1, "but no more than those of a burst"
 
 
 def test_steps_count_where_a_prompt_ended_half_computed() -> None:
