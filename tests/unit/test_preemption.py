@@ -172,7 +172,7 @@ def test_whoever_was_preempted_in_vain_is_queued_again() -> None:
     assert get_new_batch_prefill(without_memory, scheduler, None, nobody) == (None, "running")
     assert queue == ["a", "b"]
 
-    batch = SimpleNamespace(extend_num_tokens=64)
+    batch = SimpleNamespace(extend_num_tokens=64, reqs=[running("c", 0)])
 
     def with_memory(self: Any, delayer: Any, running_batch: Any) -> tuple[Any, str]:
         without_memory(self, delayer, running_batch)
