@@ -50,7 +50,7 @@ def load(rows: Sequence[Row], mix: str, title: str = "") -> str:
     """
     mine = [row for row in rows if row["mix"] == mix]
     if not mine:
-        raise ValueError(f"no row of load.json is of the mix {mix}, only of {sorted({row['mix'] for row in rows})}")
+        raise ValueError(f"no row is of the mix {mix}, only of {sorted({row['mix'] for row in rows})}")
     lines = table(
         f"{title or mix}: requests a second", "system", "met the objective", "completed", "goodput a second",
         "tokens a second", "TTFT s: p50, p99", "ms between tokens: p50, p99", "running at most",

@@ -219,6 +219,15 @@ def test_a_prompt_in_chunks_is_one_prompt() -> None:
     assert [scheduler.next(req()) for _ in range(3)] == ["decode", "decode", "prefill"]
 
 
+def test_a_prompt_that_is_aborted_between_its_chunks_is_no_prompt() -> None:
+    """Steps are due then, whatever waits in the queue."""
+    scheduler = Scheduler(50, burst=10**6)
+    scheduler.chunked_req = req()
+    assert scheduler.next(req()) == "prefill"
+    scheduler.chunked_req = None
+    assert [scheduler.next(req()) for _ in range(3)] == ["decode", "decode", "prefill"]
+
+
 def test_a_prompt_that_waits_for_its_grammar_waits_for_steps_too() -> None:
     """SGLang takes it out of the queue of grammars in the pass that computes it."""
     scheduler = Scheduler(50)
