@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
 
 PAGES_AT_ONCE = 4096
 """Pages whose logits the torch reference holds in memory at a time."""
@@ -103,7 +104,7 @@ class Ragged:
 
 
 def page_score(
-    queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor, key_of_head: torch.Tensor
+    queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor, key_of_head: torch.Tensor, overlap: int = 0
 ) -> torch.Tensor:
     """The memory indexer's view of attention: the largest share that any recent position pays to each page.
 
@@ -113,8 +114,10 @@ def page_score(
     Args:
         queries: ``[heads, positions, dim]``; the softmax scale is in them.
         table: uint8 ``[virtual_pages + 1, key_heads, sub_keys, dim]`` keys of every page, from :func:`to_8_bits`.
-        pages: int64 ``[n]`` virtual ids of the request's pages.
+        pages: int64 ``[n]`` virtual ids of the request's pages, first to last.
         key_of_head: int64 ``[heads]``, which of the ``key_heads`` each head looks at.
+        overlap: keys at the end of a page that are looked at for the page after it, too, which gets no less than they
+            do: the text that follows them is there.
 
     Returns:
         ``[heads, n]`` float32 in [0, 1]; zeros when there are no positions.
@@ -122,13 +125,14 @@ def page_score(
     Raises:
         ValueError: queries and keys do not fit, or keys are of another type.
     """
-    _fit(queries.shape, table, key_of_head)
+    _fit(queries.shape, table, key_of_head, overlap)
     if not queries.shape[1] or not len(pages):
         return torch.zeros((len(queries), len(pages)), dtype=torch.float32, device=table.device)
-    return (_page_score_triton if table.is_cuda else page_score_reference)(queries, table, pages, key_of_head)
+    score = _page_score_triton if table.is_cuda else page_score_reference
+    return score(queries, table, pages, key_of_head, overlap)
 
 
-def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
+def page_score_reference(queries, table, pages, key_of_head, overlap=0) -> torch.Tensor:
     """See :func:`page_score`. Two passes over the pages, so that memory does not grow with the context."""
     blocks = pages.split(PAGES_AT_ONCE)
 
@@ -137,10 +141,14 @@ def page_score_reference(queries, table, pages, key_of_head) -> torch.Tensor:
         return torch.einsum("htd,nhsd->htns", queries.float(), keys)
 
     if len(blocks) == 1:
-        return attention_shares(logits(pages))
+        return attention_shares(logits(pages), overlap)
     normaliser = torch.stack([logits(block).logsumexp(dim=(2, 3)) for block in blocks]).logsumexp(dim=0)
-    shares = [(logits(block) - normaliser[..., None, None]).exp().sum(dim=-1).amax(dim=1) for block in blocks]
-    return torch.cat(shares, dim=1)
+    own, ends = [], []
+    for block in blocks:
+        shares = (logits(block) - normaliser[..., None, None]).exp()
+        own.append(_most_of_any_position(shares))
+        ends.append(_most_of_any_position(shares[..., shares.shape[3] - overlap :]))
+    return _overlapping(torch.cat(own, dim=1), torch.cat(ends, dim=1))
 
 
 def to_8_bits(keys: torch.Tensor) -> torch.Tensor:
@@ -164,17 +172,31 @@ def from_8_bits_kernel(
     return tl.where((bits & 128) != 0, -size, size)
 
 
-def attention_shares(logits: torch.Tensor) -> torch.Tensor:
-    """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``."""
-    return logits.flatten(2).softmax(dim=-1).view_as(logits).sum(dim=-1).amax(dim=1)
+def attention_shares(logits: torch.Tensor, overlap: int = 0) -> torch.Tensor:
+    """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``; see
+    :func:`page_score`."""
+    shares = logits.flatten(2).softmax(dim=-1).view_as(logits)
+    own = _most_of_any_position(shares)
+    return _overlapping(own, _most_of_any_position(shares[..., -overlap:])) if overlap else own
 
 
-def page_scores(queries: torch.Tensor, table: torch.Tensor, asked: Ragged, key_of_head: torch.Tensor) -> torch.Tensor:
+def _most_of_any_position(shares: torch.Tensor) -> torch.Tensor:
+    return shares.sum(dim=-1).amax(dim=1)
+
+
+def _overlapping(own: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Of ``[heads, pages]`` each the larger of its own and what the end of the page before it has."""
+    return torch.maximum(own, pad(ends[:, :-1], (1, 0)))
+
+
+def page_scores(
+    queries: torch.Tensor, table: torch.Tensor, asked: Ragged, key_of_head: torch.Tensor, overlap: int = 0
+) -> torch.Tensor:
     """:func:`page_score` of several requests in one call: each gets the shares that it would get alone, bit for bit.
 
     Args:
         queries: ``[requests, heads, places, dim]``; of each request its positions, and whatever after them.
-        table, key_of_head: as for :func:`page_score`.
+        table, key_of_head, overlap: as for :func:`page_score`.
         asked: the requests, their positions and their pages.
 
     Returns:
@@ -183,33 +205,36 @@ def page_scores(queries: torch.Tensor, table: torch.Tensor, asked: Ragged, key_o
     Raises:
         ValueError: as from :func:`page_score`.
     """
-    _fit(queries.shape[1:], table, key_of_head)
+    _fit(queries.shape[1:], table, key_of_head, overlap)
     if not queries.shape[2] or not len(asked.pages):
         return torch.zeros((queries.shape[1], len(asked.pages)), dtype=torch.float32, device=table.device)
-    return (_page_scores_triton if table.is_cuda else page_scores_reference)(queries, table, asked, key_of_head)
+    scores = _page_scores_triton if table.is_cuda else page_scores_reference
+    return scores(queries, table, asked, key_of_head, overlap)
 
 
-def page_scores_reference(queries, table, asked, key_of_head) -> torch.Tensor:
+def page_scores_reference(queries, table, asked, key_of_head, overlap=0) -> torch.Tensor:
     """See :func:`page_scores`."""
     positions = asked.known[:, 2].tolist()
     own = [queries[i, :, :count].contiguous() for i, count in enumerate(positions)]
-    return torch.cat([page_score(q, table, asked.pages_of(i), key_of_head) for i, q in enumerate(own)], dim=1)
+    return torch.cat([page_score(q, table, asked.pages_of(i), key_of_head, overlap) for i, q in enumerate(own)], dim=1)
 
 
-def _fit(queries: torch.Size, table: torch.Tensor, key_of_head: torch.Tensor) -> None:
+def _fit(queries: torch.Size, table: torch.Tensor, key_of_head: torch.Tensor, overlap: int) -> None:
     if table.dtype != torch.uint8:
         raise ValueError(f"page keys are {table.dtype}: use what to_8_bits returns")
     if queries[-1] != table.shape[-1] or queries[0] != len(key_of_head):
         raise ValueError(
             f"queries {tuple(queries)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
         )
+    if not 0 <= overlap <= table.shape[2]:
+        raise ValueError(f"overlap {overlap} is out of range: a page has {table.shape[2]} keys")
 
 
-def _page_score_triton(queries, table, pages, key_of_head) -> torch.Tensor:
-    return _page_scores_triton(queries[None], table, Ragged.alone(queries.shape[1], pages), key_of_head)
+def _page_score_triton(queries, table, pages, key_of_head, overlap=0) -> torch.Tensor:
+    return _page_scores_triton(queries[None], table, Ragged.alone(queries.shape[1], pages), key_of_head, overlap)
 
 
-def _page_scores_triton(queries, table, asked, key_of_head) -> torch.Tensor:
+def _page_scores_triton(queries, table, asked, key_of_head, overlap=0) -> torch.Tensor:
     _, heads, places, dim = queries.shape
     _, key_heads, sub_keys, _ = table.shape
     total = len(asked.pages)
@@ -243,6 +268,7 @@ def _page_scores_triton(queries, table, asked, key_of_head) -> torch.Tensor:
                 BLOCK_PAGES=block_pages,
                 BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
                 SPAN=SPAN,
+                OVERLAP=overlap,
                 LAST=last,
             )
             if not last:
@@ -312,6 +338,7 @@ def _page_score_kernel(
     BLOCK_PAGES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     SPAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
     LAST: tl.constexpr,  # first launch: what a softmax over pages needs; second: the shares
 ):
     block = tl.program_id(0)
@@ -337,10 +364,15 @@ def _page_score_kernel(
     logits = tl.where((index < n)[None, :], logits, float("-inf"))  # [BLOCK_VOTERS, BLOCK_PAGES * SUB_KEYS]
     if LAST:
         share = tl.exp(logits - tl.load(sums + of_head * VOTERS + voter)[:, None])
-        of_page = tl.sum(tl.reshape(share, (BLOCK_VOTERS, BLOCK_PAGES, SUB_KEYS)), axis=2)
-        best = tl.max(tl.where((voter < positions)[:, None], of_page, 0.0), axis=0)
+        share = tl.where((voter < positions)[:, None], share, 0.0)
         at = block * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-        tl.atomic_max(shares + head.to(tl.int64) * total + start + at, best, mask=at < n)
+        of_page = shares + head.to(tl.int64) * total + start + at
+        own = tl.sum(tl.reshape(share, (BLOCK_VOTERS, BLOCK_PAGES, SUB_KEYS)), axis=2)
+        tl.atomic_max(of_page, tl.max(own, axis=0), mask=at < n)
+        if OVERLAP:
+            ends = tl.where((key % SUB_KEYS >= SUB_KEYS - OVERLAP)[None, :], share, 0.0)
+            ends = tl.sum(tl.reshape(ends, (BLOCK_VOTERS, BLOCK_PAGES, SUB_KEYS)), axis=2)
+            tl.atomic_max(of_page + 1, tl.max(ends, axis=0), mask=at + 1 < n)
     else:
         most = tl.max(logits, axis=1)
         summed = tl.sum(tl.exp(logits - most[:, None]), axis=1)

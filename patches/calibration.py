@@ -159,6 +159,7 @@ def watch_prompts(runner: Any, prompts: Sequence[Tokens]) -> list[Seen]:
             prompt.evidence,
             positions=untrained.POSITIONS,
             sub_keys=untrained.SUB_KEYS,
+            overlap=untrained.OVERLAP,
         )
         ids = torch.tensor(prompt.ids, device=runner.device)
         one = torch.zeros(1, dtype=torch.int64, device=runner.device)

@@ -37,6 +37,7 @@ class IndexerConfig:
         sub_keys: keys that represent one page, each from an equal run of its tokens.
         key_dim: of queries and keys.
         positions: recent tokens that vote.
+        overlap: sub-keys at the end of a page that are looked at for the page after it, too; see ``page_score``.
         threshold: score above which pages are worth keeping; found on data not trained on, see ``training.calibrate``.
         coverage: share of the attention that was kept at that threshold, on the same data.
         expectation: what its sets really cover, see ``indexer.expectation``; None where that was not measured.
@@ -51,6 +52,7 @@ class IndexerConfig:
     sub_keys: int = 32
     key_dim: int = 32
     positions: int = 64
+    overlap: int = 0
     threshold: float = 0.0
     coverage: float = 1.0
     trained: bool = True
@@ -64,7 +66,7 @@ class IndexerConfig:
             not (0 <= layer < model.num_hidden_layers and 0 <= head < model.q_heads) for layer, head in self.heads
         ):
             raise ValueError(f"heads {self.heads} are not heads of {model}")
-        for name in ("sub_keys", "key_dim", "positions"):
+        for name in ("sub_keys", "key_dim", "positions", "overlap"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use a whole number")
         if self.sub_keys < 1 or RUNS % self.sub_keys:
@@ -75,6 +77,10 @@ class IndexerConfig:
             )
         if not 0 < self.positions <= RECORDED_POSITIONS:
             raise ValueError(f"positions {self.positions} is out of range: use 1 to {RECORDED_POSITIONS}")
+        if not 0 <= self.overlap <= self.sub_keys:
+            raise ValueError(
+                f"overlap {self.overlap} is out of range: use 0 to {self.sub_keys}, the sub_keys of a page"
+            )
         for name, most in (("threshold", math.inf), ("coverage", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):

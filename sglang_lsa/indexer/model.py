@@ -183,7 +183,7 @@ class MemoryIndexer(nn.Module):
         asked = self.ask(queries)
         if table.is_cuda:
             asked = asked.bfloat16()  # for matrix units; keys are numbers of this type
-        return self.part(page_score(asked, table, pages, self.key_of_head))
+        return self.part(page_score(asked, table, pages, self.key_of_head, self.config.overlap))
 
     def score_parts(self, ring: torch.Tensor, table: torch.Tensor, asked: Ragged) -> torch.Tensor:
         """:meth:`score_part` of several requests in one call: each gets what it would get alone, bit for bit.
@@ -209,14 +209,14 @@ class MemoryIndexer(nn.Module):
         found = []
         for some in asked.within(query_bytes):
             queries = project_queries(ring, some, self.q_at, self.scaled_query).bfloat16()
-            shares = page_scores(queries, table, some, self.key_of_head)
+            shares = page_scores(queries, table, some, self.key_of_head, self.config.overlap)
             found.append(weigh_heads(shares, softplus(self.weight), math.log(2) * self.all_heads))
         return torch.cat(found)
 
     def score_all(self, asked: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The same for training: ``asked`` of :meth:`ask`, ``keys [pages, key_heads, sub_keys, key_dim]``."""
         logits = torch.einsum("htd,nhsd->htns", asked, keys[:, self.key_of_head])
-        return self.combine(attention_shares(logits))
+        return self.combine(attention_shares(logits, self.config.overlap))
 
     def combine(self, shares: torch.Tensor) -> torch.Tensor:
         """``[heads, pages]`` -> ``[pages]``: the mean over heads, and what age and neighbours add."""

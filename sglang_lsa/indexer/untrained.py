@@ -16,7 +16,7 @@ from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
 from sglang_lsa.indexer.watch import Seen
 
-HEADS, SUB_KEYS, POSITIONS = 16, 32, 64
+HEADS, SUB_KEYS, POSITIONS, OVERLAP = 16, 32, 64, 4
 """Of a calibrated indexer. On made prompts fewer heads missed values of which a key has several, each of which gets but
 a part of what a head pays, and many more diluted the best ones; in answers no difference was seen."""
 SINK, RECENT = 1, 4
@@ -125,7 +125,7 @@ def make_indexer(model: ModelShape, found: Heads, seen: Sequence[Seen], key_dim:
     Args:
         key_dim: dimensions that are kept of keys, those that turn least; 0 keeps all.
     """
-    config = IndexerConfig(model, found.heads, SUB_KEYS, key_dim or model.head_dim, POSITIONS, trained=False)
+    config = IndexerConfig(model, found.heads, SUB_KEYS, key_dim or model.head_dim, POSITIONS, OVERLAP, trained=False)
     indexer = MemoryIndexer(config)
     with torch.no_grad():
         # softplus(weight) is log(2) times what a head is worth

@@ -50,7 +50,7 @@ class Watch:
         answer: last ones of them that are the answer.
         evidence: pages that it is from.
         positions: before the answer whose queries vote.
-        sub_keys, key_dim: of a page, see ``IndexerConfig``; ``key_dim`` 0 keeps all dimensions.
+        sub_keys, overlap, key_dim: of a page, see ``IndexerConfig``; ``key_dim`` 0 keeps all dimensions.
         quest_layers: whose bounds are scored as Quest does.
         quest_positions: whose queries vote there.
         keep: layers whose queries and keys are kept.
@@ -64,13 +64,14 @@ class Watch:
         *,
         positions: int,
         sub_keys: int,
+        overlap: int = 0,
         key_dim: int = 0,
         quest_layers: Sequence[int] = (),
         quest_positions: int = 32,
         keep: Sequence[int] = (),
     ):
         self.tokens, self.begins, self.evidence = tokens, tokens - answer, tuple(evidence)
-        self.positions, self.sub_keys, self.key_dim = positions, sub_keys, key_dim
+        self.positions, self.sub_keys, self.overlap, self.key_dim = positions, sub_keys, overlap, key_dim
         self.quest_layers, self.quest_positions, self.keep = tuple(quest_layers), quest_positions, frozenset(keep)
         self.pages = self.begins // PAGE_SIZE
         self._paid: dict[int, torch.Tensor] = {}
@@ -106,7 +107,7 @@ class Watch:
         complete = keys[: self.pages * PAGE_SIZE].unflatten(0, (self.pages, PAGE_SIZE))
         runs = key_runs(complete)
         recent = queries[max(0, self.begins - self.positions) : self.begins]
-        self._told[layer] = told(recent, runs, scale, self.sub_keys, self.key_dim)
+        self._told[layer] = told(recent, runs, scale, self.sub_keys, self.overlap, self.key_dim)
         if layer in self.quest_layers:
             self._asked[layer] = queries[self.begins - self.quest_positions : self.begins]
             self._bounds[layer] = torch.stack((complete.amin(dim=1), complete.amax(dim=1)), dim=1)
@@ -130,7 +131,9 @@ class Watch:
         return bound_score(queries, bounds.contiguous(), pages, self._scale).cpu()
 
 
-def told(queries: torch.Tensor, runs: torch.Tensor, scale: float, sub_keys: int, key_dim: int) -> torch.Tensor:
+def told(
+    queries: torch.Tensor, runs: torch.Tensor, scale: float, sub_keys: int, overlap: int, key_dim: int
+) -> torch.Tensor:
     """The largest share that any position's query gives each page, of every head, as an untrained indexer has it.
 
     Args:
@@ -148,4 +151,4 @@ def told(queries: torch.Tensor, runs: torch.Tensor, scale: float, sub_keys: int,
     of_head = torch.arange(q_heads, device=runs.device) * kv_heads // q_heads
     if asked.is_cuda:
         asked = asked.bfloat16()
-    return page_score(asked.contiguous(), to_8_bits(keys).contiguous(), pages, of_head)
+    return page_score(asked.contiguous(), to_8_bits(keys).contiguous(), pages, of_head, overlap)

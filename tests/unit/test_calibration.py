@@ -19,10 +19,13 @@ from sglang_lsa.indexer.calibrations import Calibration
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer, key_runs
 from sglang_lsa.indexer.watch import Seen, Watch
+from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.texts.calibration import ON_CPU, ON_GPU, prompts_for
 
 SHAPE = ModelShape(hidden_size=64, num_hidden_layers=3, q_heads=4, kv_heads=2, head_dim=16)
 PAGE = 64
+SEES = {"positions": untrained.POSITIONS, "sub_keys": untrained.SUB_KEYS, "overlap": untrained.OVERLAP}
+"""What of a prompt a server's calibration looks at."""
 
 
 def seen(seed: int, good: dict[tuple[int, int], float], pages: int = 32, evidence: tuple[int, ...] = (9, 20)) -> Seen:
@@ -64,12 +67,13 @@ def test_what_is_told_is_what_the_untrained_indexer_scores() -> None:
     tokens, answer = 6 * PAGE, 5
     generator = torch.Generator().manual_seed(2)
     heads = ((0, 1), (1, 0), (1, 3))
-    watch = Watch(tokens, answer, (2,), positions=untrained.POSITIONS, sub_keys=untrained.SUB_KEYS)
+    watch = Watch(tokens, answer, (2,), **SEES)
     parts = [
         (torch.randn((tokens, 4, 16), generator=generator), torch.randn((tokens, 2, 16), generator=generator))
         for _ in range(3)
     ]
     for layer, (q, k) in enumerate(parts):
+        k[2 * PAGE - 8 : 2 * PAGE] *= 3  # the end of page 1, which page 2 gets too
         watch.attend(layer, q, k, k, SHAPE.head_dim**-0.5)
     whole = watch.seen()
     found = untrained.Heads(heads, (0.5, 1.0, 1.5), 9.0)
@@ -79,8 +83,13 @@ def test_what_is_told_is_what_the_untrained_indexer_scores() -> None:
     runs = torch.stack([key_runs(parts[layer][1][: pages * PAGE].unflatten(0, (pages, PAGE))) for layer in (0, 1)], 2)
     with torch.no_grad():
         served = indexer.score_all(indexer.ask(queries), indexer.keys_of_runs(runs))
+        by_table = indexer.score(queries, to_8_bits(indexer.keys_of_runs(runs)), torch.arange(pages))
         expected = indexer.combine(whole.told[[0, 1, 1], [1, 0, 3]])
+        indexer.config = dataclasses.replace(indexer.config, overlap=0)
+        without = indexer.score_all(indexer.ask(queries), indexer.keys_of_runs(runs))
     torch.testing.assert_close(served, expected)
+    torch.testing.assert_close(by_table, expected)
+    assert expected[2] > 1.5 * without[2]
     own = sum(w * whole.told[layer, head] for (layer, head), w in zip(heads, found.weights, strict=True)) / 3
     before, after = torch.nn.functional.softplus(indexer.neighbour.detach())
     beside = before * torch.nn.functional.pad(own[:-1], (1, 0)) + after * torch.nn.functional.pad(own[1:], (0, 1))
@@ -270,7 +279,7 @@ def test_random_weights_have_no_heads_that_look() -> None:
     parts = []
     for number in range(4):
         generator = torch.Generator().manual_seed(number)
-        watch = Watch(24 * PAGE, 20, (5, 11), positions=untrained.POSITIONS, sub_keys=untrained.SUB_KEYS)
+        watch = Watch(24 * PAGE, 20, (5, 11), **SEES)
         for layer in range(3):
             q = torch.randn((24 * PAGE, 4, 16), generator=generator)
             k = torch.randn((24 * PAGE, 2, 16), generator=generator)

@@ -115,31 +115,51 @@ def test_bound_score_refuses_what_does_not_fit(queries: tuple[int, ...], bounds:
         bound_score(torch.zeros(queries), torch.zeros(bounds), torch.arange(3), 1.0)
 
 
-def test_a_page_gets_the_largest_share_of_any_position() -> None:
-    """By the definition, head by head and position by position, in float64."""
+@pytest.mark.parametrize("overlap", [0, 1, 4])
+def test_a_page_gets_the_largest_share_of_any_position(overlap: int) -> None:
+    """By the definition, head by head and position by position, in float64; of its own keys together or, if that is
+    more, of the last ones of the page before."""
     queries, numbers = random(3, 5, 8, seed=1), page_score.to_8_bits(random(7, 2, 4, 8, seed=2))
     table, ids = scattered(numbers.view(torch.float8_e4m3fn).half())
     table = page_score.to_8_bits(table)  # not a number where there is no page
     keys = page_score.from_8_bits(numbers)
     of_head = torch.tensor([1, 0, 1])
-    shares = page_score.page_score(queries, table, ids, of_head)
+    shares = page_score.page_score(queries, table, ids, of_head, overlap)
     assert shares.shape == (3, 7)
     for head in range(3):
         flat = keys[:, of_head[head]].reshape(28, 8).double()
         attention = torch.stack([(flat @ queries[head, t].double()).softmax(0) for t in range(5)])
-        expected = attention.view(5, 7, 4).sum(2).amax(0)
+        of_keys = attention.view(5, 7, 4)
+        expected = of_keys.sum(2).amax(0)
+        if overlap:
+            expected[1:] = expected[1:].maximum(of_keys[:, :-1, 4 - overlap :].sum(2).amax(0))
         torch.testing.assert_close(shares[head].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_shares_of_many_pages_are_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_across_two_pages_is_found_from_its_beginning() -> None:
+    """A head looks for what the last tokens of page 2 say; what follows them is on page 3, at whose own keys none
+    looks. Where the keys are not the last, it is on page 2."""
+    keys = torch.zeros(6, 1, 8, 4)
+    keys[2, 0, 7, 1] = 8.0
+    queries, heads = torch.tensor([[[0.0, 1.0, 0.0, 0.0]]]), torch.tensor([0])
+    for overlap, expected in ((0, [2]), (2, [2, 3])):
+        shares = page_score.page_score(queries, page_score.to_8_bits(keys), torch.arange(6), heads, overlap)[0]
+        assert torch.nonzero(shares > 0.9).flatten().tolist() == expected
+    keys = keys.roll(-4, dims=2)
+    shares = page_score.page_score(queries, page_score.to_8_bits(keys), torch.arange(6), heads, 2)[0]
+    assert torch.nonzero(shares > 0.9).flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_shares_of_many_pages_are_found_in_pieces(overlap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = random(2, 3, 8, seed=1)
     table, ids = scattered(random(17, 1, 4, 8, seed=2))
     table = page_score.to_8_bits(table)
     of_head = torch.zeros(2, dtype=torch.int64)
-    whole = page_score.page_score(queries, table, ids, of_head)
+    whole = page_score.page_score(queries, table, ids, of_head, overlap)
     for at_once in (1, 4, 16, 17):
         monkeypatch.setattr(page_score, "PAGES_AT_ONCE", at_once)
-        shares = page_score.page_score(queries, table, ids, of_head)
+        shares = page_score.page_score(queries, table, ids, of_head, overlap)
         torch.testing.assert_close(shares, whole, rtol=0, atol=1e-6)
 
 
@@ -154,6 +174,13 @@ def test_page_score_refuses_what_does_not_fit(heads: int, dim: int) -> None:
     queries, table = torch.zeros(heads, 2, dim), torch.zeros(5, 1, 4, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"\({heads}, 2, {dim}\) of 2 heads do not fit page keys \(5, 1, 4, 8\)"):
         page_score.page_score(queries, table, torch.arange(3), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("overlap", [-1, 5])
+def test_page_score_refuses_an_overlap_that_no_page_has(overlap: int) -> None:
+    table = torch.zeros(5, 1, 4, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"overlap {overlap} is out of range: a page has 4 keys"):
+        page_score.page_score(torch.zeros(1, 2, 8), table, torch.arange(3), torch.tensor([0]), overlap)
 
 
 def test_page_score_refuses_keys_that_are_no_bytes() -> None:

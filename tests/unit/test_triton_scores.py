@@ -241,6 +241,9 @@ def test_page_score(
     assert shares.shape == (heads, pages)
     assert shares.dtype == torch.float32
     torch.testing.assert_close(shares, page_score_reference(*given), rtol=0, atol=FLOATS[dtype])
+    overlap = -(-sub_keys // 8)
+    expected = page_score_reference(*given, overlap)
+    torch.testing.assert_close(_page_score_triton(*given, overlap), expected, rtol=0, atol=FLOATS[dtype])
 
 
 @pytest.mark.parametrize(("positions", "pages"), [(0, 3), (2, 0)], ids=["0 positions", "0 pages"])

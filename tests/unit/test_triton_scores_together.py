@@ -68,14 +68,19 @@ def test_bound_scores(
     assert_same(scores, torch.cat([_bound_scores_triton(ring, table, one, 0.25) for one in alone]))
 
 
-SUB_KEYS = [pytest.param(8, id="8 keys a page"), pytest.param(1, id="1 key a page")]
+KEYS = [
+    pytest.param((8, 0), id="8 keys a page"),
+    pytest.param((8, 3), id="8 keys a page, 3 for the next"),
+    pytest.param((1, 1), id="1 key a page, for the next too"),
+]
 
 
-@pytest.mark.parametrize(("requests", "call", "sub_keys"), crossed(TOGETHER, CALLS, SUB_KEYS, edges=EDGES))
+@pytest.mark.parametrize(("requests", "call", "keys"), crossed(TOGETHER, CALLS, KEYS, edges=EDGES))
 def test_page_scores(
-    requests: Sequence[tuple[int, int, int, int]], call: int, sub_keys: int, monkeypatch: pytest.MonkeyPatch
+    requests: Sequence[tuple[int, int, int, int]], call: int, keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a bit depends on who else is scored, nor what lies behind a request's positions."""
+    """Not a bit depends on who else is scored, nor what lies behind a request's positions, or before its pages."""
+    sub_keys, overlap = keys
     monkeypatch.setattr("sglang_lsa.kernels.page_score.PARTIAL_BYTES", call)
     table = to_8_bits(random(201, 2, sub_keys, 16, seed=1))
     heads = ids([0, 1, 1])
@@ -83,15 +88,15 @@ def test_page_scores(
     every, alone = together(requests)
     for index, (_, _, positions, _) in enumerate(requests):
         queries[index, :, positions:] = NAN
-    shares = _page_scores_triton(queries, table, every, heads)
+    shares = _page_scores_triton(queries, table, every, heads, overlap)
     expected = [
-        page_score_reference(queries[index, :, :positions], table, one.pages, heads)
+        page_score_reference(queries[index, :, :positions], table, one.pages, heads, overlap)
         if positions and len(one.pages)
         else torch.zeros(3, len(one.pages), device=DEVICE)
         for index, ((_, _, positions, _), one) in enumerate(zip(requests, alone, strict=True))
     ]
     torch.testing.assert_close(shares, torch.cat(expected, dim=1), rtol=0, atol=1e-5)
-    own = [_page_scores_triton(queries[i : i + 1], table, one, heads) for i, one in enumerate(alone)]
+    own = [_page_scores_triton(queries[i : i + 1], table, one, heads, overlap) for i, one in enumerate(alone)]
     assert_same(shares, torch.cat(own, dim=1))
 
 
