@@ -213,6 +213,7 @@ def tables() -> dict[str, str]:
         "larger_arms": quality_larger_tables.arms(rows_of("quality-1.5b-arms.json")),
         "larger_curve": quality_larger_tables.curve(rows_of("quality-1.5b-curve.json")),
         "larger_memory": quality_larger_tables.memory(larger),
+        "calibrations": quality_larger_tables.calibrations(rows_of("quality-heads.json")),
         "smallest_calibrated": quality_larger_tables.smallest(rows_of("quality-smollm2-calibrated.json")),
         "qmsum": quality_larger_tables.qmsum(larger),
         "copies": quality_larger_tables.copies(rows_of("quality-copies.json")),

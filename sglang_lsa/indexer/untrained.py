@@ -18,7 +18,8 @@ from sglang_lsa.indexer.watch import Seen
 
 HEADS, SUB_KEYS, POSITIONS, OVERLAP = 16, 32, 64, 4
 """Of a calibrated indexer. On made prompts fewer heads missed values of which a key has several, each of which gets but
-a part of what a head pays, and many more diluted the best ones; in answers no difference was seen."""
+a part of what a head pays, and many more diluted the best ones. Heads look at what was asked for, and the answer is in
+what follows: that may be on the next page, so that the last few keys of a page count for the one after it, too."""
 SINK, RECENT = 1, 4
 """First and last pages that stay whatever their score, and teach nothing."""
 LEAST_LIFT = 1.5
