@@ -109,7 +109,9 @@ def calibrations(rows: Sequence[Row]) -> str:
         for model, _, length in places:
             where = {"model": model, "suite": "ruler", "task": "average", "length": length}
             row = selected(rows, arm=arm, budget=1.0 if arm == "full" else 0.1, **where)
-            cells.append("" if row is None else with_memory(row) if arm == "full" else f"{with_memory(row)}; {apart(row)}")
+            cells.append(
+                "" if row is None else with_memory(row) if arm == "full" else f"{with_memory(row)}; {apart(row)}"
+            )
         lines.append(line(label, *cells))
     return "\n".join(lines)
 
