@@ -106,7 +106,8 @@ class Ragged:
 def page_score(
     queries: torch.Tensor, table: torch.Tensor, pages: torch.Tensor, key_of_head: torch.Tensor, overlap: int = 0
 ) -> torch.Tensor:
-    """The memory indexer's view of attention: the largest share that any recent position pays to each page.
+    """The memory indexer's view of attention: the largest share that any recent position pays to each page, or to the
+    text right before it.
 
     A page has a few keys, each from a run of its tokens. What a head pays is a softmax over the keys of all pages; a
     page gets the sum of its keys' shares, and the most that any position would pay it.
@@ -147,7 +148,7 @@ def page_score_reference(queries, table, pages, key_of_head, overlap=0) -> torch
     for block in blocks:
         shares = (logits(block) - normaliser[..., None, None]).exp()
         own.append(_most_of_any_position(shares))
-        ends.append(_most_of_any_position(shares[..., shares.shape[3] - overlap :]))
+        ends.append(_most_of_any_position(_ends(shares, overlap)))
     return _overlapping(torch.cat(own, dim=1), torch.cat(ends, dim=1))
 
 
@@ -177,7 +178,12 @@ def attention_shares(logits: torch.Tensor, overlap: int = 0) -> torch.Tensor:
     :func:`page_score`."""
     shares = logits.flatten(2).softmax(dim=-1).view_as(logits)
     own = _most_of_any_position(shares)
-    return _overlapping(own, _most_of_any_position(shares[..., -overlap:])) if overlap else own
+    return _overlapping(own, _most_of_any_position(_ends(shares, overlap)))
+
+
+def _ends(shares: torch.Tensor, overlap: int) -> torch.Tensor:
+    """Of ``[heads, positions, pages, sub_keys]`` the last ones of each page; of none the sum is 0."""
+    return shares[..., shares.shape[3] - overlap :]
 
 
 def _most_of_any_position(shares: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,8 @@ def _calibrated(config: LSAConfig, runner: Any) -> LSAConfig:
         return without
     try:
         shape, chosen = model_shape(runner), prompts_for(runner.device, runner.model_config.context_len)
-        folder = calibrations.folder_of(calibrations.key_of(shape, runner.model.named_parameters(), repr(chosen)))
+        made = repr((chosen, untrained.HEADS, untrained.SEES))
+        folder = calibrations.folder_of(calibrations.key_of(shape, runner.model.named_parameters(), made))
         known = None if config.calibrate == "always" else _known(folder)
         if known is None:
             known, folder = _calibrate(runner, shape, chosen, folder)
@@ -157,9 +158,7 @@ def watch_prompts(runner: Any, prompts: Sequence[Tokens]) -> list[Seen]:
             len(prompt.ids),
             prompt.answer,
             prompt.evidence,
-            positions=untrained.POSITIONS,
-            sub_keys=untrained.SUB_KEYS,
-            overlap=untrained.OVERLAP,
+            untrained.SEES,
         )
         ids = torch.tensor(prompt.ids, device=runner.device)
         one = torch.zeros(1, dtype=torch.int64, device=runner.device)

@@ -15,14 +15,16 @@ ARMS = {"full": "full", "indexer": "lsa", "indexer, `auto`": "lsa_auto", "Quest"
 SHORT = {4096: "4K", 8192: "8K", 16384: "16K"}
 SMALLEST = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODELS = {SMALLER: "0.5B", MODEL: "1.5B"}
-CALIBRATIONS = {
-    "full, of the trained indexer's server": "full",
-    "trained indexer": "lsa",
-    "8 heads": "lsa_calibrated8",
-    "16 heads": "lsa_calibrated16",
-    "32 heads": "lsa_calibrated32",
-    "**16 heads and the ends of pages**, as served": "lsa_calibrated",
-}
+CALIBRATIONS = (
+    ("full, of the trained indexer's server", "full"),
+    ("trained indexer", "lsa"),
+    ("the same, an earlier run", "lsa_before"),
+    ("8 heads", "lsa_calibrated8"),
+    ("16 heads", "lsa_calibrated16"),
+    ("the same, an earlier run", "lsa_calibrated16_before"),
+    ("32 heads", "lsa_calibrated32"),
+    ("**16 heads and the ends of pages**, as served", "lsa_calibrated"),
+)
 SELECTORS = {"trained indexer": "lsa", "calibrated at start": "lsa_calibrated", "Quest": "quest"}
 
 
@@ -104,14 +106,14 @@ def calibrations(rows: Sequence[Row]) -> str:
     """A trained indexer and several ways of calibrating, with both Qwen models, at 16K and 32,000; blank: not asked."""
     places = [(model, name, length) for model, name in MODELS.items() for length in (16384, 32000)]
     lines = table("budget 10 %", *(f"{name}, {NAMES[length]}" for _, name, length in places))
-    for label, arm in CALIBRATIONS.items():
+    for label, arm in CALIBRATIONS:
         cells = []
         for model, _, length in places:
             where = {"model": model, "suite": "ruler", "task": "average", "length": length}
-            row = selected(rows, arm=arm, budget=1.0 if arm == "full" else 0.1, **where)
-            cells.append(
-                "" if row is None else with_memory(row) if arm == "full" else f"{with_memory(row)}; {apart(row)}"
-            )
+            full = measured(rows, arm="full", **where)
+            row = full if arm == "full" else selected(rows, arm=arm, budget=0.1, **where)
+            found = with_memory(row) + (f"; {apart(row)}" if row and row is not full else "")
+            cells.append(found + (f"; {row['n']} questions" if row and (row is full or row["n"] != full["n"]) else ""))
         lines.append(line(label, *cells))
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 Run = dict[str, Any]
-ABOUT = ("command", "commit", "commits", "date")
+ABOUT = ("command", "server", "commit", "commits", "date")
 MACHINE = ("hardware", "gpu", "machine")
 
 

@@ -119,8 +119,8 @@ def _checks() -> dict[str, Callable[[str], Outputs]]:
         return seen, expected, LIMIT
 
     def score(kernel: Callable[..., torch.Tensor], device: str) -> Outputs:
-        queries, pages = random("cpu", 4, 3, 16), ids("cpu", [5, 1, 2])
-        table, key_of_head = page_score.to_8_bits(random("cpu", 6, 2, 8, 16, seed=1)), ids("cpu", [0, 0, 1, 1])
+        queries, pages = random("cpu", 4, 3, 16), ids("cpu", range(40, 20, -1))  # two blocks of pages
+        table, key_of_head = page_score.to_8_bits(random("cpu", 41, 2, 8, 16, seed=1)), ids("cpu", [0, 0, 1, 1])
         expected = page_score.page_score_reference(queries, table, pages, key_of_head, 2)
         return kernel(*(tensor.to(device) for tensor in (queries, table, pages, key_of_head)), 2), expected, LIMIT
 

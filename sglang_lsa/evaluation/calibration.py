@@ -68,8 +68,7 @@ def run(
     shape = shape_of(loaded.config)
     if trained is not None:
         trained.config.require_model(shape, f"--indexer {indexer}")
-    options: dict[str, Any] = {"positions": untrained.POSITIONS, "sub_keys": untrained.SUB_KEYS}
-    options |= {"overlap": untrained.OVERLAP}
+    options: dict[str, Any] = {"sees": untrained.SEES}
     prompts = calibration_prompts(tokenizer, calibrate)
     began = time.monotonic()
     seen = list(tqdm(watched(loaded, prompts, **options), desc="calibrating", total=len(prompts)))

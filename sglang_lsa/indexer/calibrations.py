@@ -46,10 +46,11 @@ class Calibration:
     format: int = FORMAT
 
 
-def key_of(shape: ModelShape, parameters: Iterable[tuple[str, torch.Tensor]], prompts: str) -> str:
+def key_of(shape: ModelShape, parameters: Iterable[tuple[str, torch.Tensor]], made: str) -> str:
     """The name of a calibration: a hash of the model's shape, of evenly spread numbers of all of its weights, and of
-    the prompts. Reads a few MB however large the model is; weights that were trained further differ everywhere."""
-    digest = hashlib.sha256(json.dumps([asdict(shape), prompts]).encode())
+    how it is made: by which prompts, of how many heads, and what these look at. Reads a few MB however large the model
+    is; weights that were trained further differ everywhere."""
+    digest = hashlib.sha256(json.dumps([asdict(shape), made]).encode())
     for name, value in parameters:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()

@@ -37,11 +37,11 @@ class IndexerConfig:
         sub_keys: keys that represent one page, each from an equal run of its tokens.
         key_dim: of queries and keys.
         positions: recent tokens that vote.
-        overlap: sub-keys at the end of a page that are looked at for the page after it, too; see ``page_score``.
         threshold: score above which pages are worth keeping; found on data not trained on, see ``training.calibrate``.
         coverage: share of the attention that was kept at that threshold, on the same data.
         expectation: what its sets really cover, see ``indexer.expectation``; None where that was not measured.
         trained: it was; else it was calibrated at the start of a server, see ``indexer.untrained``.
+        overlap: sub-keys at the end of a page that are looked at for the page after it, too; see ``page_score``.
 
     Raises:
         ValueError: a value is impossible; the message says which and what is allowed.
@@ -52,11 +52,11 @@ class IndexerConfig:
     sub_keys: int = 32
     key_dim: int = 32
     positions: int = 64
-    overlap: int = 0
     threshold: float = 0.0
     coverage: float = 1.0
     trained: bool = True
     expectation: Expectation | None = None
+    overlap: int = 0
 
     def __post_init__(self) -> None:
         model = self.model

@@ -14,9 +14,9 @@ from sglang_lsa.indexer.checkpoint import IndexerConfig, ModelShape
 from sglang_lsa.indexer.expectation import Expectation, Sample
 from sglang_lsa.indexer.heads import Head
 from sglang_lsa.indexer.model import MemoryIndexer
-from sglang_lsa.indexer.watch import Seen
+from sglang_lsa.indexer.watch import Seen, Sees
 
-HEADS, SUB_KEYS, POSITIONS, OVERLAP = 16, 32, 64, 4
+HEADS, SEES = 16, Sees(positions=64, sub_keys=32, overlap=4)
 """Of a calibrated indexer. On made prompts fewer heads missed values of which a key has several, each of which gets but
 a part of what a head pays, and many more diluted the best ones. Heads look at what was asked for, and the answer is in
 what follows: that may be on the next page, so that the last few keys of a page count for the one after it, too."""
@@ -124,9 +124,12 @@ def make_indexer(model: ModelShape, found: Heads, seen: Sequence[Seen], key_dim:
     """The indexer of these heads, with its threshold and how much of the attention it keeps, on the same prompts.
 
     Args:
+        seen: by what :data:`SEES` says.
         key_dim: dimensions that are kept of keys, those that turn least; 0 keeps all.
     """
-    config = IndexerConfig(model, found.heads, SUB_KEYS, key_dim or model.head_dim, POSITIONS, OVERLAP, trained=False)
+    config = IndexerConfig(
+        model, found.heads, key_dim=key_dim or model.head_dim, trained=False, **dataclasses.asdict(SEES)
+    )
     indexer = MemoryIndexer(config)
     with torch.no_grad():
         # softplus(weight) is log(2) times what a head is worth

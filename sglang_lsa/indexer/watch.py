@@ -21,13 +21,28 @@ from sglang_lsa.kernels.page_score import page_score, to_8_bits
 
 
 @dataclass(frozen=True)
+class Sees:
+    """What of a prompt tells which pages matter, as in ``IndexerConfig``.
+
+    Attributes:
+        positions: before the answer whose queries vote.
+        sub_keys: of a page.
+        overlap: of these, those at a page's end that count for the page after it, too.
+    """
+
+    positions: int
+    sub_keys: int
+    overlap: int
+
+
+@dataclass(frozen=True)
 class Seen:
     """What one prompt showed, of its complete pages before the answer.
 
     Attributes:
         paid: float32 ``[layers, q_heads, pages]``, the most of its attention that a head paid in any token of the
             answer.
-        told: the same by the queries before the answer and a few keys a page, see ``page_score``.
+        told: what the queries before the answer and a few keys a page tell of that, see ``page_score``.
         evidence: pages that the answer is from, ascending; those of them that are complete.
         quest: float32 ``[pages]``; None unless asked for.
         queries: by layer ``[positions, q_heads, head_dim]`` before the answer, of layers that are kept.
@@ -49,8 +64,8 @@ class Watch:
         tokens: of the prompt and its answer.
         answer: last ones of them that are the answer.
         evidence: pages that it is from.
-        positions: before the answer whose queries vote.
-        sub_keys, overlap, key_dim: of a page, see ``IndexerConfig``; ``key_dim`` 0 keeps all dimensions.
+        sees: what tells which pages matter.
+        key_dim: dimensions of keys that are looked at, see ``IndexerConfig``; 0 keeps all.
         quest_layers: whose bounds are scored as Quest does.
         quest_positions: whose queries vote there.
         keep: layers whose queries and keys are kept.
@@ -61,17 +76,15 @@ class Watch:
         tokens: int,
         answer: int,
         evidence: Sequence[int],
+        sees: Sees,
         *,
-        positions: int,
-        sub_keys: int,
-        overlap: int = 0,
         key_dim: int = 0,
         quest_layers: Sequence[int] = (),
         quest_positions: int = 32,
         keep: Sequence[int] = (),
     ):
         self.tokens, self.begins, self.evidence = tokens, tokens - answer, tuple(evidence)
-        self.positions, self.sub_keys, self.overlap, self.key_dim = positions, sub_keys, overlap, key_dim
+        self.sees, self.key_dim = sees, key_dim
         self.quest_layers, self.quest_positions, self.keep = tuple(quest_layers), quest_positions, frozenset(keep)
         self.pages = self.begins // PAGE_SIZE
         self._paid: dict[int, torch.Tensor] = {}
@@ -106,8 +119,8 @@ class Watch:
         self._paid[layer] = mass[:, :, : self.pages].amax(dim=0)
         complete = keys[: self.pages * PAGE_SIZE].unflatten(0, (self.pages, PAGE_SIZE))
         runs = key_runs(complete)
-        recent = queries[max(0, self.begins - self.positions) : self.begins]
-        self._told[layer] = told(recent, runs, scale, self.sub_keys, self.overlap, self.key_dim)
+        recent = queries[max(0, self.begins - self.sees.positions) : self.begins]
+        self._told[layer] = told(recent, runs, scale, self.sees, self.key_dim)
         if layer in self.quest_layers:
             self._asked[layer] = queries[self.begins - self.quest_positions : self.begins]
             self._bounds[layer] = torch.stack((complete.amin(dim=1), complete.amax(dim=1)), dim=1)
@@ -131,24 +144,23 @@ class Watch:
         return bound_score(queries, bounds.contiguous(), pages, self._scale).cpu()
 
 
-def told(
-    queries: torch.Tensor, runs: torch.Tensor, scale: float, sub_keys: int, overlap: int, key_dim: int
-) -> torch.Tensor:
+def told(queries: torch.Tensor, runs: torch.Tensor, scale: float, sees: Sees, key_dim: int) -> torch.Tensor:
     """The largest share that any position's query gives each page, of every head, as an untrained indexer has it.
 
     Args:
         queries: ``[positions, q_heads, head_dim]``.
         runs: ``[pages, RUNS, kv_heads, head_dim]`` of ``key_runs``.
+        sees, key_dim: as for :class:`Watch`.
 
     Returns:
         float32 ``[q_heads, pages]``.
     """
     q_heads, kv_heads, dim = queries.shape[1], runs.shape[2], queries.shape[2]
     kept = slow_dimensions(dim, key_dim or dim)
-    keys = runs[..., kept].unflatten(1, (sub_keys, RUNS // sub_keys)).mean(dim=2).transpose(1, 2)
+    keys = runs[..., kept].unflatten(1, (sees.sub_keys, RUNS // sees.sub_keys)).mean(dim=2).transpose(1, 2)
     asked = (queries[..., kept].float() * scale).transpose(0, 1)
     pages = torch.arange(len(runs), device=runs.device)
     of_head = torch.arange(q_heads, device=runs.device) * kv_heads // q_heads
     if asked.is_cuda:
         asked = asked.bfloat16()
-    return page_score(asked.contiguous(), to_8_bits(keys).contiguous(), pages, of_head, overlap)
+    return page_score(asked.contiguous(), to_8_bits(keys).contiguous(), pages, of_head, sees.overlap)

@@ -18,14 +18,12 @@ from sglang_lsa.indexer import calibrations, untrained
 from sglang_lsa.indexer.calibrations import Calibration
 from sglang_lsa.indexer.checkpoint import ModelShape
 from sglang_lsa.indexer.model import MemoryIndexer, key_runs
-from sglang_lsa.indexer.watch import Seen, Watch
+from sglang_lsa.indexer.watch import Seen, Sees, Watch
 from sglang_lsa.kernels.page_score import to_8_bits
 from sglang_lsa.texts.calibration import ON_CPU, ON_GPU, prompts_for
 
 SHAPE = ModelShape(hidden_size=64, num_hidden_layers=3, q_heads=4, kv_heads=2, head_dim=16)
 PAGE = 64
-SEES = {"positions": untrained.POSITIONS, "sub_keys": untrained.SUB_KEYS, "overlap": untrained.OVERLAP}
-"""What of a prompt a server's calibration looks at."""
 
 
 def seen(seed: int, good: dict[tuple[int, int], float], pages: int = 32, evidence: tuple[int, ...] = (9, 20)) -> Seen:
@@ -44,7 +42,7 @@ def test_watched_attention_is_attention_and_says_where_it_went() -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn((tokens, 4, 16), generator=generator)
     k, v = (torch.randn((tokens, 2, 16), generator=generator) for _ in range(2))
-    watch = Watch(tokens, answer, (2, 99), positions=8, sub_keys=32, quest_layers=(0,), keep=(0,))
+    watch = Watch(tokens, answer, (2, 99), Sees(8, 32, 0), quest_layers=(0,), keep=(0,))
     out = watch.attend(0, q, k, v, 0.25)
     keys, values = (part.repeat_interleave(2, dim=1) for part in (k, v))
     logits = torch.einsum("thd,chd->htc", q, keys) * 0.25
@@ -67,7 +65,7 @@ def test_what_is_told_is_what_the_untrained_indexer_scores() -> None:
     tokens, answer = 6 * PAGE, 5
     generator = torch.Generator().manual_seed(2)
     heads = ((0, 1), (1, 0), (1, 3))
-    watch = Watch(tokens, answer, (2,), **SEES)
+    watch = Watch(tokens, answer, (2,), untrained.SEES)
     parts = [
         (torch.randn((tokens, 4, 16), generator=generator), torch.randn((tokens, 2, 16), generator=generator))
         for _ in range(3)
@@ -279,7 +277,7 @@ def test_random_weights_have_no_heads_that_look() -> None:
     parts = []
     for number in range(4):
         generator = torch.Generator().manual_seed(number)
-        watch = Watch(24 * PAGE, 20, (5, 11), **SEES)
+        watch = Watch(24 * PAGE, 20, (5, 11), untrained.SEES)
         for layer in range(3):
             q = torch.randn((24 * PAGE, 4, 16), generator=generator)
             k = torch.randn((24 * PAGE, 2, 16), generator=generator)
@@ -333,6 +331,13 @@ def test_a_second_start_takes_what_the_first_found_unless_told_not_to(start) -> 
 def test_other_weights_are_calibrated_for_themselves(start) -> None:
     first = start.one()
     start.runner.model.weight.data.add_(1)
+    assert start.one().indexer != first.indexer and len(start.passes) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("HEADS", 8), ("SEES", dataclasses.replace(untrained.SEES, overlap=0))])
+def test_what_is_made_in_another_way_is_kept_beside(start, name: str, value: object, monkeypatch) -> None:
+    first = start.one()
+    monkeypatch.setattr(untrained, name, value)
     assert start.one().indexer != first.indexer and len(start.passes) == 2
 
 

@@ -216,7 +216,7 @@ def test_heads_that_ranks_cannot_share(
 
 
 def indexer(shape: ModelShape, heads: tuple[tuple[int, int], ...]) -> MemoryIndexer:
-    made = MemoryIndexer(IndexerConfig(shape, heads, sub_keys=4, key_dim=8)).requires_grad_(False)
+    made = MemoryIndexer(IndexerConfig(shape, heads, sub_keys=4, key_dim=8, overlap=2)).requires_grad_(False)
     chance = torch.Generator().manual_seed(3)
     for parameter in made.parameters():
         parameter += torch.randn(parameter.shape, generator=chance) * 0.3

@@ -182,7 +182,7 @@ def several(runtime: LSARuntime, *asked: str) -> tuple[list[Request], list[int]]
 def with_indexer(tmp_path: pathlib.Path) -> LSARuntime:
     """A server that offers all policies of a dense model, and has seen a prompt in each of two rows."""
     shape = ModelShape(64, LAYERS, Q_HEADS, KV_HEADS, DIM)
-    made = MemoryIndexer(IndexerConfig(shape, ((0, 1), (1, 0), (1, 7)), sub_keys=4, key_dim=4, positions=8))
+    made = MemoryIndexer(IndexerConfig(shape, ((0, 1), (1, 0), (1, 7)), sub_keys=4, key_dim=4, positions=8, overlap=2))
     for number, parameter in enumerate(made.requires_grad_(False).parameters()):
         parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.3
     made.save(tmp_path)
@@ -216,6 +216,8 @@ def test_an_indexer_asks_for_as_many_requests_at_a_time_as_fit(
     requests, complete = several(with_indexer, *["indexer"] * 10)
     asked = policy.observer.asked(requests, [one.pages[:pages] for one, pages in zip(requests, complete, strict=True)])
     expected = indexer.score_by_kernels(ring, policy.table, asked)
+    alone = [indexer.score_part(asked.recent(ring, i), policy.table, asked.pages_of(i)) for i in range(10)]
+    torch.testing.assert_close(expected, torch.cat(alone), rtol=0.02, atol=0)  # queries are bfloat16 there
     each, most = len(indexer.q_at) * ring.shape[1] * indexer.config.key_dim * 6, []
 
     def projected(*given: torch.Tensor) -> torch.Tensor:
