@@ -124,7 +124,7 @@ def page_score(
         ``[heads, n]`` float32 in [0, 1]; zeros when there are no positions.
 
     Raises:
-        ValueError: queries and keys do not fit, or keys are of another type.
+        ValueError: queries and keys do not fit, keys are of another type, or a page has fewer than ``overlap``.
     """
     _fit(queries.shape, table, key_of_head, overlap)
     if not queries.shape[1] or not len(pages):
@@ -174,8 +174,8 @@ def from_8_bits_kernel(
 
 
 def attention_shares(logits: torch.Tensor, overlap: int = 0) -> torch.Tensor:
-    """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``; see
-    :func:`page_score`."""
+    """``[heads, positions, pages, sub_keys]`` -> the largest share of any position, ``[heads, pages]``, where pages
+    follow each other; see :func:`page_score`."""
     shares = logits.flatten(2).softmax(dim=-1).view_as(logits)
     own = _most_of_any_position(shares)
     return _overlapping(own, _most_of_any_position(_ends(shares, overlap)))
@@ -233,7 +233,7 @@ def _fit(queries: torch.Size, table: torch.Tensor, key_of_head: torch.Tensor, ov
             f"queries {tuple(queries)} of {len(key_of_head)} heads do not fit page keys {tuple(table.shape)}"
         )
     if not 0 <= overlap <= table.shape[2]:
-        raise ValueError(f"overlap {overlap} is out of range: a page has {table.shape[2]} keys")
+        raise ValueError(f"overlap {overlap} is out of range: use 0 to {table.shape[2]}, the keys of a page")
 
 
 def _page_score_triton(queries, table, pages, key_of_head, overlap=0) -> torch.Tensor:

@@ -112,8 +112,12 @@ def calibrations(rows: Sequence[Row]) -> str:
             where = {"model": model, "suite": "ruler", "task": "average", "length": length}
             full = measured(rows, arm="full", **where)
             row = full if arm == "full" else selected(rows, arm=arm, budget=0.1, **where)
-            found = with_memory(row) + (f"; {apart(row)}" if row and row is not full else "")
-            cells.append(found + (f"; {row['n']} questions" if row and (row is full or row["n"] != full["n"]) else ""))
+            told = [with_memory(row)]
+            if row and row is not full:
+                told.append(apart(row))
+            if row and (row is full or row["n"] != full["n"]):
+                told.append(f"{row['n']} questions")
+            cells.append("; ".join(told))
         lines.append(line(label, *cells))
     return "\n".join(lines)
 

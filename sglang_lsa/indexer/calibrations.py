@@ -19,8 +19,8 @@ from sglang_lsa.embedded_model import cache_folder
 from sglang_lsa.indexer.checkpoint import ModelShape, read_checkpoint_config
 from sglang_lsa.indexer.model import MemoryIndexer
 
-FORMAT = 4
-"""Grows when prompts, heads or weights are found in another way, or pages are scored in another."""
+FORMAT = 3
+"""Grows when prompts, heads or weights are found in another way, of which the name of a calibration tells nothing."""
 FACTS = "calibration.json"
 SAMPLED = 4096
 """Numbers of each tensor that its fingerprint is of."""

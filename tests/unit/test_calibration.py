@@ -335,7 +335,9 @@ def test_other_weights_are_calibrated_for_themselves(start) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("HEADS", 8), ("SEES", dataclasses.replace(untrained.SEES, overlap=0))])
-def test_what_is_made_in_another_way_is_kept_beside(start, name: str, value: object, monkeypatch) -> None:
+def test_what_is_made_in_another_way_is_kept_beside(
+    start, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = start.one()
     monkeypatch.setattr(untrained, name, value)
     assert start.one().indexer != first.indexer and len(start.passes) == 2

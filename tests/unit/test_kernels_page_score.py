@@ -179,7 +179,7 @@ def test_page_score_refuses_what_does_not_fit(heads: int, dim: int) -> None:
 @pytest.mark.parametrize("overlap", [-1, 5])
 def test_page_score_refuses_an_overlap_that_no_page_has(overlap: int) -> None:
     table = torch.zeros(5, 1, 4, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=rf"overlap {overlap} is out of range: a page has 4 keys"):
+    with pytest.raises(ValueError, match=rf"overlap {overlap} is out of range: use 0 to 4, the keys of a page"):
         page_score.page_score(torch.zeros(1, 2, 8), table, torch.arange(3), torch.tensor([0]), overlap)
 
 
